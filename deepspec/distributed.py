@@ -1,0 +1,54 @@
+"""Ranks: who am I, how many are we; the same answer under deepspeed, torchrun, mpirun and as one process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place: global rank, number of processes, rank on its node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes manifests."""
+        return self.rank == 0
+
+
+_LAUNCHER_VARIABLES = (  # (rank, size, local rank) of torchrun/deepspeed, Open MPI, MPICH/Hydra (PMI), Slurm
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def world_from_environment() -> World:
+    """The place that the launcher gave this process by environment variables; (0, 1, 0) without a launcher."""
+    for rank, size, local in _LAUNCHER_VARIABLES:
+        if rank in os.environ and size in os.environ:
+            number = int(os.environ[rank])
+            return World(number, int(os.environ[size]), int(os.environ.get(local, number)))
+    return World()
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """The GPU of this local rank where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago on the loopback interface."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

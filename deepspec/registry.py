@@ -1,0 +1,46 @@
+"""The registries: a name to the place of its implementation.
+
+Rows are lazy strings ``module:attribute``, so that importing deepspec imports no algorithm, and a new algorithm or family
+is one file and one row.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from deepspec.errors import DeepSpecError, nearest
+
+ALGORITHMS = {
+    "eagle3": "deepspec.algorithms.eagle3:EAGLE3",
+    "dflash": "deepspec.algorithms.dflash:DFLASH",
+    "dspark": "deepspec.algorithms.dspark:DSPARK",
+}
+
+FAMILIES = {
+    "qwen3": "deepspec.families.qwen3:QWEN3",
+    "llama": "deepspec.families.llama:LLAMA",
+    "gemma4": "deepspec.families.gemma4:GEMMA4",
+}
+
+
+def lookup(kind: str, table: dict[str, str], name: str) -> Any:
+    """The object behind ``name`` in ``table``.
+
+    Raises:
+        DeepSpecError: no row of that name; the message lists the known ones.
+    """
+    if name not in table:
+        raise DeepSpecError(f"unknown {kind}", found=name, remedy=nearest(name, table))
+    module, attribute = table[name].split(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def algorithm(name: str) -> Any:
+    """The :class:`deepspec.algorithms.base.Algorithm` called ``name``."""
+    return lookup("algorithm", ALGORITHMS, name)
+
+
+def family(name: str) -> Any:
+    """The :class:`deepspec.families.base.Family` called ``name``."""
+    return lookup("family", FAMILIES, name)

@@ -1,0 +1,51 @@
+"""Packaging of deepspec; the version bounds are those that the tests ran with."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "torch>=2.9,<2.15",
+    "deepspeed>=0.19,<0.20",
+    "transformers>=5.17,<6",
+    "datasets>=4.0,<6",
+    "zarr>=3.1.6,<4",
+    "numcodecs>=0.16.3,<0.17",
+    "safetensors>=0.5,<1",
+    "pyyaml>=6,<7",
+    "mpi4py>=4,<5",
+    "numpy>=2,<3",
+    "google-crc32c>=1.5,<2",
+    "fsspec>=2024.6",
+    "jinja2>=3.1,<4",
+    "tensorboard>=2.18,<3",
+    "matplotlib>=3.9,<4",
+]
+DEV = [
+    "pytest>=8,<10",
+    "hypothesis>=6.100,<7",
+    "ruff>=0.12,<0.18",
+    "mypy>=1.15,<3",
+    "import-linter>=2.3,<3",
+    "types-PyYAML>=6,<7",
+]
+
+setup(
+    name="deepspec",
+    version="0.1.0",
+    description="Train and evaluate draft models for speculative decoding",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.11",
+    packages=find_packages(include=["deepspec", "deepspec.*"]),
+    package_data={"deepspec": ["py.typed", "evaluate/*.yaml", "quickstart/*"]},
+    install_requires=CORE,
+    extras_require={
+        "dev": DEV,
+        "mpi": ["mpich>=5,<6"],
+        "s3": ["s3fs>=2024.6"],
+        "wandb": ["wandb>=0.19"],
+    },
+    entry_points={"zarr.codecs": []},
+)
