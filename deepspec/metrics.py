@@ -31,9 +31,9 @@ class Ratio:
 class LossTerms:
     """Loss terms and metrics of one micro-batch.
 
-    The loss of a step is ``sum_name coefficients[name] * sum(terms[name].total) / sum(terms[name].weight)``, the inner sums
-    running over all micro-batches and ranks of the step. The weights of all terms of an algorithm are equal and known from
-    the supervision alone (``Algorithm.loss_weight``).
+    The loss of a step is ``sum_name coefficients[name] * sum(terms[name].total) / sum(terms[name].weight)``, the inner
+    sums running over all micro-batches and ranks of the step. The weights of all terms of an algorithm are equal and
+    known from the supervision alone (``Algorithm.loss_weight``).
     """
 
     terms: Mapping[str, Ratio]

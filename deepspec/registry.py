@@ -1,7 +1,7 @@
 """The registries: a name to the place of its implementation.
 
-Rows are lazy strings ``module:attribute``, so that importing deepspec imports no algorithm, and a new algorithm or family
-is one file and one row.
+Rows are lazy strings ``module:attribute``, so that importing deepspec imports no algorithm, and a new algorithm or
+family is one file and one row.
 """
 
 from __future__ import annotations

@@ -1,0 +1,6 @@
+"""Targets: the frozen LLMs that drafts are trained for."""
+
+from deepspec.targets.capture import TargetOutput
+from deepspec.targets.load import Target, TargetSpec, load_spec, load_target, load_tokenizer
+
+__all__ = ["Target", "TargetOutput", "TargetSpec", "load_spec", "load_target", "load_tokenizer"]

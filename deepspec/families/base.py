@@ -1,0 +1,122 @@
+"""What a family of models is: a table of facts, no code of its own.
+
+Qwen3, Llama and Gemma4 differ in a handful of parts (head norms, residual arrangement, softcap, embedding scale). A
+:class:`Family` states them; ``deepspec.nn`` builds draft layers from them and ``deepspec.targets`` finds its way
+through a target with them. Adding a family is one file with one table and one registry row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding: the base, the kind of frequency table and its parameters."""
+
+    theta: float
+    kind: str = (
+        "default"  # "default", "proportional" (Gemma4), or a kind that transformers knows ("llama3", "yarn", "linear")
+    )
+    partial_factor: float = 1.0
+    parameters: tuple[tuple[str, Any], ...] = ()  # the remaining rope_parameters, for the kinds of transformers
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a draft's layers, read from a model's (text) config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    norm_eps: float
+    activation: str
+    rope: Rope
+    max_positions: int
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    k_eq_v: bool = False  # values are the un-normed key projection; no v_proj
+    softcap: float | None = None  # final logits c * tanh(x / c)
+
+
+@dataclass(frozen=True)
+class Family:
+    """The parts table of one family."""
+
+    name: str
+    model_types: tuple[str, ...]  # `model_type` of the targets' configs, text configs included
+    class_prefix: str  # of `architectures`: Qwen3DSparkModel, Gemma4Eagle3Model
+    draft_model_type: str  # `model_type` of an exported draft's config
+    read_shape: Callable[[Mapping[str, Any]], Shape]
+    draft_config: Callable[
+        [Mapping[str, Any], int], dict[str, Any]
+    ]  # (target text config, layers) -> config.json of a draft
+    head_norm: bool = False  # RMSNorm on each query and key head
+    value_norm: bool = False  # scale-free RMSNorm on each value head
+    attention_scale: float | None = None  # None: head_dim ** -0.5
+    sandwich: bool = False  # norms also after attention and around the MLP, and a layer_scalar buffer
+    scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    thinking_keyword: str | None = "enable_thinking"  # the chat template's switch; None: the template has none
+
+    def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:
+        """Keyword arguments of the chat template that turn thinking on or off."""
+        return {} if self.thinking_keyword is None else {self.thinking_keyword: thinking}
+
+    def embedding_scale(self, hidden_size: int) -> float:
+        """The factor between a row of the embedding matrix and the embedding of its token."""
+        return float(hidden_size) ** 0.5 if self.scaled_embedding else 1.0
+
+
+def read_rope(parameters: Mapping[str, Any] | None, default_theta: float) -> Rope:
+    """A :class:`Rope` from a config's ``rope_parameters`` (or the older ``rope_scaling``) entry."""
+    given = dict(parameters or {})
+    theta = float(given.pop("rope_theta", None) or default_theta)
+    kind = str(given.pop("rope_type", None) or given.pop("type", None) or "default")
+    partial = float(given.pop("partial_rotary_factor", 1.0) or 1.0)
+    return Rope(theta, kind, partial, tuple(sorted(given.items())) if kind not in ("default", "proportional") else ())
+
+
+def read_common(config: Mapping[str, Any], activation_key: str = "hidden_act") -> dict[str, Any]:
+    """The fields of :class:`Shape` that every family spells the same way."""
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": int(config["intermediate_size"]),
+        "num_heads": heads,
+        "num_kv_heads": int(config.get("num_key_value_heads") or heads),
+        "head_dim": int(config.get("head_dim") or hidden // heads),
+        "vocab_size": int(config["vocab_size"]),
+        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "activation": str(config[activation_key]),
+        "max_positions": int(config.get("max_position_embeddings", 4096)),
+        "attention_bias": bool(config.get("attention_bias", False)),
+        "mlp_bias": bool(config.get("mlp_bias", False)),
+    }
+
+
+def read_flat_shape(config: Mapping[str, Any]) -> Shape:
+    """The :class:`Shape` of a Llama-like flat config (Llama, Qwen3)."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    theta = float(config.get("rope_theta") or 10_000.0)
+    return Shape(**read_common(config), rope=read_rope(rope, theta))
+
+
+def copy_config(config: Mapping[str, Any], num_layers: int, drop: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A draft's config.json from its target's text config: the same sizes, full attention, ``num_layers`` layers.
+
+    ``dtype`` and ``architectures`` are set by the writer; ``drop`` names further fields that describe the target alone.
+    """
+    left_out = {"architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path", *drop}
+    draft = {key: value for key, value in config.items() if key not in left_out}
+    draft.update(
+        num_hidden_layers=num_layers,
+        num_target_layers=int(config["num_hidden_layers"]),
+        layer_types=["full_attention"] * num_layers,
+        tie_word_embeddings=False,
+    )
+    return draft

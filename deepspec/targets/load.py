@@ -1,0 +1,249 @@
+"""Load a target: its facts from config.json alone, or the real Hugging Face model, frozen."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspec import registry
+from deepspec.errors import DeepSpecError, TargetError
+from deepspec.families.base import Family, Shape
+from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What a draft needs to know of its target without loading a weight."""
+
+    path: str
+    family: Family
+    config: Mapping[str, Any] = field(repr=False, hash=False)  # the text config, flat
+    model_type: str  # of the whole model (gemma4), where the text config has its own
+    revision: str | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """Sizes of the target's (full-attention) layers."""
+        return self.family.read_shape(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.config["hidden_size"])
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the rows of the embedding."""
+        return int(self.config["vocab_size"])
+
+    @property
+    def softcap(self) -> float | None:
+        """c of the final logits c * tanh(x / c), or None."""
+        return self.shape.softcap
+
+    @property
+    def embed_scale(self) -> float:
+        """The factor between an embedding row and the embedding of its token."""
+        return self.family.embedding_scale(self.hidden_size)
+
+    def check_layers(self, layers: Sequence[int], file: str | Path | None = None, key: str = "target.layers") -> None:
+        """Check that every layer id exists.
+
+        Raises:
+            TargetError: an id outside -1 .. num_layers - 1, or none, or one twice.
+        """
+        wrong = [layer for layer in layers if not EMBEDDING <= layer < self.num_layers]
+        if wrong or not layers or len(set(layers)) != len(layers):
+            raise TargetError(
+                "target layers do not exist" if wrong else "target layers must be one or more distinct ids",
+                file=file,
+                key=key,
+                found=wrong or list(layers),
+                wanted=f"ids from -1 (embedding) to {self.num_layers - 1}",
+                remedy=f"{self.path} has {self.num_layers} layers",
+            )
+
+
+def family_of(model_type: str, file: str | Path | None = None) -> Family:
+    """The family whose table lists ``model_type``.
+
+    Raises:
+        TargetError: no family does.
+    """
+    families = [registry.family(name) for name in registry.FAMILIES]
+    for one in families:
+        if model_type in one.model_types:
+            return one
+    known = ", ".join(kind for one in families for kind in one.model_types)
+    raise TargetError(
+        "no family for this model type",
+        file=file,
+        key="model_type",
+        found=model_type,
+        wanted=f"one of {known}",
+        remedy="add a file to deepspec/families and a row to deepspec/registry.py",
+    )
+
+
+def spec_from_config(config: Any, path: str, revision: str | None = None) -> TargetSpec:
+    """A :class:`TargetSpec` from a transformers config object."""
+    text = config.get_text_config()
+    flat = text.to_dict()
+    return TargetSpec(path, family_of(config.model_type, path), flat, config.model_type, revision)
+
+
+def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
+    """Read a target's config (a folder or a hub id); no weights.
+
+    Raises:
+        TargetError: no config there, or a model type of no known family.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=revision)
+    except (OSError, ValueError) as problem:
+        raise _unreadable(path, problem) from None
+    return spec_from_config(config, str(path), revision)
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
+    """The target's tokenizer.
+
+    Raises:
+        TargetError: no tokenizer there.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(path), revision=revision)
+    except (OSError, ValueError) as problem:
+        raise _unreadable(path, problem) from None
+
+
+def load_target(
+    path: str | Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", revision: str | None = None
+) -> Target:
+    """Load a target's real model, frozen and in eval mode.
+
+    Args:
+        path: a folder or a hub id.
+        dtype: of the weights; None keeps the checkpoint's.
+        device: where it runs.
+        revision: of the hub id.
+
+    Raises:
+        TargetError: nothing to load there, or an unknown family.
+    """
+    from transformers import AutoModelForCausalLM
+
+    spec = load_spec(path, revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or "auto", revision=revision)
+    except (OSError, ValueError) as problem:
+        raise _unreadable(path, problem) from None
+    return Target(model.to(device), spec)  # type: ignore[arg-type]
+
+
+def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:
+    first_line = str(problem).strip().splitlines()[0]
+    return TargetError(
+        f"cannot load the target ({first_line})",
+        file=path,
+        wanted="a Hugging Face model folder or a hub id",
+        remedy="check the path, or download the model first",
+    )
+
+
+class Target:
+    """A frozen target model and the few things that deepspec asks of it."""
+
+    def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.spec = spec
+        self.decoder = _find_decoder(model)
+        self.embed_weight: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]  # [V, D]
+        self.head_weight: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[operator]  # [V, D]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the target runs."""
+        return self.embed_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of its weights and hidden states."""
+        return self.embed_weight.dtype
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        layers: Sequence[int],
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> TargetOutput:
+        """One pass over the decoder, without logits.
+
+        Args:
+            input_ids: [B, S] int64.
+            layers: the layer outputs to keep, 0-based, -1 the embedding.
+            position_ids: [B, S]; None counts from the cache's length.
+            attention_mask: [B, S] padding mask, or [B, 1, S, KV] bool (True = visible), or for families with sliding
+                windows a dict from layer type to such a mask.
+            past_key_values: a transformers cache, updated in place; None for a pass without a cache.
+
+        Returns:
+            features [B, S, L*D] and the normed last hidden state [B, S, D].
+        """
+        with FeatureCapture(self.decoder, layers) as capture:
+            output = self.decoder(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=past_key_values is not None,
+            )
+        return TargetOutput(
+            capture.features() if layers else output.last_hidden_state[..., :0], output.last_hidden_state
+        )
+
+    @torch.no_grad()
+    def logits(self, last_hidden: Tensor) -> Tensor:
+        """softcap(lm_head(last_hidden)): [.., D] -> [.., V], in the model's dtype."""
+        logits = last_hidden @ self.head_weight.T
+        cap = self.spec.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def weights_digest(self) -> str:
+        """SHA-256 over every tensor's name, shape, dtype and a sample of its values; costs milliseconds."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            flat = tensor.detach().reshape(-1)
+            step = max(1, flat.numel() // 1024)
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(flat[::step].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _find_decoder(model: nn.Module) -> nn.Module:
+    """The module with ``layers`` and ``embed_tokens`` (``model.language_model`` in multi-modal models)."""
+    decoder = getattr(model, "model", model)
+    decoder = getattr(decoder, "language_model", decoder)
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "embed_tokens"):
+        raise TargetError(
+            "no decoder layers found", found=type(model).__name__, wanted="model.layers or model.language_model.layers"
+        )
+    return decoder
