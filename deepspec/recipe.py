@@ -1,0 +1,392 @@
+"""A recipe: one YAML file that says everything about a draft, read once into frozen, validated sections.
+
+A recipe may start from others (``extends: [base/a.yaml, base/b.yaml]``, relative to its own folder; later ones and the
+file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``). Whatever a recipe produces
+carries the resolved recipe beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from deepspec import registry
+from deepspec.errors import RecipeError, nearest
+from deepspec.files import sha256_json, write_text
+from deepspec.sections import parse_section, relocate, section_to_dict
+
+
+def _require(condition: bool, key: str, found: object, wanted: str, problem: str = "value out of range") -> None:
+    if not condition:
+        raise RecipeError(problem, key=key, found=found, wanted=wanted)
+
+
+@dataclass(frozen=True)
+class TargetSection:
+    """The model that is to be sped up."""
+
+    path: str  # a local folder or a hub id
+    layers: tuple[int, ...]  # 0-based decoder layers whose OUTPUT the draft reads; -1 = the embedding output
+    family: str | None = None  # checked against the model's own config where given
+    revision: str | None = None
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self) -> None:
+        _require(len(self.layers) > 0, "layers", list(self.layers), "at least one layer")
+        _require(min(self.layers) >= -1, "layers", list(self.layers), "layers from -1 (embeddings) upwards")
+        ordered = list(self.layers) == sorted(set(self.layers))
+        _require(ordered, "layers", list(self.layers), "each layer once, in rising order", "layers out of order")
+        if self.family is not None and self.family not in registry.FAMILIES:
+            remedy = nearest(self.family, registry.FAMILIES)
+            raise RecipeError("unknown family", key="family", found=self.family, remedy=remedy)
+
+
+@dataclass(frozen=True)
+class DataSection:
+    """Where training samples come from."""
+
+    source: Literal["cache", "online"] = "cache"
+    prompts: str | None = None  # hub id or JSONL of the prompts that the target answers
+    held_out: float = 0.05  # share of the prompts kept from training
+    conversations: str | None = None  # JSONL of prompts with the target's answers
+    cache: tuple[str, ...] = ()  # folders or URLs
+    cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
+    max_length: int = 4096  # tokens; longer conversations are cut
+    min_supervised: int = 14  # samples with fewer answer tokens are dropped
+    thinking: bool = False
+    system_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
+        _require(0 <= self.held_out < 1, "held_out", self.held_out, "a share in [0, 1)")
+        _require(self.min_supervised >= 0, "min_supervised", self.min_supervised, "0 or more")
+        if self.source == "online" and self.conversations is None:
+            raise RecipeError("source online reads conversations, and none are named", key="conversations")
+        if self.cache_weights is not None:
+            wanted = f"{len(self.cache)} weights, one per cache"
+            _require(len(self.cache_weights) == len(self.cache), "cache_weights", list(self.cache_weights), wanted)
+            _require(min(self.cache_weights) > 0, "cache_weights", list(self.cache_weights), "weights above 0")
+
+
+@dataclass(frozen=True)
+class RegenerateSection:
+    """How the target answers the prompts: its recommended sampling."""
+
+    temperature: float = 0.7
+    top_p: float = 0.8
+    top_k: int = 20
+    min_p: float = 0.0
+    max_tokens: int = 4096
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
+        _require(0 <= self.min_p < 1, "min_p", self.min_p, "a share in [0, 1)")
+        _require(self.max_tokens > 0, "max_tokens", self.max_tokens, "1 or more")
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class CacheSection:
+    """How a target cache is written."""
+
+    level: str = "lossless"  # a codec level of deepspec.cache
+    features_level: str | None = None  # overrides `level` for the features array
+    last_hidden_level: str | None = None  # overrides `level` for the last_hidden array
+    samples_per_part: int = 2048
+    tokens_per_batch: int = 16384  # token budget of one forward of the target
+
+    def __post_init__(self) -> None:
+        _require(self.samples_per_part > 0, "samples_per_part", self.samples_per_part, "1 or more")
+        _require(self.tokens_per_batch > 0, "tokens_per_batch", self.tokens_per_batch, "1 or more")
+
+
+@dataclass(frozen=True)
+class ValidationSection:
+    """Validation on held-out samples while training."""
+
+    path: str  # a cache of held-out conversations (source cache) or their JSONL (source online)
+    every: int = 500  # optimizer steps
+    samples: int = 128  # the first this many
+    decode_every: int | None = None  # optimizer steps between real decodings; None: never
+    decode_prompts: int = 8
+    max_new_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("every", "samples", "decode_prompts", "max_new_tokens"):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        if self.decode_every is not None:
+            wanted = f"a multiple of every ({self.every})"
+            _require(
+                self.decode_every > 0 and self.decode_every % self.every == 0, "decode_every", self.decode_every, wanted
+            )
+
+
+@dataclass(frozen=True)
+class TrainSection:
+    """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
+
+    deepspeed: str = "deepspeed_configs/zero1_bf16.json"  # sharding, offload and precision
+    epochs: int = 10
+    max_steps: int | None = None  # optimizer steps; stops the run earlier, the schedule ends there
+    micro_batch: int = 1  # samples per process and forward
+    global_batch: int = 512  # samples per optimizer step, whatever the number of processes
+    lr: float = 6.0e-4
+    weight_decay: float = 0.0
+    betas: tuple[float, ...] = (0.9, 0.999)
+    eps: float = 1.0e-8
+    warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
+    grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
+    bucket_batches: int = 50  # length bucketing inside windows of this many optimizer steps; 0 = off
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the draft
+    workers: int = 2  # threads that read and decode samples ahead of the step
+    log_every: int = 10
+    save_every: int = 3000
+    keep_last: int = 3
+    keep_every: int | None = None  # checkpoints at multiples of this step are kept for good
+    keep_best: bool = False  # keep the checkpoint with the best validation (decoding where it is on, else tau)
+    tensorboard: bool = True
+    wandb_project: str | None = None
+    online_micro_batch: int = 8  # sequences per forward of the target with `data.source: online`
+    validation: ValidationSection | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "epochs",
+            "micro_batch",
+            "global_batch",
+            "log_every",
+            "save_every",
+            "keep_last",
+            "online_micro_batch",
+        ):
+            _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+        for name in ("max_steps", "keep_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, name, value, "1 or more, or null")
+        for name in ("weight_decay", "grad_clip", "bucket_batches", "workers"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        _require(self.lr > 0, "lr", self.lr, "above 0")
+        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two in [0, 1)")
+        if self.global_batch % self.micro_batch:
+            wanted = f"a multiple of train.micro_batch ({self.micro_batch})"
+            raise RecipeError("global batch not divisible", key="global_batch", found=self.global_batch, wanted=wanted)
+        if self.keep_best and self.validation is None:
+            raise RecipeError("keep_best needs train.validation", key="keep_best", found=True)
+
+
+@dataclass(frozen=True)
+class EvaluateSection:
+    """How the finished draft is measured."""
+
+    tasks: tuple[str, ...] = (
+        *("gsm8k", "math500", "aime25", "humaneval", "mbpp", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2"),
+    )
+    temperature: tuple[float, ...] = (1.0,)
+    max_new_tokens: int = 2048
+    batch_size: int = 1
+    seed: int = 980406
+
+    def __post_init__(self) -> None:
+        _require(len(self.temperature) > 0 and min(self.temperature) >= 0, "temperature", self.temperature, "0 or more")
+        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
+        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A recipe file's top level, before the algorithm has parsed its own section."""
+
+    name: str
+    algorithm: str
+    target: TargetSection
+    seed: int = 42
+    draft: dict[str, Any] = field(default_factory=dict)
+    data: DataSection = DataSection()
+    regenerate: RegenerateSection = RegenerateSection()
+    cache: CacheSection = CacheSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    output: str | None = None  # default: runs/<name>
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole recipe; ``draft`` is the algorithm's own frozen config."""
+
+    name: str
+    algorithm: str
+    seed: int
+    target: TargetSection
+    draft: Any  # deepspec.algorithms.base.DraftConfig
+    draft_section: Mapping[str, Any]  # the `draft:` section as written, from which `draft` was parsed
+    data: DataSection
+    regenerate: RegenerateSection
+    cache: CacheSection
+    train: TrainSection
+    evaluate: EvaluateSection
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The resolved recipe as plain values: every key with its value, readable by :func:`load_recipe`."""
+        names = (
+            "name",
+            "algorithm",
+            "seed",
+            "target",
+            "draft",
+            "data",
+            "regenerate",
+            "cache",
+            "train",
+            "evaluate",
+            "output",
+        )
+        values = {name: getattr(self, name) for name in names} | {"draft": self.draft_section}
+        return {name: section_to_dict(value) for name, value in values.items()}
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML text."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe as YAML, whole or not at all."""
+        write_text(path, self.to_yaml())
+
+    def digest(self) -> str:
+        """Hex SHA-256 of the resolved recipe, independent of key order and of how it was written."""
+        return sha256_json(self.to_dict())
+
+    def for_target(self, spec: Any) -> Recipe:
+        """The same recipe, checked against the target's own facts, ``draft`` parsed with them.
+
+        Args:
+            spec: the :class:`deepspec.targets.TargetSpec` of ``target.path``.
+
+        Raises:
+            RecipeError: a layer beyond the model, another family, or a `draft:` key that does not fit the target.
+        """
+        if max(self.target.layers) >= spec.num_layers:
+            wanted = f"layers below {spec.num_layers}, the depth of {self.target.path}"
+            raise RecipeError(
+                "layer beyond the model", key="target.layers", found=list(self.target.layers), wanted=wanted
+            )
+        if self.target.family not in (None, spec.family.name):
+            wanted = f"{spec.family.name}, the family of {self.target.path}"
+            raise RecipeError("family of another target", key="target.family", found=self.target.family, wanted=wanted)
+        return replace(self, draft=_parse_draft(self.algorithm, self.draft_section, self.target.layers, spec))
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """Read, merge, override and validate a recipe.
+
+    Args:
+        path: the YAML file.
+        overrides: ``key.key=value`` texts, the value in YAML (``train.lr=3e-4``, ``data.cache=[a, b]``).
+
+    Raises:
+        RecipeError: a missing file, bad YAML, an unknown key, a wrong type, a contradiction; file and key are named.
+    """
+    values = _read_yaml(Path(path), ())
+    try:
+        for text in overrides:
+            _override(values, text)
+        return recipe_from_dict(values)
+    except RecipeError as error:
+        raise relocate(error, file=error.file or path) from None
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from plain values (what :meth:`Recipe.to_dict` gives).
+
+    Raises:
+        RecipeError: as :func:`load_recipe`, without a file name.
+    """
+    file = parse_section(_File, values, "")
+    if file.algorithm not in registry.ALGORITHMS:
+        remedy = nearest(file.algorithm, registry.ALGORITHMS)
+        raise RecipeError("unknown algorithm", key="algorithm", found=file.algorithm, remedy=remedy)
+    sections = {name: getattr(file, name) for name in ("data", "regenerate", "cache", "train", "evaluate")}
+    return Recipe(
+        name=file.name,
+        algorithm=file.algorithm,
+        seed=file.seed,
+        target=file.target,
+        draft=_parse_draft(file.algorithm, file.draft, file.target.layers, None),
+        draft_section=file.draft,
+        output=file.output or f"runs/{file.name}",
+        **sections,
+    )
+
+
+def _parse_draft(algorithm: str, section: Mapping[str, Any], layers: tuple[int, ...], spec: Any) -> Any:
+    if "target_layers" in section:
+        raise RecipeError("stands in another section", key="draft.target_layers", remedy="set target.layers")
+    return registry.algorithm(algorithm).parse({**section, "target_layers": list(layers)}, spec)
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without silently dropped duplicate keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise RecipeError("key given twice", key=key, found=f"line {node.start_mark.line + 1} and after")
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    """The file's mapping with its ``extends`` merged in."""
+    if path.resolve() in seen:
+        raise RecipeError("extends itself", file=path, key="extends")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
+    except (FileNotFoundError, IsADirectoryError):
+        raise RecipeError("no such recipe file", file=path) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"not a YAML file ({' '.join(str(error).split())})", file=path) from None
+    except RecipeError as error:
+        raise relocate(error, file=path) from None
+    if not isinstance(values, dict):
+        raise RecipeError("not a recipe", file=path, found=values, wanted="a mapping of sections")
+    bases = values.pop("extends", [])
+    merged: dict[str, Any] = {}
+    for base in [bases] if isinstance(bases, str) else bases:
+        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
+    return _merge(merged, values)
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections merged key by key; lists and scalars replaced."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
+    return merged
+
+
+def _override(values: dict[str, Any], text: str) -> None:
+    """Apply one ``section.key=value``."""
+    dotted, sign, value = text.partition("=")
+    if not sign or not dotted:
+        raise RecipeError("not an override", key=text, wanted="key.key=value, such as train.lr=3e-4")
+    *sections, last = dotted.split(".")
+    for name in sections:
+        if values.get(name) is None:
+            values[name] = {}
+        values = values[name]
+        if not isinstance(values, dict):
+            raise RecipeError("not a section", key=dotted, found=name)
+    try:
+        values[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise RecipeError("value is not YAML", key=dotted, found=value) from None
