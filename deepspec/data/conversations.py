@@ -1,0 +1,169 @@
+"""Conversations on disk: JSONL, one conversation a line, with a manifest that says the file is whole.
+
+A row is ``{"id": str, "messages": [{"role", "content", ...}, ...], ...}`` in OpenAI's form. Besides ``role`` and
+``content`` a message may carry ``tool_calls``, ``reasoning_content``, ``finish_reason`` (how the target's answer ended;
+``"length"``: it was cut) and ``weight`` (0: this answer is context only, never supervised).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from deepspec.errors import DataError
+from deepspec.files import read_json, sync_folder, write_json
+
+FORMAT = "deepspec.conversations/1"
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = dict[str, Any]
+
+
+def manifest_path(path: str | Path) -> Path:
+    """``<file>.manifest.json``."""
+    return Path(f"{path}.manifest.json")
+
+
+def dump_row(row: Mapping[str, Any]) -> bytes:
+    """One line of the file: compact UTF-8 JSON and a newline."""
+    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+
+
+def row_problem(row: Any) -> tuple[str, object] | None:
+    """(what is wrong, the value found) with a parsed row, or None."""
+    if not isinstance(row, dict):
+        return "a row must be an object", type(row).__name__
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        return "a row needs an `id`, a non-empty string", row.get("id")
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        return "a row needs `messages`, a non-empty list", messages
+    for message in messages:
+        if not isinstance(message, dict) or message.get("role") not in ROLES:
+            found = message.get("role") if isinstance(message, dict) else message
+            return f"a message needs a `role`, one of {', '.join(ROLES)}", found
+        content = message.get("content")
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            return "a message needs `content`, a string (it may be null beside tool_calls)", content
+    return None
+
+
+def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, one at a time; a file with a manifest is checked against it while it is read.
+
+    Raises:
+        DataError: no such file, an empty file, a malformed line (named by its number), an id that comes twice, or a
+            file that differs from its manifest.
+    """
+    path = Path(path)
+    manifest = read_json(manifest_path(path), DataError) if manifest_path(path).exists() else None
+    digest, seen = hashlib.sha256(), set[str]()
+    try:
+        handle = open(path, "rb")  # noqa: SIM115 (closed by the `with` below; only opening is inside the `try`)
+    except OSError as problem:
+        raise DataError(f"cannot read conversations ({problem.strerror})", file=path) from None
+    with handle:
+        for number, line in enumerate(handle, 1):
+            digest.update(line)
+            row = _parse_line(line, path, number)
+            if row["id"] in seen:
+                raise DataError("the same id twice", file=path, key=f"line {number}", found=row["id"])
+            seen.add(row["id"])
+            yield row
+    if not seen:
+        raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
+    if manifest is not None:
+        _check_manifest(manifest, path, len(seen), digest.hexdigest())
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    wanted = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "content": "..."}, ...]}'
+    try:
+        row = json.loads(line)
+    except ValueError as problem:
+        raise DataError(f"not JSON ({problem})", file=path, key=f"line {number}", wanted=wanted) from None
+    fault = row_problem(row)
+    if fault is not None:
+        found = fault[1] if fault[1] is None or len(repr(fault[1])) < 200 else repr(fault[1])[:200]
+        raise DataError(fault[0], file=path, key=f"line {number}", found=found, wanted=wanted)
+    result: dict[str, Any] = row
+    return result
+
+
+def _check_manifest(manifest: Any, path: Path, rows: int, sha256: str) -> None:
+    wanted = {"format": FORMAT, "rows": rows, "sha256": sha256}
+    for key, value in wanted.items():
+        found = manifest.get(key) if isinstance(manifest, dict) else None
+        if found != value:
+            raise DataError(
+                "the file is not the one its manifest describes",
+                file=manifest_path(path),
+                key=key,
+                found=found,
+                wanted=value,
+                remedy="the file was cut or edited after it was written: make it again, or delete the manifest",
+            )
+
+
+class ConversationWriter:
+    """Writes conversations row by row under a temporary name; the last act of a good end is the manifest.
+
+    Used as a context manager. When the block raises, the temporary file goes and an older file of that name stays.
+    """
+
+    def __init__(self, path: str | Path, provenance: Mapping[str, Any]) -> None:
+        self.path, self.provenance, self.rows = Path(path), dict(provenance), 0
+        self._digest = hashlib.sha256()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._handle = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row.
+
+        Raises:
+            DataError: the row is not a conversation.
+        """
+        fault = row_problem(row)
+        if fault is not None:
+            raise DataError(fault[0], file=self.path, key=row.get("id"), found=fault[1])
+        line = dump_row(row)
+        self._digest.update(line)
+        self._handle.write(line)
+        self.rows += 1
+
+    def __enter__(self) -> ConversationWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._handle:
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+        if kind is not None or self.rows == 0:
+            self._temporary.unlink()
+            if kind is None:
+                raise DataError("no conversation to write", file=self.path, wanted="at least one")
+            return
+        manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not vouch for the new one
+        os.replace(self._temporary, self.path)
+        sync_folder(self.path.parent)
+        manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}
+        write_json(manifest_path(self.path), manifest | {"provenance": self.provenance})
+
+
+def write_conversations(path: str | Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]) -> int:
+    """Write a whole file and its manifest; returns the number of rows.
+
+    Raises:
+        DataError: a row that is not a conversation, or no row at all.
+    """
+    with ConversationWriter(path, provenance) as writer:
+        for row in rows:
+            writer.write(row)
+    return writer.rows
