@@ -8,7 +8,7 @@ carries the resolved recipe beside it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +38,8 @@ class TargetSection:
     def __post_init__(self) -> None:
         _require(len(self.layers) > 0, "layers", list(self.layers), "at least one layer")
         _require(min(self.layers) >= -1, "layers", list(self.layers), "layers from -1 (embeddings) upwards")
-        ordered = list(self.layers) == sorted(set(self.layers))
-        _require(ordered, "layers", list(self.layers), "each layer once, in rising order", "layers out of order")
+        distinct = len(set(self.layers)) == len(self.layers)
+        _require(distinct, "layers", list(self.layers), "each layer once", "layer named twice")
         if self.family is not None and self.family not in registry.FAMILIES:
             remedy = nearest(self.family, registry.FAMILIES)
             raise RecipeError("unknown family", key="family", found=self.family, remedy=remedy)
@@ -226,8 +226,7 @@ class Recipe:
     algorithm: str
     seed: int
     target: TargetSection
-    draft: Any  # deepspec.algorithms.base.DraftConfig
-    draft_section: Mapping[str, Any]  # the `draft:` section as written, from which `draft` was parsed
+    draft: Any  # deepspec.algorithms.base.DraftConfig: the `draft:` section and `target.layers`
     data: DataSection
     regenerate: RegenerateSection
     cache: CacheSection
@@ -237,21 +236,9 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         """The resolved recipe as plain values: every key with its value, readable by :func:`load_recipe`."""
-        names = (
-            "name",
-            "algorithm",
-            "seed",
-            "target",
-            "draft",
-            "data",
-            "regenerate",
-            "cache",
-            "train",
-            "evaluate",
-            "output",
-        )
-        values = {name: getattr(self, name) for name in names} | {"draft": self.draft_section}
-        return {name: section_to_dict(value) for name, value in values.items()}
+        values = {field.name: section_to_dict(getattr(self, field.name)) for field in fields(self)}
+        del values["draft"]["target_layers"]  # they stand in `target.layers`
+        return values
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML text."""
@@ -282,7 +269,7 @@ class Recipe:
         if self.target.family not in (None, spec.family.name):
             wanted = f"{spec.family.name}, the family of {self.target.path}"
             raise RecipeError("family of another target", key="target.family", found=self.target.family, wanted=wanted)
-        return replace(self, draft=_parse_draft(self.algorithm, self.draft_section, self.target.layers, spec))
+        return replace(self, draft=_parse_draft(self.algorithm, self.to_dict()["draft"], self.target.layers, spec))
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
@@ -321,7 +308,6 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         seed=file.seed,
         target=file.target,
         draft=_parse_draft(file.algorithm, file.draft, file.target.layers, None),
-        draft_section=file.draft,
         output=file.output or f"runs/{file.name}",
         **sections,
     )

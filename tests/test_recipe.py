@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import yaml
@@ -57,17 +56,17 @@ def test_published_recipe_has_the_published_values(algorithm: str, target: str) 
     assert recipe.data.thinking is False
     assert (recipe.evaluate.temperature, recipe.evaluate.max_new_tokens, recipe.evaluate.seed) == ((1.0,), 2048, 980406)
     assert recipe.seed == (0 if algorithm == "eagle3" else 42)
-    draft: dict[str, Any] = dict(recipe.draft_section)
+    draft = recipe.draft
     if algorithm == "eagle3":
-        assert draft == {"num_layers": 1, "ttt_length": 7, "step_loss_decay": 0.8}
+        assert (draft.num_layers, draft.ttt_length, draft.step_loss_decay) == (1, 7, 0.8)
     else:
-        assert (draft["num_layers"], draft["block_size"], draft["num_anchors"]) == (5, 7, 512)
-        assert (draft["mask_token_id"], draft["loss_decay_gamma"]) == (mask, 4.0)
+        assert (draft.num_layers, draft.block_size, draft.num_anchors) == (5, 7, 512)
+        assert (draft.mask_token_id, draft.loss_decay_gamma) == (mask, 4.0)
     if algorithm == "dspark":
-        assert (draft["markov_rank"], draft["markov_head"]) == (256, "vanilla")
-        assert (draft["ce_weight"], draft["l1_weight"], draft["confidence_weight"]) == (0.1, 0.9, 1.0)
-        assert draft["confidence_head"]
-        assert draft["confidence_with_markov"]
+        assert (draft.markov_rank, draft.markov_head) == (256, "vanilla")
+        assert (draft.ce_weight, draft.l1_weight, draft.confidence_weight) == (0.1, 0.9, 1.0)
+        assert draft.confidence_head
+        assert draft.confidence_with_markov
     assert recipe.draft.target_layers == layers
     assert recipe.draft.algorithm == algorithm
     assert recipe.draft.max_draft == 7
@@ -136,7 +135,7 @@ def test_extends_merges_in_order_and_refuses_a_circle(tmp_path: Path) -> None:
         ("train.validation={every: 10}", ["train.validation.path", "missing key"]),
         ("train.warmup_ratio=1.5", ["train.warmup_ratio", "1.5"]),
         ("target.layers=[]", ["target.layers", "at least one"]),
-        ("target.layers=[3, 1]", ["target.layers", "rising"]),
+        ("target.layers=[3, 3]", ["target.layers", "twice"]),
         ("target.layers=[-2, 1]", ["target.layers", "-1"]),
         ("target.family=qwen4", ["target.family", "did you mean 'qwen3'"]),
         ("target.dtype=float16", ["target.dtype", "float16", "'bfloat16'"]),
