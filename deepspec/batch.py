@@ -5,7 +5,7 @@ B sequences of the batch, S their padded length, L target layers read, D the tar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Supervision:
     """Which tokens are supervised, and the key of every random draw: (seed, epoch, sample id).
 
     The part of a batch that is known before any hidden state is read; it suffices to compute the batch's loss weight.
+    Its tensors stay on the CPU: what to compute is planned there, so that no plan ever waits for the GPU.
     """
 
     loss_mask: Tensor  # [B, S] bool, 1 where the token itself is part of an answer; 0 on padding
@@ -40,13 +41,10 @@ class Batch:
     last_hidden: Tensor | None  # [B, S, D], the input of lm_head; None where the loss does not use it
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """A copy on ``device``, hidden states cast to ``dtype``."""
-        masks = {f.name: getattr(self.supervision, f.name) for f in fields(Supervision)}
-        moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in masks.items()}
+        """A copy on ``device``, hidden states cast to ``dtype``; the supervision stays on the CPU."""
         last = None if self.last_hidden is None else self.last_hidden.to(device, dtype, non_blocking=True)
         return replace(
             self,
-            supervision=Supervision(**moved),
             input_ids=self.input_ids.to(device, non_blocking=True),
             features=self.features.to(device, dtype, non_blocking=True),
             last_hidden=last,

@@ -1,0 +1,218 @@
+"""The block drafter that DFlash and DSpark share: context injection, parallel slots, anchors.
+
+A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
+and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already
+predicts).
+
+B batch, S sequence, N blocks (anchors), K slots, L target layers, D hidden size, R supervised slots of the micro-batch,
+P distinct target positions of those slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepspec.algorithms.base import Algorithm, DraftModel, Proposal, Sampler
+from deepspec.batch import Supervision
+from deepspec.families.base import Family, Shape
+from deepspec.metrics import Ratio
+from deepspec.nn.attention import attend
+from deepspec.nn.heads import ConfidenceHead, MarkovHead
+from deepspec.nn.losses import HeadRows
+from deepspec.nn.parts import RMSNorm
+from deepspec.nn.ragged import RaggedKV
+
+
+def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
+    """Anchors of every row: positions a with loss_mask[a] = loss_mask[a+1] = 1, at most ``num_anchors``, ascending.
+
+    Drawn without replacement from (seed, epoch, sample id), so that resume and world size never change a draw.
+    """
+    mask = supervision.loss_mask.bool()
+    drawn = []
+    for row in range(len(mask)):
+        length = int(supervision.lengths[row])
+        valid = (mask[row, : length - 1] & mask[row, 1:length]).nonzero()[:, 0]
+        if len(valid) > num_anchors:
+            chosen = torch.randperm(len(valid), generator=supervision.generator(row))[:num_anchors]
+            valid = valid[chosen].sort().values
+        drawn.append(valid)
+    return drawn
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which slots of which blocks are supervised, sorted by the target position they are compared with; on the CPU."""
+
+    anchor_BN: Tensor  # int64, 0 where a row has fewer blocks
+    slot_R: Tensor  # index of each supervised slot in [B, N, K] flattened
+    position_P: Tensor  # index of each distinct target position a + k in [B, S] flattened
+    label_R: Tensor  # index of each slot's label (position a + k + 1) in [B, S] flattened
+    rows: HeadRows  # without labels yet: they need the tokens
+
+    @staticmethod
+    def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float) -> BlockPlan:
+        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the whole run a+1..a+k+1 (a prefix)."""
+        mask = supervision.loss_mask.bool()
+        B, S = mask.shape
+        N = max((len(a) for a in anchors), default=0)
+        anchor_BN = torch.zeros(B, N, dtype=torch.int64)
+        kept_BN = torch.zeros(B, N, dtype=torch.bool)
+        for row, drawn in enumerate(anchors):
+            anchor_BN[row, : len(drawn)], kept_BN[row, : len(drawn)] = drawn, True
+        label_BNK = anchor_BN[..., None] + torch.arange(1, block_size + 1)
+        inside = label_BNK < supervision.lengths[:, None, None]
+        supervised = mask.gather(1, label_BNK.clamp_max(S - 1).flatten(1)).view_as(label_BNK) & inside
+        supervised = supervised.cumprod(dim=-1).bool() & kept_BN[..., None]
+        slot_R = supervised.flatten().nonzero()[:, 0]
+        label = (label_BNK + S * torch.arange(B)[:, None, None]).flatten()[slot_R]
+        label, order = label.sort(stable=True)
+        slot_R = slot_R[order]
+        position_P, position_R = torch.unique_consecutive(label - 1, return_inverse=True)
+        weight_R = torch.exp(-(slot_R % block_size).double() / gamma).float()
+        return BlockPlan(anchor_BN, slot_R, position_P, label, HeadRows.plan(position_R, weight_R))
+
+    @property
+    def weight(self) -> Tensor:
+        """Sum of the slots' weights, a scalar."""
+        return self.rows.weight_R.sum()
+
+
+class BlockDraft(DraftModel):
+    """DFlash, or DSpark where the config asks for a sequential or a confidence head."""
+
+    def __init__(self, algorithm: Algorithm, config: Any, shape: Shape, family: Family) -> None:
+        super().__init__(algorithm, config, shape, family, input_size=shape.hidden_size)
+        self.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        rank = getattr(config, "markov_rank", 0)
+        self.markov_head = MarkovHead(config.markov_head, shape.vocab_size, rank, shape.hidden_size) if rank else None
+        self.confidence_head = None
+        if getattr(config, "confidence_head", False):
+            self.confidence_head = ConfidenceHead(shape.hidden_size, rank if config.confidence_with_markov else 0)
+
+    def context(self, features: Tensor) -> Tensor:
+        """H_ctx [.., D] = RMSNorm(fc(features [.., L*D]))."""
+        return self.hidden_norm(self.fc(features.to(self.dtype)))
+
+    def block_inputs(self, anchor_token_BN: Tensor) -> Tensor:
+        """Embeddings [B, N, K, D] of [anchor, MASK, MASK, ...]."""
+        tokens = anchor_token_BN[..., None].repeat_interleave(self.config.block_size, dim=-1)
+        tokens[..., 1:] = self.config.mask_token_id
+        return self.frozen.embed(tokens)
+
+    def slots(self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_kv: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Normed hidden states [B, N, K, D] of the blocks, from the context's keys and values in every layer."""
+        steps = torch.arange(self.config.block_size, device=anchor_BN.device)
+        table = self.rotary(anchor_BN[..., None] + steps)
+        hidden = self.block_inputs(anchor_token_BN)
+        for layer, context in zip(self.layers, context_kv, strict=True):
+            arguments = (layer, hidden, table, context, anchor_BN, self.attention)
+            hidden = (
+                checkpoint(_block_layer, *arguments, use_reentrant=False)
+                if self.activation_checkpointing and torch.is_grad_enabled()
+                else _block_layer(*arguments)
+            )
+        return self.norm(hidden)
+
+    def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, reach: int) -> Tensor:
+        """Normed hidden states [B, N, K, D] with the context taken from ``features`` [B, S, L*D].
+
+        Args:
+            features: the target's features.
+            input_ids: [B, S].
+            anchor_BN: anchors on the same device.
+            reach: one more than the last anchor: the context that any block can see.
+        """
+        context = self.context(features[:, :reach])
+        table = self.rotary(torch.arange(reach, device=context.device))
+        context_kv = [layer.self_attn.keys_values(context, table) for layer in self.layers]
+        return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_kv)
+
+
+def _block_layer(
+    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, backend: str
+) -> Tensor:
+    normed = layer.input_layernorm(hidden)
+    queries, own = layer.self_attn.queries(normed, table), layer.self_attn.keys_values(normed, table)
+    return layer.finish(hidden, attend(queries, context, own, limit, layer.self_attn.scale, backend))
+
+
+def by_block(values_R: Tensor, plan: BlockPlan, block_size: int) -> tuple[Tensor, Tensor]:
+    """Scatter one value per supervised slot into [blocks, K]; (values, mask), zeros elsewhere."""
+    size = plan.anchor_BN.numel() * block_size
+    slots = plan.slot_R.to(values_R.device)
+    dense = torch.zeros(size, device=values_R.device).index_copy(0, slots, values_R.float())
+    mask = torch.zeros(size, device=values_R.device).index_fill(0, slots, 1.0)
+    return dense.view(-1, block_size), mask.view(-1, block_size)
+
+
+def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, Ratio]:
+    """accept_rate by position, and tau = mean over blocks of 1 + sum_k prod_{j <= k} c*_j."""
+    blocks = mask_NK[:, 0].sum() if mask_NK.shape[0] else mask_NK.sum()
+    prefix = (accept_NK * mask_NK).cumprod(dim=-1)
+    return {
+        "accept_rate": Ratio((accept_NK * mask_NK).sum(dim=0), mask_NK.sum(dim=0)),
+        "tau": Ratio(prefix.sum() + blocks, blocks),
+    }
+
+
+class BlockDrafter:
+    """Decoding state: the context's keys and values per layer; a block's own are dropped after each round."""
+
+    def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
+        self.model, self.max_draft = model, model.config.max_draft
+        shape = model.shape
+        slack = self.max_draft + 2
+        self._cache = [
+            RaggedKV(batch_size, max_length + slack, shape.num_kv_heads, shape.head_dim, model.fc.weight.detach())
+            for _ in model.layers
+        ]
+        self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Empty the contexts of ``rows``."""
+        self._length_B[rows] = 0
+
+    @torch.no_grad()
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Append the features of committed positions (the tokens after them are not used)."""
+        positions = self._length_B[:, None] + torch.arange(features.shape[1], device=features.device)
+        context, table = self.model.context(features), self.model.rotary(positions)
+        for layer, cache in zip(self.model.layers, self._cache, strict=True):
+            cache.write(layer.self_attn.keys_values(context, table), self._length_B)
+        self._length_B += counts
+
+    @torch.no_grad()
+    def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
+        """One parallel pass over the block, then the slots left to right through the sequential head."""
+        count = min(max_draft or self.max_draft, self.max_draft)
+        model = self.model
+        reach = int(self._length_B.max())
+        anchor = self._length_B[:, None]
+        hidden = model.slots(last_token[:, None], anchor, [cache.view(reach) for cache in self._cache])[:, 0, :count]
+        logits = model.frozen.logits(hidden).float()  # [B, K, V]
+        tokens, probs, confidence = [], [], []
+        previous, state = last_token, None
+        for k in range(count):
+            slot_logits, embedded = logits[:, k], None
+            if model.markov_head is not None:
+                embedded = model.markov_head.markov_w1(previous)
+                latent, state = model.markov_head.step(embedded, hidden[:, k], state)
+                slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
+            if model.confidence_head is not None:
+                features = embedded if model.config.confidence_with_markov else None
+                confidence.append(model.confidence_head(hidden[:, k], features))
+            previous, prob = sample(slot_logits, k)
+            tokens.append(previous)
+            if prob is not None:
+                probs.append(prob)
+        return Proposal(
+            torch.stack(tokens, dim=1),
+            torch.stack(probs, dim=1) if probs else None,
+            torch.stack(confidence, dim=1) if confidence else None,
+        )

@@ -1,0 +1,183 @@
+"""DFlash: a parallel block drafter trained with cross-entropy on the answer's tokens.
+
+The target's features are injected as keys and values into every layer; one pass drafts K tokens. See
+``deepspec.algorithms.block`` for the model, the anchors and decoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from deepspec.algorithms.base import Algorithm, Drafter, require, target_states
+from deepspec.algorithms.block import (
+    BlockDraft,
+    BlockDrafter,
+    BlockPlan,
+    acceptance_metrics,
+    by_block,
+    draw_anchors,
+)
+from deepspec.batch import Batch, Supervision
+from deepspec.errors import RecipeError
+from deepspec.families.base import Family, Shape
+from deepspec.metrics import LossTerms, Ratio
+from deepspec.nn.chunk import LossWeights
+from deepspec.nn.heads import MarkovHead
+from deepspec.nn.losses import HeadLoss, head_loss
+from deepspec.sections import parse_section
+from deepspec.targets import TargetSpec
+
+
+@dataclass(frozen=True)
+class DFlashConfig:
+    """The ``draft:`` section of a DFlash recipe."""
+
+    target_layers: tuple[int, ...]
+    mask_token_id: int
+    num_layers: int = 5
+    block_size: int = 7
+    num_anchors: int = 512
+    loss_decay_gamma: float = 4.0  # slot k weighs exp(-k / gamma)
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "block_size", "num_anchors"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(self.loss_decay_gamma > 0, "loss_decay_gamma", self.loss_decay_gamma, "above 0")
+        require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
+
+    @property
+    def algorithm(self) -> str:
+        """Registry name."""
+        return "dflash"
+
+    @property
+    def max_draft(self) -> int:
+        """K: every slot drafts one token."""
+        return self.block_size
+
+
+def check_mask_token(config: Any, target: TargetSpec | None) -> None:
+    """Check that the mask token lies in the target's vocabulary.
+
+    Raises:
+        RecipeError: it does not.
+    """
+    if target is not None and config.mask_token_id >= target.vocab_size:
+        wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
+        raise RecipeError("no such token", key="draft.mask_token_id", found=config.mask_token_id, wanted=wanted)
+
+
+@dataclass(frozen=True)
+class SlotLoss:
+    """The head loss of a micro-batch's supervised slots and what it was computed from."""
+
+    head: HeadLoss
+    plan: BlockPlan
+    hidden_RD: Tensor
+    previous_RM: Tensor | None  # W1[x] of each slot's previous token
+    weight: Tensor
+
+
+def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: list[Tensor] | None = None) -> SlotLoss:
+    """Draft all blocks of a micro-batch and apply the fused head loss to their supervised slots.
+
+    Args:
+        model: the draft.
+        batch: B conversations.
+        weights: coefficients of the head loss.
+        anchors: ascending anchors per row; None draws them.
+    """
+    config: Any = model.config
+    supervision = batch.supervision
+    drawn = draw_anchors(supervision, config.num_anchors) if anchors is None else anchors
+    plan = BlockPlan.make(supervision, drawn, config.block_size, config.loss_decay_gamma)
+    device = batch.input_ids.device
+    reach = int(plan.anchor_BN.max()) + 1 if plan.anchor_BN.numel() else 1
+    anchor_BN, slot_R, position_P = (x.to(device) for x in (plan.anchor_BN, plan.slot_R, plan.position_P))
+    hidden_BNKD = model.train_slots(batch.features, batch.input_ids, anchor_BN, reach)
+    hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, slot_R)
+    tokens = batch.input_ids.flatten()
+    rows = plan.rows.with_labels(tokens[plan.label_R.to(device)])
+    target = target_states(batch, position_P, model.dtype) if weights.needs_target else None
+    latent = w2 = previous_RM = None
+    if model.markov_head is not None:
+        embedded_PM = model.markov_head.markov_w1(tokens[position_P])
+        previous_RM = embedded_PM[rows.position_R]
+        latent, w2 = embedded_PM, model.markov_head.markov_w2.weight
+        if model.markov_head.depends_on_hidden:
+            latent = _latents(model.markov_head, batch, hidden_BNKD, anchor_BN).flatten(0, 2).index_select(0, slot_R)
+    head = head_loss(hidden_RD, model.frozen, rows, weights, target, latent, w2, model.loss)
+    return SlotLoss(head, plan, hidden_RD, previous_RM, rows.weight_R.sum())
+
+
+def _latents(head: MarkovHead, batch: Batch, hidden_BNKD: Tensor, anchor_BN: Tensor) -> Tensor:
+    """Sequential latents [B, N, K, M] of all slots, teacher-forced (the rnn's state runs over whole blocks)."""
+    B, N, K = hidden_BNKD.shape[:3]
+    positions = anchor_BN[..., None] + anchor_BN.new_tensor(range(K))
+    positions = positions.clamp_max(batch.input_ids.shape[1] - 1)
+    tokens = batch.input_ids.gather(1, positions.view(B, N * K)).view(B, N, K)
+    return head.latents(head.markov_w1(tokens), hidden_BNKD)
+
+
+class DFlash(Algorithm):
+    """The published recipe: five layers, block 7, cross-entropy only."""
+
+    name = "dflash"
+
+    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> DFlashConfig:
+        """See :meth:`Algorithm.parse`."""
+        config = parse_section(DFlashConfig, section, "draft")
+        check_mask_token(config, target)
+        return config
+
+    def build_model(self, config: DFlashConfig, shape: Shape, family: Family) -> BlockDraft:
+        """See :meth:`Algorithm.build_model`."""
+        return BlockDraft(self, config, shape, family)
+
+    def read_config(self, published: Mapping[str, Any]) -> DFlashConfig:
+        """See :meth:`Algorithm.read_config`."""
+        return DFlashConfig(
+            target_layers=tuple(published["target_layer_ids"]),
+            mask_token_id=published["mask_token_id"],
+            num_layers=published["num_hidden_layers"],
+            block_size=published["block_size"],
+            num_anchors=published["num_anchors"],
+        )
+
+    def write_config(self, config: DFlashConfig, published: dict[str, Any]) -> None:
+        """See :meth:`Algorithm.write_config`; DFlash is written as DSpark without heads, as published."""
+        published.update(
+            block_size=config.block_size,
+            num_anchors=config.num_anchors,
+            mask_token_id=config.mask_token_id,
+            sample_from_anchor=True,
+            markov_rank=0,
+            enable_confidence_head=False,
+        )
+
+    def needs_last_hidden(self, config: DFlashConfig) -> bool:
+        """Cross-entropy needs only the tokens."""
+        return False
+
+    def loss_weight(self, config: DFlashConfig, supervision: Supervision) -> Tensor:
+        """Sum of exp(-k / gamma) over the supervised slots."""
+        anchors = draw_anchors(supervision, config.num_anchors)
+        return BlockPlan.make(supervision, anchors, config.block_size, config.loss_decay_gamma).weight
+
+    def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
+        """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""
+        slots = block_loss(model, batch, LossWeights(ce=1.0), anchors)
+        accept, mask = by_block(slots.head.hit_R, slots.plan, model.config.max_draft)
+        ce = Ratio(slots.head.combined, slots.weight)
+        return LossTerms({"ce": ce}, {"ce": 1.0}, acceptance_metrics(accept, mask))
+
+    def drafter(self, model: BlockDraft, batch_size: int, max_length: int) -> Drafter:
+        """See :meth:`Algorithm.drafter`."""
+        return BlockDrafter(model, batch_size, max_length)
+
+
+DFLASH = DFlash()

@@ -1,0 +1,162 @@
+"""DSpark: the block drafter with a sequential (Markov) head and a confidence head.
+
+    loss = ce * CE + l1 * ||p_draft - p_target||_1 + confidence * BCE(confidence, c*),   c* = 1 - L1 / 2
+
+each a mean over the supervised slots with weights exp(-k / gamma). The sequential head makes the parallel slots agree
+with one another; the confidence head predicts each slot's acceptance, which the prefix scheduler uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deepspec.algorithms.base import Algorithm, Drafter, require
+from deepspec.algorithms.block import (
+    BlockDraft,
+    BlockDrafter,
+    BlockPlan,
+    acceptance_metrics,
+    by_block,
+    draw_anchors,
+)
+from deepspec.algorithms.dflash import DFlashConfig, SlotLoss, block_loss, check_mask_token
+from deepspec.batch import Batch, Supervision
+from deepspec.families.base import Family, Shape
+from deepspec.metrics import LossTerms, Ratio
+from deepspec.nn.chunk import LossWeights
+from deepspec.sections import parse_section
+from deepspec.targets import TargetSpec
+
+
+@dataclass(frozen=True)
+class DSparkConfig(DFlashConfig):
+    """The ``draft:`` section of a DSpark recipe."""
+
+    markov_rank: int = 256
+    markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
+    confidence_head: bool = True
+    confidence_with_markov: bool = True  # the confidence head also reads W1[x] of the previous token
+    ce_weight: float = 0.1
+    l1_weight: float = 0.9
+    confidence_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.markov_rank >= 0, "markov_rank", self.markov_rank, "0 (no sequential head) or more")
+        for key in ("ce_weight", "l1_weight", "confidence_weight"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        if self.confidence_head and self.confidence_with_markov:
+            require(self.markov_rank > 0, "confidence_with_markov", True, "false where markov_rank is 0")
+
+    @property
+    def algorithm(self) -> str:
+        """Registry name."""
+        return "dspark"
+
+
+def confidence_terms(
+    model: BlockDraft, slots: SlotLoss, accept_NK: Tensor, mask_NK: Tensor
+) -> tuple[Ratio, dict[str, Ratio]]:
+    """Weighted BCE of the confidence head against the analytic acceptance rate, and how far off it is.
+
+    Metrics: mean |sigmoid - c*|, mean signed error, and the signed error of the prefix products (survival).
+    """
+    config: Any = model.config
+    label_R = slots.head.accept_R
+    if model.confidence_head is None or label_R is None:
+        raise TypeError("confidence terms need a confidence head and a target distribution")
+    logit_R = model.confidence_head(slots.hidden_RD, slots.previous_RM if config.confidence_with_markov else None)
+    weight_R = slots.plan.rows.weight_R.to(logit_R.device)
+    bce = (weight_R * F.binary_cross_entropy_with_logits(logit_R, label_R, reduction="none")).sum()
+    with torch.no_grad():
+        error_R = logit_R.sigmoid() - label_R
+        predicted_NK, _ = by_block(logit_R.sigmoid(), slots.plan, config.block_size)
+        survival = (predicted_NK * mask_NK).cumprod(dim=-1) - (accept_NK * mask_NK).cumprod(dim=-1)
+        count = mask_NK.sum()
+        metrics = {
+            "confidence_error": Ratio(error_R.abs().sum(), count),
+            "confidence_bias": Ratio(error_R.sum(), count),
+            "confidence_prefix_bias": Ratio((survival * mask_NK).sum(), count),
+        }
+    return Ratio(bce, slots.weight), metrics
+
+
+class DSpark(Algorithm):
+    """The published recipe: 0.1 CE + 0.9 L1 + 1.0 confidence, a vanilla head of rank 256."""
+
+    name = "dspark"
+
+    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> DSparkConfig:
+        """See :meth:`Algorithm.parse`."""
+        config = parse_section(DSparkConfig, section, "draft")
+        check_mask_token(config, target)
+        return config
+
+    def build_model(self, config: DSparkConfig, shape: Shape, family: Family) -> BlockDraft:
+        """See :meth:`Algorithm.build_model`."""
+        return BlockDraft(self, config, shape, family)
+
+    def read_config(self, published: Mapping[str, Any]) -> DSparkConfig:
+        """See :meth:`Algorithm.read_config`."""
+        return DSparkConfig(
+            target_layers=tuple(published["target_layer_ids"]),
+            mask_token_id=published["mask_token_id"],
+            num_layers=published["num_hidden_layers"],
+            block_size=published["block_size"],
+            num_anchors=published["num_anchors"],
+            markov_rank=published["markov_rank"],
+            markov_head=published.get("markov_head_type", "vanilla"),
+            confidence_head=published["enable_confidence_head"],
+            confidence_with_markov=published.get("confidence_head_with_markov", False),
+        )
+
+    def write_config(self, config: DSparkConfig, published: dict[str, Any]) -> None:
+        """See :meth:`Algorithm.write_config`."""
+        published.update(
+            block_size=config.block_size,
+            num_anchors=config.num_anchors,
+            mask_token_id=config.mask_token_id,
+            sample_from_anchor=True,
+            markov_rank=config.markov_rank,
+            markov_head_type=config.markov_head,
+            enable_confidence_head=config.confidence_head,
+            confidence_head_with_markov=config.confidence_with_markov,
+        )
+
+    def needs_last_hidden(self, config: DSparkConfig) -> bool:
+        """The L1 term and the confidence label compare with the target's distribution."""
+        return config.l1_weight > 0 or config.confidence_head
+
+    def loss_weight(self, config: DSparkConfig, supervision: Supervision) -> Tensor:
+        """Sum of exp(-k / gamma) over the supervised slots."""
+        anchors = draw_anchors(supervision, config.num_anchors)
+        return BlockPlan.make(supervision, anchors, config.block_size, config.loss_decay_gamma).weight
+
+    def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
+        """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""
+        config: DSparkConfig = model.config
+        weights = LossWeights(ce=config.ce_weight, l1=config.l1_weight, report_l1=config.confidence_head)
+        slots = block_loss(model, batch, weights, anchors)
+        measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
+        accept, mask = by_block(measured, slots.plan, config.block_size)
+        terms, factors = {"head": Ratio(slots.head.combined, slots.weight)}, {"head": 1.0}
+        metrics = acceptance_metrics(accept, mask)
+        metrics |= {name: Ratio(total, slots.weight) for name, total in slots.head.sums.items()}
+        if config.confidence_head:
+            terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
+            factors["confidence"] = config.confidence_weight
+            metrics |= extra
+        return LossTerms(terms, factors, metrics)
+
+    def drafter(self, model: BlockDraft, batch_size: int, max_length: int) -> Drafter:
+        """See :meth:`Algorithm.drafter`."""
+        return BlockDrafter(model, batch_size, max_length)
+
+
+DSPARK = DSpark()

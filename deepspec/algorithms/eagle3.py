@@ -1,0 +1,325 @@
+"""Eagle3: an autoregressive drafter trained with training-time test (TTT).
+
+Slot t starts from g = fc(features[t]) and the token x_{t+1} and predicts x_{t+2}; at TTT step j it continues from its
+own output of step j - 1 and the token x_{t+1+j}, as it will when decoding, and predicts x_{t+2+j}. A query at step j
+sees the step-0 keys of positions <= t and its own slot's keys of steps 1..j. Each step is compared with the target's
+distribution at
+t + 1 + j by soft cross-entropy:
+
+    loss = sum_j decay^j * mean over sequences of (sum over supervised slots of soft CE / length of the sequence)
+
+B batch, S sequence, N active slots of a row (those that any step supervises), T TTT steps, L target layers, D hidden
+size, R supervised (step, slot) pairs, P distinct target positions of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from deepspec.algorithms.base import Algorithm, Drafter, DraftModel, Proposal, Sampler, require, target_states
+from deepspec.algorithms.block import acceptance_metrics
+from deepspec.batch import Batch, Supervision
+from deepspec.families.base import Family, Shape
+from deepspec.metrics import LossTerms, Ratio
+from deepspec.nn.attention import attend, no_own_keys
+from deepspec.nn.chunk import LossWeights
+from deepspec.nn.losses import HeadRows, head_loss
+from deepspec.nn.parts import RMSNorm
+from deepspec.nn.ragged import RaggedKV
+from deepspec.sections import parse_section
+from deepspec.targets import TargetSpec
+
+
+@dataclass(frozen=True)
+class Eagle3Config:
+    """The ``draft:`` section of an Eagle3 recipe."""
+
+    target_layers: tuple[int, ...]
+    num_layers: int = 1
+    ttt_length: int = 7
+    step_loss_decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        for key in ("num_layers", "ttt_length"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        require(0 < self.step_loss_decay <= 1, "step_loss_decay", self.step_loss_decay, "above 0, at most 1")
+
+    @property
+    def algorithm(self) -> str:
+        """Registry name."""
+        return "eagle3"
+
+    @property
+    def max_draft(self) -> int:
+        """K: as many tokens as TTT steps were trained."""
+        return self.ttt_length
+
+
+def supervised_slots(supervision: Supervision, steps: int) -> Tensor:
+    """[T, B, S] bool: slot t is supervised at step j exactly when token t + 2 + j is."""
+    mask = supervision.loss_mask.bool()
+    inside = torch.arange(mask.shape[1]) < supervision.lengths[:, None]
+    shifted = torch.zeros(steps, *mask.shape, dtype=torch.bool)
+    for j in range(steps):
+        shifted[j, :, : -(2 + j)] = (mask & inside)[:, 2 + j :]
+    return shifted
+
+
+@dataclass(frozen=True)
+class TTTPlan:
+    """Which (step, slot) pairs are supervised, sorted by target position; on the CPU."""
+
+    active_BN: Tensor  # int64 slots t that some step supervises, 0 where a row has fewer
+    pair_R: Tensor  # index of each supervised pair in [T, B, N] flattened
+    position_P: Tensor  # index of each distinct target position t + 1 + j in [B, S] flattened
+    rows: HeadRows
+    num_steps: int
+
+    @staticmethod
+    def make(slots_TBS: Tensor, lengths_B: Tensor, decay: float) -> TTTPlan:
+        """The plan for the supervised slots ``slots_TBS``; a pair weighs decay^j / length."""
+        T, B, S = slots_TBS.shape
+        active = slots_TBS.any(dim=0)
+        N = int(active.sum(dim=1).max()) if B else 0
+        active_BN = torch.zeros(B, N, dtype=torch.int64)
+        kept_BN = torch.zeros(B, N, dtype=torch.bool)
+        for row in range(B):
+            slots = active[row].nonzero()[:, 0]
+            active_BN[row, : len(slots)], kept_BN[row, : len(slots)] = slots, True
+        pairs_TBN = slots_TBS.gather(2, active_BN.expand(T, B, N)) & kept_BN
+        step_R, row_R, column_R = pairs_TBN.nonzero(as_tuple=True)
+        position = active_BN[row_R, column_R] + 1 + step_R + S * row_R
+        position, order = position.sort(stable=True)
+        step_R, row_R, column_R = step_R[order], row_R[order], column_R[order]
+        position_P, position_R = torch.unique_consecutive(position, return_inverse=True)
+        weight_R = decay ** step_R.double() / lengths_B[row_R].double()
+        pair_R = (step_R * B + row_R) * N + column_R
+        return TTTPlan(active_BN, pair_R, position_P, HeadRows.plan(position_R, weight_R.float()), T)
+
+
+class Eagle3Draft(DraftModel):
+    """Layers over [embedding | hidden state], each normed, 2D wide; the residual is the hidden state."""
+
+    def __init__(self, algorithm: Algorithm, config: Eagle3Config, shape: Shape, family: Family) -> None:
+        super().__init__(algorithm, config, shape, family, input_size=2 * shape.hidden_size)
+        for layer in self.layers:
+            layer.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+
+    def start(self, features: Tensor) -> Tensor:
+        """g [.., D] = fc(features [.., L*D]), without a norm."""
+        return self.fc(features.to(self.dtype))
+
+    def train_hidden(self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, reach: int) -> Tensor:
+        """Hidden states before the final norm, [T, B, N, D], of the active slots at every TTT step.
+
+        Args:
+            features: [B, S, L*D].
+            input_ids: [B, S].
+            active_BN: the slots to compute, on the same device.
+            steps: T.
+            reach: one more than the last active slot; only those positions' step-0 keys are ever seen.
+        """
+        B, _N = active_BN.shape
+        positions = torch.arange(reach, device=features.device).expand(B, -1)
+        hidden_BSD = self.start(features[:, :reach])
+        next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, steps))
+        embedded = self.frozen.embed(next_ids[:, :reach])
+        context: list[tuple[Tensor, Tensor]] = []
+        rows = positions
+        for depth, layer in enumerate(self.layers):
+            if depth == len(self.layers) - 1:  # beyond the last layer's keys only the active slots matter
+                rows = active_BN
+            hidden_BSD, kv = self._first_step(layer, embedded, hidden_BSD, positions, rows)
+            context.append(kv)
+        outputs = [hidden_BSD]
+        own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
+        for j in range(1, steps):
+            tokens = next_ids.gather(1, active_BN + j)
+            outputs.append(self.step(outputs[-1], tokens, active_BN + j, active_BN + 1, context, own))
+        return torch.stack(outputs)
+
+    def _first_step(
+        self, layer: Any, embedded: Tensor, hidden: Tensor, positions: Tensor, rows: Tensor
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Step 0 of one layer: keys and values of all positions, outputs of ``rows`` [B, n] alone."""
+        joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+        kv = layer.self_attn.keys_values(joined, self.rotary(positions))
+        if rows is not positions:
+            index = rows[..., None]
+            joined = joined.gather(1, index.expand(-1, -1, joined.shape[-1]))
+            hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+        queries = layer.self_attn.queries(joined, self.rotary(rows))[:, :, None]
+        mixed = attend(queries, kv, no_own_keys(kv, rows.shape[1]), rows + 1, layer.self_attn.scale, self.attention)
+        return layer.finish(hidden, mixed[:, :, 0]), kv
+
+    def step(
+        self, hidden: Tensor, tokens: Tensor, positions: Tensor, limit: Tensor,
+        context: list[tuple[Tensor, Tensor]], own: list[list[tuple[Tensor, Tensor]]],
+    ) -> Tensor:  # fmt: skip
+        """One TTT step j >= 1 (or one drafted token) of slots [B, N]; appends the slots' keys and values to ``own``.
+
+        Args:
+            hidden: [B, N, D], the previous step's output before the final norm.
+            tokens: [B, N], x_{t+1+j}.
+            positions: [B, N], t + j.
+            limit: [B, N], t + 1: the step-0 keys that are seen.
+            context: step-0 keys and values of every layer.
+            own: per layer the slots' keys and values of earlier steps >= 1.
+        """
+        embedded, table = self.frozen.embed(tokens), self.rotary(positions)
+        for layer, seen, mine in zip(self.layers, context, own, strict=True):
+            arguments = (layer, embedded, hidden, table, seen, mine, limit, self.attention)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                hidden, kv = checkpoint(_step_layer, *arguments, use_reentrant=False)
+            else:
+                hidden, kv = _step_layer(*arguments)
+            mine.append(kv)
+        return hidden
+
+
+def _step_layer(
+    layer: Any, embedded: Tensor, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor],
+    mine: list[tuple[Tensor, Tensor]], limit: Tensor, backend: str,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+    queries = layer.self_attn.queries(joined, table)[:, :, None]
+    kv = layer.self_attn.keys_values(joined, table)
+    keys, values = (torch.stack(parts, dim=2) for parts in zip(*mine, kv, strict=True))
+    mixed = attend(queries, context, (keys, values), limit, layer.self_attn.scale, backend)
+    return layer.finish(hidden, mixed[:, :, 0]), kv
+
+
+class Eagle3Drafter:
+    """Decoding state: keys and values of committed positions, and the output at the newest one."""
+
+    def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
+        self.model, self.max_draft = model, model.config.max_draft
+        shape, like = model.shape, model.fc.weight.detach()
+        capacity = max_length + self.max_draft + 2
+        self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
+        self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self._newest_BD = like.new_zeros(batch_size, shape.hidden_size)
+
+    def reset_rows(self, rows: Tensor) -> None:
+        """Empty the contexts of ``rows``."""
+        self._length_B[rows] = 0
+
+    @torch.no_grad()
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Append (features of position i, token i + 1): step 0 for the new positions."""
+        model = self.model
+        positions = self._length_B[:, None] + torch.arange(features.shape[1], device=features.device)
+        reach = int(self._length_B.max()) + features.shape[1]
+        hidden, embedded, table = model.start(features), model.frozen.embed(tokens), model.rotary(positions)
+        for layer, cache in zip(model.layers, self._cache, strict=True):
+            joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+            cache.write(layer.self_attn.keys_values(joined, table), self._length_B)
+            queries = layer.self_attn.queries(joined, table)[:, :, None]
+            context = cache.view(reach)
+            none = no_own_keys(context, features.shape[1])
+            mixed = attend(queries, context, none, positions + 1, layer.self_attn.scale, model.attention)
+            hidden = layer.finish(hidden, mixed[:, :, 0])
+        last = (counts - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        self._newest_BD = torch.where((counts > 0)[:, None], hidden.gather(1, last)[:, 0], self._newest_BD)
+        self._length_B += counts
+
+    @torch.no_grad()
+    def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
+        """K tokens one by one, each from the output of the one before (``last_token`` came in with :meth:`extend`)."""
+        count = min(max_draft or self.max_draft, self.max_draft)
+        model, length = self.model, self._length_B[:, None]
+        context = [cache.view(int(self._length_B.max())) for cache in self._cache]
+        own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
+        hidden = self._newest_BD[:, None]
+        tokens: list[Tensor] = []
+        probs: list[Tensor] = []
+        for k in range(count):
+            if k:
+                hidden = model.step(hidden, tokens[-1][:, None], length - 1 + k, length, context, own)
+            token, prob = sample(model.frozen.logits(model.norm(hidden))[:, 0].float(), k)
+            tokens.append(token)
+            if prob is not None:
+                probs.append(prob)
+        return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, None)
+
+
+class Eagle3(Algorithm):
+    """The published recipe: one layer, seven TTT steps."""
+
+    name = "eagle3"
+
+    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Eagle3Config:
+        """See :meth:`Algorithm.parse`."""
+        return parse_section(Eagle3Config, section, "draft")
+
+    def build_model(self, config: Eagle3Config, shape: Shape, family: Family) -> Eagle3Draft:
+        """See :meth:`Algorithm.build_model`."""
+        return Eagle3Draft(self, config, shape, family)
+
+    def read_config(self, published: Mapping[str, Any]) -> Eagle3Config:
+        """See :meth:`Algorithm.read_config`."""
+        return Eagle3Config(
+            target_layers=tuple(published["target_layer_ids"]),
+            num_layers=published["num_hidden_layers"],
+            ttt_length=published["ttt_length"],
+            step_loss_decay=published["step_loss_decay"],
+        )
+
+    def write_config(self, config: Eagle3Config, published: dict[str, Any]) -> None:
+        """See :meth:`Algorithm.write_config`."""
+        published.update(
+            draft_num_hidden_layers=config.num_layers,
+            ttt_length=config.ttt_length,
+            step_loss_decay=config.step_loss_decay,
+        )
+
+    def needs_last_hidden(self, config: Eagle3Config) -> bool:
+        """Every term compares with the target's distribution."""
+        return True
+
+    def loss_weight(self, config: Eagle3Config, supervision: Supervision) -> Tensor:
+        """The number of sequences: the loss is a mean of per-sequence means."""
+        return torch.tensor(float(len(supervision.lengths)))
+
+    def objective(self, model: Eagle3Draft, batch: Batch, slots_TBS: Tensor | None = None) -> LossTerms:
+        """Soft cross-entropy of every step; ``slots_TBS`` overrides which slots are supervised (reference checks)."""
+        config: Eagle3Config = model.config
+        supervision, device = batch.supervision, batch.input_ids.device
+        if slots_TBS is None:
+            slots_TBS = supervised_slots(supervision, config.ttt_length)
+        plan = TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
+        reach = int(plan.active_BN.max()) + 1 if plan.active_BN.numel() else 1
+        hidden = model.train_hidden(
+            batch.features, batch.input_ids, plan.active_BN.to(device), config.ttt_length, reach
+        )
+        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R.to(device)))
+        position_P = plan.position_P.to(device)
+        target_PD = target_states(batch, position_P, model.dtype)
+        labels = batch.input_ids.flatten()[(position_P + 1).clamp_max(batch.input_ids.numel() - 1)]
+        rows = plan.rows.with_labels(labels[plan.rows.position_R.to(device)])
+        head = head_loss(hidden_RD, model.frozen, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
+        weight = torch.tensor(float(len(supervision.lengths)), device=device)
+        metrics = self._metrics(head.accept_R, plan)
+        return LossTerms({"soft_ce": Ratio(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
+
+    def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, Ratio]:
+        if accept_R is None:
+            return {}
+        T, slots = plan.num_steps, plan.active_BN.numel()
+        pair_R = plan.pair_R.to(accept_R.device)
+        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, pair_R, accept_R)
+        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, pair_R, 1.0)
+        return acceptance_metrics(accept.view(T, slots).T, mask.view(T, slots).T)
+
+    def drafter(self, model: Eagle3Draft, batch_size: int, max_length: int) -> Drafter:
+        """See :meth:`Algorithm.drafter`."""
+        return Eagle3Drafter(model, batch_size, max_length)
+
+
+EAGLE3 = Eagle3()

@@ -1,0 +1,217 @@
+"""The fused head loss: everything between a draft's hidden states and its loss terms, without holding logits.
+
+The output head is frozen, so its weight needs no gradient: the supervised rows are walked in chunks; of each chunk both
+logits, all terms and the closed-form gradient with respect to the rows' hidden states and the sequential head's factors
+are computed, and only those gradients are kept. Rows that share a target position share its target logits and, with a
+vanilla Markov head, its bias row: rows come sorted by position, and both are computed once per position.
+
+    z = softcap(head h) + W2 latent,  p = softmax(z),  q = softmax(softcap(head h_target))
+    CE = -log p[label]              dCE/dz     = p - onehot(label)
+    soft CE = -sum_v q log p        dsoftCE/dz = p - q
+    L1 = sum_v |p - q|              dL1/dz     = p (s - <s, p>),  s = sign(p - q)
+    acceptance rate c* = 1 - L1 / 2 (no gradient)
+
+R supervised rows, P distinct target positions, V vocabulary, D hidden size, M Markov rank.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec.nn.chunk import ChunkBuffers, ChunkTerms, LossWeights, chunk_terms, compiled_chunk_terms
+from deepspec.nn.frozen import FrozenHead
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """The supervised rows of a micro-batch, sorted by target position. Planned on the CPU, then moved."""
+
+    position_R: Tensor  # index of the row's target position in 0..P-1, ascending
+    weight_R: Tensor  # fp32
+    label_R: Tensor  # the token to predict
+    starts: tuple[int, ...]  # first row of each position, and R: P + 1 numbers
+
+    @staticmethod
+    def plan(position_R: Tensor, weight_R: Tensor) -> HeadRows:
+        """Rows without labels from CPU tensors; ``position_R`` must be ascending and without gaps."""
+        counts = torch.bincount(position_R) if len(position_R) else position_R.new_zeros(0)
+        starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+        return HeadRows(position_R, weight_R.float(), torch.zeros_like(position_R), tuple(starts.tolist()))
+
+    def with_labels(self, label_R: Tensor) -> HeadRows:
+        """The same rows on the device of ``label_R`` [R] int64."""
+        device = label_R.device
+        return replace(self, position_R=self.position_R.to(device), weight_R=self.weight_R.to(device), label_R=label_R)
+
+    def chunks(self, rows: int) -> Iterator[tuple[slice, slice]]:
+        """(positions, rows) slices of at most ``rows`` rows each, cut between positions."""
+        first = 0
+        while first < len(self.starts) - 1:
+            last = first + 1
+            while last < len(self.starts) - 1 and self.starts[last + 1] - self.starts[first] <= rows:
+                last += 1
+            yield slice(first, last), slice(self.starts[first], self.starts[last])
+            first = last
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """What the fused head loss returns."""
+
+    combined: Tensor  # scalar, differentiable: sum over rows of weight * (ce CE + soft_ce softCE + l1 L1)
+    sums: dict[str, Tensor]  # detached weighted sums of the terms that were computed
+    accept_R: Tensor | None  # detached c* of each row; None without a target distribution
+    hit_R: Tensor  # detached 0/1: the label is the draft's most likely token
+
+
+def head_loss(
+    hidden_RD: Tensor,
+    frozen: FrozenHead,
+    rows: HeadRows,
+    weights: LossWeights,
+    target_hidden_PD: Tensor | None = None,
+    latent: Tensor | None = None,
+    w2_VM: Tensor | None = None,
+    backend: str = "auto",
+) -> HeadLoss:
+    """Loss terms of the supervised rows with gradients for ``hidden_RD``, ``latent`` and ``w2_VM``.
+
+    Args:
+        hidden_RD: the draft's normed hidden states.
+        frozen: the target's head (reduced to the draft's vocabulary where there is one).
+        rows: labels, weights and target positions.
+        weights: coefficients of the terms; a term with coefficient 0 and no gradient may still be reported.
+        target_hidden_PD: the target's last hidden states; None where no term needs the target distribution.
+        latent: of the sequential head: [P, M] where it depends on the position's token alone, else [R, M].
+        w2_VM: the sequential head's output matrix.
+        backend: "chunked", "compiled" (torch.compile of the chunk's elementwise body) or "auto" (compiled on CUDA; the
+            environment variable DEEPSPEC_LOSS overrides).
+
+    Returns:
+        HeadLoss; ``combined`` is fp32.
+    """
+    if backend == "auto":
+        backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "chunked")
+    wanted = [x for x in (hidden_RD, latent, w2_VM) if x is not None]
+    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
+    combined, sums, accept, hit = _HeadLoss.apply(
+        hidden_RD, latent, w2_VM, target_hidden_PD, frozen, rows, weights, differentiate, backend
+    )
+    compared = target_hidden_PD is not None
+    computed = {"ce": True, "soft_ce": bool(weights.soft_ce) and compared, "l1": compared}
+    terms = {name: total for (name, known), total in zip(computed.items(), sums, strict=True) if known}
+    return HeadLoss(combined, terms, accept if compared else None, hit)
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+class _Gradients:
+    """Accumulators of the closed-form gradients."""
+
+    def __init__(self, hidden: Tensor, latent: Tensor | None, w2: Tensor | None) -> None:
+        self.hidden = torch.zeros_like(hidden)
+        self.latent = None if latent is None else torch.zeros_like(latent)
+        self.w2 = None if w2 is None else torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
+
+    def add(self, span: slice, d_head: Tensor, d_bias: Tensor | None, bias_span: slice, run: _Run) -> None:
+        """Gradients of one chunk from dL/d(head logits) [r, V] and dL/d(bias) [p or r, V]."""
+        head = run.frozen.head_VD
+        self.hidden[span] = (run.buffers.cast("half", d_head, head.dtype) @ head).to(self.hidden.dtype)
+        if d_bias is None or self.latent is None or self.w2 is None or run.latent is None or run.w2 is None:
+            return
+        d_bias = run.buffers.cast("half", d_bias, run.w2.dtype)
+        self.latent[bias_span] = d_bias @ run.w2
+        if d_bias.dtype == torch.float32:
+            self.w2.addmm_(d_bias.T, run.latent[bias_span])
+        else:
+            self.w2 += matmul_fp32(d_bias.T, run.latent[bias_span])
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The inputs of one call, shared by its chunks."""
+
+    hidden: Tensor
+    latent: Tensor | None
+    w2: Tensor | None
+    target: Tensor | None
+    frozen: FrozenHead
+    rows: HeadRows
+    weights: LossWeights
+    backend: str
+    buffers: ChunkBuffers
+
+    @property
+    def latent_per_row(self) -> bool:
+        return self.latent is not None and len(self.latent) == len(self.hidden) != len(self.rows.starts) - 1
+
+    def chunk(self, positions: slice, span: slice, gradients: _Gradients | None) -> ChunkTerms:
+        head, cap, buffers = self.frozen.head_VD, self.frozen.softcap, self.buffers
+        local = self.rows.position_R[span] - positions.start
+        logits = buffers.product("draft", self.hidden[span].to(head.dtype), head.T)
+        slope = buffers.softcap_(logits, cap, keep_slope=gradients is not None)
+        bias_span = span if self.latent_per_row else positions
+        if self.latent is not None and self.w2 is not None:
+            bias = buffers.product("bias", self.latent[bias_span].to(self.w2.dtype), self.w2.T)
+            logits += bias if self.latent_per_row else buffers.rows("scratch", bias, local)
+        target = None
+        if self.target is not None:
+            target = buffers.product("target", self.target[positions].to(head.dtype), head.T)
+            buffers.softcap_(target, cap)
+        label, weight = self.rows.label_R[span], self.rows.weight_R[span]
+        body = compiled_chunk_terms() if self.backend == "compiled" else chunk_terms
+        terms = body(logits, target, local, label, weight, self.weights, gradients is not None, buffers)
+        if gradients is not None and terms.gradient is not None:
+            d_bias = None
+            if self.latent is not None:
+                d_bias = terms.gradient
+                if not self.latent_per_row:
+                    d_bias = buffers.take("bias", positions.stop - positions.start).zero_().index_add_(0, local, d_bias)
+            d_head = terms.gradient if slope is None else slope.mul_(terms.gradient)
+            gradients.add(span, d_head, d_bias, bias_span, self)
+        return terms
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The gradients are computed with the values; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, target: Tensor | None, frozen: FrozenHead,
+        rows: HeadRows, weights: LossWeights, differentiate: bool, backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+        buffers = ChunkBuffers(frozen.head_VD.shape[0], hidden.device)
+        run = _Run(hidden, latent, w2, target, frozen, rows, weights, backend, buffers)
+        gradients = _Gradients(hidden, latent, w2) if differentiate else None
+        sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
+        accept = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        hit = torch.zeros_like(accept)
+        for positions, span in rows.chunks(buffers.max_rows):
+            terms = run.chunk(positions, span, gradients)
+            sums += terms.sums
+            hit[span] = terms.hit
+            if terms.accept is not None:
+                accept[span] = terms.accept
+        if gradients is not None:
+            dtype = None if w2 is None else w2.dtype
+            kept = (gradients.hidden, gradients.latent, None if gradients.w2 is None else gradients.w2.to(dtype))
+            ctx.save_for_backward(*kept)
+        ctx.mark_non_differentiable(sums, accept, hit)
+        combined = (sums * sums.new_tensor([weights.ce, weights.soft_ce, weights.l1])).sum()
+        return combined, sums, accept, hit
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors]
+        return (*scaled, None, None, None, None, None, None)
