@@ -47,5 +47,5 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.19"],
     },
-    entry_points={"zarr.codecs": []},
+    entry_points={"zarr.codecs": ["deepspec.lossless = deepspec.cache.codecs.lossless:LosslessCodec"]},
 )

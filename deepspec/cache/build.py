@@ -1,0 +1,366 @@
+"""Build a target cache: run the target over conversations and keep what training needs.
+
+The plan (plan.json) is cut once and names the parts; ranks take parts from it. A part's content depends on the plan
+alone, so a build that was killed and goes on with any number of ranks ends in the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepspec.cache.assemble import finish_cache, whole_part
+from deepspec.cache.fingerprint import fingerprint_of, mismatches
+from deepspec.cache.folders import Folder, LocalFolder, open_folder
+from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest, PartManifest
+from deepspec.cache.lock import build_lock
+from deepspec.cache.pipeline import ByteQueue
+from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, render, samples_per_part, scan
+from deepspec.cache.plan import batches as cut_batches
+from deepspec.cache.progress import BuildProgress
+from deepspec.cache.ranks import Ranks
+from deepspec.cache.writer import Block, Layout, PartWriter, next_supervised
+from deepspec.data.chat import Rendered, Renderer
+from deepspec.distributed import World, pick_device
+from deepspec.errors import CacheError
+from deepspec.recipe import Recipe
+from deepspec.targets import Target, load_target, load_tokenizer
+
+QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class BuildStopped(CacheError):
+    """The build was asked to stop (SIGTERM or SIGINT) and did; started again it continues."""
+
+
+@dataclass(frozen=True)
+class _Usable:
+    """A part's conversations as the target sees them."""
+
+    rows: list[tuple[int, str, Rendered]]  # (sample id, conversation id, tokens)
+    rejected: tuple[tuple[int, str, str], ...]
+
+
+def build_cache(
+    recipe: Recipe,
+    conversations: str | Path,
+    output: str | Path,
+    world: World | None = None,
+    append: bool = False,
+) -> Manifest:
+    """Build the cache of ``recipe``, or go on with it where a build ended.
+
+    Args:
+        recipe: names target, layers, rendering, level and batch size.
+        conversations: JSONL file.
+        output: folder or URL of the cache.
+        world: this process's place; several processes need :func:`deepspec.cache.ranks.connect`.
+        append: add ``conversations`` to the cache that is there.
+
+    Returns:
+        The finished cache's manifest, on every rank.
+
+    Raises:
+        CacheError: another build in the folder, a folder that holds another cache, a full disk, no usable sample.
+        DataError: conversations that cannot be read.
+        BuildStopped: SIGTERM or SIGINT came; finished parts stay.
+    """
+    ranks = world if isinstance(world, Ranks) else Ranks(**vars(world or World()))
+    folder = open_folder(output)
+    device = pick_device(ranks.local_rank)
+    with ExitStack() as stack:
+        if ranks.is_main:
+            ranks.first(lambda: stack.enter_context(build_lock(folder)))
+        else:
+            ranks.first(lambda: None)
+        target = load_target(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
+        tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
+        recipe = recipe.for_target(target.spec)
+        renderer = Renderer(
+            tokenizer,
+            target.spec.family,
+            system_prompt=recipe.data.system_prompt,
+            thinking=recipe.data.thinking,
+            max_length=recipe.data.max_length,
+        )
+        maker = _Planner(recipe, folder, Path(conversations), target, tokenizer, renderer, append)
+        plan, todo = ranks.first(maker.begin)
+        builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, ranks)
+        builder.build(todo[ranks.rank :: ranks.size], len(todo))
+        ranks.barrier()
+        return ranks.first(lambda: finish_cache(folder, plan))
+
+
+@dataclass
+class _Planner:
+    """What rank 0 does before the others begin."""
+
+    recipe: Recipe
+    folder: Folder
+    conversations: Path
+    target: Target
+    tokenizer: Any
+    renderer: Renderer
+    append: bool
+
+    def begin(self) -> tuple[Plan, list[PlannedPart]]:
+        """The plan and the parts that are still to be made."""
+        source = scan(self.conversations)
+        wanted = fingerprint_of(self.recipe, self.target, self.tokenizer, [source.entry()])
+        if self.folder.size(PLAN) is None:
+            if self.folder.size(MANIFEST) is not None:
+                raise CacheError("a cache without its plan cannot be built further", file=self.folder.url, key=PLAN)
+            plan = self._new_plan(source, wanted)
+        else:
+            plan = self._known_plan(source, wanted)
+        self._sweep()
+        todo = [part for part in plan.parts if not whole_part(self.folder, part.name)]
+        mine = next(i for i, entry in enumerate(plan.fingerprint["sources"]) if entry["sha256"] == source.sha256)
+        for part in todo:
+            if part.source != mine:
+                name = plan.fingerprint["sources"][part.source]["name"]
+                raise CacheError(
+                    "a part of another source is missing",
+                    file=self.folder.url,
+                    key=part.name,
+                    remedy=f"build it with --data {name}",
+                )
+            self.folder.remove(f"{PARTS}/{part.name}")
+        return plan, todo
+
+    def _new_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
+        plan = Plan(wanted, self.recipe.cache.tokens_per_batch, 0.0, ())
+        return self._add(plan, source, 0, 0)
+
+    def _add(self, plan: Plan, source: Source, number: int, first_sample: int) -> Plan:
+        mean = mean_tokens(source, self.renderer, self.recipe.data.min_supervised)
+        token_bytes = token_bytes_of(plan.fingerprint)
+        size = samples_per_part(source.rows, self.recipe.cache.samples_per_part, mean, token_bytes)
+        parts = plan.parts + cut(source, number, len(plan.parts), first_sample, size)
+        plan = replace(plan, parts=parts, mean_tokens=mean)
+        self.folder.write(PLAN, plan.to_bytes())
+        return plan
+
+    def _known_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
+        plan = Plan.load(self.folder)
+        known = plan.fingerprint["sources"]
+        is_new = source.sha256 not in {entry["sha256"] for entry in known}
+        compared = {**wanted, "sources": []} if self.append and is_new else wanted
+        lines = mismatches(plan.fingerprint, compared)
+        if plan.fingerprint["levels"] != wanted["levels"]:
+            lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
+        if lines:
+            raise CacheError(
+                f"the folder holds another cache: {'; '.join(lines)}",
+                file=self.folder.url,
+                remedy="choose another output folder, mend the recipe, or delete the folder",
+            )
+        if not is_new:
+            return plan
+        first_sample = sum(entry["rows"] for entry in known)
+        grown = replace(plan, fingerprint={**plan.fingerprint, "sources": [*known, source.entry()]})
+        return self._add(grown, source, len(known), first_sample)
+
+    def _sweep(self) -> None:
+        """Delete what a killed build left under temporary names."""
+        for name in self.folder.names(PARTS):
+            if name.startswith("."):
+                self.folder.remove(f"{PARTS}/{name}")
+
+
+def token_bytes_of(fingerprint: dict[str, Any]) -> int:
+    """Bytes of one token's hidden states before coding."""
+    width = len(fingerprint["layers"]) + (fingerprint["levels"]["last_hidden"] is not None)
+    return int(fingerprint["target"]["hidden_size"]) * width * (2 if fingerprint["dtype"] == "bfloat16" else 4)
+
+
+class _Builder:
+    """One rank's work: forward here, copies, encoding and writing on other threads."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        folder: Folder,
+        conversations: Path,
+        target: Target,
+        renderer: Renderer,
+        plan: Plan,
+        ranks: Ranks,
+    ) -> None:
+        self.recipe, self.folder, self.conversations = recipe, folder, conversations
+        self.target, self.renderer, self.plan, self.ranks = target, renderer, plan, ranks
+        self.layers = tuple(plan.fingerprint["layers"])
+        hidden = int(plan.fingerprint["target"]["hidden_size"])
+        levels = plan.fingerprint["levels"]
+        self.layout = Layout(
+            hidden * len(self.layers), hidden, recipe.target.dtype, levels["features"], levels["last_hidden"]
+        )
+        self.stop = threading.Event()
+        self._open_writers: list[PartWriter] = []
+
+    def build(self, parts: list[PlannedPart], all_parts: int) -> None:
+        """Make ``parts``."""
+        cores = max(1, (os.cpu_count() or 1) // max(1, self.ranks.size))
+        expected = self.plan.mean_tokens * sum(part.rows for part in parts)
+        progress = BuildProgress(len(parts), int(expected), self.ranks, token_bytes_of(self.plan.fingerprint))
+        queue = ByteQueue(QUEUE_BYTES)
+        try:
+            with (
+                ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,
+                ThreadPoolExecutor(1, "cache renderer") as reader,
+                _stoppable(self.stop),
+            ):
+                renders = _ahead(reader, self._render, parts)
+                for part in parts:
+                    self._build_part(part, next(renders), queue, encoders, progress)
+                queue.drain()
+            progress.finish()
+        except OSError as problem:
+            raise _disk_error(problem, self.folder) from None
+        finally:
+            queue.close(cancel=True)
+            for writer in self._open_writers:
+                writer.abandon()
+
+    def _render(self, part: PlannedPart) -> _Usable:
+        rows, rejected = [], []
+        for number, row in read_rows(self.conversations, part.offset, part.first, part.rows):
+            sample = part.first_sample + number - part.first
+            name = row["id"] if isinstance(row, dict) else f"row {number + 1}"
+            rendered = render(self.renderer, row, self.recipe.data.min_supervised)
+            if isinstance(rendered, str):
+                rejected.append((sample, name, rendered))
+            else:
+                rows.append((sample, name, rendered))
+        return _Usable(rows, tuple(rejected))
+
+    def _build_part(
+        self,
+        part: PlannedPart,
+        usable: _Usable,
+        queue: ByteQueue,
+        encoders: ThreadPoolExecutor,
+        progress: BuildProgress,
+    ) -> None:
+        writer = PartWriter(self._temporary(part), part.name, self.layout, encoders)
+        self._open_writers.append(writer)
+        lengths = [len(rendered.input_ids) for _, _, rendered in usable.rows]
+        for batch in cut_batches(lengths, self.plan.tokens_per_batch):
+            if self.stop.is_set():
+                raise BuildStopped(
+                    "stopped when asked to; finished parts stay",
+                    file=self.folder.url,
+                    remedy="start the same command again, it continues",
+                )
+            size, block = self._forward([usable.rows[i] for i in batch])
+            queue.put(lambda block=block: writer.append(block()), size)  # type: ignore[misc]
+            progress.add(sum(lengths[i] for i in batch))
+        queue.put(lambda: self._finish(writer, usable, progress), 0)
+
+    def _finish(self, writer: PartWriter, usable: _Usable, progress: BuildProgress) -> None:
+        manifest = writer.finish(usable.rejected)
+        self.folder.adopt(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
+        self._open_writers.remove(writer)
+        progress.part_done(manifest)
+
+    def _temporary(self, part: PlannedPart) -> Path:
+        if isinstance(self.folder, LocalFolder):
+            return self.folder.path / PARTS / f".{part.name}.{os.getpid()}.tmp"
+        return Path(tempfile.mkdtemp(prefix="deepspec-cache-")) / part.name
+
+    def _forward(self, rows: list[tuple[int, str, Rendered]]) -> tuple[int, Callable[[], Block]]:
+        """One batch through the target: (bytes of hidden states, what waits for their copy and gives the block)."""
+        lengths = [len(rendered.input_ids) for _, _, rendered in rows]
+        ids, loss_mask = (
+            np.concatenate([np.asarray(getattr(rendered, name), kind) for _, _, rendered in rows])
+            for name, kind in (("input_ids", np.int32), ("loss_mask", np.uint8))
+        )
+        valid = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]  # [B, S]
+        padded = torch.zeros(valid.shape, dtype=torch.int64)
+        padded[valid] = torch.from_numpy(ids).long()
+        device = self.target.device
+        valid = valid.to(device)
+        output = self.target.forward(padded.to(device), self.layers, attention_mask=valid.long())
+        features = _to_host(output.features[valid])
+        last = None
+        if self.layout.last_hidden_level is not None:
+            chosen = torch.from_numpy(next_supervised(loss_mask, lengths)).to(device)
+            last = _to_host(output.last_hidden[valid][chosen])
+        event = torch.cuda.Event() if device.type == "cuda" else None
+        if event is not None:
+            event.record()
+
+        def block() -> Block:
+            if event is not None:
+                event.synchronize()
+            hidden = None if last is None else _as_stored(last)
+            samples, names = [sample for sample, _, _ in rows], [name for _, name, _ in rows]
+            return Block(samples, names, lengths, ids, loss_mask, _as_stored(features), hidden)
+
+        return features.nbytes + (0 if last is None else last.nbytes), block
+
+
+def _to_host(tensor: torch.Tensor) -> torch.Tensor:
+    """Start the copy to pinned memory; on a CPU there is nothing to copy."""
+    if tensor.device.type != "cuda":
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+
+def _as_stored(tensor: torch.Tensor) -> Any:
+    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
+
+
+def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:
+    """``work`` of each item, one item ahead."""
+    waiting: Future[Any] | None = None
+    for item in items:
+        coming = pool.submit(work, item)
+        if waiting is not None:
+            yield waiting.result()
+        waiting = coming
+    if waiting is not None:
+        yield waiting.result()
+
+
+@contextmanager
+def _stoppable(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM and SIGINT set ``stop`` (in the main thread; elsewhere Python allows no handler)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(_number: int, _frame: Any) -> None:
+        stop.set()
+        print("build: stopping after this batch", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _disk_error(problem: OSError, folder: Folder) -> CacheError:
+    return CacheError(
+        f"cannot write the cache ({problem.strerror or problem})",
+        file=problem.filename or folder.url,
+        remedy="make room and start the same command again; finished parts stay",
+    )
+
+
+__all__ = ["BuildStopped", "PartManifest", "build_cache"]

@@ -1,0 +1,68 @@
+"""The bridge between our codecs and zarr: a subclass gives encode and decode on plain arrays and its configuration."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from zarr.abc.codec import ArrayBytesCodec
+from zarr.core.array_spec import ArraySpec
+from zarr.core.buffer import Buffer, NDBuffer
+from zarr.core.common import JSON
+
+
+@dataclass(frozen=True)
+class RowCodec(ArrayBytesCodec):
+    """A zarr v3 array-to-bytes codec of chunks [T, C]: rows are tokens, columns channels."""
+
+    is_fixed_size = False
+    name: ClassVar[str]
+
+    def encode_rows(self, chunk: NDArray[Any]) -> bytes:
+        """The chunk's bytes."""
+        raise NotImplementedError
+
+    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
+        """Decode rows ``start`` .. ``start + len(out)`` of a chunk into ``out`` [n, C].
+
+        Raises:
+            ValueError: the bytes do not belong to this codec.
+        """
+        raise NotImplementedError
+
+    def configuration(self) -> dict[str, JSON]:
+        """What zarr.json keeps."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_dict(cls, data: dict[str, JSON]) -> Self:
+        """The codec that a zarr.json describes."""
+        return cls(**data.get("configuration", {}))  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, JSON]:
+        """The codec's entry in zarr.json."""
+        return {"name": self.name, "configuration": self.configuration()}
+
+    async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer | None:
+        data = await asyncio.to_thread(self.encode_rows, np.ascontiguousarray(chunk_array.as_numpy_array()))
+        return chunk_spec.prototype.buffer.from_bytes(data)
+
+    async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
+        out = np.empty(chunk_spec.shape, chunk_spec.dtype.to_native_dtype())
+        await asyncio.to_thread(self.decode_rows, chunk_bytes.as_numpy_array(), out, 0)
+        return chunk_spec.prototype.nd_buffer.from_numpy_array(out)
+
+    def compute_encoded_size(self, _input_byte_length: int, _chunk_spec: ArraySpec) -> int:
+        """Not known before encoding."""
+        raise NotImplementedError
+
+
+def stored_rows(chunk: NDArray[Any]) -> int:
+    """Rows up to the last that is not all zero bits: the zeros that fill up an array's last chunk are not stored."""
+    rows = len(chunk)
+    while rows and not chunk[rows - 1].view(np.uint8).any():
+        rows -= 1
+    return rows

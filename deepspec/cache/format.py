@@ -1,0 +1,164 @@
+"""The cache's names and manifests; docs/cache-format.md is the specification.
+
+A cache is a folder of parts. A part is a Zarr v3 group whose arrays hold the tokens of a run of samples, one after the
+other. `part.json` makes a part whole, `manifest.json` the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from deepspec.cache.folders import Folder
+from deepspec.errors import CacheError
+
+FORMAT = "deepspec.cache/1"
+MANIFEST, PART_MANIFEST, PLAN, PARTS = "manifest.json", "part.json", "plan.json", "parts"
+REJECTED = "rejected.jsonl"
+HIDDEN_CHUNK = 64  # tokens of one inner chunk of features and last_hidden: what a random read must decode too much
+TOKEN_CHUNK = 1024  # tokens of one inner chunk of input_ids and loss_mask
+REBUILD = "tools/cache.py verify names all broken parts and has them rebuilt"
+SAMPLE_COLUMNS = ("sample_id", "part", "start", "length", "row_start", "rows")
+STORED_DTYPES = {"bfloat16": "uint16", "float32": "float32"}  # Zarr has no bfloat16: its bits are kept
+
+
+def to_json(value: Any) -> bytes:
+    """JSON bytes that depend on the value alone."""
+    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+
+
+def from_json(folder: Folder, name: str) -> Any:
+    """A JSON file of the cache.
+
+    Raises:
+        CacheError: missing or unreadable.
+    """
+    try:
+        return json.loads(folder.read(name))
+    except ValueError as problem:
+        raise CacheError(f"not a JSON file ({problem})", file=f"{folder.url}/{name}") from None
+
+
+def digest(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def array_file(array: str, dimensions: int) -> str:
+    """An array's only shard, by Zarr's chunk key."""
+    return f"{array}/c/" + "/".join("0" * dimensions)
+
+
+@dataclass(frozen=True)
+class ArrayInfo:
+    """What a part's manifest says of one array."""
+
+    shape: tuple[int, ...]  # [T] or [T, C]
+    dtype: str
+    level: str
+    bytes: int  # of the shard
+    metadata_sha256: str  # of zarr.json, which holds the codec's calibration
+
+
+@dataclass(frozen=True)
+class PartManifest:
+    """A part's samples in the order of its token axis, and its arrays."""
+
+    name: str
+    sample_ids: tuple[int, ...]
+    conversations: tuple[str, ...]  # the `id` of each sample's conversation
+    lengths: tuple[int, ...]  # tokens
+    rows: tuple[int, ...]  # rows of last_hidden: tokens whose next token is supervised
+    arrays: dict[str, ArrayInfo]
+    rejected: tuple[tuple[int, str, str], ...] = ()  # (sample id, conversation id, reason)
+
+    def to_bytes(self) -> bytes:
+        """The content of part.json."""
+        return to_json({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Folder, name: str, sha256: str | None = None) -> PartManifest:
+        """Read a part's manifest; ``sha256`` is what the cache's manifest says of it.
+
+        Raises:
+            CacheError: missing, unreadable, of another format, or not the part that the cache was made of.
+        """
+        file = f"{PARTS}/{name}/{PART_MANIFEST}"
+        if folder.size(file) is None:
+            raise CacheError("part missing", file=f"{folder.url}/{PARTS}/{name}", remedy=REBUILD)
+        if sha256 is not None and digest(folder.read(file)) != sha256:
+            raise CacheError("part.json differs from the cache's manifest", file=f"{folder.url}/{file}", remedy=REBUILD)
+        values = _checked(from_json(folder, file), f"{folder.url}/{file}")
+        arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
+        lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
+        rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
+        return cls(name=values["name"], arrays=arrays, rejected=rejected, **lists)
+
+
+@dataclass(frozen=True)
+class PartEntry:
+    """A part in the cache's manifest."""
+
+    name: str
+    samples: int
+    tokens: int
+    rows: int
+    bytes: int
+    sha256: str  # of part.json
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The cache as a whole."""
+
+    fingerprint: dict[str, Any]
+    samples: int
+    tokens: int
+    rows: int
+    rejected: dict[str, int]  # reason -> samples
+    coded_bytes: int  # of all shards
+    raw_bytes: int  # of the same arrays without codecs
+    table: str  # folder of the sample table
+    table_info: ArrayInfo  # [N, 6] int64, columns SAMPLE_COLUMNS, by ascending sample_id
+    parts: tuple[PartEntry, ...]
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The content of manifest.json."""
+        return to_json({"format": FORMAT, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: Folder) -> Manifest:
+        """Read the manifest.
+
+        Raises:
+            CacheError: no cache there, an unfinished one, or another format.
+        """
+        if folder.size(MANIFEST) is None:
+            begun = folder.size(PLAN) is not None
+            raise CacheError(
+                "the cache is not finished: it has no manifest.json" if begun else "no cache here: no manifest.json",
+                file=folder.url,
+                remedy="run tools/build_cache.py again, it continues" if begun else "build one: tools/build_cache.py",
+            )
+        values = _checked(from_json(folder, MANIFEST), f"{folder.url}/{MANIFEST}")
+        values.pop("format")
+        try:
+            parts = tuple(PartEntry(**part) for part in values["parts"])
+            return cls(**{**values, "parts": parts, "table_info": _array_info(values["table_info"])})
+        except (TypeError, KeyError) as problem:
+            raise CacheError(f"damaged manifest ({problem})", file=f"{folder.url}/{MANIFEST}") from None
+
+
+def _array_info(values: dict[str, Any]) -> ArrayInfo:
+    return ArrayInfo(**{**values, "shape": tuple(values["shape"])})
+
+
+def _checked(values: Any, file: str) -> dict[str, Any]:
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise CacheError("not a cache manifest of this version", file=file, found=found, wanted=FORMAT)
+    result: dict[str, Any] = values
+    return result
