@@ -245,9 +245,8 @@ class Renderer:
         """Ids and mask, the ids before the last answer being exactly the prompt's."""
         first = bounds[-1][0]
         shift = len(prompt) - first
-        if ids[:first] != prompt:
-            if len(bounds) > 1 and bounds[-2][1] > _shared(ids, prompt):
-                raise DataError("the history has other tokens in a prompt", key="messages")
+        if ids[:first] != prompt and len(bounds) > 1 and bounds[-2][1] > _shared(ids, prompt):
+            raise DataError("the history has other tokens in a prompt", key="messages")
         ids = prompt + ids[first:]
         mask = [0] * len(ids)
         for (begin, end), answer in zip(bounds[:-1], answers[:-1], strict=True):

@@ -1,0 +1,161 @@
+"""Answers by the target itself, in this process: batched sampling over the Hugging Face model with a key/value cache.
+
+What a prompt is answered depends on (seed, sample id, turn), never on the batch it falls in: every row has its own
+uniform numbers, one for each token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Sampling(Protocol):
+    """How a token is drawn (``deepspec.recipe.RegenerateSection`` is one)."""
+
+    @property
+    def temperature(self) -> float: ...
+    @property
+    def top_p(self) -> float: ...
+    @property
+    def top_k(self) -> int: ...
+    @property
+    def min_p(self) -> float: ...
+    @property
+    def max_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Request:
+    """A rendered prompt; ``key`` names it, for its random numbers too."""
+
+    key: str  # sample id and turn
+    input_ids: list[int]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The sampled tokens, without the stop token."""
+
+    request: Request
+    token_ids: list[int]
+    finish_reason: str  # "stop", or "length" when max_tokens cut it
+
+
+def draw_seed(seed: int, key: str) -> int:
+    """64 bits from (seed, key): the start of a request's random numbers, here and on a server."""
+    return int.from_bytes(hashlib.sha256(f"{seed}\0{key}".encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def uniforms(seed: int, key: str, count: int) -> np.ndarray:
+    """[count] float32 in [0, 1): one for each token of the request's answer."""
+    return np.random.Generator(np.random.Philox(key=draw_seed(seed, key))).random(count, dtype=np.float32)
+
+
+def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+    """One token a row by inverse transform; filters in the order of the serving engines: min-p, top-k, top-p.
+
+    Args:
+        logits: [B, V].
+        sampling: temperature (0: greedy), top_p, top_k (0: off), min_p.
+        uniform: [B] in [0, 1).
+
+    Returns:
+        [B] int64.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    probs = torch.softmax(logits.float() / sampling.temperature, -1)  # [B, V]
+    order = None
+    if 0 < sampling.top_k < probs.shape[-1]:
+        probs, order = probs.topk(sampling.top_k, -1)
+    elif sampling.top_p < 1:
+        probs, order = probs.sort(-1, descending=True)
+    if sampling.min_p > 0:
+        probs = probs * (probs >= sampling.min_p * probs.amax(-1, keepdim=True))
+    if sampling.top_p < 1:  # keep a token while the mass before it is below top_p
+        mass = probs.cumsum(-1)
+        probs = probs * (mass - probs < sampling.top_p * mass[:, -1:])
+    mass = probs.cumsum(-1, dtype=torch.float64)
+    # strictly below the total, so that rounding never picks a token of probability 0 at the end
+    point = (uniform.to(mass) * mass[:, -1]).minimum(torch.nextafter(mass[:, -1], mass.new_zeros(())))
+    choice = torch.searchsorted(mass, point[:, None], right=True)  # [B, 1]
+    return (choice if order is None else order.gather(-1, choice))[:, 0]
+
+
+class LocalSampler:
+    """Samples answers for many prompts with the model in this process.
+
+    Args:
+        model: a causal LM of transformers, in eval mode.
+        stop_token_ids: ids that end an answer.
+        sampling: see :func:`sample`; ``max_tokens`` bounds an answer.
+        seed: of all random numbers.
+        batch_size: rows at a time.
+    """
+
+    def __init__(
+        self, model: Any, stop_token_ids: Sequence[int], sampling: Sampling, seed: int, batch_size: int
+    ) -> None:
+        self.model, self.sampling, self.seed, self.batch_size = model, sampling, seed, batch_size
+        self.device = model.get_input_embeddings().weight.device
+        self.stop = torch.tensor(sorted(stop_token_ids), device=self.device)
+
+    def answer(self, requests: Sequence[Request]) -> Iterator[Generated]:
+        """Every request's answer, in the order in which they end; prompts of like length share a batch."""
+        ordered = sorted(requests, key=lambda request: (-len(request.input_ids), request.key))  # the largest first
+        for start in range(0, len(ordered), self.batch_size):
+            yield from self._batch(ordered[start : start + self.batch_size])
+
+    @torch.inference_mode()
+    def _batch(self, requests: Sequence[Request]) -> Iterator[Generated]:
+        from transformers import DynamicCache
+
+        limit = self.sampling.max_tokens
+        cache = DynamicCache(config=self.model.config)
+        width = max(len(request.input_ids) for request in requests)
+        ids = torch.zeros(len(requests), width, dtype=torch.long)  # [B, P], padded on the left
+        mask = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.input_ids) :] = torch.tensor(request.input_ids)
+            mask[row, width - len(request.input_ids) :] = 1
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        positions = (mask.cumsum(-1) - 1).clamp_min(0)
+        numbers = np.stack([uniforms(self.seed, request.key, limit) for request in requests])
+        random = torch.from_numpy(numbers).to(self.device)  # [B, max_tokens]
+        rows = np.arange(len(requests))  # request of each row still in the batch
+        live = np.ones(len(requests), dtype=bool)  # rows whose answer goes on
+        answers: list[list[int]] = [[] for _ in requests]
+        for step in range(limit):
+            logits = self.model(
+                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
+            ).logits[:, -1]  # [B, V]
+            token = sample(logits, self.sampling, random[:, step])
+            ended = torch.isin(token, self.stop).cpu().numpy()
+            for place, value in enumerate(token.tolist()):
+                if not live[place]:
+                    continue
+                index = int(rows[place])
+                if ended[place]:
+                    yield Generated(requests[index], answers[index], "stop")
+                else:
+                    answers[index].append(value)
+            live &= ~ended
+            if not live.any():
+                return
+            if live.mean() < 0.9:  # the rows that ended leave; not at once, for leaving copies the cache
+                keep = torch.from_numpy(live.nonzero()[0]).to(self.device)
+                cache.batch_select_indices(keep)
+                token, mask, positions, random = token[keep], mask[keep], positions[keep], random[keep]
+                rows, live = rows[live], live[live]
+            ids = token[:, None]
+            mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
+            positions = positions[:, -1:] + 1
+        for index in rows[live].tolist():
+            yield Generated(requests[index], answers[index], "length")
