@@ -1,0 +1,54 @@
+"""Where the time of decoding goes: wall seconds a phase on the CPU, event pairs (no extra synchronisation) on a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+PHASES = ("prefill", "draft", "verify", "head")
+
+
+class PhaseClock:
+    """Sums the seconds of named phases and counts rounds."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds = dict.fromkeys(PHASES, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.rounds = 0  # forwards that verified
+        self.row_rounds = 0  # the same, a count a row
+        self.verified = 0  # tokens sent to the target, one a row for the newest token included
+        self.wall = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count what happens inside to ``name``."""
+        if self._cuda:
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            yield
+            end.record()
+            self._events.append((name, begin, end))
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - start
+
+    def collect(self) -> None:
+        """After a synchronisation: turn finished event pairs into seconds, so that they do not pile up."""
+        pending = []
+        for name, begin, end in self._events:
+            if end.query():
+                self._seconds[name] += begin.elapsed_time(end) / 1000
+            else:
+                pending.append((name, begin, end))
+        self._events = pending
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds a phase; ``other`` is the rest of the wall-clock time, ``total`` all of it."""
+        self.collect()
+        spent = dict(self._seconds)
+        return {**spent, "other": max(0.0, self.wall - sum(spent.values())), "total": self.wall}

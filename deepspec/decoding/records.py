@@ -1,0 +1,84 @@
+"""What goes into decoding and what comes out: settings, requests, rounds, generations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class DecodeSettings:
+    """How to decode, the same for every prompt of a run.
+
+    Args:
+        temperature: 0 is greedy; otherwise the target's logits are divided by it.
+        max_new_tokens: the output of a prompt is never longer.
+        stop_token_ids: the output ends with the first of these.
+        seed: with a request's sample id the key of all its random numbers, so that they do not depend on the batch.
+        confidence_threshold: verify only the drafted prefix whose confidences reach it; 0 verifies all.
+        confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
+        published_limit: go on until the rounds alone reach the limit, as the published loop does: where a round ends
+            exactly at the limit it runs one more, all of it past the limit. Only to compare with published results.
+    """
+
+    temperature: float = 0.0
+    max_new_tokens: int = 2048
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    confidence_threshold: float = 0.0
+    confidence_temperatures: tuple[float, ...] | None = None
+    published_limit: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt to decode; ``sample_id`` keys its random numbers, ``tag`` comes back with the generation."""
+
+    prompt_ids: tuple[int, ...]
+    sample_id: int
+    tag: object = None
+
+
+class Round(NamedTuple):
+    """One draft-verify round of one row."""
+
+    sent: tuple[int, ...]  # drafted tokens that the policy admitted
+    length: int  # of them, those up to and with the first stop token: what verification could accept
+    accepted: int
+    committed: int  # accepted + 1, without the 1 when the last accepted token is a stop token (the published counting)
+    emitted: int  # of the committed tokens, those inside the output limit and before the end
+    confidence: tuple[float, ...]  # logits of all drafted slots; empty without a confidence head
+
+
+@dataclass
+class Generation:
+    """The output of one prompt. ``output_ids`` are the new tokens, the prompt not included."""
+
+    request: Request
+    output_ids: list[int] = field(default_factory=list)
+    rounds: list[Round] = field(default_factory=list)
+    finish: str = ""  # "stop" or "length"
+
+    @property
+    def acceptance_lengths(self) -> list[int]:
+        """Tokens each round committed, those past the limit included: the counting of the published results."""
+        return [one.committed for one in self.rounds]
+
+    @property
+    def emitted_lengths(self) -> list[int]:
+        """Tokens each round added to the output; their sum is len(output_ids) - 1 (the prompt's own pass gives one)."""
+        return [one.emitted for one in self.rounds]
+
+    @property
+    def proposal_lengths(self) -> list[int]:
+        """Drafted tokens each round verified."""
+        return [one.length for one in self.rounds]
+
+    @property
+    def proposals(self) -> list[list[int]]:
+        """What each round sent to the target: the newest committed token and the drafts up to the first stop token."""
+        rows, newest = [], 0
+        for one in self.rounds:
+            rows.append([self.output_ids[newest], *one.sent[: one.length]])
+            newest += one.emitted
+        return rows

@@ -1,0 +1,152 @@
+"""How many drafted tokens to verify: a fixed length, a confidence threshold, or the hardware-aware prefix scheduler.
+
+Admission must be *causal* to stay lossless: whether token k of a row is verified may depend on confidences up to k
+(they depend on tokens before k), never on token k itself or what was drafted behind it. A prefix cut at the first low
+confidence is causal. So is the scheduler, because it admits in order of survival probability and stops at the first
+token that does not pay: token k + 1 of a row never survives likelier than token k, so it is looked at later. Taking the
+best total over all admissions instead would look ahead, and would bias the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from deepspec import files
+from deepspec.errors import EvaluationError
+
+
+class Policy(Protocol):
+    """Decides each round how many drafted tokens of each row go to the target."""
+
+    @property
+    def needs_confidence(self) -> bool:
+        """Whether :meth:`admit` reads confidences."""
+        ...
+
+    @property
+    def max_draft(self) -> int | None:
+        """Slots worth drafting at all; None: all that the draft has."""
+        ...
+
+    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
+        """Lengths [R] int64 between 0 and ``drafted``.
+
+        ``confidence`` [R, K] is the probability that a token is accepted given that those before it were.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class FixedLength:
+    """Always ``length`` tokens; None: as many as the draft proposes."""
+
+    length: int | None = None
+    needs_confidence: bool = False
+
+    @property
+    def max_draft(self) -> int | None:
+        """No more slots than will be verified."""
+        return self.length
+
+    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
+        """``length`` for every row."""
+        return np.full(rows, drafted if self.length is None else min(self.length, drafted), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """The longest prefix whose every confidence is at least ``threshold``."""
+
+    threshold: float
+    needs_confidence: bool = True
+    max_draft: int | None = None
+
+    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
+        """Cut each row at its first low confidence."""
+        return (_required(confidence) >= self.threshold).cumprod(axis=1).sum(axis=1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class StepCosts:
+    """Seconds of a whole round (draft, verify, head, the rest) against tokens per verify step, on one machine.
+
+    ``table[rows]`` is a pair of ascending arrays (tokens, seconds) measured with that many rows decoding together.
+    """
+
+    table: Mapping[int, tuple[np.ndarray, np.ndarray]]
+
+    def seconds(self, rows: int, tokens: np.ndarray) -> np.ndarray:
+        """Interpolated seconds of a round of ``rows`` rows for each entry of ``tokens``."""
+        known = np.array(sorted(self.table))
+        nearest = int(known[np.abs(np.log(known) - np.log(max(rows, 1))).argmin()])
+        measured, seconds = self.table[nearest]
+        # Another number of rows is read off at the same tokens per row.
+        return np.interp(tokens * (nearest / max(rows, 1)), measured, seconds)
+
+    def save(self, path: str | Path) -> None:
+        """Write the table as JSON."""
+        files.write_json(path, {str(rows): [list(map(float, a)) for a in pair] for rows, pair in self.table.items()})
+
+    @staticmethod
+    def load(path: str | Path) -> StepCosts:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            EvaluationError: no such file, or not such a table.
+        """
+        raw = files.read_json(path, EvaluationError, "write one with --study scheduler")
+        try:
+            return StepCosts({int(rows): (np.array(pair[0]), np.array(pair[1])) for rows, pair in raw.items()})
+        except (AttributeError, TypeError, ValueError, IndexError) as problem:
+            raise EvaluationError(f"not a table of step costs ({problem})", file=path) from None
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """Algorithm 1 of the DSpark paper: admit tokens of all rows in order of survival while expected tokens/s rise."""
+
+    costs: StepCosts
+    needs_confidence: bool = True
+    max_draft: int | None = None
+
+    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
+        """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
+        survival = _required(confidence).cumprod(axis=1)  # [R, K], falling along a row
+        order = np.argsort(-survival, axis=None, kind="stable")  # stable: on a tie the earlier token of a row is first
+        committed = rows + np.concatenate(([0.0], survival.ravel()[order].cumsum()))  # one token a row comes anyway
+        rate = committed / self.costs.seconds(rows, rows + np.arange(len(committed)))
+        falls = np.flatnonzero(np.diff(rate) < 0)
+        admitted = order[: int(falls[0]) if len(falls) else len(order)]
+        return np.bincount(admitted // survival.shape[1], minlength=rows).astype(np.int64)
+
+
+def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:
+    """The same as :meth:`Throughput.admit` token by token, from survival [R, K]; the twin that tests compare with."""
+    rows, slots = survival.shape
+    lengths = np.zeros(rows, dtype=np.int64)
+    expected, tokens = float(rows), rows
+    best = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+    while lengths.sum() < rows * slots:
+        heads = [(-survival[row, lengths[row]], row) for row in range(rows) if lengths[row] < slots]
+        gain, row = min(heads)
+        expected, tokens = expected - gain, tokens + 1
+        rate = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+        if rate < best:
+            break
+        best = rate
+        lengths[row] += 1
+    return lengths
+
+
+def _required(confidence: np.ndarray | None) -> np.ndarray:
+    if confidence is None:
+        raise EvaluationError(
+            "this policy needs a draft with a confidence head",
+            remedy="use a fixed length, or a DSpark draft trained with confidence_head: true",
+        )
+    return confidence

@@ -1,0 +1,120 @@
+"""Exact verification of drafts: the committed tokens are distributed as the target alone would have produced them.
+
+Greedy: a drafted token is accepted while it is the target's own choice. Sampling: token x, drafted from q, is accepted
+with probability min(1, p(x) / q(x)); at the first rejection the token comes from the normalised positive part of p - q;
+when all are accepted, one more token comes from p. The target's logits are *packed* ([T, V], row b's from
+``starts[b]`` on: one per drafted token and one more), so that rows of different lengths cost nothing but their tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a round commits: ``accepted`` drafted tokens ([B]) and then ``token`` ([B])."""
+
+    accepted: Tensor
+    token: Tensor
+
+
+@dataclass(frozen=True)
+class Uniforms:
+    """Numbers in [0, 1) for one round: float64, [B, K] to draft with, [B, K] to accept with, [B] for the last token."""
+
+    draft: Tensor
+    accept: Tensor
+    last: Tensor
+
+
+def verify_greedy(logits: Tensor, drafts: Tensor, starts: Tensor, lengths: Tensor) -> Verdict:
+    """Accept drafts [B, K], ``lengths`` [B] of which were sent, while they are the argmax of packed logits [T, V]."""
+    choice = logits.argmax(-1)
+    slots = torch.arange(drafts.shape[1], device=drafts.device)
+    index = starts[:, None] + torch.minimum(slots, lengths[:, None])  # [B, K], never past the row's last logits
+    matches = (choice[index] == drafts) & (slots < lengths[:, None])
+    accepted = matches.long().cumprod(1).sum(1)
+    return Verdict(accepted, choice[starts + accepted])
+
+
+def verify_sampled(
+    logits: Tensor,
+    drafts: Tensor,
+    draft_probs: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    temperature: float,
+    uniforms: Uniforms,
+) -> Verdict:
+    """Rejection sampling of drafts [B, K] from ``draft_probs`` [B, K, V] against packed target logits [T, V].
+
+    Only the probabilities of the drafted tokens and one whole distribution a row are computed.
+    """
+    scaled = logits.float() / temperature
+    normaliser = scaled.logsumexp(-1)  # [T]
+    slots = torch.arange(drafts.shape[1], device=drafts.device)
+    index = starts[:, None] + torch.minimum(slots, lengths[:, None])
+    target = (scaled[index, drafts] - normaliser[index]).exp()  # [B, K]
+    drafted = draft_probs.gather(2, drafts[..., None]).squeeze(-1)
+    passed = (uniforms.accept[:, : drafts.shape[1]] * drafted < target) & (slots < lengths[:, None])
+    accepted = passed.long().cumprod(1).sum(1)
+    end = starts + accepted
+    weights = (scaled[end] - normaliser[end, None]).exp()  # [B, V], p at the first rejection or behind the last draft
+    if drafts.shape[1]:
+        rows = torch.arange(len(drafts), device=drafts.device)
+        rejected = draft_probs[rows, accepted.clamp_max(drafts.shape[1] - 1)]
+        residual = (weights - rejected).clamp_min(0)
+        # A residual of zero mass means p = q up to rounding: then the rejection itself had no probability.
+        usable = (accepted < lengths) & (residual.sum(-1) > 0)
+        weights = torch.where(usable[:, None], residual, weights)
+    return Verdict(accepted, sample(weights, uniforms.last))
+
+
+def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """One index a row from unnormalised weights [B, V] by inversion of the cumulated sum; uniforms [B] in [0, 1)."""
+    cumulated = weights.cumsum(-1, dtype=torch.float64)
+    point = uniforms[:, None] * cumulated[:, -1:]
+    return torch.searchsorted(cumulated, point, right=True).squeeze(-1).clamp_max_(weights.shape[-1] - 1)
+
+
+def verify_plain(
+    logits: Tensor,
+    drafts: Tensor,
+    draft_probs: Tensor | None,
+    starts: Tensor,
+    lengths: Tensor,
+    temperature: float,
+    uniforms: Uniforms | None,
+) -> Verdict:
+    """The same as the two functions above, a row and a token at a time; the twin that tests compare with."""
+    accepted, tokens = [], []
+    for row in range(len(drafts)):
+        count, token = 0, -1
+        for slot in range(int(lengths[row]) + 1):
+            here = logits[int(starts[row]) + slot].float()
+            last = slot == int(lengths[row])
+            if draft_probs is None or uniforms is None:
+                choice = int(here.argmax())
+                token = choice
+                if last or choice != int(drafts[row, slot]):
+                    break
+            else:
+                weights = torch.softmax(here / temperature, -1)
+                if not last:
+                    drafted = draft_probs[row, slot]
+                    x = int(drafts[row, slot])
+                    if uniforms.accept[row, slot] * drafted[x] < weights[x]:
+                        count += 1
+                        continue
+                    residual = (weights - drafted).clamp_min(0)
+                    weights = residual if residual.sum() > 0 else weights
+                token = int(sample(weights[None], uniforms.last[row : row + 1]))
+                break
+            count += 1
+        accepted.append(count)
+        tokens.append(token)
+    return Verdict(torch.tensor(accepted, device=drafts.device), torch.tensor(tokens, device=drafts.device))
