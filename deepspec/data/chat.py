@@ -21,7 +21,7 @@ from deepspec.data.conversations import Message
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.families.base import Family
 
-_MARK = "\ue000"  # private use: in no real text, and no tokenizer merges it with a neighbour
+_MARK = "\ue000\uf8ff\ue000"  # private use: in no real text
 
 
 class NoSupervision(DataError):
@@ -182,20 +182,24 @@ class Renderer:
                 continue
             grown = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
             prompt = self._render(messages[:i], tools, generation_prompt=True)
-            if full.startswith(grown) and grown.startswith(prompt):
-                end = len(grown) - (len(self._tail) if grown.endswith(self._tail, len(prompt)) else 0)
-                places.append((len(prompt), end))
-            else:
-                places.append(self._replaced(messages, tools, full, i))
+            start = len(prompt) if full.startswith(prompt) else None
+            end = None
+            if full.startswith(grown):
+                end = len(grown) - (len(self._tail) if grown.endswith(self._tail, start or 0) else 0)
+            if start is None or end is None:
+                before, after = self._around(messages, tools, i)
+                start = len(before) if start is None and full.startswith(before) else start
+                end = len(full) - len(after) if end is None and full.endswith(after) else end
+            if start is None or end is None or start > end:
+                raise DataError("cannot tell the answer from the rest of the rendering", key=f"messages[{i}]")
+            places.append((start, end))
         return places
 
-    def _replaced(self, messages: list[Message], tools: Sequence[Any] | None, full: str, i: int) -> _Place:
-        """Where answer ``i`` stands in ``full``: between what stays when it alone is replaced."""
+    def _around(self, messages: list[Message], tools: Sequence[Any] | None, i: int) -> tuple[str, str]:
+        """What stands before and after answer ``i``: the text that stays when it alone is replaced."""
         marked = [*messages[:i], {"role": "assistant", "content": _MARK}, *messages[i + 1 :]]
         before, _, after = self._render(marked, tools).partition(_MARK)
-        if not full.startswith(before) or not full.endswith(after) or len(before) + len(after) > len(full):
-            raise DataError("cannot tell the answer from the rest of the rendering", key=f"messages[{i}]")
-        return len(before), len(full) - len(after)
+        return before, after
 
     def _marked(self, messages: list[Message], tools: Sequence[Any] | None) -> list[_Place]:
         """The answers' places from the template's generation marks."""
