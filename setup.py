@@ -11,6 +11,7 @@ CORE = [
     "datasets>=4.0,<6",
     "zarr>=3.1.6,<4",
     "numcodecs>=0.16.3,<0.17",
+    "zstandard>=0.23,<1",
     "safetensors>=0.5,<1",
     "pyyaml>=6,<7",
     "mpi4py>=4,<5",
@@ -47,5 +48,10 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.19"],
     },
-    entry_points={"zarr.codecs": ["deepspec.lossless = deepspec.cache.codecs.lossless:LosslessCodec"]},
+    entry_points={
+        "zarr.codecs": [
+            "deepspec.lossless = deepspec.cache.codecs.lossless:LosslessCodec",
+            "deepspec.uniform = deepspec.cache.codecs.uniform:UniformCodec",
+        ]
+    },
 )

@@ -22,7 +22,7 @@ from deepspec.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 LAYERS = [0, 2]
 HIDDEN = 32
-WORDS = "the cache keeps what a target computes for every token of an answer and nothing else 0 1 2 3".split()
+WORDS = ["the", "cache", "keeps", "what", "a", "target", "computes", "for", "every", "token", "and", "else", "0", "12"]
 
 
 @dataclass(frozen=True)

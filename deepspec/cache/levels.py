@@ -1,15 +1,20 @@
-"""Levels: a name for how exactly, and in how many bytes, an array of hidden states is kept."""
+"""Levels: a name for how exactly, and in how many bytes, the hidden states of a cache are kept.
+
+docs/cache.md has the table: bytes, speed, error, and what training on each level does to the accepted length.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from numpy.typing import NDArray
 
 from deepspec.cache.codecs.lossless import LosslessCodec
 from deepspec.cache.codecs.raw import RawCodec
+from deepspec.cache.codecs.uniform import UniformCodec
 from deepspec.errors import CacheError, nearest
 
 Calibrate = Callable[[NDArray[Any]], Any]  # a sample of the array [T, C] -> its codec
@@ -17,18 +22,44 @@ Calibrate = Callable[[NDArray[Any]], Any]  # a sample of the array [T, C] -> its
 
 @dataclass(frozen=True)
 class Level:
-    """How the two arrays of hidden states are coded, and what it costs."""
+    """How the two arrays of hidden states are coded."""
 
     features: Calibrate
     last_hidden: Calibrate
+    ratio: float  # of raw, expected: last_hidden on half of the tokens; for estimates
     exact: bool
     summary: str
 
 
+def _rounded(features: float, last_hidden: float, ratio: float, summary: str) -> Level:
+    """Steps of 1/features of a channel's spread, and of 1/last_hidden of the mean rms."""
+    return Level(
+        partial(UniformCodec.per_channel, levels=features),
+        partial(UniformCodec.constant, levels=last_hidden),
+        ratio,
+        False,
+        summary,
+    )
+
+
 LEVELS = {
-    "raw": Level(RawCodec.calibrate, RawCodec.calibrate, True, "the bits as they are"),
-    "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, True, "every bit, two thirds of the bytes"),
+    "raw": Level(RawCodec.calibrate, RawCodec.calibrate, 1.0, True, "the bits as they are"),
+    "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, 0.672, True, "every bit"),
+    "near": _rounded(32, 96, 0.49, "features to 1 %, last_hidden to a TV of 0.002"),
+    "compact": _rounded(20, 64, 0.44, "features to 1.6 %, last_hidden to a TV of 0.003"),
+    "smallest": _rounded(4, 48, 0.31, "features to 8 %, last_hidden to a TV of 0.004"),
 }
+
+
+def level_of(name: str, key: str = "cache.level") -> Level:
+    """The level called ``name``.
+
+    Raises:
+        CacheError: no such level.
+    """
+    if name not in LEVELS:
+        raise CacheError("unknown cache level", key=key, found=name, remedy=nearest(name, LEVELS))
+    return LEVELS[name]
 
 
 def codec_for(array: str, level: str) -> Calibrate:
@@ -37,7 +68,5 @@ def codec_for(array: str, level: str) -> Calibrate:
     Raises:
         CacheError: no such level.
     """
-    if level not in LEVELS:
-        raise CacheError("unknown cache level", key=f"cache.{array}_level", found=level, remedy=nearest(level, LEVELS))
-    chosen: Calibrate = getattr(LEVELS[level], array)
+    chosen: Calibrate = getattr(level_of(level, f"cache.{array}_level"), array)
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import PARTS, Manifest, PartManifest
+from deepspec.cache.memory import empty
 from deepspec.cache.shard import ShardReader
 from deepspec.errors import CacheError
 
@@ -31,6 +33,18 @@ class Sample:
     loss_mask: NDArray[np.bool_]  # [n]
     features: Tensor  # [n, L*D]
     last_hidden: Tensor | None  # [n, D]; zeros where the next token is not supervised
+
+
+@dataclass(frozen=True)
+class Padded:
+    """B samples padded to the longest."""
+
+    sample_ids: tuple[int, ...]
+    lengths: Tensor  # [B] int64
+    input_ids: Tensor  # [B, S] int64
+    loss_mask: Tensor  # [B, S] bool
+    features: Tensor  # [B, S, L*D]
+    last_hidden: Tensor | None  # [B, S, D]
 
 
 class PartReader:
@@ -176,6 +190,28 @@ class TargetCache:
             remedy=problem.remedy,
         )
 
+    def padded(self, numbers: Sequence[int], last_hidden: bool = True) -> Padded:
+        """Samples side by side, decoded straight into the padded tensors; zeros behind each.
+
+        Raises:
+            CacheError: a broken or missing chunk, named by part, array, chunk and sample.
+        """
+        lengths = self.lengths[list(numbers)]
+        hidden = int(self.fingerprint["target"]["hidden_size"])
+        shape = (len(numbers), int(lengths.max()))
+        features = empty((*shape, hidden * len(self.fingerprint["layers"])), self.dtype)
+        last = empty((*shape, hidden), self.dtype) if last_hidden and self.has_last_hidden else None
+        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
+        for row, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
+            tokens, supervised = self.tokens(number)
+            ids[row, :length], mask[row, :length] = torch.from_numpy(tokens), torch.from_numpy(supervised)
+            self.read_into(number, features[row, :length], None if last is None else last[row, :length])
+            for tensor in (features, last):
+                if tensor is not None:
+                    tensor[row, length:] = 0
+        samples = tuple(self.sample_ids[list(numbers)].tolist())
+        return Padded(samples, torch.from_numpy(lengths), ids, mask, features, last)
+
     def sample(self, number: int) -> Sample:
         """A whole sample.
 
@@ -189,8 +225,8 @@ class TargetCache:
             raise self._name_sample(problem, number) from None
         layout = self.fingerprint
         hidden = int(layout["target"]["hidden_size"])
-        features = torch.empty((length, hidden * len(layout["layers"])), dtype=self.dtype)
-        last = torch.empty((length, hidden), dtype=self.dtype) if self.has_last_hidden else None
+        features = empty((length, hidden * len(layout["layers"])), self.dtype)
+        last = empty((length, hidden), self.dtype) if self.has_last_hidden else None
         self.read_into(number, features, last)
         return Sample(int(self.sample_ids[number]), ids, mask, features, last)
 

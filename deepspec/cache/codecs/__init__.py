@@ -1,4 +1,4 @@
-"""Codecs by name, and the levels: which codec each array of a cache gets."""
+"""Codecs by the name that zarr.json gives them."""
 
 from __future__ import annotations
 
@@ -6,5 +6,6 @@ from typing import Any
 
 from deepspec.cache.codecs.lossless import LosslessCodec
 from deepspec.cache.codecs.raw import RawCodec
+from deepspec.cache.codecs.uniform import UniformCodec
 
-CODECS: dict[str, Any] = {codec.name: codec for codec in (RawCodec, LosslessCodec)}
+CODECS: dict[str, Any] = {codec.name: codec for codec in (RawCodec, LosslessCodec, UniformCodec)}
