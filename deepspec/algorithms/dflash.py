@@ -107,7 +107,7 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: l
     if model.markov_head is not None:
         embedded_PM = model.markov_head.markov_w1(tokens[position_P])
         previous_RM = embedded_PM[rows.position_R]
-        latent, w2 = embedded_PM, model.markov_head.markov_w2.weight
+        latent, w2 = embedded_PM, model.markov_head.markov_w2(None)
         if model.markov_head.depends_on_hidden:
             latent = _latents(model.markov_head, batch, hidden_BNKD, anchor_BN).flatten(0, 2).index_select(0, slot_R)
     head = head_loss(hidden_RD, model.frozen, rows, weights, target, latent, w2, model.loss)

@@ -15,6 +15,16 @@ from torch import Tensor, nn
 MARKOV_KINDS = ("vanilla", "gated", "rnn")
 
 
+class OutputMatrix(nn.Linear):
+    """A linear map that also hands out its weight through ``forward``, where ZeRO-3's hooks see it and gather it."""
+
+    def forward(self, x: Tensor | None) -> Tensor:
+        """``weight @ x`` [.., R] -> [.., V]; for None the weight [V, R], a copy where ZeRO-3 will free the original."""
+        if x is not None:
+            return super().forward(x)
+        return self.weight.clone() if hasattr(self.weight, "ds_id") else self.weight
+
+
 class MarkovHead(nn.Module):
     """Low-rank bias on the logits from the token before a slot.
 
@@ -28,7 +38,7 @@ class MarkovHead(nn.Module):
         super().__init__()
         self.kind, self.rank = kind, rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = nn.Linear(rank, vocab_size, bias=False)
+        self.markov_w2 = OutputMatrix(rank, vocab_size, bias=False)
         if kind == "gated":
             self.gate_proj = nn.Linear(hidden_size + rank, rank)
         elif kind == "rnn":

@@ -1,0 +1,117 @@
+"""ZeRO shards of a training checkpoint -> one draft folder, whatever the stage and the number of processes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspec import registry
+from deepspec.drafts import FROZEN, save_draft
+from deepspec.errors import CheckpointError
+from deepspec.export.manifest import Manifest, read_manifest, steps_of
+from deepspec.recipe import recipe_from_dict
+from deepspec.targets import load_spec, load_target
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def checkpoint_folder(path: Path) -> Path:
+    """``path`` itself where it is a checkpoint, or the newest whole checkpoint of the run ``path``.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / "manifest.json").is_file():
+        return path
+    whole = steps_of(path)
+    if not whole:
+        remedy = "name a folder <run>/checkpoints/step_N with a manifest.json, or a run that has one"
+        raise CheckpointError("not a checkpoint", file=path, remedy=remedy)
+    return list(whole.values())[-1]
+
+
+def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The draft's trained weights by name, in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
+
+    Raises:
+        CheckpointError: the shards cannot be put together.
+    """
+    try:
+        if manifest.zero_stage == 0:
+            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+            return dict(states["module"])
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would guess, and warn about its guess
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        return {name: tensor.clone() for name, tensor in state.items()}
+    except (OSError, RuntimeError, KeyError, ValueError) as problem:
+        line = (str(problem).strip() or repr(problem)).splitlines()[0]
+        raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
+
+
+def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = None, embeddings: bool = True) -> Path:
+    """Write the draft of a checkpoint as a draft folder.
+
+    Args:
+        checkpoint: a checkpoint folder, or a run (its newest checkpoint is taken).
+        output: the draft folder to create.
+        dtype: ``bf16`` or ``fp32``; None takes the run's precision.
+        embeddings: whether the folder carries the target's embedding and head and so stands alone.
+
+    Returns:
+        The checkpoint folder that was taken.
+
+    Raises:
+        CheckpointError: no whole checkpoint, broken shards, or a target with other weights than in training.
+        DraftError: ``output`` already holds a draft.
+    """
+    folder = checkpoint_folder(Path(checkpoint))
+    manifest = read_manifest(folder)
+    recipe = recipe_from_dict(manifest.recipe)
+    spec = load_spec(recipe.target.path, recipe.target.revision)
+    recipe = recipe.for_target(spec)
+    kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    state = {name: tensor.to(kind) for name, tensor in read_weights(folder, manifest).items()}
+    if embeddings:
+        state |= _frozen_weights(recipe, manifest, kind, folder)
+    provenance: dict[str, Any] = {
+        "checkpoint": str(folder),
+        "step": manifest.step,
+        "total_steps": manifest.total_steps,
+        "seed": recipe.seed,
+        "recipe_digest": recipe.digest(),
+        "target": {"path": recipe.target.path, "revision": recipe.target.revision, "weights": manifest.target_digest},
+        "data": manifest.fingerprint,
+        "training": {"world_size": manifest.world_size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype},
+        "dtype": str(kind).removeprefix("torch."),
+        "versions": manifest.versions,
+    }
+    config = registry.algorithm(recipe.algorithm).config_json(recipe.draft, spec, provenance["dtype"])
+    save_draft(output, state, config, provenance, recipe.to_yaml())
+    return folder
+
+
+def _frozen_weights(recipe: Any, manifest: Manifest, kind: torch.dtype, folder: Path) -> dict[str, Tensor]:
+    """The target's embedding and head, if it is still the target of the training."""
+    trained_on = getattr(torch, recipe.target.dtype)
+    target = load_target(recipe.target.path, trained_on, "cpu", recipe.target.revision)
+    digest = target.weights_digest()
+    if digest != manifest.target_digest:
+        raise CheckpointError(
+            "the target's weights are not those of the training",
+            file=folder,
+            key=recipe.target.path,
+            found=digest,
+            wanted=manifest.target_digest,
+            remedy="put the target back, or leave its embeddings out (--without-embeddings)",
+        )
+    return dict(zip(FROZEN, (target.embed_weight.to(kind), target.head_weight.to(kind)), strict=True))

@@ -1,0 +1,168 @@
+"""Checkpoints of a run: ``<run>/checkpoints/step_N/``, whole or absent.
+
+DeepSpeed writes under a temporary name; then every file is synced, ``manifest.json`` is written last and the folder
+gets its name by one rename. There is no ``latest`` file to lose: the newest folder with a manifest is the latest.
+Removal goes the other way: the folder loses its name first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from deepspec.errors import CheckpointError
+from deepspec.export.manifest import Manifest, read_manifest, steps_of
+from deepspec.files import sync_folder, write_json
+from deepspec.recipe import Recipe, TrainSection
+
+HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
+    f"train.{key}" for key in ("lr", "weight_decay", "betas", "eps", "warmup_ratio", "grad_clip", "epochs", "max_steps")
+)
+FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
+    *("name", "output", "evaluate", "regenerate", "cache", "target.path", "target.revision", "target.family"),
+    *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source"),
+    *(f"train.{key}" for key in ("deepspeed", "log_every", "save_every", "keep_last", "keep_every", "keep_best")),
+    *(f"train.{key}" for key in ("workers", "tensorboard", "wandb_project", "online_micro_batch", "validation")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile")),
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run, as its rank 0 keeps them; other ranks only ask for names.
+
+    Args:
+        run: the run's folder.
+        train: the recipe's section (what to keep).
+    """
+
+    def __init__(self, run: Path, train: TrainSection) -> None:
+        self.run, self.train = run, train
+        self.folder = run / "checkpoints"
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._pending: Future[None] | None = None
+
+    def clean(self) -> None:
+        """Remove what a crash left half written or half removed."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for path in self.folder.glob(".*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def temporary(self, step: int) -> str:
+        """The name under which DeepSpeed writes a checkpoint."""
+        return f".step_{step}.tmp"
+
+    def commit(self, manifest: Manifest) -> None:
+        """Make the files under the temporary name a checkpoint, in a thread: the training goes on meanwhile."""
+        self.wait()
+        self._pending = self._pool.submit(self._commit, manifest)
+
+    def _commit(self, manifest: Manifest) -> None:
+        source = self.folder / self.temporary(manifest.step)
+        files = {}
+        for path in sorted(source.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as handle:
+                    os.fsync(handle.fileno())
+                files[str(path.relative_to(source))] = path.stat().st_size
+        write_json(source / "manifest.json", {**asdict(manifest), "files": files})
+        final = self.folder / f"step_{manifest.step}"
+        if final.exists():
+            self._remove(final)
+        os.rename(source, final)
+        sync_folder(self.folder)
+        self._prune()
+
+    def wait(self) -> None:
+        """Wait for the last commit.
+
+        Raises:
+            OSError: it failed, for instance on a full disk; the checkpoint before it is whole.
+        """
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            pending.result()
+
+    def best(self) -> tuple[int, float] | None:
+        """(step, score) of the best checkpoint that was scored."""
+        scores = {step: read_manifest(path).score for step, path in steps_of(self.run).items()}
+        scored = [(score, step) for step, score in scores.items() if score is not None]
+        return None if not scored else (max(scored)[1], max(scored)[0])
+
+    def _prune(self) -> None:
+        whole = steps_of(self.run)
+        kept = set(list(whole)[-self.train.keep_last :])
+        if self.train.keep_every:
+            kept |= {step for step in whole if step % self.train.keep_every == 0}
+        if self.train.keep_best:
+            best = self.best()
+            kept |= {best[0]} if best else set()
+        for step, path in whole.items():
+            if step not in kept:
+                self._remove(path)
+
+    def _remove(self, path: Path) -> None:
+        dead = path.with_name(f".{path.name}.dead")
+        os.rename(path, dead)
+        sync_folder(self.folder)
+        shutil.rmtree(dead)
+
+
+def check_resume(old: Manifest, recipe: Recipe, fingerprint: Mapping[str, Any], digest: str, accept: bool) -> list[str]:
+    """Compare a checkpoint with what is about to go on from it.
+
+    Args:
+        old: the checkpoint's manifest.
+        recipe: the recipe now.
+        fingerprint: of the data now.
+        digest: of the target's weights now.
+        accept: whether changed optimisation settings are to be honoured.
+
+    Returns:
+        The honoured changes, for the log.
+
+    Raises:
+        CheckpointError: another target, other data, or a changed key of the recipe; both values are named.
+    """
+    where = old.recipe.get("output")
+    if old.target_digest != digest:
+        raise CheckpointError(
+            "the target's weights are not the run's",
+            file=where,
+            key="target.path",
+            found=digest,
+            wanted=old.target_digest,
+            remedy="train on from the same target, or choose another output",
+        )
+    if dict(old.fingerprint) != dict(fingerprint):
+        names = sorted(k for k in {*old.fingerprint, *fingerprint} if old.fingerprint.get(k) != fingerprint.get(k))
+        remedy = "put the data back, or choose another output"
+        raise CheckpointError("the data are not the run's", file=where, key=", ".join(names), remedy=remedy)
+    before, now = _flatten(old.recipe), _flatten(recipe.to_dict())
+    honoured = []
+    for key in sorted({*before, *now}):
+        if before.get(key) == now.get(key) or any(key == free or key.startswith(f"{free}.") for free in FREE):
+            continue
+        change = {"file": where, "key": key, "found": now.get(key), "wanted": f"the run's {before.get(key)!r}"}
+        if key not in HONOURED:
+            remedy = "put it back, or choose another output for a new run"
+            raise CheckpointError("a run cannot change this and go on", **change, remedy=remedy)
+        if not accept:
+            remedy = "put it back, or say --accept-changes to go on with the new value, or choose another output"
+            raise CheckpointError("the recipe differs from the run's", **change, remedy=remedy)
+        honoured.append(f"{key}: {before.get(key)!r} -> {now.get(key)!r}")
+    return honoured
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,187 @@
+"""DeepSpeed behind a narrow door: the only file that imports its runtime.
+
+Forward, backward, step, save and load of a sharded model, on one process or many, on GPUs or on CPUs over gloo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deepspec.batch import Batch
+from deepspec.distributed import World, free_port, pick_device, world_from_environment
+from deepspec.errors import CheckpointError
+from deepspec.metrics import LossTerms
+from deepspec.recipe import TrainSection
+from deepspec.training.settings import accumulation_steps, deepspeed_settings, model_dtype, zero_stage
+
+UNIVERSAL_VERSION = 0.4
+
+
+def start_processes() -> World:
+    """Join the process group of the launcher, or make one of a single process; quiet the libraries' chatter.
+
+    On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank behind
+    in /dev/shm.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    for handler in logging.getLogger("DeepSpeed").handlers:
+        handler.setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    world = world_from_environment()
+    if world.size == 1 and "MASTER_PORT" not in os.environ:
+        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        os.environ.update({name: str(value) for name, value in alone.items()})
+    if torch.cuda.is_available():
+        torch.cuda.set_device(pick_device(world.local_rank))
+    if not dist.is_initialized():
+        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    return World(dist.get_rank(), dist.get_world_size(), world.local_rank)
+
+
+def end_processes() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class Engine:
+    """A draft model under DeepSpeed.
+
+    Args:
+        model: the draft, its frozen weights attached.
+        train: the recipe's section.
+        world: this process's place.
+        universal: whether :meth:`load` will read a Universal Checkpoint.
+    """
+
+    def __init__(self, model: nn.Module, train: TrainSection, world: World, universal: bool = False) -> None:
+        settings = deepspeed_settings(train, world.size)
+        if universal:
+            settings["checkpoint"] = {"load_universal": True}
+        self.train, self.world = train, world
+        self.stage, self.dtype = zero_stage(settings), model_dtype(settings)
+        self.accumulation = accumulation_steps(train, world.size)
+        self.device = pick_device(world.local_rank)
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            trainable, train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps, weight_decay=train.weight_decay
+        )
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables that nobody asked for
+            self.engine = deepspeed.initialize(
+                model=model, model_parameters=trainable, optimizer=self.optimizer, config=settings
+            )[0]
+        self.model: nn.Module = self.engine.module
+        self._norm: Tensor | None = None
+        if self.stage == 0 and self.dtype == torch.float32:  # the one case whose norm DeepSpeed computes and drops
+            self.engine.clip_fp32_gradients = self._clip
+        self.control = dist.new_group(backend="gloo")  # host-side agreement without a device synchronisation
+
+    def forward(self, batch: Batch) -> LossTerms:
+        """The loss terms of a micro-batch, which is moved to the device and the model's dtype (its masks stay)."""
+        moved = replace(batch.to(self.device, self.dtype), supervision=batch.supervision)
+        terms: LossTerms = self.engine(moved)
+        return terms
+
+    def backward(self, terms: LossTerms, step_weight: float) -> Tensor:
+        """Add the micro-batch's share of the step's gradient; returns its share of the step's loss (detached scalar).
+
+        DeepSpeed averages over ranks and accumulation steps; the loss of a step is a sum over both, divided by the
+        weight of the whole step, so that it does not depend on how the step was cut.
+        """
+        share = terms.weighted_sum() / step_weight
+        self.engine.backward(share * (self.world.size * self.accumulation))
+        return share.detach()
+
+    def step(self, lr: float) -> None:
+        """End a micro-batch; at the last one of the step update the weights with rate ``lr``."""
+        train = self.train
+        for group in self.optimizer.param_groups:
+            group.update(lr=lr, betas=tuple(train.betas), eps=train.eps, weight_decay=train.weight_decay)
+        self.engine.step()
+
+    def _clip(self) -> None:
+        self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip)
+
+    def grad_norm(self) -> float:
+        """Norm of the last step's whole gradient before clipping; nan where DeepSpeed did not compute it."""
+        norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
+        return float("nan") if norm is None else float(norm)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over all ranks of a CPU tensor, on the host."""
+        if self.world.size > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world.size > 1:
+            dist.barrier(group=self.control)
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write trainable weights and optimizer state to ``folder/tag`` (every rank calls this)."""
+        info = {"universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION}}
+        self.engine.save_checkpoint(
+            str(folder), tag=tag, client_state=info, save_latest=False, exclude_frozen_parameters=True
+        )
+
+    def load(self, folder: Path, tag: str, steps: int) -> None:
+        """Read what :meth:`save` wrote, after ``steps`` optimizer steps.
+
+        Raises:
+            CheckpointError: DeepSpeed cannot read it.
+        """
+        try:
+            found, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+        except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as problem:
+            line = (str(problem).strip() or repr(problem)).splitlines()[0]
+            raise CheckpointError(f"cannot be read ({line})", file=folder / tag) from problem
+        if found is None:
+            raise CheckpointError("no checkpoint files", file=folder / tag)
+        self.engine.global_steps = steps
+        self.engine.micro_steps = steps * self.accumulation
+        self.engine.global_samples = steps * self.train.global_batch
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[nn.Module]:
+        """The module with all its weights on every rank, for reading (ZeRO-3 gathers them for the while)."""
+        parameters = list(self.model.parameters())
+        enabled = self.stage == 3
+        with deepspeed.zero.GatheredParameters(parameters, enabled=enabled), torch.no_grad():
+            self.model.eval()
+            try:
+                yield self.model
+            finally:
+                self.model.train()
+
+    def close(self) -> None:
+        """Release the engine's hooks and buffers."""
+        self.engine.destroy()
+
+
+def to_universal(source: Path, target: Path) -> None:
+    """Convert a checkpoint folder of DeepSpeed's into a Universal Checkpoint, readable at any number of processes.
+
+    Raises:
+        CheckpointError: the conversion failed; its last line is given.
+    """
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--no_strict"]
+    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise CheckpointError(f"conversion for another number of processes failed ({lines[-1]})", file=source)

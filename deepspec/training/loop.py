@@ -1,0 +1,200 @@
+"""The loop: optimizer steps from ``start`` to the end, log lines, validation, checkpoints, an orderly stop."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+
+from deepspec.recipe import Recipe
+from deepspec.training.checkpoints import Checkpoints, Manifest
+from deepspec.training.engine import Engine
+from deepspec.training.feeder import Feeder, Step
+from deepspec.training.report import Meter, Reporter
+from deepspec.training.schedule import lr_factor
+
+PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
+
+
+class Validator(Protocol):
+    """Measures the draft on held-out samples."""
+
+    def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
+        """The measures after ``step`` steps, and the score for `keep_best` (None where this validation has none)."""
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask the run to save and end; the step under way is finished first."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> StopSignal:
+        self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        return self
+
+    def _ask(self, _number: int, _frame: FrameType | None) -> None:
+        self.asked = True
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+
+class Trainer:
+    """One run on one rank.
+
+    Args:
+        recipe: resolved and checked.
+        engine: the draft under DeepSpeed.
+        feeder: the run's data.
+        checkpoints: where they are kept.
+        manifest: of this run; step and score are filled in at each save.
+        validator: None without `train.validation`.
+        profile: a folder for the trace of a few steps, or None.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        engine: Engine,
+        feeder: Feeder,
+        checkpoints: Checkpoints,
+        manifest: Manifest,
+        *,
+        validator: Validator | None = None,
+        profile: Path | None = None,
+    ) -> None:
+        self.recipe, self.train, self.engine, self.feeder = recipe, recipe.train, engine, feeder
+        self.checkpoints, self.manifest, self.total_steps = checkpoints, manifest, manifest.total_steps
+        self.validator, self.profile = validator, profile
+        self.meter = Meter(engine.sum)
+        self.reporter: Reporter | None = None
+        self.saved: int | None = None
+
+    def run(self, start: int) -> bool:
+        """Train from step ``start`` (steps done so far) to the end.
+
+        Returns:
+            Whether the end was reached; False when a signal ended the run earlier (it is saved).
+
+        Raises:
+            NonFiniteLoss: the loss is not a number; nothing is saved from then on.
+        """
+        self.saved = start or None
+        if self.engine.world.is_main:
+            self.reporter = Reporter(self.recipe, self.checkpoints.run, self.total_steps, start)
+        try:
+            with StopSignal() as stop, self._profiler() as profiler:
+                for step in self.feeder.steps(start, self.total_steps):
+                    flags = torch.stack([step.weight, torch.tensor(float(stop.asked), dtype=torch.float64)])
+                    weight, asked = self.engine.sum(flags).tolist()
+                    if asked:
+                        self._stop(step.number)
+                        return False
+                    self._optimize(step, weight)
+                    self._after(step.number + 1)
+                    if profiler is not None:
+                        profiler.step()
+            self.checkpoints.wait()
+            return True
+        finally:
+            if self.reporter is not None:
+                self.reporter.close()
+
+    def _optimize(self, step: Step, weight: float) -> None:
+        lr = self.train.lr * lr_factor(step.number, self.total_steps, self.train.warmup_ratio)
+        for batch in step.batches:
+            terms = self.engine.forward(batch)
+            share = self.engine.backward(terms, max(weight, 1e-12))
+            self.engine.step(lr)
+            self.meter.add(step.number, batch, terms, share)
+        self.meter.steps += 1
+
+    def _after(self, done: int) -> None:
+        """Log, validate and save where the recipe says so after ``done`` steps."""
+        last = done == self.total_steps
+        validation = self.train.validation
+        validate = self.validator is not None and validation is not None and (done % validation.every == 0 or last)
+        save = done % self.train.save_every == 0 or last
+        if not (done % self.train.log_every == 0 or validate or save):
+            return
+        self.meter.check_finite()
+        if done % self.train.log_every == 0 or last:
+            self._log(done)
+        begun = time.perf_counter()
+        if validate and self._validate(done):
+            save = True
+        if save:
+            self._save(done)
+        if self.reporter is not None:
+            self.reporter.exclude(time.perf_counter() - begun)
+
+    def _log(self, done: int) -> None:
+        values = self.meter.take()
+        values["lr"] = self.train.lr * lr_factor(done - 1, self.total_steps, self.train.warmup_ratio)
+        values["grad_norm"] = self.engine.grad_norm()
+        waited, self.feeder.wait_seconds = self.feeder.wait_seconds, 0.0
+        if self.reporter is not None:
+            self.reporter.training(done, values, waited)
+
+    def _validate(self, done: int) -> bool:
+        """Measure; returns whether this is the best so far and to be kept."""
+        values, score = self.validator.run(self.engine, done)  # type: ignore[union-attr]
+        if self.reporter is not None:
+            self.reporter.validation(done, values)
+        self.manifest = replace(self.manifest, score=score)
+        if not self.train.keep_best or score is None:
+            return False
+        best = None
+        if self.engine.world.is_main:
+            self.checkpoints.wait()
+            best = self.checkpoints.best()
+        better = torch.tensor([float(self.engine.world.is_main and (best is None or score > best[1]))])
+        return bool(self.engine.sum(better).item())
+
+    def _save(self, done: int) -> None:
+        if self.saved == done:
+            return
+        if self.engine.world.is_main:
+            self.checkpoints.wait()
+        self.engine.barrier()
+        self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
+        self.engine.barrier()
+        if self.engine.world.is_main:
+            self.checkpoints.commit(replace(self.manifest, step=done))
+        self.manifest = replace(self.manifest, score=None)
+        self.saved = done
+
+    def _stop(self, done: int) -> None:
+        self.meter.check_finite()
+        if done:
+            self._save(done)
+        self.checkpoints.wait()
+        self.engine.barrier()
+        if self.engine.world.is_main:
+            print(f"stopped by a signal after step {done}/{self.total_steps}; run again to go on", flush=True)
+
+    @contextlib.contextmanager
+    def _profiler(self) -> Iterator[Any]:
+        if self.profile is None:
+            yield None
+            return
+        self.profile.mkdir(parents=True, exist_ok=True)
+        activities = [torch.profiler.ProfilerActivity.CPU]
+        if torch.cuda.is_available():
+            activities.append(torch.profiler.ProfilerActivity.CUDA)
+        trace = self.profile / f"rank{self.engine.world.rank}.json"
+        with torch.profiler.profile(
+            activities=activities,
+            schedule=torch.profiler.schedule(wait=0, warmup=PROFILED_STEPS[0], active=PROFILED_STEPS[1], repeat=1),
+            on_trace_ready=lambda done: done.export_chrome_trace(str(trace)),
+        ) as profiler:
+            yield profiler

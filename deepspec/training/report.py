@@ -1,0 +1,235 @@
+"""What a run tells: sums kept on the device between log steps, one line per log step, TensorBoard, a JSONL of all."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from deepspec.batch import Batch
+from deepspec.errors import DeepSpecError
+from deepspec.metrics import LossTerms
+from deepspec.recipe import Recipe
+
+
+class NonFiniteLoss(DeepSpecError):
+    """The loss became NaN or infinite."""
+
+
+class Meter:
+    """Sums of loss terms and metrics since the last report; no host synchronisation until then.
+
+    Args:
+        reduce: sums a CPU tensor over ranks.
+    """
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        self.reduce = reduce
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._shares: list[Tensor] = []  # of the step's loss, one per micro-batch
+        self._samples: list[tuple[int, tuple[int, ...]]] = []  # (step, sample ids) of the same micro-batches
+        self.steps = 0
+        self.counts = torch.zeros(3, dtype=torch.float64)  # samples, real tokens, tokens with padding
+
+    def add(self, step: int, batch: Batch, terms: LossTerms, share: Tensor | None = None) -> None:
+        """Add one micro-batch; ``share`` is its part of the loss of optimizer step ``step``."""
+        for name, ratio in {**terms.terms, **terms.metrics}.items():
+            total = ratio.total.detach().double()
+            weight = ratio.weight.detach().double().expand_as(total)
+            if name in self._sums:
+                old = self._sums[name]
+                total, weight = total + old[0], weight + old[1]
+            self._sums[name] = (total, weight)
+        if share is not None:
+            self._shares.append(share)
+            self._samples.append((step, batch.supervision.sample_ids))
+        rows, padded = batch.input_ids.shape
+        real = int(batch.supervision.lengths.sum())  # the batch as read, on the host
+        self.counts += torch.tensor([rows, real, rows * padded], dtype=torch.float64)
+
+    def check_finite(self) -> None:
+        """Stop at a loss that is not a number (every rank calls this).
+
+        Raises:
+            NonFiniteLoss: with the optimizer step and the sample ids of the first such micro-batch of this rank.
+        """
+        shares = torch.stack(self._shares).double().cpu() if self._shares else torch.zeros(1, dtype=torch.float64)
+        bad = ~torch.isfinite(shares)
+        anywhere = self.reduce(bad.any().double().reshape(1))
+        if anywhere.item() == 0:
+            return
+        if bad.any():
+            step, samples = self._samples[int(bad.nonzero()[0])]
+            place = f"in optimizer step {step + 1}, sample ids {list(samples)}"
+        else:
+            place = "on another rank"
+        raise NonFiniteLoss(
+            f"the loss is not finite {place}",
+            found=float(shares[bad][0]) if bad.any() else None,
+            remedy="lower train.lr or look at these samples; the last checkpoint is from before",
+        )
+
+    def take(self) -> dict[str, Any]:
+        """All sums reduced over ranks and divided, then reset: loss, terms, metrics, samples, tokens, padding."""
+        names = sorted(self._sums)
+        shapes = [self._sums[name][0].shape for name in names]
+        loss = torch.stack(self._shares).double().sum().cpu().reshape(1) if self._shares else torch.zeros(1).double()
+        parts = [loss, self.counts] + [part.reshape(-1).cpu() for name in names for part in self._sums[name]]
+        flat = self.reduce(torch.cat(parts))
+        values: dict[str, Any] = {"loss": float(flat[0]) / max(self.steps, 1)} if self._shares else {}
+        place = 4
+        for name, shape in zip(names, shapes, strict=True):
+            size = math.prod(shape)
+            total, weight = flat[place : place + size], flat[place + size : place + 2 * size]
+            mean = total / weight.clamp_min(1e-12)
+            values[name] = mean.tolist() if len(shape) else float(mean)
+            place += 2 * size
+        values |= {
+            "samples": int(flat[1]),
+            "tokens": int(flat[2]),
+            "padding": 1 - float(flat[2] / flat[3].clamp_min(1)),
+        }
+        self.__init__(self.reduce)  # type: ignore[misc]
+        return values
+
+
+class Writer(Protocol):
+    """A sink of scalars (TensorBoard, Weights & Biases)."""
+
+    def write(self, group: str, values: dict[str, Any], step: int) -> None:
+        """Record the numbers of ``values`` at ``step``."""
+
+    def close(self) -> None:
+        """Flush."""
+
+
+class TensorBoardWriter:
+    """Event files under ``<run>/tensorboard``."""
+
+    def __init__(self, run: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.events = SummaryWriter(str(run / "tensorboard"))
+
+    def write(self, group: str, values: dict[str, Any], step: int) -> None:
+        """One scalar per number; a list gives one per position."""
+        for name, value in flatten(values).items():
+            self.events.add_scalar(f"{group}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush to disk."""
+        self.events.close()
+
+
+class WandbWriter:
+    """Weights & Biases (extra ``wandb``)."""
+
+    def __init__(self, recipe: Recipe, run: Path) -> None:
+        try:
+            import wandb
+        except ImportError:
+            remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
+            raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
+        self.session = wandb.init(
+            project=recipe.train.wandb_project, name=recipe.name, dir=str(run), config=recipe.to_dict(), resume="allow"
+        )
+
+    def write(self, group: str, values: dict[str, Any], step: int) -> None:
+        """One value per number."""
+        self.session.log({f"{group}/{name}": value for name, value in flatten(values).items()}, step=step)
+
+    def close(self) -> None:
+        """Finish the session."""
+        self.session.finish()
+
+
+def flatten(values: dict[str, Any]) -> dict[str, float]:
+    """Numbers only; a list becomes ``name@1, name@2, ...`` (draft positions count from 1)."""
+    flat: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            flat |= {f"{name}@{place + 1}": float(one) for place, one in enumerate(value)}
+        elif isinstance(value, int | float):
+            flat[name] = float(value)
+    return flat
+
+
+class Reporter:
+    """The run's voice on rank 0: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases."""
+
+    def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
+        self.run, self.total, self.first = run, total_steps, first_step
+        self.writers: list[Writer] = []
+        if recipe.train.tensorboard:
+            self.writers.append(TensorBoardWriter(run))
+        if recipe.train.wandb_project:
+            self.writers.append(WandbWriter(recipe, run))
+        self.begun = self.last = time.perf_counter()
+
+    def training(self, step: int, values: dict[str, Any], wait_seconds: float) -> None:
+        """A log step: rates since the last one, time left, the line."""
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        left = (now - self.begun) / (step - self.first) * (self.total - step)
+        rates = {
+            "tokens_per_second": values.pop("tokens") / seconds,
+            "samples_per_second": values.pop("samples") / seconds,
+            "data_wait": wait_seconds / seconds,
+            "memory_gb": memory_gb(),
+        }
+        self._write("train", step, values | rates)
+        line = [f"step {step}/{self.total}", *(_show(name, value) for name, value in values.items())]
+        line += [
+            f"{rates['tokens_per_second']:,.0f} tokens/s",
+            f"{rates['samples_per_second']:.1f} samples/s",
+            f"wait {rates['data_wait']:.1%}",
+            f"mem {rates['memory_gb']:.2f} GB",
+            f"left {timedelta(seconds=round(left))}",
+        ]
+        print(" | ".join(line), flush=True)
+
+    def validation(self, step: int, values: dict[str, Any]) -> None:
+        """The result of a validation."""
+        shown = {name: value for name, value in values.items() if name not in ("samples", "tokens", "padding")}
+        self._write("validation", step, shown)
+        print(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]), flush=True)
+
+    def exclude(self, seconds: float) -> None:
+        """Leave time spent outside training steps (validation) out of the next rates."""
+        self.last += seconds
+
+    def _write(self, group: str, step: int, values: dict[str, Any]) -> None:
+        with open(self.run / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
+        for writer in self.writers:
+            writer.write(group, values, step)
+
+    def close(self) -> None:
+        """Flush all writers."""
+        for writer in self.writers:
+            writer.close()
+
+
+def memory_gb() -> float:
+    """Peak memory of this process so far: of the GPU where there is one, else resident, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def _show(name: str, value: Any) -> str:
+    if isinstance(value, list):
+        return f"{name} {' '.join(f'{one:.2f}' for one in value)}"
+    if name == "lr":
+        return f"lr {value:.2e}"
+    if name == "padding":
+        return f"padding {value:.1%}"
+    return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"

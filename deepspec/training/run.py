@@ -1,0 +1,248 @@
+"""A training run from a recipe file: open target and data, resume or begin, train, leave everything on disk."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspec import registry
+from deepspec.distributed import World, pick_device
+from deepspec.errors import CheckpointError, DeepSpecError
+from deepspec.files import write_json
+from deepspec.recipe import Recipe, load_recipe
+from deepspec.targets import Target, load_spec, load_target
+from deepspec.training import checkpoints as store
+from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
+from deepspec.training.feeder import Feeder
+from deepspec.training.loop import Trainer
+from deepspec.training.plan import Plan
+from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
+from deepspec.training.sources import FeatureSource, open_source
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool = False, profile: bool = False) -> int:
+    """Run a recipe's training on this rank: begin, or go on from the newest whole checkpoint of its output.
+
+    Args:
+        path: the recipe.
+        overrides: ``key.key=value`` texts.
+        accept_changes: on resume, honour changed optimisation settings (a longer run, another rate).
+        profile: write a profiler trace of a few steps to ``<output>/profile``.
+
+    Returns:
+        0: finished, already finished, or stopped by a signal and saved.
+
+    Raises:
+        DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and say nothing twice.
+    """
+    world = start_processes()
+    try:
+        prepared = _together(world, lambda: prepare(path, overrides, world, accept_changes))
+        start, total = prepared.start, prepared.manifest.total_steps
+        if start.step == total:
+            if world.is_main:
+                print(f"already finished: {start.folder}", flush=True)
+            return 0
+        if world.is_main and start.folder is not None:
+            print(f"resuming {start.folder}, {total} steps in all", *start.changes, sep="\n  changed: ", flush=True)
+        trainer = assemble(prepared, world, profile)
+        trainer.run(start.step)
+        trainer.engine.close()
+        return 0
+    finally:
+        end_processes()
+
+
+def _together(world: World, build: Any) -> Any:
+    """Run ``build`` on every rank; where it fails on any, all end, and rank 0 tells why once."""
+    built, error = None, None
+    try:
+        built = build()
+    except DeepSpecError as problem:
+        error = problem
+    errors: list[DeepSpecError | None] = [error]
+    if world.size > 1:
+        texts: list[str | None] = [None] * world.size
+        dist.all_gather_object(texts, None if error is None else str(error))
+        errors = [None if text is None else DeepSpecError(text) for text in texts]
+    failed = next((one for one in errors if one is not None), None)
+    if failed is None:
+        return built
+    if world.is_main:
+        raise failed
+    sys.exit(1)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run goes on."""
+
+    step: int = 0
+    folder: Path | None = None  # of the checkpoint; None: from the beginning
+    universal: bool = False  # whether it must be converted first
+    changes: tuple[str, ...] = ()  # optimisation settings that were changed, and are honoured
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that can be wrong with a run's input, opened and checked; made without talking to other ranks."""
+
+    recipe: Recipe
+    target: Target
+    source: FeatureSource
+    plan: Plan
+    manifest: store.Manifest
+    start: Start
+
+
+def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_changes: bool) -> Prepared:
+    """Read the recipe, open target and data, find the checkpoint to go on from.
+
+    Raises:
+        DeepSpecError: anything of it is missing, broken or does not fit the rest.
+    """
+    recipe = load_recipe(path, overrides)
+    settings = deepspeed_settings(recipe.train, world.size)
+    name, revision = recipe.target.path, recipe.target.revision
+    recipe = recipe.for_target(load_spec(name, revision))
+    target = load_target(name, DTYPES[recipe.target.dtype], pick_device(world.local_rank), revision)
+    source = open_source(recipe, target)
+    plan = plan_of(recipe, source)
+    manifest = store.Manifest(
+        step=0,
+        total_steps=total_steps(recipe, plan),
+        recipe=recipe.to_dict(),
+        fingerprint=dict(source.fingerprint()),
+        target_digest=target.weights_digest(),
+        world_size=world.size,
+        zero_stage=zero_stage(settings),
+        dtype=str(model_dtype(settings)).removeprefix("torch."),
+        versions=versions(),
+    )
+    start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
+    return Prepared(recipe, target, source, plan, manifest, start)
+
+
+def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
+    """The draft under DeepSpeed with the weights of the checkpoint, and the loop around it (all ranks together)."""
+    recipe, start = prepared.recipe, prepared.start
+    kept = store.Checkpoints(Path(recipe.output), recipe.train)
+    if world.is_main:
+        _start_folder(kept, prepared, world)
+    algorithm = registry.algorithm(recipe.algorithm)
+    model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
+    model.attach(prepared.target.embed_weight, prepared.target.head_weight)
+    model.activation_checkpointing = recipe.train.activation_checkpointing
+    engine = Engine(model, recipe.train, world, universal=start.universal)
+    _resume(engine, start, kept)
+    feeder = Feeder(
+        prepared.source,
+        prepared.plan,
+        lambda masks: algorithm.loss_weight(recipe.draft, masks),
+        last_hidden=algorithm.needs_last_hidden(recipe.draft),
+        seed=recipe.seed,
+        world=world,
+        workers=recipe.train.workers,
+    )
+    trace = kept.run / "profile" if profile else None
+    return Trainer(recipe, engine, feeder, kept, prepared.manifest, profile=trace)
+
+
+def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:
+    """The run's plan: which samples make which step."""
+    train = recipe.train
+    return Plan(
+        source.lengths,
+        source.group_sizes,
+        seed=recipe.seed,
+        global_batch=train.global_batch,
+        micro_batch=train.micro_batch,
+        bucket_batches=train.bucket_batches,
+        group_weights=recipe.data.cache_weights,
+    )
+
+
+def total_steps(recipe: Recipe, plan: Plan) -> int:
+    """Optimizer steps of the whole run."""
+    steps = recipe.train.epochs * plan.steps_per_epoch
+    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
+
+
+def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: bool) -> Start:
+    """The newest whole checkpoint of the run, if it fits.
+
+    Raises:
+        CheckpointError: the run there is another one, or cannot go on with these settings.
+    """
+    folders = store.steps_of(run)
+    if not folders:
+        return Start()
+    folder = list(folders.values())[-1]
+    old = store.read_manifest(folder)
+    changes = store.check_resume(old, recipe, now.fingerprint, now.target_digest, accept_changes)
+    if old.dtype != now.dtype:
+        remedy = "name a DeepSpeed configuration of the same precision in train.deepspeed"
+        raise CheckpointError("of another precision", file=folder, found=now.dtype, wanted=old.dtype, remedy=remedy)
+    if old.step > now.total_steps:
+        raise CheckpointError(
+            "the run is already past this recipe's end",
+            file=folder,
+            key="train.max_steps",
+            found=now.total_steps,
+            wanted=f"at least {old.step}",
+        )
+    stages = {old.zero_stage, now.zero_stage}
+    if len(stages) > 1 and not stages <= {1, 2}:
+        raise CheckpointError(
+            "of another ZeRO stage",
+            file=folder,
+            key="train.deepspeed",
+            found=now.zero_stage,
+            wanted=f"stage {old.zero_stage}",
+            remedy="only stages 1 and 2 can follow each other",
+        )
+    moved = old.world_size != now.world_size or len(stages) > 1
+    return Start(old.step, folder, universal=moved and old.zero_stage > 0, changes=tuple(changes))
+
+
+def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
+    engine.barrier()
+    if start.folder is None:
+        return
+    name = start.folder.name
+    if start.universal:
+        name = f".{name}.universal"
+        if engine.world.is_main:
+            to_universal(start.folder, kept.folder / name)
+        engine.barrier()
+    engine.load(kept.folder, name, start.step)
+    engine.barrier()
+    if start.universal and engine.world.is_main:
+        kept.clean()
+
+
+def _start_folder(kept: store.Checkpoints, prepared: Prepared, world: World) -> None:
+    """The run's folder with the resolved recipe and what it runs on."""
+    kept.clean()
+    recipe, manifest = prepared.recipe, prepared.manifest
+    recipe.save(kept.run / "recipe.yaml")
+    about = {"seed": recipe.seed, "recipe_digest": recipe.digest(), "total_steps": manifest.total_steps}
+    about |= {"target_digest": manifest.target_digest, "fingerprint": manifest.fingerprint}
+    about |= {"world_size": world.size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype}
+    write_json(kept.run / "run.json", about | {"versions": manifest.versions})
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that a result depends on."""
+    names = ("deepspec", "torch", "deepspeed", "transformers", "zarr", "numpy")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}

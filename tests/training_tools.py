@@ -1,0 +1,147 @@
+"""What the training tests share: a tiny target on disk, samples with its hidden states, small recipes, a runner."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+ROOT = Path(__file__).parents[1]
+LAYERS = [0, 1, 2]
+DRAFTS: dict[str, dict[str, Any]] = {
+    "dspark": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3, "markov_rank": 8},
+    "dflash": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3},
+    "eagle3": {"num_layers": 1, "ttt_length": 3},
+}
+
+
+def make_target(folder: Path) -> Path:
+    """A random tiny Qwen3 saved as a Hugging Face model."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(7)
+    config = Qwen3Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    model = Qwen3ForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(20.0)  # peaked distributions: something to learn
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass
+class MemorySample:
+    """The same attributes as a cache's sample."""
+
+    sample_id: int
+    input_ids: torch.Tensor
+    loss_mask: torch.Tensor
+    features: torch.Tensor
+    last_hidden: torch.Tensor
+
+
+class MemorySource:
+    """A feature source in memory: random token runs and what a target computes for them."""
+
+    reads_ahead = True
+
+    def __init__(self, target: Any, count: int = 24, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.samples = []
+        for number in range(count):
+            length = int(random.integers(12, 40))
+            ids = torch.from_numpy(random.integers(4, 64, length))
+            mask = torch.zeros(length, dtype=torch.bool)
+            mask[int(random.integers(2, 6)) :] = True
+            made = target.forward(ids[None], LAYERS)
+            self.samples.append(MemorySample(100 + number, ids, mask, made.features[0], made.last_hidden[0]))
+        self.lengths = np.array([len(sample.input_ids) for sample in self.samples])
+        self.group_sizes = (count,)
+
+    def sample_id(self, number: int) -> int:
+        return self.samples[number].sample_id
+
+    def loss_mask(self, number: int) -> np.ndarray:
+        return self.samples[number].loss_mask.numpy()
+
+    def load(self, numbers: Sequence[int]) -> list[MemorySample]:
+        return [self.samples[number] for number in numbers]
+
+    def fingerprint(self) -> dict[str, object]:
+        return {"source": "memory", "count": len(self.samples)}
+
+
+def write_recipe(folder: Path, target: Path, algorithm: str = "dspark", zero: str = "zero1_fp32", **train: Any) -> Path:
+    """A recipe for the tiny target; ``train`` overrides keys of its `train:` section."""
+    settings = {
+        "deepspeed": str(ROOT / "deepspeed_configs" / f"{zero}.json"),
+        "epochs": 100,
+        "max_steps": 12,
+        "micro_batch": 1,
+        "global_batch": 4,
+        "lr": 3.0e-3,
+        "warmup_ratio": 0.1,
+        "log_every": 1,
+        "save_every": 1000,
+        "tensorboard": False,
+        "workers": 1,
+    }
+    recipe = {
+        "name": folder.name,
+        "algorithm": algorithm,
+        "seed": 3,
+        "target": {"path": str(target), "layers": LAYERS, "dtype": "float32"},
+        "draft": DRAFTS[algorithm],
+        "train": settings | train,
+        "output": str(folder / "run"),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
+    """The rows of a run's log.jsonl."""
+    rows = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [row for row in rows if row["kind"] == kind]
+
+
+def launch(recipe: Path, processes: int = 1, *arguments: str, script: Path | None = None, **run: Any) -> Any:
+    """Start training as a user does: plain Python for one process, the deepspeed launcher for more."""
+    script = script or ROOT / "launch" / "train.py"
+    command = [sys.executable, str(script)]
+    if processes > 1:
+        from deepspec.distributed import free_port
+
+        launcher = str(Path(sys.executable).parent / "deepspeed")
+        command = [launcher, "-q", "--num_gpus", str(processes), "--master_port", str(free_port()), str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        [*command, "--recipe", str(recipe), *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        **run,
+    )
