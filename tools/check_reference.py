@@ -1,0 +1,24 @@
+"""Compare with a folder of reference cases; one row per case, exit code 1 past the tolerances.
+
+python tools/check_reference.py DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from deepspec.errors import run_main
+from deepspec.evaluate.reference import check_folder, table
+
+
+def main() -> int:
+    """Parse arguments, check, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", help="folder of reference cases")
+    results = list(check_folder(parser.parse_args().folder))
+    print(table(results))
+    return 0 if all(result.holds for result in results) else 1
+
+
+if __name__ == "__main__":
+    run_main(main)
