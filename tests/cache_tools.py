@@ -8,13 +8,21 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 
+from deepspec.cache.assemble import finish_cache
+from deepspec.cache.folders import LocalFolder
+from deepspec.cache.plan import Plan, PlannedPart
+from deepspec.cache.reader import Sample, stored_view
+from deepspec.cache.recode import write_part
+from deepspec.cache.writer import Block, layout_of, next_supervised
 from deepspec.data.conversations import write_conversations
 from deepspec.quickstart.tokenizer import train_tokenizer
 from deepspec.recipe import Recipe, load_recipe
@@ -127,3 +135,57 @@ def last_line(text: str) -> dict[str, Any]:
     """The last line of an output, as JSON."""
     value: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
     return value
+
+
+def make_cache(
+    folder: Path,
+    samples: int = 9,
+    level: str = "lossless",
+    dtype: str = "bfloat16",
+    samples_per_part: int = 4,
+    layers: int = 2,
+    hidden: int = 16,
+    seed: int = 0,
+) -> list[Sample]:
+    """A cache of random hidden states, written without a target; returns the samples as they must be read."""
+    random = np.random.default_rng(seed)
+    truth = [_random_sample(random, number, layers, hidden, getattr(torch, dtype)) for number in range(samples)]
+    store = LocalFolder(folder)
+    levels = {"features": level, "last_hidden": level}
+    mark: dict[str, Any] = {"target": {"path": "none", "hidden_size": hidden}, "layers": list(range(layers))}
+    mark |= {"dtype": dtype, "levels": levels, "sources": [], "max_length": 512, "min_supervised": 1}
+    parts = tuple(
+        PlannedPart(f"{i:05d}", 0, first, min(samples_per_part, samples - first), 0, first)
+        for i, first in enumerate(range(0, samples, samples_per_part))
+    )
+    plan = Plan(mark, 0, 100.0, parts)
+    with ThreadPoolExecutor(2) as pool:
+        for part in parts:
+            run = truth[part.first : part.first + part.rows]
+            write_part(store, part.name, layout_of(mark), pool, (_block(sample) for sample in reversed(run)))
+    store.write("plan.json", plan.to_bytes())
+    finish_cache(store, plan)
+    return truth
+
+
+def _random_sample(random: np.random.Generator, number: int, layers: int, hidden: int, dtype: torch.dtype) -> Sample:
+    length = int(random.integers(3, 200))
+    mask = random.random(length) < 0.6
+    mask[1] = True
+
+    def states(columns: int) -> torch.Tensor:
+        return torch.from_numpy(random.normal(size=(length, columns)).astype(np.float32)).to(dtype)
+
+    last = states(hidden)
+    last[:-1][torch.from_numpy(~mask[1:])] = 0
+    last[-1] = 0
+    return Sample(number, random.integers(0, 1000, length), mask, states(layers * hidden), last)
+
+
+def _block(sample: Sample) -> Block:
+    length = len(sample.input_ids)
+    mask = sample.loss_mask.astype(np.uint8)
+    chosen = next_supervised(mask, [length])
+    last = stored_view(sample.last_hidden)[chosen]
+    ids = sample.input_ids.astype(np.int32)
+    return Block([sample.sample_id], [f"c{sample.sample_id}"], [length], ids, mask, stored_view(sample.features), last)

@@ -52,6 +52,13 @@ def whole_part(folder: Folder, name: str) -> bool:
     )
 
 
+def sweep(folder: Folder) -> None:
+    """Delete what a killed build left under temporary names."""
+    for name in folder.names(PARTS):
+        if name.startswith("."):
+            folder.remove(f"{PARTS}/{name}")
+
+
 def sample_table(manifests: list[PartManifest]) -> NDArray[np.int64]:
     """[N, 6] of SAMPLE_COLUMNS, by ascending sample id."""
     tables = []

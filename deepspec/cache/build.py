@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,28 +17,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from deepspec.cache.assemble import finish_cache, whole_part
+from deepspec.cache.assemble import finish_cache, sweep, whole_part
 from deepspec.cache.fingerprint import fingerprint_of, mismatches
-from deepspec.cache.folders import Folder, LocalFolder, open_folder
+from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest, PartManifest
+from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
 from deepspec.cache.lock import build_lock
 from deepspec.cache.pipeline import ByteQueue
 from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, render, samples_per_part, scan
 from deepspec.cache.plan import batches as cut_batches
 from deepspec.cache.progress import BuildProgress
 from deepspec.cache.ranks import Ranks
-from deepspec.cache.writer import Block, Layout, PartWriter, next_supervised
-from deepspec.data.chat import Rendered, Renderer
+from deepspec.cache.writer import PartWriter, layout_of, temporary_part
+from deepspec.data.chat import Renderer
 from deepspec.distributed import World, pick_device
 from deepspec.errors import CacheError
 from deepspec.recipe import Recipe
-from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets import Target, load_target
 
 QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class BuildStopped(CacheError):
@@ -50,7 +46,7 @@ class BuildStopped(CacheError):
 class _Usable:
     """A part's conversations as the target sees them."""
 
-    rows: list[tuple[int, str, Rendered]]  # (sample id, conversation id, tokens)
+    rows: list[Conversation]
     rejected: tuple[tuple[int, str, str], ...]
 
 
@@ -82,24 +78,14 @@ def build_cache(
     folder = open_folder(output)
     device = pick_device(ranks.local_rank)
     with ExitStack() as stack:
-        if ranks.is_main:
-            ranks.first(lambda: stack.enter_context(build_lock(folder)))
-        else:
-            ranks.first(lambda: None)
+        ranks.first(lambda: stack.enter_context(build_lock(folder)))
         target = load_target(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
-        tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
         recipe = recipe.for_target(target.spec)
-        renderer = Renderer(
-            tokenizer,
-            target.spec.family,
-            system_prompt=recipe.data.system_prompt,
-            thinking=recipe.data.thinking,
-            max_length=recipe.data.max_length,
-        )
-        maker = _Planner(recipe, folder, Path(conversations), target, tokenizer, renderer, append)
+        renderer = load_renderer(recipe, target.spec)
+        maker = _Planner(recipe, folder, Path(conversations), target, renderer, append)
         plan, todo = ranks.first(maker.begin)
         builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, ranks)
-        builder.build(todo[ranks.rank :: ranks.size], len(todo))
+        builder.build(todo[ranks.rank :: ranks.size])
         ranks.barrier()
         return ranks.first(lambda: finish_cache(folder, plan))
 
@@ -112,21 +98,20 @@ class _Planner:
     folder: Folder
     conversations: Path
     target: Target
-    tokenizer: Any
     renderer: Renderer
     append: bool
 
     def begin(self) -> tuple[Plan, list[PlannedPart]]:
         """The plan and the parts that are still to be made."""
         source = scan(self.conversations)
-        wanted = fingerprint_of(self.recipe, self.target, self.tokenizer, [source.entry()])
+        wanted = fingerprint_of(self.recipe, self.target, self.renderer.tokenizer, [source.entry()])
         if self.folder.size(PLAN) is None:
             if self.folder.size(MANIFEST) is not None:
                 raise CacheError("a cache without its plan cannot be built further", file=self.folder.url, key=PLAN)
             plan = self._new_plan(source, wanted)
         else:
             plan = self._known_plan(source, wanted)
-        self._sweep()
+        sweep(self.folder)
         todo = [part for part in plan.parts if not whole_part(self.folder, part.name)]
         mine = next(i for i, entry in enumerate(plan.fingerprint["sources"]) if entry["sha256"] == source.sha256)
         for part in todo:
@@ -174,12 +159,6 @@ class _Planner:
         grown = replace(plan, fingerprint={**plan.fingerprint, "sources": [*known, source.entry()]})
         return self._add(grown, source, len(known), first_sample)
 
-    def _sweep(self) -> None:
-        """Delete what a killed build left under temporary names."""
-        for name in self.folder.names(PARTS):
-            if name.startswith("."):
-                self.folder.remove(f"{PARTS}/{name}")
-
 
 def token_bytes_of(fingerprint: dict[str, Any]) -> int:
     """Bytes of one token's hidden states before coding."""
@@ -203,17 +182,13 @@ class _Builder:
         self.recipe, self.folder, self.conversations = recipe, folder, conversations
         self.target, self.renderer, self.plan, self.ranks = target, renderer, plan, ranks
         self.layers = tuple(plan.fingerprint["layers"])
-        hidden = int(plan.fingerprint["target"]["hidden_size"])
-        levels = plan.fingerprint["levels"]
-        self.layout = Layout(
-            hidden * len(self.layers), hidden, recipe.target.dtype, levels["features"], levels["last_hidden"]
-        )
+        self.layout = layout_of(plan.fingerprint)
         self.stop = threading.Event()
         self._open_writers: list[PartWriter] = []
 
-    def build(self, parts: list[PlannedPart], all_parts: int) -> None:
+    def build(self, parts: list[PlannedPart]) -> None:
         """Make ``parts``."""
-        cores = max(1, (os.cpu_count() or 1) // max(1, self.ranks.size))
+        cores = max(1, (os.cpu_count() or 1) // self.ranks.local_size)
         expected = self.plan.mean_tokens * sum(part.rows for part in parts)
         progress = BuildProgress(len(parts), int(expected), self.ranks, token_bytes_of(self.plan.fingerprint))
         queue = ByteQueue(QUEUE_BYTES)
@@ -255,8 +230,9 @@ class _Builder:
         encoders: ThreadPoolExecutor,
         progress: BuildProgress,
     ) -> None:
-        writer = PartWriter(self._temporary(part), part.name, self.layout, encoders)
+        writer = PartWriter(temporary_part(self.folder, part.name), part.name, self.layout, encoders)
         self._open_writers.append(writer)
+        keeps_last = self.layout.last_hidden_level is not None
         lengths = [len(rendered.input_ids) for _, _, rendered in usable.rows]
         for batch in cut_batches(lengths, self.plan.tokens_per_batch):
             if self.stop.is_set():
@@ -265,7 +241,8 @@ class _Builder:
                     file=self.folder.url,
                     remedy="start the same command again, it continues",
                 )
-            size, block = self._forward([usable.rows[i] for i in batch])
+            rows = [usable.rows[i] for i in batch]
+            size, block = forward_batch(self.target, self.layers, keeps_last, rows)
             queue.put(lambda block=block: writer.append(block()), size)  # type: ignore[misc]
             progress.add(sum(lengths[i] for i in batch))
         queue.put(lambda: self._finish(writer, usable, progress), 0)
@@ -275,53 +252,6 @@ class _Builder:
         self.folder.adopt(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
         self._open_writers.remove(writer)
         progress.part_done(manifest)
-
-    def _temporary(self, part: PlannedPart) -> Path:
-        if isinstance(self.folder, LocalFolder):
-            return self.folder.path / PARTS / f".{part.name}.{os.getpid()}.tmp"
-        return Path(tempfile.mkdtemp(prefix="deepspec-cache-")) / part.name
-
-    def _forward(self, rows: list[tuple[int, str, Rendered]]) -> tuple[int, Callable[[], Block]]:
-        """One batch through the target: (bytes of hidden states, what waits for their copy and gives the block)."""
-        lengths = [len(rendered.input_ids) for _, _, rendered in rows]
-        ids, loss_mask = (
-            np.concatenate([np.asarray(getattr(rendered, name), kind) for _, _, rendered in rows])
-            for name, kind in (("input_ids", np.int32), ("loss_mask", np.uint8))
-        )
-        valid = torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]  # [B, S]
-        padded = torch.zeros(valid.shape, dtype=torch.int64)
-        padded[valid] = torch.from_numpy(ids).long()
-        device = self.target.device
-        valid = valid.to(device)
-        output = self.target.forward(padded.to(device), self.layers, attention_mask=valid.long())
-        features = _to_host(output.features[valid])
-        last = None
-        if self.layout.last_hidden_level is not None:
-            chosen = torch.from_numpy(next_supervised(loss_mask, lengths)).to(device)
-            last = _to_host(output.last_hidden[valid][chosen])
-        event = torch.cuda.Event() if device.type == "cuda" else None
-        if event is not None:
-            event.record()
-
-        def block() -> Block:
-            if event is not None:
-                event.synchronize()
-            hidden = None if last is None else _as_stored(last)
-            samples, names = [sample for sample, _, _ in rows], [name for _, name, _ in rows]
-            return Block(samples, names, lengths, ids, loss_mask, _as_stored(features), hidden)
-
-        return features.nbytes + (0 if last is None else last.nbytes), block
-
-
-def _to_host(tensor: torch.Tensor) -> torch.Tensor:
-    """Start the copy to pinned memory; on a CPU there is nothing to copy."""
-    if tensor.device.type != "cuda":
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
-
-
-def _as_stored(tensor: torch.Tensor) -> Any:
-    return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:

@@ -26,28 +26,28 @@ class Level:
 
     features: Calibrate
     last_hidden: Calibrate
-    ratio: float  # of raw, expected: last_hidden on half of the tokens; for estimates
+    ratios: tuple[float, float]  # coded / raw bytes of features and last_hidden, measured on SmolLM2-135M
     exact: bool
     summary: str
 
 
-def _rounded(features: float, last_hidden: float, ratio: float, summary: str) -> Level:
+def _rounded(features: float, last_hidden: float, ratios: tuple[float, float], summary: str) -> Level:
     """Steps of 1/features of a channel's spread, and of 1/last_hidden of the mean rms."""
     return Level(
         partial(UniformCodec.per_channel, levels=features),
         partial(UniformCodec.constant, levels=last_hidden),
-        ratio,
+        ratios,
         False,
         summary,
     )
 
 
 LEVELS = {
-    "raw": Level(RawCodec.calibrate, RawCodec.calibrate, 1.0, True, "the bits as they are"),
-    "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, 0.672, True, "every bit"),
-    "near": _rounded(32, 96, 0.49, "features to 1 %, last_hidden to a TV of 0.002"),
-    "compact": _rounded(20, 64, 0.44, "features to 1.6 %, last_hidden to a TV of 0.003"),
-    "smallest": _rounded(4, 48, 0.31, "features to 8 %, last_hidden to a TV of 0.004"),
+    "raw": Level(RawCodec.calibrate, RawCodec.calibrate, (1.0, 1.0), True, "the bits as they are"),
+    "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, (0.672, 0.671), True, "every bit"),
+    "near": _rounded(32, 96, (0.475, 0.56), "features to 1 %, last_hidden to a TV of 0.002"),
+    "compact": _rounded(20, 64, (0.425, 0.525), "features to 1.6 %, last_hidden to a TV of 0.003"),
+    "smallest": _rounded(4, 48, (0.272, 0.495), "features to 8 %, last_hidden to a TV of 0.004"),
 }
 
 

@@ -23,6 +23,7 @@ def _alone(value: Any) -> Any:
 class Ranks(World):
     """This process's place, and a broadcast from rank 0 (which is a barrier for the others)."""
 
+    local_size: int = 1  # ranks on this machine
     broadcast: Callable[[Any], Any] = _alone
     barrier: Callable[[], None] = lambda: None
 
@@ -34,6 +35,8 @@ class Ranks(World):
                 outcome = (work(), None)
             except DeepSpecError as problem:
                 outcome = (None, problem)
+            except OSError as problem:
+                outcome = (None, CacheError(f"{problem.strerror or problem}", file=problem.filename))
         result, error = self.broadcast(outcome)
         if error is not None:
             raise error
@@ -67,12 +70,13 @@ def connect() -> Iterator[Ranks]:
 
 def _mpi(mpi: Any) -> Iterator[Ranks]:
     everyone = mpi.COMM_WORLD
-    local = everyone.Split_type(mpi.COMM_TYPE_SHARED).Get_rank()
+    here = everyone.Split_type(mpi.COMM_TYPE_SHARED)
     try:
         yield Ranks(
             everyone.Get_rank(),
             everyone.Get_size(),
-            local,
+            here.Get_rank(),
+            here.Get_size(),
             broadcast=lambda value: everyone.bcast(value, root=0),
             barrier=everyone.Barrier,
         )
@@ -102,7 +106,8 @@ def _gloo(world: World) -> Iterator[Ranks]:
         return box[0]
 
     try:
-        yield Ranks(world.rank, world.size, world.local_rank, broadcast=broadcast, barrier=lambda: dist.barrier())
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        yield Ranks(world.rank, world.size, world.local_rank, here, broadcast, lambda: dist.barrier())
     finally:
         if mine:
             dist.destroy_process_group()

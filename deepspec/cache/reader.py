@@ -75,10 +75,10 @@ class TargetCache:
         self.folder = open_folder(path)
         self.manifest = Manifest.load(self.folder)
         table = ShardReader(self.folder, ".", self.manifest.table, self.manifest.table_info)
-        self._table = np.empty(self.manifest.table_info.shape, np.int64)
-        table.read(0, self._table)
-        self.sample_ids: NDArray[np.int64] = self._table[:, _SAMPLE_ID].copy()
-        self.lengths: NDArray[np.int64] = self._table[:, _LENGTH].copy()
+        self.table = np.empty(self.manifest.table_info.shape, np.int64)  # [N, 6] of SAMPLE_COLUMNS
+        table.read(0, self.table)
+        self.sample_ids: NDArray[np.int64] = self.table[:, _SAMPLE_ID].copy()
+        self.lengths: NDArray[np.int64] = self.table[:, _LENGTH].copy()
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -95,7 +95,7 @@ class TargetCache:
         return TargetCache, (self.path,)
 
     def __len__(self) -> int:
-        return len(self._table)
+        return len(self.table)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -128,14 +128,14 @@ class TargetCache:
 
     def masks(self, number: int) -> tuple[NDArray[np.bool_], int]:
         """(loss_mask [n], n) of a sample; reads no hidden states."""
-        row = self._table[number]
+        row = self.table[number]
         mask = np.empty(row[_LENGTH], np.uint8)
         self.part(int(row[_PART])).array("loss_mask").read(int(row[_START]), mask)
         return mask.view(np.bool_), int(row[_LENGTH])
 
     def tokens(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
         """(input_ids [n], loss_mask [n]) of a sample."""
-        row = self._table[number]
+        row = self.table[number]
         ids = np.empty(row[_LENGTH], np.int32)
         self.part(int(row[_PART])).array("input_ids").read(int(row[_START]), ids)
         return ids.astype(np.int64), self.masks(number)[0]
@@ -151,22 +151,22 @@ class TargetCache:
         Raises:
             CacheError: a broken chunk, named with its samples.
         """
-        row = self._table[number]
+        row = self.table[number]
         part = self.part(int(row[_PART]))
         try:
-            part.array("features").read(int(row[_START]), _stored_view(features))
+            part.array("features").read(int(row[_START]), stored_view(features))
             if last_hidden is not None:
                 self._read_last_hidden(number, part, last_hidden)
         except CacheError as problem:
             raise self._name_sample(problem, number) from None
 
     def _read_last_hidden(self, number: int, part: PartReader, out: Tensor) -> None:
-        row = self._table[number]
+        row = self.table[number]
         mask = np.empty(row[_LENGTH], np.uint8)
         part.array("loss_mask").read(int(row[_START]), mask)
         places = np.flatnonzero(mask[1:])
         first, count = (int(places[0]), len(places)) if len(places) else (0, 0)
-        rows = _stored_view(out)
+        rows = stored_view(out)
         if count and places[-1] - first + 1 == count:  # one answer: its rows lie side by side
             part.array("last_hidden").read(int(row[_ROW_START]), rows[first : first + count])
             rows[:first] = 0
@@ -178,7 +178,7 @@ class TargetCache:
         rows[places] = packed
 
     def _name_sample(self, problem: CacheError, number: int) -> CacheError:
-        row = self._table[number]
+        row = self.table[number]
         place = f"sample {row[_SAMPLE_ID]} in part {self.manifest.parts[row[_PART]].name}"
         key = f"{problem.key}, {place}" if problem.key else place
         return CacheError(
@@ -218,7 +218,7 @@ class TargetCache:
         Raises:
             CacheError: a broken or missing chunk, named by part, array, chunk and sample.
         """
-        length = int(self._table[number, _LENGTH])
+        length = int(self.table[number, _LENGTH])
         try:
             ids, mask = self.tokens(number)
         except CacheError as problem:
@@ -231,7 +231,7 @@ class TargetCache:
         return Sample(int(self.sample_ids[number]), ids, mask, features, last)
 
 
-def _stored_view(tensor: Tensor) -> NDArray[Any]:
+def stored_view(tensor: Tensor) -> NDArray[Any]:
     """The tensor's memory as the array holds it: bf16 as uint16."""
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.uint16).numpy()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from deepspec.cache.codecs.raw import RawCodec
-from deepspec.cache.format import HIDDEN_CHUNK, PART_MANIFEST, TOKEN_CHUNK, PartManifest
+from deepspec.cache.folders import Folder, LocalFolder
+from deepspec.cache.format import HIDDEN_CHUNK, PART_MANIFEST, PARTS, TOKEN_CHUNK, PartManifest
 from deepspec.cache.levels import codec_for
 from deepspec.cache.shard import ShardWriter, stored_dtype
 
@@ -28,6 +31,13 @@ class Layout:
     dtype: str  # bfloat16 or float32
     features_level: str
     last_hidden_level: str | None  # None: the array is left out
+
+
+def layout_of(fingerprint: dict[str, Any]) -> Layout:
+    """What the parts of a cache of this fingerprint hold."""
+    hidden, levels = int(fingerprint["target"]["hidden_size"]), fingerprint["levels"]
+    channels = hidden * len(fingerprint["layers"])
+    return Layout(channels, hidden, fingerprint["dtype"], levels["features"], levels["last_hidden"])
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,13 @@ def next_supervised(loss_mask: NDArray[Any], lengths: list[int]) -> NDArray[np.b
     ends = np.cumsum(lengths) - 1
     rows[ends] = False
     return rows
+
+
+def temporary_part(folder: Folder, name: str) -> Path:
+    """Where a part is written before the folder takes it over."""
+    if isinstance(folder, LocalFolder):
+        return folder.path / PARTS / f".{name}.{os.getpid()}.tmp"
+    return Path(tempfile.mkdtemp(prefix="deepspec-cache-")) / name
 
 
 class PartWriter:
@@ -101,7 +118,7 @@ class PartWriter:
         self._arrays["loss_mask"].append(block.loss_mask)
         self._arrays["features"].append(block.features)
         if "last_hidden" in self._arrays:
-            assert_rows(block, int(rows.sum()))
+            _check_rows(block, int(rows.sum()))
             self._arrays["last_hidden"].append(block.last_hidden)  # type: ignore[arg-type]
 
     def finish(self, rejected: tuple[tuple[int, str, str], ...] = ()) -> PartManifest:
@@ -119,7 +136,7 @@ class PartWriter:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def assert_rows(block: Block, wanted: int) -> None:
+def _check_rows(block: Block, wanted: int) -> None:
     """A defect of the caller, not of the data: the block's rows of last_hidden do not fit its mask."""
     found = None if block.last_hidden is None else len(block.last_hidden)
     if found != wanted:

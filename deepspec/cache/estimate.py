@@ -1,0 +1,164 @@
+"""Before a build: how many tokens, bytes, files and hours; from the conversations, or from totals one already knows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from deepspec import registry
+from deepspec.cache.format import HIDDEN_CHUNK
+from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
+from deepspec.cache.levels import LEVELS
+from deepspec.cache.plan import Source, read_rows, render, samples_per_part, scan
+from deepspec.cache.writer import Block, Layout, PartWriter
+from deepspec.data.chat import Renderer
+from deepspec.distributed import pick_device
+from deepspec.recipe import Recipe
+from deepspec.targets import load_spec, load_target
+
+FILES_PER_ARRAY, FILES_PER_PART, FILES_PER_CACHE = 2, 2, 7
+TOKEN_BYTES = 5  # input_ids and loss_mask
+PART_JSON_BYTES = 60  # of a sample in part.json, and of its row in the table
+
+
+@dataclass(frozen=True)
+class Totals:
+    """What a data set comes to."""
+
+    rows: int  # conversations
+    samples: int  # usable ones
+    tokens: int
+    last_rows: int  # tokens whose next token is supervised
+
+    @property
+    def mean_tokens(self) -> float:
+        """Tokens of a usable sample."""
+        return self.tokens / max(self.samples, 1)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a build would come to at one level."""
+
+    level: str
+    coded_bytes: int
+    parts: int
+    files: int
+
+
+def estimate_recipe(
+    recipe: Recipe, conversations: str | Path, probed: int, measured: int
+) -> tuple[Totals, list[Estimate]]:
+    """Totals of a conversation file under a recipe, and what a build of it would come to at each level.
+
+    Args:
+        recipe: names target, layers, rendering.
+        conversations: JSONL file.
+        probed: rows rendered, spread over the file; as many as it has for exact totals.
+        measured: conversations run through the target, to measure the ratios instead of taking the table's; 0: none.
+    """
+    spec = load_spec(recipe.target.path, recipe.target.revision)
+    recipe = recipe.for_target(spec)
+    renderer = load_renderer(recipe, spec)
+    source = scan(conversations)
+    minimum = recipe.data.min_supervised
+    totals = count(source, renderer, minimum, probed)
+    keeps_last = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
+    channels = spec.hidden_size * len(recipe.target.layers)
+    layout = Layout(channels, spec.hidden_size, recipe.target.dtype, "raw", "raw" if keeps_last else None)
+    ratios = None
+    if measured:
+        dtype = DTYPES[recipe.target.dtype]
+        target = load_target(recipe.target.path, dtype, pick_device(), recipe.target.revision)
+        rows = usable_rows(source, renderer, minimum, measured)
+        blocks = [forward_batch(target, recipe.target.layers, keeps_last, [row])[1]() for row in rows]
+        ratios = measure_ratios(blocks, layout)
+    return totals, estimate(totals, layout, recipe.cache.samples_per_part, ratios)
+
+
+def usable_rows(source: Source, renderer: Renderer, min_supervised: int, wanted: int) -> list[Conversation]:
+    """The usable ones among ``wanted`` rows spread over the file."""
+    rows = []
+    for row in range(0, source.rows, max(1, source.rows // wanted)):
+        ((_, content),) = read_rows(source.path, source.offsets[row], row, 1)
+        rendered = render(renderer, content, min_supervised)
+        if not isinstance(rendered, str):
+            rows.append((row, str(row), rendered))
+    return rows
+
+
+def count(source: Source, renderer: Renderer, min_supervised: int, probed: int) -> Totals:
+    """Totals of a conversation file from at most ``probed`` rows spread evenly over it."""
+    rows = usable_rows(source, renderer, min_supervised, probed)
+    scale = source.rows / len(range(0, source.rows, max(1, source.rows // probed)))
+    tokens = sum(len(rendered.input_ids) for _, _, rendered in rows)
+    last_rows = sum(sum(rendered.loss_mask[1:]) for _, _, rendered in rows)
+    return Totals(source.rows, round(len(rows) * scale), round(tokens * scale), round(last_rows * scale))
+
+
+def estimate(
+    totals: Totals,
+    layout: Layout,
+    limit: int,
+    ratios: dict[str, tuple[float, float]] | None = None,
+    levels: Sequence[str] = tuple(LEVELS),
+) -> list[Estimate]:
+    """Bytes and files at each level.
+
+    Args:
+        totals: of the data.
+        layout: widths and dtype; its levels do not count, but whether last_hidden is kept.
+        limit: the recipe's cache.samples_per_part.
+        ratios: measured coded bytes / raw bytes of (features, last_hidden) by level; else the table's.
+        levels: to estimate.
+    """
+    width = 2 if layout.dtype == "bfloat16" else 4
+    keeps_last = layout.last_hidden_level is not None
+    token_bytes = width * (layout.channels + (layout.hidden_size if keeps_last else 0))
+    size = samples_per_part(totals.rows, limit, totals.mean_tokens, token_bytes)
+    parts = math.ceil(totals.rows / size)
+    files = FILES_PER_CACHE + parts * (FILES_PER_PART + FILES_PER_ARRAY * (3 + keeps_last))
+    found = []
+    for level in levels:
+        features, last = (ratios or {}).get(level, LEVELS[level].ratios)
+        coded = totals.tokens * (features * width * layout.channels + TOKEN_BYTES)
+        if keeps_last:
+            coded += totals.last_rows * last * width * layout.hidden_size
+        coded += totals.samples * PART_JSON_BYTES
+        coded += 20 * (totals.tokens + totals.last_rows) / HIDDEN_CHUNK  # index entries and checksums
+        found.append(Estimate(level, round(coded), parts, files))
+    return found
+
+
+def measure_ratios(
+    blocks: Sequence[Block], layout: Layout, levels: Sequence[str] = tuple(LEVELS)
+) -> dict[str, tuple[float, float]]:
+    """Coded / raw bytes of (features, last_hidden) at each level, on real hidden states."""
+    ratios = {}
+    with ThreadPoolExecutor(1) as pool, TemporaryDirectory() as place:
+        for level in levels:
+            kept = level if layout.last_hidden_level is not None else None
+            shape = Layout(layout.channels, layout.hidden_size, layout.dtype, level, kept)
+            writer = PartWriter(Path(place) / level, level, shape, pool)
+            for block in blocks:
+                writer.append(block)
+            arrays = writer.finish().arrays
+            found = []
+            for name in ("features", "last_hidden"):
+                info = arrays.get(name)
+                found.append(1.0 if info is None or not info.shape[0] else _ratio(info))
+            ratios[level] = (found[0], found[1])
+    return ratios
+
+
+def _ratio(info: Any) -> float:
+    raw = math.prod(info.shape) * np.dtype(info.dtype).itemsize
+    overhead = 20 * math.ceil(info.shape[0] / HIDDEN_CHUNK) + 4
+    return float((info.bytes - overhead) / raw)

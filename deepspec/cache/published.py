@@ -1,0 +1,255 @@
+"""The published raw-binary cache (its version 2): read it into ours, write ours as it.
+
+A folder with ``manifest.json``, ``samples.idx`` (one little-endian record a sample: sample id, shard, tokens, then the
+offsets of five tensors in the shard) and ``shard-00000.bin`` ...: input_ids int32, attention_mask and loss_mask uint8,
+target_hidden_states [n, L*D] and target_last_hidden_states [n, D] bfloat16.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from deepspec.cache.assemble import finish_cache, whole_part
+from deepspec.cache.folders import open_folder
+from deepspec.cache.format import Manifest
+from deepspec.cache.lock import build_lock
+from deepspec.cache.plan import Plan, PlannedPart, samples_per_part
+from deepspec.cache.reader import TargetCache
+from deepspec.cache.recode import claim_plan, write_part
+from deepspec.cache.writer import Block, layout_of, next_supervised
+from deepspec.errors import CacheError
+from deepspec.files import sha256_file, sync_folder, write_json
+
+RECORD = np.dtype(
+    [("sample", "<u8"), ("shard", "<u4"), ("tokens", "<u4")]
+    + [(name, "<u8") for name in ("input_ids", "attention_mask", "loss_mask", "features", "last_hidden")]
+)
+INDEX = "samples.idx"
+FACTS = {"version": 2, "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
+
+
+class PublishedCache:
+    """A published cache, opened by memory map.
+
+    Raises:
+        CacheError: not such a cache, a missing shard, or an index that does not fit the manifest.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = self._read_manifest()
+        self.layers = [int(layer) for layer in self.manifest["target_layer_ids"]]
+        self.hidden_size = int(self.manifest["hidden_size"])
+        try:
+            self.index = np.fromfile(self.folder / INDEX, RECORD)
+            self.shards = [self._map(self.folder / shard["file_name"]) for shard in self.manifest["shards"]]
+        except OSError as problem:
+            raise CacheError(f"cannot read ({problem.strerror})", file=problem.filename or self.folder) from None
+        if len(self.index) != int(self.manifest["num_samples"]):
+            raise CacheError(
+                "index does not fit the manifest",
+                file=self.folder / INDEX,
+                found=f"{len(self.index)} records",
+                wanted=self.manifest["num_samples"],
+            )
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.folder / "manifest.json"
+        try:
+            manifest = json.loads(path.read_text())
+            wrong = [key for key, value in FACTS.items() if manifest[key] != value]
+            manifest["target_layer_ids"], manifest["hidden_size"], manifest["shards"], manifest["num_samples"]
+        except (OSError, ValueError, KeyError, TypeError) as problem:
+            raise CacheError(f"not a published cache ({problem!r})", file=path) from None
+        if wrong:
+            found = {key: manifest[key] for key in wrong}
+            raise CacheError("a published cache of another kind", file=path, found=found, wanted=str(FACTS))
+        result: dict[str, Any] = manifest
+        return result
+
+    @staticmethod
+    def _map(path: Path) -> Any:
+        with open(path, "rb") as handle:
+            return mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def _tensor(self, number: int, name: str, dtype: str, columns: int | None) -> NDArray[Any]:
+        record = self.index[number]
+        tokens, offset, shard = int(record["tokens"]), int(record[name]), int(record["shard"])
+        count = tokens * (columns or 1)
+        try:
+            flat = np.frombuffer(self.shards[shard], dtype, count, offset)
+        except (ValueError, IndexError):
+            raise CacheError("shard too short", file=self.folder, key=f"shard {shard}, record {number}") from None
+        return flat if columns is None else flat.reshape(tokens, columns)
+
+    def block(self, numbers: range, last_hidden: bool) -> Block:
+        """Samples, without padding; their ids are their places in the index."""
+        kinds = (("input_ids", "<i4", None), ("loss_mask", "u1", None), ("features", "<u2", self.hidden_size))
+        parts: dict[str, Any] = {}
+        for name, dtype, columns in kinds:
+            width = columns and columns * len(self.layers)
+            parts[name] = np.concatenate([self._tensor(n, name, dtype, width) for n in numbers])
+        lengths = [int(self.index[n]["tokens"]) for n in numbers]
+        last = None
+        if last_hidden:
+            chosen = next_supervised(parts["loss_mask"], lengths)
+            rows = [self._tensor(n, "last_hidden", "<u2", self.hidden_size) for n in numbers]
+            last = np.concatenate(rows)[chosen]
+        names = [str(int(self.index[n]["sample"])) for n in numbers]
+        return Block(list(numbers), names, lengths, parts["input_ids"], parts["loss_mask"], parts["features"], last)
+
+
+def import_published(
+    source: str | Path,
+    output: str | Path,
+    fingerprint: dict[str, Any],
+    limit: int,
+    report: Callable[[int, int], None] | None = None,
+) -> Manifest:
+    """Read a published cache into ours. Started again after a kill it continues.
+
+    Args:
+        source: its folder.
+        output: folder or URL of the new cache.
+        fingerprint: of the recipe that the published cache was made for; its layers and size are checked, target,
+            tokenizer and template are the user's word. ``sources`` is replaced.
+        limit: samples of a part at most.
+        report: called with (parts done, parts) after each part.
+
+    Raises:
+        CacheError: another target's cache, broken files, or ``output`` holds another cache.
+    """
+    published = PublishedCache(source)
+    for key, found, wanted in (
+        ("target_layer_ids", published.layers, fingerprint["layers"]),
+        ("hidden_size", published.hidden_size, fingerprint["target"]["hidden_size"]),
+        ("hidden_dtype", "bfloat16", fingerprint["dtype"]),
+    ):
+        if found != wanted:
+            raise CacheError("not the recipe's cache", file=source, key=key, found=found, wanted=str(wanted))
+    entry = {"name": Path(source).name, "rows": len(published), "sha256": sha256_file(Path(source) / INDEX)}
+    layout = layout_of(fingerprint)
+    mean = float(published.index["tokens"].mean()) if len(published) else 0.0
+    size = samples_per_part(len(published), limit, mean, 2 * (layout.channels + layout.hidden_size))
+    parts = tuple(
+        PlannedPart(f"{i:05d}", 0, first, min(size, len(published) - first), 0, first)
+        for i, first in enumerate(range(0, len(published), size))
+    )
+    plan = Plan({**fingerprint, "sources": [entry]}, 0, mean, parts)
+    folder = open_folder(output)
+    with build_lock(folder), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        claim_plan(folder, plan)
+        for number, part in enumerate(parts):
+            if not whole_part(folder, part.name):
+                samples = range(part.first, part.first + part.rows)
+                keeps_last = layout.last_hidden_level is not None
+                blocks = (published.block(range(n, n + 1), keeps_last) for n in samples)
+                write_part(folder, part.name, layout, pool, blocks)
+            if report is not None:
+                report(number + 1, len(parts))
+        return finish_cache(folder, plan)
+
+
+def export_published(
+    source: str | Path,
+    output: str | Path,
+    shard_bytes: int = 64 << 30,
+    report: Callable[[int, int], None] | None = None,
+) -> int:
+    """Write a cache in the published form, for the published training code; returns the number of samples.
+
+    ``target_last_hidden_states`` is zero where the next token is not supervised: no loss reads it there.
+
+    Raises:
+        CacheError: a cache without last_hidden or of another dtype, layers that do not ascend, or ``output`` is not
+            empty.
+    """
+    cache, folder = TargetCache.open(source), Path(output)
+    layers = list(cache.fingerprint["layers"])
+    if not cache.has_last_hidden or cache.dtype != torch.bfloat16 or layers != sorted(layers):
+        wanted = "last_hidden, bfloat16 and ascending layers"
+        raise CacheError("the published form cannot hold this cache", file=source, wanted=wanted)
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")
+    records = np.zeros(len(cache), RECORD)
+    shards: list[dict[str, Any]] = []
+    for number, shard, file in _shards(cache, folder, shard_bytes, shards):
+        records[number] = _export_sample(cache, number, shard, file)
+        if report is not None:
+            report(number + 1, len(cache))
+    with open(folder / INDEX, "wb") as handle:
+        records.tofile(handle)
+        os.fsync(handle.fileno())
+    sync_folder(folder)
+    write_json(folder / "manifest.json", _published_manifest(cache, shards))
+    return len(cache)
+
+
+def _shards(
+    cache: TargetCache, folder: Path, limit: int, shards: list[dict[str, Any]]
+) -> Iterator[tuple[int, int, BinaryIO]]:
+    """(sample, shard, open file) of each sample; a shard ends before it would grow beyond ``limit`` bytes."""
+    hidden = int(cache.fingerprint["target"]["hidden_size"])
+    token = 6 + 2 * hidden * (len(cache.fingerprint["layers"]) + 1)
+    number = 0
+    while number < len(cache):
+        name = f"shard-{len(shards):05d}.bin"
+        shards.append({"shard_id": len(shards), "file_name": name})
+        with open(folder / name, "wb") as file:
+            first = number
+            while number < len(cache) and (number == first or file.tell() + token * cache.lengths[number] <= limit):
+                yield number, len(shards) - 1, file
+                number += 1
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _export_sample(cache: TargetCache, number: int, shard: int, file: BinaryIO) -> tuple[int, ...]:
+    sample = cache.sample(number)
+    last = sample.last_hidden
+    if last is None:
+        raise CacheError("the cache has no last_hidden", file=cache.path)
+    tensors = (
+        sample.input_ids.astype("<i4"),
+        np.ones(len(sample.input_ids), np.uint8),
+        sample.loss_mask.astype(np.uint8),
+        sample.features.view(torch.uint16).numpy(),
+        last.view(torch.uint16).numpy(),
+    )
+    offsets = []
+    for tensor in tensors:
+        offsets.append(file.tell())
+        file.write(np.ascontiguousarray(tensor).data)
+    return (sample.sample_id, shard, len(sample.input_ids), *offsets)
+
+
+def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dict[str, Any]:
+    mark = cache.fingerprint
+    return {
+        **FACTS,
+        "num_samples": len(cache),
+        "num_shards": len(shards),
+        "target_layer_ids": mark["layers"],
+        "index_record_size": RECORD.itemsize,
+        "hidden_size": mark["target"]["hidden_size"],
+        "shards": shards,
+        "target_model_name_or_path": mark["target"]["path"],
+        "source_jsonl_paths": [source["name"] for source in mark["sources"]],
+        "max_length": mark["max_length"],
+        "min_loss_tokens": mark["min_supervised"],
+        "deepspec_levels": mark["levels"],
+    }
