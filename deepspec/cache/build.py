@@ -82,7 +82,7 @@ def build_cache(
         target = load_target(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
         recipe = recipe.for_target(target.spec)
         renderer = load_renderer(recipe, target.spec)
-        maker = _Planner(recipe, folder, Path(conversations), target, renderer, append)
+        maker = Planner(recipe, folder, Path(conversations), target, renderer, append)
         plan, todo = ranks.first(maker.begin)
         builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, ranks)
         builder.build(todo[ranks.rank :: ranks.size])
@@ -91,7 +91,7 @@ def build_cache(
 
 
 @dataclass
-class _Planner:
+class Planner:
     """What rank 0 does before the others begin."""
 
     recipe: Recipe
@@ -203,6 +203,9 @@ class _Builder:
                     self._build_part(part, next(renders), queue, encoders, progress)
                 queue.drain()
             progress.finish()
+        except BuildStopped:
+            queue.drain()  # parts that are through the target are still written
+            raise
         except OSError as problem:
             raise _disk_error(problem, self.folder) from None
         finally:
