@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, rea
 from deepspec.cache.plan import batches as cut_batches
 from deepspec.cache.progress import BuildProgress
 from deepspec.cache.ranks import Ranks
-from deepspec.cache.writer import PartWriter, layout_of, temporary_part
+from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
 from deepspec.data.chat import Renderer
 from deepspec.distributed import World, pick_device
 from deepspec.errors import CacheError
@@ -184,7 +185,7 @@ class _Builder:
         self.layers = tuple(plan.fingerprint["layers"])
         self.layout = layout_of(plan.fingerprint)
         self.stop = threading.Event()
-        self._open_writers: list[PartWriter] = []
+        self._writer: PartWriter | None = None  # of the part that the queue's thread is writing; see _open
 
     def build(self, parts: list[PlannedPart]) -> None:
         """Make ``parts``."""
@@ -192,26 +193,26 @@ class _Builder:
         expected = self.plan.mean_tokens * sum(part.rows for part in parts)
         progress = BuildProgress(len(parts), int(expected), self.ranks, token_bytes_of(self.plan.fingerprint))
         queue = ByteQueue(QUEUE_BYTES)
-        try:
-            with (
-                ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,
-                ThreadPoolExecutor(1, "cache renderer") as reader,
-                _stoppable(self.stop),
-            ):
+        with (
+            ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,
+            ThreadPoolExecutor(1, "cache renderer") as reader,
+            _stoppable(self.stop),
+        ):
+            try:
                 renders = _ahead(reader, self._render, parts)
                 for part in parts:
                     self._build_part(part, next(renders), queue, encoders, progress)
                 queue.drain()
-            progress.finish()
-        except BuildStopped:
-            queue.drain()  # parts that are through the target are still written
-            raise
-        except OSError as problem:
-            raise _disk_error(problem, self.folder) from None
-        finally:
-            queue.close(cancel=True)
-            for writer in self._open_writers:
-                writer.abandon()
+            except BuildStopped:
+                queue.drain()  # parts that are through the target are still written
+                raise
+            except OSError as problem:
+                raise _disk_error(problem, self.folder) from None
+            finally:
+                queue.close(cancel=True)
+                if self._writer is not None:
+                    self._writer.abandon()
+        progress.finish()
 
     def _render(self, part: PlannedPart) -> _Usable:
         rows, rejected = [], []
@@ -233,10 +234,9 @@ class _Builder:
         encoders: ThreadPoolExecutor,
         progress: BuildProgress,
     ) -> None:
-        writer = PartWriter(temporary_part(self.folder, part.name), part.name, self.layout, encoders)
-        self._open_writers.append(writer)
         keeps_last = self.layout.last_hidden_level is not None
         lengths = [len(rendered.input_ids) for _, _, rendered in usable.rows]
+        queue.put(lambda: self._open(part, encoders), 0)
         for batch in cut_batches(lengths, self.plan.tokens_per_batch):
             if self.stop.is_set():
                 raise BuildStopped(
@@ -246,15 +246,28 @@ class _Builder:
                 )
             rows = [usable.rows[i] for i in batch]
             size, block = forward_batch(self.target, self.layers, keeps_last, rows)
-            queue.put(lambda block=block: writer.append(block()), size)  # type: ignore[misc]
+            queue.put(partial(self._append, block), size)
             progress.add(sum(lengths[i] for i in batch))
-        queue.put(lambda: self._finish(writer, usable, progress), 0)
+        queue.put(partial(self._finish, usable, progress), 0)
 
-    def _finish(self, writer: PartWriter, usable: _Usable, progress: BuildProgress) -> None:
+    def _open(self, part: PlannedPart, encoders: ThreadPoolExecutor) -> None:
+        self._writer = PartWriter(temporary_part(self.folder, part.name), part.name, self.layout, encoders)
+
+    def _append(self, block: Callable[[], Block]) -> None:
+        self._current.append(block())
+
+    def _finish(self, usable: _Usable, progress: BuildProgress) -> None:
+        writer = self._current
         manifest = writer.finish(usable.rejected)
         self.folder.adopt(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
-        self._open_writers.remove(writer)
+        self._writer = None
         progress.part_done(manifest)
+
+    @property
+    def _current(self) -> PartWriter:
+        if self._writer is None:
+            raise RuntimeError("no part is open")
+        return self._writer
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], items: list[Any]) -> Iterator[Any]:

@@ -87,24 +87,26 @@ class PartWriter:
     def __init__(self, folder: Path, name: str, layout: Layout, pool: ThreadPoolExecutor) -> None:
         self.folder, self.name, self.layout = folder, name, layout
         folder.mkdir(parents=True)
-        zarr.create_group(LocalStore(folder), zarr_format=3)
-        hidden = stored_dtype(layout.dtype)
-        self._arrays = {
-            "input_ids": ShardWriter(folder, "input_ids", (), "int32", TOKEN_CHUNK, RawCodec.calibrate, pool),
-            "loss_mask": ShardWriter(folder, "loss_mask", (), "uint8", TOKEN_CHUNK, RawCodec.calibrate, pool),
-        }
         self._levels = {"input_ids": "raw", "loss_mask": "raw", "features": layout.features_level}
-        features = codec_for("features", layout.features_level)
-        self._arrays["features"] = ShardWriter(
-            folder, "features", (layout.channels,), hidden, HIDDEN_CHUNK, features, pool
-        )
         if layout.last_hidden_level is not None:
             self._levels["last_hidden"] = layout.last_hidden_level
-            last = codec_for("last_hidden", layout.last_hidden_level)
-            self._arrays["last_hidden"] = ShardWriter(
-                folder, "last_hidden", (layout.hidden_size,), hidden, HIDDEN_CHUNK, last, pool
-            )
+        self._arrays: dict[str, ShardWriter] = {}
+        try:
+            zarr.create_group(LocalStore(folder), zarr_format=3)
+            for array in self._levels:
+                self._arrays[array] = self._open(array, pool)
+        except OSError:
+            self.abandon()
+            raise
         self._samples: dict[str, list[Any]] = {"sample_ids": [], "conversations": [], "lengths": [], "rows": []}
+
+    def _open(self, array: str, pool: ThreadPoolExecutor) -> ShardWriter:
+        if array in ("input_ids", "loss_mask"):
+            dtype = "int32" if array == "input_ids" else "uint8"
+            return ShardWriter(self.folder, array, (), dtype, TOKEN_CHUNK, RawCodec.calibrate, pool)
+        width = self.layout.channels if array == "features" else self.layout.hidden_size
+        codec, dtype = codec_for(array, self._levels[array]), stored_dtype(self.layout.dtype)
+        return ShardWriter(self.folder, array, (width,), dtype, HIDDEN_CHUNK, codec, pool)
 
     def append(self, block: Block) -> None:
         """Add samples."""
