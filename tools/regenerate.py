@@ -8,6 +8,7 @@ from deepspec.recipe import load_recipe
 
 
 def main() -> int:
+    """Parse the command line and regenerate."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipe", help="states target, sampling, thinking, system prompt and seed")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")

@@ -32,7 +32,8 @@ CAPITALS = {
     "Canada": "Ottawa", "Turkey": "Ankara", "Finland": "Helsinki",
 }  # fmt: skip
 UNITS = {
-    "hour": ("minutes", 60), "minute": ("seconds", 60), "day": ("hours", 24), "week": ("days", 7), "year": ("months", 12),
+    "hour": ("minutes", 60), "minute": ("seconds", 60), "day": ("hours", 24), "week": ("days", 7),
+    "year": ("months", 12),
     "meter": ("centimeters", 100), "kilogram": ("grams", 1000), "dozen": ("eggs", 12),
 }  # fmt: skip
 VEHICLES = {"train": (60, 120), "car": (40, 90), "bus": (30, 60), "ship": (10, 30), "bicycle": (10, 20)}

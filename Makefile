@@ -1,0 +1,53 @@
+# Everything a newcomer runs. The virtual environment .venv is made by itself, once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help quickstart test test-slow test-mpi lint format clean clean-all
+
+help:
+	@echo "make quickstart  the whole pipeline on a tiny target, about 6 minutes on 2 cores"
+	@echo "make test        the quick tests"
+	@echo "make lint        ruff, mypy, import contracts"
+	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
+	@echo "make format      format the code"
+	@echo "make clean       remove build/;  make clean-all  the virtual environment too"
+
+$(READY): setup.py pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	@echo "installing into .venv (about a minute; once)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+quickstart: $(READY)
+	@$(BIN)/python tools/quickstart.py
+
+test: $(READY)
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)
+	@$(BIN)/python -m pytest -m slow
+
+test-mpi: $(READY)
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,mpi]'
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m mpi
+
+lint: $(READY)
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet
+	@$(BIN)/mypy --no-error-summary
+	@report=$$($(BIN)/lint-imports 2>&1) || { echo "$$report"; exit 1; }
+	@echo "lint: ruff, mypy and the import contracts are clean"
+
+format: $(READY)
+	@$(BIN)/ruff check --fix --quiet
+	@$(BIN)/ruff format --quiet
+
+clean:
+	@rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+
+clean-all: clean
+	@rm -rf .venv *.egg-info
