@@ -67,7 +67,7 @@ def test_our_reader_reads_shards_that_zarr_wrote(tmp_path: Path) -> None:
     file.unlink()
     array[:] = wanted
     info = type(ours.info)(**{**vars(ours.info), "bytes": file.stat().st_size})
-    again = ShardReader(cache.folder, f"parts/{part.name}", "features", info)
+    again = ShardReader(cache.folder, f"parts/{part.name}/features", info)
     for start, stop in ((0, len(wanted)), (70, 199), (64, 128), (5, 6)):
         found = np.empty_like(wanted[start:stop])
         again.read(start, found)

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepspec.cache.folders import Folder, LocalFolder
@@ -56,13 +56,10 @@ def _local_lock(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise _refuse(folder, os.pread(handle, 200, 0).decode(errors="replace").strip()) from None
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{_me()}\n".encode(), 0)
+        with suppress(OSError):  # a full disk: the name of the holder is a help, not the lock
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{_me()}\n".encode(), 0)
         yield
-    except OSError as problem:
-        if problem.filename is not None:
-            raise
-        raise CacheError(f"cannot write here ({problem.strerror})", file=folder / LOCK) from None
     finally:
         os.close(handle)
 

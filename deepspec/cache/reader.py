@@ -60,7 +60,7 @@ class PartReader:
         if name not in self._arrays:
             if name not in self.manifest.arrays:
                 raise CacheError("the cache has no such array", file=f"{self.folder.url}/{self.name}", key=name)
-            self._arrays[name] = ShardReader(self.folder, self.name, name, self.manifest.arrays[name])
+            self._arrays[name] = ShardReader(self.folder, f"{self.name}/{name}", self.manifest.arrays[name])
         return self._arrays[name]
 
 
@@ -74,7 +74,7 @@ class TargetCache:
         self.path = str(path)
         self.folder = open_folder(path)
         self.manifest = Manifest.load(self.folder)
-        table = ShardReader(self.folder, ".", self.manifest.table, self.manifest.table_info)
+        table = ShardReader(self.folder, self.manifest.table, self.manifest.table_info)
         self.table = np.empty(self.manifest.table_info.shape, np.int64)  # [N, 6] of SAMPLE_COLUMNS
         table.read(0, self.table)
         self.sample_ids: NDArray[np.int64] = self.table[:, _SAMPLE_ID].copy()

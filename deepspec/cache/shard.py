@@ -11,6 +11,7 @@ import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,7 +160,8 @@ class ShardWriter:
         """Close the file; the part is given up."""
         for future, _ in self._futures:
             future.cancel()
-        self._file.close()
+        with suppress(OSError):  # on a full disk closing fails too
+            self._file.close()
 
 
 @dataclass(frozen=True)
@@ -189,17 +191,22 @@ def _parse_metadata(data: bytes, file: str) -> _Layout:
 
 
 class ShardReader:
-    """Reads rows of one array of a part; threads may share it.
+    """Reads rows of one array; threads may share it.
+
+    Args:
+        folder: the cache's.
+        place: the array's folder in it, such as ``parts/00000/features``.
+        info: what the manifest says of it.
 
     Raises:
         CacheError: a missing file, a size or digest other than the manifest's, or a broken index.
     """
 
-    def __init__(self, folder: Folder, part: str, name: str, info: ArrayInfo) -> None:
-        self.folder, self.name, self.info = folder, name, info
-        self.file = f"{part}/{array_file(name, len(info.shape))}"
-        metadata = folder.read(f"{part}/{name}/zarr.json")
-        where = f"{folder.url}/{part}/{name}/zarr.json"
+    def __init__(self, folder: Folder, place: str, info: ArrayInfo) -> None:
+        self.folder, self.info = folder, info
+        self.file = array_file(place, len(info.shape))
+        metadata = folder.read(f"{place}/zarr.json")
+        where = f"{folder.url}/{place}/zarr.json"
         if digest(metadata) != info.metadata_sha256:
             raise self._broken("zarr.json differs from the manifest's digest", where)
         layout = _parse_metadata(metadata, where)
