@@ -35,7 +35,7 @@ from deepspec.cache.progress import raw_bytes
 from deepspec.cache.shard import ShardWriter
 from deepspec.errors import CacheError
 
-TABLE_CHUNK = 4096
+TABLE_CHUNK = 256
 
 
 def whole_part(folder: Folder, name: str) -> bool:

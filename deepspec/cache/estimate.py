@@ -25,7 +25,9 @@ from deepspec.targets import load_spec, load_target
 
 FILES_PER_ARRAY, FILES_PER_PART, FILES_PER_CACHE = 2, 2, 7
 TOKEN_BYTES = 5  # input_ids and loss_mask
-PART_JSON_BYTES = 60  # of a sample in part.json, and of its row in the table
+SAMPLE_BYTES = 100  # of a sample in part.json and in the table
+PART_BYTES_FIXED = 13_000  # of a part's metadata, and of the padding of its last chunks
+TABLE_BYTES = {"raw": 0.0, "lossless": 4 / 3} | dict.fromkeys(("near", "compact", "smallest"), 16 / 3)  # of a channel
 
 
 @dataclass(frozen=True)
@@ -131,8 +133,9 @@ def estimate(
         coded = totals.tokens * (features * width * layout.channels + TOKEN_BYTES)
         if keeps_last:
             coded += totals.last_rows * last * width * layout.hidden_size
-        coded += totals.samples * PART_JSON_BYTES
+        coded += totals.samples * SAMPLE_BYTES
         coded += 20 * (totals.tokens + totals.last_rows) / HIDDEN_CHUNK  # index entries and checksums
+        coded += parts * (PART_BYTES_FIXED + TABLE_BYTES[level] * token_bytes // width)
         found.append(Estimate(level, round(coded), parts, files))
     return found
 
