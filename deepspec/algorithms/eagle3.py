@@ -174,7 +174,7 @@ class Eagle3Draft(DraftModel):
         """
         embedded, table = self.frozen.embed(tokens), self.rotary(positions)
         for layer, seen, mine in zip(self.layers, context, own, strict=True):
-            arguments = (layer, embedded, hidden, table, seen, mine, limit, self.attention)
+            arguments = (layer, embedded, hidden, table, seen, tuple(mine), limit, self.attention)
             if self.activation_checkpointing and torch.is_grad_enabled():
                 hidden, kv = checkpoint(_step_layer, *arguments, use_reentrant=False)
             else:
@@ -185,7 +185,7 @@ class Eagle3Draft(DraftModel):
 
 def _step_layer(
     layer: Any, embedded: Tensor, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor],
-    mine: list[tuple[Tensor, Tensor]], limit: Tensor, backend: str,
+    mine: tuple[tuple[Tensor, Tensor], ...], limit: Tensor, backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
     queries = layer.self_attn.queries(joined, table)[:, :, None]

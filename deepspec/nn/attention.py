@@ -144,14 +144,15 @@ class _Chunk:
         self.own_k = ok[row, self.groups].permute(2, 0, 1, 3)  # [G, n, M, E]
         self.own_v = ov[row, self.groups].permute(2, 0, 1, 3)
         self.scale = scale
-        self.hidden = torch.arange(self.reach) >= limits[:, None]  # [n, s]
+        self.seen_by_all = int(limits.min())
+        self.hidden = torch.arange(self.seen_by_all, self.reach) >= limits[:, None]  # [n, s - seen_by_all]
         self.flat = (G, -1, self.q.shape[-1])
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """fp32 scores [G, n, r*K, s] (hidden ones -inf) and [G, n, r*K, M]."""
         context = (self.q.reshape(self.flat) @ self.k.transpose(-1, -2)).float().mul_(self.scale)
         context = context.view(*self.q.shape[:3], self.reach)
-        context.masked_fill_(self.hidden[None, :, None], -torch.inf)
+        context[..., self.seen_by_all :].masked_fill_(self.hidden[None, :, None], -torch.inf)
         own = (self.q @ self.own_k.transpose(-1, -2)).float().mul_(self.scale)
         return context, own
 

@@ -61,14 +61,14 @@ class ChunkBuffers:
             self._held[name, dtype] = held
         return held[:rows]
 
-    def product(self, name: str, a: Tensor, b: Tensor) -> Tensor:
-        """a @ b in fp32, in buffer ``name``."""
-        out = self.take(name, len(a))
+    def product(self, name: str, a: Tensor, weight: Tensor) -> Tensor:
+        """a @ weight.T [rows, V] in fp32, in buffer ``name``."""
         if a.dtype == torch.float32:
-            return torch.mm(a, b, out=out)
+            return torch.mm(a, weight.T, out=self.take(name, len(a)))
         if a.is_cuda:
-            return torch.mm(a, b, out_dtype=torch.float32)
-        return out.copy_(torch.mm(a, b, out=self.take("half", len(a), a.dtype)))
+            return torch.mm(a, weight.T, out_dtype=torch.float32)
+        half = torch.mm(a, weight.T, out=self.take("half", len(a), a.dtype))
+        return self.take(name, len(a)).copy_(half)
 
     def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
         """``x`` [rows, V] in ``dtype``: itself, or a copy in buffer ``name``."""

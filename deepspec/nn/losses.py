@@ -27,6 +27,8 @@ from torch import Tensor
 from deepspec.nn.chunk import ChunkBuffers, ChunkTerms, LossWeights, chunk_terms, compiled_chunk_terms
 from deepspec.nn.frozen import FrozenHead
 
+_W2_TILE = 4096  # rows of the sequential head's output matrix whose gradient is summed at a time
+
 
 @dataclass(frozen=True)
 class HeadRows:
@@ -134,8 +136,11 @@ class _Gradients:
         self.latent[bias_span] = d_bias @ run.w2
         if d_bias.dtype == torch.float32:
             self.w2.addmm_(d_bias.T, run.latent[bias_span])
-        else:
-            self.w2 += matmul_fp32(d_bias.T, run.latent[bias_span])
+            return
+        latent = run.latent[bias_span]
+        for start in range(0, len(self.w2), _W2_TILE):  # tiles: the product before its fp32 sum never grows large
+            tile = slice(start, start + _W2_TILE)
+            self.w2[tile] += matmul_fp32(d_bias[:, tile].T, latent)
 
 
 @dataclass(frozen=True)
@@ -159,15 +164,15 @@ class _Run:
     def chunk(self, positions: slice, span: slice, gradients: _Gradients | None) -> ChunkTerms:
         head, cap, buffers = self.frozen.head_VD, self.frozen.softcap, self.buffers
         local = self.rows.position_R[span] - positions.start
-        logits = buffers.product("draft", self.hidden[span].to(head.dtype), head.T)
+        logits = buffers.product("draft", self.hidden[span].to(head.dtype), head)
         slope = buffers.softcap_(logits, cap, keep_slope=gradients is not None)
         bias_span = span if self.latent_per_row else positions
         if self.latent is not None and self.w2 is not None:
-            bias = buffers.product("bias", self.latent[bias_span].to(self.w2.dtype), self.w2.T)
+            bias = buffers.product("bias", self.latent[bias_span].to(self.w2.dtype), self.w2)
             logits += bias if self.latent_per_row else buffers.rows("scratch", bias, local)
         target = None
         if self.target is not None:
-            target = buffers.product("target", self.target[positions].to(head.dtype), head.T)
+            target = buffers.product("target", self.target[positions].to(head.dtype), head)
             buffers.softcap_(target, cap)
         label, weight = self.rows.label_R[span], self.rows.weight_R[span]
         body = compiled_chunk_terms() if self.backend == "compiled" else chunk_terms
@@ -204,14 +209,16 @@ class _HeadLoss(torch.autograd.Function):
             if terms.accept is not None:
                 accept[span] = terms.accept
         if gradients is not None:
-            dtype = None if w2 is None else w2.dtype
-            kept = (gradients.hidden, gradients.latent, None if gradients.w2 is None else gradients.w2.to(dtype))
-            ctx.save_for_backward(*kept)
+            gradients.w2 = None if gradients.w2 is None or w2 is None else gradients.w2.to(w2.dtype)
+            ctx.gradients = gradients
         ctx.mark_non_differentiable(sums, accept, hit)
         combined = (sums * sums.new_tensor([weights.ce, weights.soft_ce, weights.l1])).sum()
         return combined, sums, accept, hit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        scaled = [None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors]
+        gradients: _Gradients = ctx.gradients
+        ctx.gradients = None  # scaled in place and handed over: one backward a forward, as training does
+        kept = (gradients.hidden, gradients.latent, gradients.w2)
+        scaled = [None if part is None else part.mul_(grad.to(part.dtype)) for part in kept]
         return (*scaled, None, None, None, None, None, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from deepspec.families.base import Rope, Shape
@@ -39,7 +40,14 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]."""
-        return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():
+            return self.down_proj(self.act(gate) * up)
+        # act(gate) is the layer's widest activation and costs nothing to compute again in backward
+        return self.down_proj(checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=False))
+
+    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.act(gate) * up
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:

@@ -1,0 +1,193 @@
+"""Time and memory of one forward + backward of each objective, fused against plain, side by side in one run.
+
+    python benchmarks/bench_train_step.py [--json FILE] [--real] [--rounds N]
+
+One thread; hidden 256, 4 heads / 2 kv, head_dim 64, intermediate 1024, vocabulary 32,768, markov rank 256, S 1024, 128
+anchors, block 7, half the tokens supervised in 3 spans. "published" is the published code measured on such a machine.
+Memory is the peak of the process above model and inputs (each measurement runs in its own process). ``--real`` adds the
+loss at V 151,936, 512 anchors, hidden 2560, S 4096.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from plain_objectives import plain_block_loss, plain_eagle3_loss
+
+from deepspec import registry
+from deepspec.batch import Batch, Supervision
+from deepspec.targets import TargetSpec
+
+PUBLISHED = {  # (algorithm, dtype) -> seconds, MB above model and inputs
+    ("dspark", "fp32"): (2.57, 1299), ("dspark", "bf16"): (1.64, 1031), ("dflash", "fp32"): (1.59, 1034),
+    ("dflash", "bf16"): (0.96, 794), ("eagle3", "fp32"): (6.94, 1974), ("eagle3", "bf16"): (5.68, 1329),
+}  # fmt: skip
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SMALL = {"hidden": 256, "heads": 4, "kv": 2, "head_dim": 64, "mlp": 1024, "vocab": 32_768, "S": 1024, "anchors": 128}
+REAL = {"hidden": 2560, "heads": 32, "kv": 8, "head_dim": 128, "mlp": 9728, "vocab": 151_936, "S": 4096, "anchors": 512}
+
+
+def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
+    """A draft of ``size`` with random frozen embedding and head."""
+    config = {
+        "hidden_size": size["hidden"], "intermediate_size": size["mlp"], "num_attention_heads": size["heads"],
+        "num_key_value_heads": size["kv"], "head_dim": size["head_dim"], "vocab_size": size["vocab"],
+        "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 8192, "num_hidden_layers": 36,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    }  # fmt: skip
+    spec = TargetSpec("bench", registry.family("qwen3"), config, "qwen3")
+    section: dict[str, Any] = {"target_layers": [1, 9, 17, 25, 33]}
+    if name != "eagle3":
+        section |= {"num_anchors": size["anchors"], "mask_token_id": 5}
+    algorithm = registry.algorithm(name)
+    model = algorithm.build(algorithm.parse(section, None), spec).to(dtype)
+    weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
+    model.attach(weights.to(dtype), weights.to(dtype))
+    return model
+
+
+def make_batch(size: dict[str, int], dtype: torch.dtype, supervised: int) -> Batch:
+    """One conversation of S tokens, ``supervised`` of them in three spans."""
+    S, generator = size["S"], torch.Generator().manual_seed(0)
+    mask = torch.zeros(1, S, dtype=torch.bool)
+    span = supervised // 3
+    for start in (S // 8, S // 2 - span // 2, S - S // 16 - span):
+        mask[0, start : start + span] = True
+    hidden = torch.randn(1, S, 6 * size["hidden"], generator=generator).to(dtype)
+    return Batch(
+        Supervision(mask, torch.tensor([S]), (0,), 0, 0),
+        torch.randint(0, size["vocab"], (1, S), generator=generator),
+        hidden[..., : 5 * size["hidden"]].contiguous(),
+        hidden[..., 5 * size["hidden"] :].contiguous(),
+    )
+
+
+def step(model: Any, batch: Batch, plain: bool) -> float:
+    """One forward and backward; the loss."""
+    model.zero_grad(set_to_none=True)
+    if plain:
+        loss = (plain_eagle3_loss if model.config.algorithm == "eagle3" else plain_block_loss)(model, batch)
+    else:
+        loss = model(batch).loss()
+    loss.backward()
+    return float(loss.detach())
+
+
+def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, real: bool) -> dict[str, float]:
+    """Median seconds, peak MB above model and inputs, and the loss; run in a process of its own."""
+    torch.set_num_threads(1)
+    size = REAL if real else SMALL
+    model, batch = build(name, DTYPES[dtype], size), make_batch(size, DTYPES[dtype], supervised)
+    if plain:
+        model.attention = "sdpa"
+    if real:
+        return measure_real_loss(model, batch)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    loss, times = step(model, batch, plain), []
+    for _ in range(rounds):
+        start = time.process_time()
+        step(model, batch, plain)
+        times.append(time.process_time() - start)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": statistics.median(times), "megabytes": (after - before) / 1024, "loss": loss}
+
+
+def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
+    """The DSpark loss alone at the real shape: from the slots' hidden states to its gradients."""
+    from deepspec.algorithms.block import BlockPlan, draw_anchors
+    from deepspec.nn.chunk import LossWeights
+    from deepspec.nn.losses import head_loss
+
+    config = model.config
+    plan = BlockPlan.make(batch.supervision, draw_anchors(batch.supervision, 512), config.block_size, 4.0)
+    hidden = torch.randn(len(plan.slot_R), model.shape.hidden_size, dtype=model.dtype, requires_grad=True)
+    tokens = batch.input_ids.flatten()
+    rows = plan.rows.with_labels(tokens[plan.label_R])
+    target = batch.last_hidden.flatten(0, 1)[plan.position_P]  # type: ignore[union-attr]
+    latent = model.markov_head.markov_w1(tokens[plan.position_P])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    w2 = model.markov_head.markov_w2.weight
+    loss = head_loss(hidden, model.frozen, rows, LossWeights(ce=0.1, l1=0.9), target, latent, w2)
+    loss.combined.backward()
+    seconds = time.process_time() - start
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"seconds": seconds, "megabytes": (after - before) / 1024, "loss": float(loss.combined.detach())}
+
+
+def in_process(*arguments: str) -> dict[str, float]:
+    """Run one measurement in a fresh process."""
+    command = [sys.executable, __file__, "--one", *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(rounds: int) -> dict[str, dict[str, Any]]:
+    """The table of all cells; returns the bars."""
+    bars: dict[str, dict[str, Any]] = {}
+    print(
+        "| algorithm | dtype | supervised | plain s | fused s | ratio | plain MB | fused MB | ratio | fused / published |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for (name, dtype), (seconds, megabytes) in PUBLISHED.items():
+        for supervised, limit in ((512, 0.45), (24, 0.25)):
+            common = (name, dtype, str(supervised), str(rounds))
+            plain, fused = in_process(*common, "plain"), in_process(*common, "fused")
+            ratio, memory = fused["seconds"] / plain["seconds"], fused["megabytes"] / plain["megabytes"]
+            print(
+                f"| {name} | {dtype} | {supervised} | {plain['seconds']:.2f} | {fused['seconds']:.2f} | {ratio:.2f} | "
+                f"{plain['megabytes']:.0f} | {fused['megabytes']:.0f} | {memory:.2f} | "
+                f"{fused['seconds'] / seconds:.2f} s, {fused['megabytes'] / megabytes:.2f} MB |",
+                flush=True,
+            )
+            bars[f"{name} {dtype} {supervised} time"] = bar(ratio, limit)
+            if supervised == 512:
+                bars[f"{name} {dtype} memory against published"] = bar(fused["megabytes"] / megabytes, 0.20)
+                bars[f"{name} {dtype} time against published"] = bar(fused["seconds"] / seconds, 0.45)
+            else:
+                bars[f"{name} {dtype} 24 time against published"] = bar(fused["seconds"] / seconds, 0.25)
+    return bars
+
+
+def bar(value: float, limit: float) -> dict[str, Any]:
+    """One bar: a value and the most it may be."""
+    return {"value": round(value, 4), "limit": limit, "holds": value <= limit}
+
+
+def main() -> None:
+    """Parse arguments and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--real", action="store_true", help="also the loss at the real shape (about 10 GB, minutes)")
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.one:
+        name, dtype, supervised, rounds, mode = given.one
+        print(json.dumps(measure(name, dtype, int(supervised), mode == "plain", int(rounds), mode == "real")))
+        return
+    bars = compare(given.rounds)
+    if given.real:
+        real = in_process("dspark", "bf16", "2048", "1", "real")
+        print(
+            f"\nreal shape (V 151,936, 512 anchors, hidden 2560, S 4096): DSpark loss {real['seconds']:.1f} s, "
+            f"peak {real['megabytes']:.0f} MB above its inputs"
+        )
+        bars["real shape peak GB"] = bar(real["megabytes"] / 1024, 1.5)
+    print("\nall bars hold" if all(b["holds"] for b in bars.values()) else "\nbars that do not hold:")
+    print("\n".join(f"  {name}: {b['value']} > {b['limit']}" for name, b in bars.items() if not b["holds"]))
+    if given.json:
+        given.json.write_text(json.dumps({"bars": bars}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Properties of the objectives: supervision by its definition, no leakage, invariances, gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from algorithm_tools import ALGORITHMS, MASK_TOKEN, random_batch, tiny_draft, tiny_target
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepspec.algorithms.block import BlockPlan, draw_anchors
+from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
+from deepspec.batch import Batch, Supervision
+from deepspec.nn.plain import supervised_slots_NK
+
+TARGET = tiny_target("qwen3")
+
+
+def rows(batch: Batch, index: list[int]) -> Batch:
+    """The batch of some of its rows, in that order."""
+    s = batch.supervision
+    supervision = Supervision(
+        s.loss_mask[index], s.lengths[index], tuple(s.sample_ids[i] for i in index), s.seed, s.epoch
+    )
+    return Batch(supervision, batch.input_ids[index], batch.features[index], batch.last_hidden[index])  # type: ignore[index]
+
+
+def padded(batch: Batch, extra: int) -> Batch:
+    """The same batch with ``extra`` more padding, filled with garbage."""
+
+    def longer(x: Tensor, value: float) -> Tensor:
+        return torch.cat((x, torch.full((x.shape[0], extra, *x.shape[2:]), value).to(x.dtype)), dim=1)
+
+    s = dataclasses.replace(batch.supervision, loss_mask=longer(batch.supervision.loss_mask, 0))
+    return Batch(s, longer(batch.input_ids, 7), longer(batch.features, 9.0), longer(batch.last_hidden, 9.0))  # type: ignore[arg-type]
+
+
+def loss_and_gradients(model: Any, batch: Batch) -> tuple[float, dict[str, Tensor]]:
+    model.zero_grad(set_to_none=True)
+    loss = model(batch).loss()
+    loss.backward()
+    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@given(seed=st.integers(0, 999), length=st.integers(2, 30), block=st.integers(1, 9), cap=st.integers(1, 40))
+@settings(max_examples=40, deadline=None)
+def test_block_plan_is_the_definition(seed: int, length: int, block: int, cap: int) -> None:
+    supervision = random_batch([length, max(1, length - 3)], seed=seed).supervision
+    anchors = draw_anchors(supervision, cap)
+    plan = BlockPlan.make(supervision, anchors, block, 4.0)
+    N, S = plan.anchor_BN.shape[1], supervision.loss_mask.shape[1]
+    wanted, weight = [], 0.0
+    for b, drawn in enumerate(anchors):
+        mask, n = supervision.loss_mask[b], int(supervision.lengths[b])
+        assert len(drawn) == min(cap, sum(bool(mask[a] and mask[a + 1]) for a in range(n - 1)))
+        assert drawn.tolist() == sorted(set(drawn.tolist()))
+        slots = supervised_slots_NK(mask, n, drawn, block)
+        for i, k in slots.nonzero().tolist():
+            wanted.append((b * S + int(drawn[i]) + k, (b * N + i) * block + k))
+            weight += 2.718281828 ** (-k / 4.0)
+    found = list(zip(plan.position_P[plan.rows.position_R].tolist(), plan.slot_R.tolist(), strict=True))
+    assert sorted(found) == sorted(wanted)
+    assert [position for position, _ in found] == sorted(position for position, _ in found)
+    assert plan.label_R.tolist() == [position + 1 for position, _ in found]
+    assert float(plan.weight) == pytest.approx(weight, rel=1e-5)
+
+
+@given(seed=st.integers(0, 999), length=st.integers(2, 30), steps=st.integers(1, 7))
+@settings(max_examples=40, deadline=None)
+def test_ttt_plan_is_the_definition(seed: int, length: int, steps: int) -> None:
+    supervision = random_batch([length, max(2, length - 3)], seed=seed).supervision
+    slots = supervised_slots(supervision, steps)
+    B, S = supervision.loss_mask.shape
+    wanted = {
+        (j, b, t)
+        for j in range(steps) for b in range(B) for t in range(S)
+        if t + 2 + j < int(supervision.lengths[b]) and supervision.loss_mask[b, t + 2 + j]
+    }  # fmt: skip
+    assert {tuple(x) for x in slots.nonzero().tolist()} == wanted
+    plan = TTTPlan.make(slots, supervision.lengths, 0.8)
+    N = plan.active_BN.shape[1]
+    found = set()
+    for pair, position in zip(plan.pair_R.tolist(), plan.position_P[plan.rows.position_R].tolist(), strict=True):
+        j, b, n = pair // (B * N), pair // N % B, pair % N
+        t = int(plan.active_BN[b, n])
+        assert position == b * S + t + 1 + j
+        found.add((j, b, t))
+    assert found == wanted
+
+
+def test_anchors_depend_on_seed_epoch_and_sample_alone() -> None:
+    batch = random_batch([40, 33, 40], share=1.0)
+    whole = [a.tolist() for a in draw_anchors(batch.supervision, 5)]
+    assert [a.tolist() for a in draw_anchors(rows(batch, [2, 0]).supervision, 5)] == [whole[2], whole[0]]
+    again = dataclasses.replace(batch.supervision, epoch=2)
+    assert [a.tolist() for a in draw_anchors(again, 5)] != whole
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_padding_and_batch_order_change_nothing(algorithm: str) -> None:
+    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14, 19])
+    loss, gradients = loss_and_gradients(model, batch)
+    for other in (padded(batch, 6), rows(batch, [2, 0, 1])):
+        again, changed = loss_and_gradients(model, other)
+        assert again == pytest.approx(loss, rel=1e-5)
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(changed[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_a_batch_is_the_sum_of_its_rows(algorithm: str) -> None:
+    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14, 19])
+    owner = model.algorithm
+    whole = model(batch)
+    parts = [model(rows(batch, [i])) for i in range(3)]
+    assert float(whole.weighted_sum().detach()) == pytest.approx(
+        sum(float(p.weighted_sum().detach()) for p in parts), rel=1e-4
+    )
+    weights = [float(owner.loss_weight(model.config, rows(batch, [i]).supervision)) for i in range(3)]
+    assert float(owner.loss_weight(model.config, batch.supervision)) == pytest.approx(sum(weights), rel=1e-6)
+    for term in whole.terms.values():
+        assert float(term.weight) == pytest.approx(sum(weights), rel=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_nothing_leaks_from_the_future(algorithm: str) -> None:
+    """Features and tokens that a slot cannot know when decoding change nothing in it."""
+    model, batch = tiny_draft(algorithm, TARGET), random_batch([30], share=1.0)
+    cut = 13
+    tokens, features = batch.input_ids.clone(), batch.features.clone()
+    features[:, cut:] += 5.0
+    if algorithm == "eagle3":  # slot t reads features <= t and, at step j, tokens <= t + 1 + j
+        tokens[:, cut + 1 :] = 3
+        slots = torch.arange(cut)[None]
+        before = model.train_hidden(batch.features, batch.input_ids, slots, 3, 30)
+        after = model.train_hidden(features, tokens, slots, 3, 30)
+        for j in range(3):
+            torch.testing.assert_close(after[j, 0, : cut - j], before[j, 0, : cut - j])
+        assert (after[0, 0, cut - 1] - before[0, 0, cut - 1]).abs().max() == 0
+        assert (after[1, 0, cut - 1] - before[1, 0, cut - 1]).abs().max() > 1e-4  # the test can see a leak
+        return
+    tokens[:, cut + 1 :] = 3  # the block of anchor a reads features < a and token a
+    anchors = torch.tensor([[3, cut, cut + 1]])
+    before = model.train_slots(batch.features, batch.input_ids, anchors, 30)
+    after = model.train_slots(features, tokens, anchors, 30)
+    torch.testing.assert_close(after[:, :2], before[:, :2])
+    assert (after[:, 2] - before[:, 2]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("case", ["no answer", "shorter than a block"])
+def test_every_parameter_gets_a_gradient(algorithm: str, case: str) -> None:
+    """Also where a rank has nothing supervised: ZeRO stage 2 needs the same parameters on every rank."""
+    model = tiny_draft(algorithm, TARGET)
+    batch = random_batch([12, 9], share=0.0) if case == "no answer" else random_batch([3], share=1.0)
+    loss, gradients = loss_and_gradients(model, batch)
+    assert loss == loss
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert set(gradients) == {name for name, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_activation_checkpointing_changes_nothing(algorithm: str) -> None:
+    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14])
+    loss, gradients = loss_and_gradients(model, batch)
+    model.activation_checkpointing = True
+    again, changed = loss_and_gradients(model, batch)
+    assert again == pytest.approx(loss, rel=1e-6)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(changed[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_the_attention_backends_train_alike(algorithm: str) -> None:
+    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14])
+    loss, gradients = loss_and_gradients(model, batch)
+    model.attention = "sdpa"
+    again, changed = loss_and_gradients(model, batch)
+    assert again == pytest.approx(loss, rel=1e-5)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(changed[name], gradient, atol=2e-5, rtol=1e-3, msg=name)
+
+
+@pytest.mark.parametrize("head", ["vanilla", "gated", "rnn"])
+@pytest.mark.parametrize("term", ["head", "confidence"])
+def test_gradients_are_those_of_finite_differences(head: str, term: str) -> None:
+    """Of each term alone; the confidence head's own parameters only, since its label moves with all others."""
+    weights = {"confidence_weight": 0.0} if term == "head" else {"ce_weight": 0.0, "l1_weight": 0.0}
+    model = tiny_draft("dspark", tiny_target("gemma4"), markov_head=head, **weights)
+    batch = random_batch([20])
+    _, gradients = loss_and_gradients(model, batch)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.startswith("confidence_head") != (term == "confidence"):
+            continue
+        direction = torch.randn(parameter.shape, generator=generator) + gradients[name].sign()
+        direction *= 2e-3 / direction.norm()
+        wanted = float((gradients[name] * direction).sum())
+        values = []
+        for sign in (1, -2):
+            with torch.no_grad():
+                parameter.add_(direction, alpha=sign)
+                values.append(float(model(batch).loss()))
+        with torch.no_grad():
+            parameter.add_(direction)
+        assert (values[0] - values[1]) / 2 == pytest.approx(wanted, abs=2e-6, rel=0.03), name
+
+
+def test_mask_token_stands_behind_the_anchor() -> None:
+    model = tiny_draft("dflash", TARGET)
+    inputs = model.block_inputs(torch.tensor([[7]]))[0, 0]
+    torch.testing.assert_close(inputs[0], TARGET.embed_weight[7])
+    torch.testing.assert_close(inputs[1:], TARGET.embed_weight[MASK_TOKEN].expand(3, -1))

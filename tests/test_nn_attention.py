@@ -1,0 +1,85 @@
+"""The attention backends against their plain twin, over random shapes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepspec.errors import DeepSpecError
+from deepspec.nn.attention import attend, visibility_mask
+
+SHAPES = {
+    "B": st.integers(1, 3), "N": st.integers(0, 40), "K": st.integers(1, 8), "M": st.integers(0, 5),
+    "S": st.integers(1, 50), "G": st.sampled_from([1, 2]), "rep": st.sampled_from([1, 3]), "seed": st.integers(0, 999),
+}  # fmt: skip
+
+
+def inputs(
+    B: int, N: int, K: int, M: int, S: int, G: int, rep: int, seed: int, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, N, K, G * rep, 8), (B, S, G, 8), (B, S, G, 8), (B, N, M, G, 8), (B, N, M, G, 8)]
+    tensors = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
+    return tensors, torch.randint(0, S + 1, (B, N), generator=generator)
+
+
+def run(tensors: list[Tensor], limit: Tensor, backend: str) -> list[Tensor]:
+    query, ck, cv, ok, ov = tensors
+    out = attend(query, (ck, cv), (ok, ov), limit, 0.4, backend)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
+
+
+@given(**SHAPES)
+@settings(max_examples=40, deadline=None)
+def test_two_part_equals_the_masked_twin(**shape: int) -> None:
+    tensors, limit = inputs(**shape, dtype=torch.float32)
+    for fast, plain in zip(run(tensors, limit, "two_part"), run(tensors, limit, "sdpa"), strict=True):
+        torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
+
+
+@given(**SHAPES)
+@settings(max_examples=15, deadline=None)
+def test_two_part_in_bf16_stays_near_fp32(**shape: int) -> None:
+    tensors, limit = inputs(**shape, dtype=torch.bfloat16)
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    for fast, plain in zip(run(tensors, limit, "two_part"), run(exact, limit, "sdpa"), strict=True):
+        torch.testing.assert_close(fast.float(), plain, atol=0.15, rtol=0.05)
+
+
+@given(**{**SHAPES, "N": st.integers(1, 12)})
+@settings(max_examples=8, deadline=None)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_mask_equals_the_twin(**shape: int) -> None:
+    tensors, limit = inputs(**shape, dtype=torch.float32)
+    if shape["M"] == 0:
+        limit = limit.clamp_min(1)  # flex leaves rows that see nothing undefined
+    with torch.no_grad():
+        query, ck, cv, ok, ov = (tensor.detach() for tensor in tensors)
+        flex = attend(query, (ck, cv), (ok, ov), limit, 0.4, "flex")
+        plain = attend(query, (ck, cv), (ok, ov), limit, 0.4, "sdpa")
+    torch.testing.assert_close(flex, plain, atol=2e-5, rtol=1e-4)
+
+
+def test_visibility_is_the_definition() -> None:
+    mask = visibility_mask(torch.tensor([[0, 2, 3]]), num_queries=2, num_own=2, context_length=3)[0]
+    for row in range(6):
+        group = row // 2
+        for column in range(9):
+            wanted = column < [0, 2, 3][group] if column < 3 else (column - 3) // 2 == group
+            assert bool(mask[row, column]) is wanted
+
+
+def test_groups_that_see_nothing_give_zeros() -> None:
+    tensors, _ = inputs(1, 3, 2, 0, 4, 1, 1, 0, torch.float32)
+    for backend in ("two_part", "sdpa"):
+        assert run(tensors, torch.zeros(1, 3, dtype=torch.int64), backend)[0].abs().max() == 0
+
+
+def test_unknown_backend_names_the_nearest() -> None:
+    tensors, limit = inputs(1, 1, 1, 1, 1, 1, 1, 0, torch.float32)
+    with pytest.raises(DeepSpecError, match="did you mean 'flex'"):
+        run(tensors, limit, "flexx")

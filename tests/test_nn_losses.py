@@ -1,0 +1,133 @@
+"""The fused head loss against its plain twin: values, gradients, softcap, sequential head, reduced vocabulary."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from deepspec.nn import chunk
+from deepspec.nn.chunk import LossWeights
+from deepspec.nn.frozen import FrozenHead
+from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
+from deepspec.nn.plain import plain_head_terms
+
+V, D, M = 61, 12, 5
+CASES = {
+    "seed": st.integers(0, 9999), "R": st.integers(0, 90), "latent": st.sampled_from([None, "position", "row"]),
+    "softcap": st.sampled_from([None, 4.0]), "ce": st.sampled_from([0.0, 0.1, 1.0]),
+    "l1": st.sampled_from([0.0, 0.9]), "soft": st.sampled_from([0.0, 0.7]), "reduced": st.booleans(),
+}  # fmt: skip
+
+
+class Problem:
+    """Random rows with everything that the loss reads."""
+
+    def __init__(
+        self, seed: int, R: int, latent: str | None, softcap: float | None, reduced: bool, dtype: torch.dtype
+    ) -> None:
+        g = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int, grad: bool = False) -> Tensor:
+            return torch.randn(*shape, generator=g).to(dtype).requires_grad_(grad)
+
+        self.kept = torch.randperm(V, generator=g)[: V // 2].sort().values if reduced else None
+        size = V if self.kept is None else len(self.kept)
+        position = torch.randint(0, max(1, R // 2), (R,), generator=g).sort().values
+        _, position = torch.unique_consecutive(position, return_inverse=True)
+        P = int(position.max()) + 1 if R else 0
+        self.frozen = FrozenHead(normal(V, D), normal(V, D) * 0.5, 1.0, softcap).reduced(self.kept)
+        self.rows = HeadRows.plan(position, torch.rand(R, generator=g)).with_labels(
+            torch.randint(0, size, (R,), generator=g)
+        )
+        self.hidden, self.target = normal(R, D, grad=True), normal(P, D)
+        self.latent = None if latent is None else normal(R if latent == "row" else P, M, grad=True)
+        self.w2 = None if latent is None else normal(size, M, grad=True)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.latent, self.w2) if x is not None]
+
+    def fused(self, weights: LossWeights, backend: str = "chunked") -> HeadLoss:
+        return head_loss(self.hidden, self.frozen, self.rows, weights, self.target, self.latent, self.w2, backend)
+
+    def plain(self, weights: LossWeights) -> tuple[Tensor, Tensor]:
+        logits = self.frozen.logits(self.hidden).float()
+        if self.latent is not None and self.w2 is not None:
+            bias = self.latent.float() @ self.w2.float().T
+            logits = logits + (bias if len(bias) == len(logits) else bias[self.rows.position_R])
+        target = self.frozen.logits(self.target)[self.rows.position_R]
+        terms = plain_head_terms(logits, target, self.rows.label_R, self.rows.weight_R)
+        return weights.ce * terms.ce + weights.soft_ce * terms.soft_ce + weights.l1 * terms.l1, terms.accept
+
+
+@given(**CASES)
+@settings(max_examples=60, deadline=None)
+def test_fused_equals_plain(
+    seed: int, R: int, latent: str | None, softcap: float | None, ce: float, l1: float, soft: float, reduced: bool
+) -> None:
+    problem = Problem(seed, R, latent, softcap, reduced, torch.float32)
+    weights = LossWeights(ce, soft, l1, report_l1=True)
+    fused, (plain, accept) = problem.fused(weights), problem.plain(weights)
+    torch.testing.assert_close(fused.combined, plain, atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(fused.accept_R, accept, atol=1e-5, rtol=1e-5)
+    found = torch.autograd.grad(fused.combined * 1.7, problem.leaves)
+    wanted = torch.autograd.grad(plain * 1.7, problem.leaves, allow_unused=True)
+    for one, other, leaf in zip(found, wanted, problem.leaves, strict=True):
+        torch.testing.assert_close(one, torch.zeros_like(leaf) if other is None else other, atol=2e-5, rtol=1e-4)
+
+
+@given(seed=st.integers(0, 999), latent=st.sampled_from([None, "position", "row"]))
+@settings(max_examples=10, deadline=None)
+def test_bf16_accumulates_in_fp32(seed: int, latent: str | None) -> None:
+    problem = Problem(seed, 50, latent, None, False, torch.bfloat16)
+    with_l1, smooth = LossWeights(0.1, 0.0, 0.9), LossWeights(0.1, 0.9, 0.0)  # a sign of p - q may flip in bf16
+    torch.testing.assert_close(problem.fused(with_l1).combined, problem.plain(with_l1)[0], atol=0.05, rtol=0.02)
+    found = torch.autograd.grad(problem.fused(smooth).combined, problem.leaves)
+    wanted = torch.autograd.grad(problem.plain(smooth)[0], problem.leaves)
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype == torch.bfloat16
+        assert (one.float() - other.float()).norm() <= 0.03 * other.float().norm() + 1e-3
+
+
+def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = LossWeights(0.1, 0.5, 0.9)
+    problem = Problem(1, 90, "position", 4.0, False, torch.float32)
+    whole = problem.fused(weights)
+    gradients = torch.autograd.grad(whole.combined, problem.leaves)
+    monkeypatch.setattr(chunk, "_CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(chunk, "_MIN_ROWS", 7)
+    pieces = problem.fused(weights)
+    torch.testing.assert_close(pieces.combined, whole.combined)
+    for one, other in zip(torch.autograd.grad(pieces.combined, problem.leaves), gradients, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_body_equals_the_in_place_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body that torch.compile fuses on CUDA, run uncompiled here."""
+    monkeypatch.setattr("deepspec.nn.losses.compiled_chunk_terms", lambda: chunk.functional_chunk_terms)
+    for weights in (LossWeights(0.1, 0.0, 0.9), LossWeights(soft_ce=1.0), LossWeights(ce=1.0)):
+        problem = Problem(2, 40, "position", 4.0, False, torch.float32)
+        one, other = problem.fused(weights, "compiled"), problem.fused(weights, "chunked")
+        torch.testing.assert_close(one.combined, other.combined)
+        torch.testing.assert_close(one.hit_R, other.hit_R)
+        pairs = zip(*(torch.autograd.grad(loss.combined, problem.leaves) for loss in (one, other)), strict=True)
+        for left, right in pairs:
+            torch.testing.assert_close(left, right, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_by_inductor_on_the_cpu() -> None:
+    problem = Problem(3, 40, "position", None, False, torch.float32)
+    weights = LossWeights(0.1, 0.0, 0.9)
+    torch.testing.assert_close(problem.fused(weights, "compiled").combined, problem.fused(weights, "chunked").combined)
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    problem = Problem(4, 20, None, None, False, torch.float32)
+    with torch.no_grad():
+        loss = problem.fused(LossWeights(soft_ce=1.0))
+    assert not loss.combined.requires_grad
+    torch.testing.assert_close(loss.combined, problem.plain(LossWeights(soft_ce=1.0))[0].detach())
