@@ -1,0 +1,404 @@
+"""Measure the target cache on the hidden states of a real small model: levels, reading, building.
+
+    python benchmarks/bench_cache.py levels --target SMOL
+    python benchmarks/bench_cache.py read   --target SMOL --work DIR
+    python benchmarks/bench_cache.py build  --target SMOL --work DIR [--processes 2]
+
+SMOL is a Hugging Face folder; docs/cache.md says how the measured one (SmolLM2-135M-Instruct) was made. Text: the
+standard library's source. One thread; on a shared machine run it twice and take the better figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from deepspec.cache.assemble import finish_cache
+from deepspec.cache.codecs.uniform import to_float
+from deepspec.cache.folders import LocalFolder
+from deepspec.cache.format import HIDDEN_CHUNK
+from deepspec.cache.forward import DTYPES, forward_batch, load_renderer
+from deepspec.cache.levels import LEVELS
+from deepspec.cache.plan import Plan, PlannedPart, batches, read_rows, render, scan
+from deepspec.cache.reader import TargetCache
+from deepspec.cache.recode import write_part
+from deepspec.cache.writer import Block, layout_of
+from deepspec.data.conversations import write_conversations
+from deepspec.recipe import load_recipe
+from deepspec.targets import load_target, load_tokenizer
+
+LAYERS = (1, 7, 14, 21, 27)
+WINDOW = 512  # tokens
+WIDTH = 2560  # of the reading benchmark: windows joined side by side
+SKIPPED = 512  # rows that the codecs were calibrated on are not measured
+
+
+def texts() -> Iterator[str]:
+    """Source files of the standard library, always in the same order."""
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        yield path.read_text(errors="ignore")
+
+
+def hidden_states(target: Any, windows: int) -> tuple[NDArray[np.uint16], NDArray[np.uint16]]:
+    """Features [W, WINDOW, L*D] and last_hidden [W, WINDOW, D] of real text, as stored."""
+    tokenizer, rows = load_tokenizer(target.spec.path), []
+    for text in texts():
+        ids = tokenizer(text)["input_ids"][: 4 * WINDOW]
+        rows += [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+        if len(rows) >= windows:
+            break
+    features, last = [], []
+    for row in rows[:windows]:
+        output = target.forward(torch.tensor([row]), LAYERS)
+        features.append(output.features[0].view(torch.uint16).numpy())
+        last.append(output.last_hidden[0].view(torch.uint16).numpy())
+    return np.stack(features), np.stack(last)
+
+
+def best(work: Callable[[], Any], repeats: int = 3) -> float:
+    """Least processor seconds of this thread over some runs."""
+    found = []
+    for _ in range(repeats):
+        begun = time.thread_time()
+        work()
+        found.append(time.thread_time() - begun)
+    return min(found)
+
+
+def variation(target: Any, exact: NDArray[np.uint16], rounded: NDArray[np.uint16]) -> tuple[float, float]:
+    """Mean and 99th percentile of the total variation between next-token distributions."""
+    chosen = slice(SKIPPED, SKIPPED + 4096, 4)
+    head = target.head_weight.float()  # in float32: the head's own rounding would hide what is measured
+    probabilities = [torch.softmax(torch.from_numpy(to_float(rows[chosen])) @ head.T, -1) for rows in (exact, rounded)]
+    distances = 0.5 * (probabilities[0] - probabilities[1]).abs().sum(dim=-1)
+    return float(distances.mean()), float(distances.quantile(0.99))
+
+
+def measure_level(name: str, array: str, values: NDArray[np.uint16]) -> tuple[dict[str, float], NDArray[np.uint16]]:
+    """Ratio, speeds and error of one array at one level, chunk by chunk as in a cache."""
+    codec = getattr(LEVELS[name], array)(values[:SKIPPED])
+    chunks = [values[i : i + HIDDEN_CHUNK] for i in range(0, len(values), HIDDEN_CHUNK)]
+    coded = [np.frombuffer(codec.encode_rows(chunk), np.uint8) for chunk in chunks]
+    out = np.empty_like(values)
+
+    def decode() -> None:
+        for i, data in enumerate(coded):
+            codec.decode_rows(data, out[i * HIDDEN_CHUNK : (i + 1) * HIDDEN_CHUNK], 0)
+
+    found = {
+        "ratio": sum(len(data) + 20 for data in coded) / values.nbytes,
+        "encode": values.nbytes / best(lambda: [codec.encode_rows(chunk) for chunk in chunks]) / 1e9,
+        "decode": values.nbytes / best(decode) / 1e9,
+    }
+    exact, rounded = (to_float(rows[SKIPPED:]).astype(np.float64) for rows in (values, out))
+    error = np.square(exact - rounded).sum(axis=0) / np.square(exact).sum(axis=0)
+    return {**found, "error": float(np.median(np.sqrt(error)))}, out
+
+
+def run_levels(options: argparse.Namespace) -> None:
+    """The table of docs/cache.md."""
+    target = load_target(options.target, torch.bfloat16)
+    features, last = hidden_states(target, 20)
+    share = features.shape[2] / (features.shape[2] + last.shape[2])
+    narrow, wide = features.reshape(-1, features.shape[2]), joined(features, len(LAYERS))
+    last_rows = last.reshape(-1, last.shape[2])
+    print("level      ratio (feat./last)      bits   encode  decode GB/s   error feat./last     TV mean / p99")
+    for name in LEVELS:
+        one, _ = measure_level(name, "features", narrow)
+        other, rounded = measure_level(name, "last_hidden", last_rows)
+        speed, _ = measure_level(name, "features", wide)
+        ratio = share * one["ratio"] + (1 - share) * other["ratio"]
+        mean, tail = variation(target, last_rows, rounded)
+        print(
+            f"{name:9s}  {ratio:.3f} ({one['ratio']:.3f}/{other['ratio']:.3f})   {16 * ratio:5.2f}"
+            f"   {speed['encode']:6.2f}  {speed['decode']:6.2f}        {one['error']:.4f} / {other['error']:.4f}"
+            f"      {mean:.4f} / {tail:.4f}",
+            flush=True,
+        )
+
+
+def joined(states: NDArray[np.uint16], layers: int) -> NDArray[np.uint16]:
+    """[W, WINDOW, layers*D] -> [.., layers*WIDTH]: windows side by side, as wide as a 4B model's states."""
+    windows, tokens, channels = states.shape
+    hidden = channels // layers
+    side = math.ceil(WIDTH / hidden)
+    groups = windows // side
+    split = states[: groups * side].reshape(groups, side, tokens, layers, hidden)
+    wide = split.transpose(0, 2, 3, 1, 4).reshape(groups * tokens, layers, side * hidden)[:, :, :WIDTH]
+    return np.ascontiguousarray(wide.reshape(groups * tokens, layers * WIDTH))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def make_caches(target: Any, work: Path, samples: int, levels: list[str]) -> None:
+    """Caches of samples of WINDOW tokens, 6 x WIDTH wide, and the same values in two flat files."""
+    features, last = hidden_states(target, 20)
+    wide, wide_last = joined(features, len(LAYERS)), joined(last, 1)
+    starts = [(number * WINDOW) % len(wide) for number in range(samples)]
+    for name, values in (("features.bin", wide), ("last_hidden.bin", wide_last)):
+        with open(work / name, "wb") as file:
+            for start in starts:
+                file.write(values[start : start + WINDOW].tobytes())
+    for level in levels:
+        folder = LocalFolder(work / level)
+        shutil.rmtree(folder.path, ignore_errors=True)
+        mark: dict[str, Any] = {"target": {"hidden_size": WIDTH}, "layers": list(LAYERS), "dtype": "bfloat16"}
+        mark |= {"levels": {"features": level, "last_hidden": level}, "sources": []}
+        plan = Plan(mark, 0, float(WINDOW), (PlannedPart("00000", 0, 0, samples, 0, 0),))
+        ids, mask = np.arange(WINDOW, dtype=np.int32), np.ones(WINDOW, np.uint8)
+
+        def blocks(ids: Any = ids, mask: Any = mask) -> Iterator[Block]:
+            for number, start in enumerate(starts):
+                rows = slice(start, start + WINDOW)
+                yield Block([number], [str(number)], [WINDOW], ids, mask, wide[rows], wide_last[rows][:-1].copy())
+
+        with ThreadPoolExecutor(2) as pool:
+            write_part(folder, "00000", layout_of(mark), pool, blocks())
+        folder.write("plan.json", plan.to_bytes())
+        finish_cache(folder, plan)
+
+
+def fresh(shape: tuple[int, ...]) -> torch.Tensor:
+    """What a plain loader uses: new memory, shared when it is in a worker process."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.bfloat16)
+    count = math.prod(shape)
+    storage = torch.UntypedStorage._new_shared(2 * count)
+    return torch.empty(0, dtype=torch.bfloat16).set_(storage, 0, (count,)).view(shape)  # type: ignore[call-overload]
+
+
+class MemoryMap(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The uncompressed loader: samples copied from a memory map into a padded batch."""
+
+    def __init__(self, work: Path) -> None:
+        widths = {"features.bin": len(LAYERS) * WIDTH, "last_hidden.bin": WIDTH}
+        self.files = [np.memmap(work / name, np.uint16, "r").reshape(-1, width) for name, width in widths.items()]
+
+    def __getitem__(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = [fresh((len(numbers), WINDOW, values.shape[1])) for values in self.files]
+        for tensor, values in zip(batch, self.files, strict=True):
+            for row, number in enumerate(numbers):
+                tensor[row].view(torch.uint16).numpy()[...] = values[number * WINDOW : (number + 1) * WINDOW]
+        return batch[0], batch[1]
+
+
+class Ours(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """The cache's own reader."""
+
+    def __init__(self, path: Path) -> None:
+        self.cache = TargetCache.open(path)
+
+    def __getitem__(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        padded = self.cache.padded(numbers)
+        if padded.last_hidden is None:
+            raise ValueError("the cache has no last_hidden")
+        return padded.features, padded.last_hidden
+
+
+def threaded(dataset: Any, plan: list[list[int]], workers: int) -> Iterator[Any]:
+    """Batches in order, read ahead by threads, as training does it."""
+    with ThreadPoolExecutor(workers) as pool:
+        waiting = [pool.submit(dataset.__getitem__, numbers) for numbers in plan[: 2 * workers]]
+        for number in range(len(plan)):
+            if number + 2 * workers < len(plan):
+                waiting.append(pool.submit(dataset.__getitem__, plan[number + 2 * workers]))
+            yield waiting[number].result()
+            waiting[number] = pool.submit(int)  # lets go of the batch
+
+
+def loaders(dataset: Any, plan: list[list[int]]) -> dict[str, Callable[[], Iterator[Any]]]:
+    """The ways of reading that are compared."""
+    processes: Any = DataLoader(dataset, batch_size=None, sampler=plan, num_workers=2, persistent_workers=True)
+    return {
+        "0 workers": lambda: (dataset[numbers] for numbers in plan),
+        "2 threads": lambda: threaded(dataset, plan, 2),
+        "2 processes": lambda: iter(processes),
+    }
+
+
+def rate(read: Callable[[], Iterator[Any]]) -> float:
+    """GB/s of decoded bytes; the consumer does nothing."""
+    begun, size = time.perf_counter(), 0
+    for batch in read():
+        size += sum(tensor.nbytes for tensor in batch)
+    return size / (time.perf_counter() - begun) / 1e9
+
+
+def drop_caches(folder: Path) -> None:
+    """Put the files' pages out of the page cache."""
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def measure_cold(work: Path, levels: list[str], plan: list[list[int]], repeats: int) -> None:
+    """Samples that come once, files out of the page cache; nothing may map them meanwhile, or their pages stay."""
+    seen: set[int] = set()
+    once = []
+    for numbers in plan:
+        if not seen & set(numbers):
+            once.append(numbers)
+            seen |= set(numbers)
+    found: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        for name in ("memory map", *levels):
+            drop_caches(work)
+            dataset: Any = MemoryMap(work) if name == "memory map" else Ours(work / name)
+            found.setdefault(name, []).append(rate(partial(threaded, dataset, once, 2)))
+            del dataset
+    base = statistics.median(found["memory map"])
+    for name, values in found.items():
+        value = statistics.median(values)
+        print(f"{'cold':12s} {name:11s} {value:6.2f} GB/s  {value / base:5.2f}x", flush=True)
+
+
+def run_read(options: argparse.Namespace) -> None:
+    """Random samples into padded batches, side by side with the memory map."""
+    work, levels = Path(options.work), options.levels.split(",")
+    work.mkdir(parents=True, exist_ok=True)
+    make_caches(load_target(options.target, torch.bfloat16), work, options.samples, levels)
+    dice = np.random.default_rng(0)
+    plan = [dice.permutation(options.samples)[:4].tolist() for _ in range(options.batches)]
+    measure_cold(work, levels, plan, options.repeats)
+    ways = {"memory map": loaders(MemoryMap(work), plan)}
+    ways |= {level: loaders(Ours(work / level), plan) for level in levels}
+    found: dict[tuple[str, str], list[float]] = {}
+    for _ in range(options.repeats):
+        for kind in ("0 workers", "2 threads", "2 processes"):
+            for name in ways:  # one behind the other, so that a busy moment hits all of them
+                found.setdefault((kind, name), []).append(rate(ways[name][kind]))
+    for kind in ("0 workers", "2 threads", "2 processes"):
+        base = statistics.median(found[kind, "memory map"])
+        for name in ways:
+            value = statistics.median(found[kind, name])
+            print(f"{kind:12s} {name:11s} {value:6.2f} GB/s  {value / base:5.2f}x", flush=True)
+    print(
+        f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB (memory-mapped pages included)"
+    )
+
+
+# -- building ---------------------------------------------------------------------------------------------------------
+
+
+def write_inputs(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
+    """A recipe and conversations whose answers are pieces of source text."""
+    rows: list[dict[str, Any]] = []
+    for text in texts():
+        for start in range(0, min(len(text), 12_000), 1500):
+            answer = text[start : start + 300 + 150 * (len(rows) % 9)].strip()
+            if answer:
+                messages = [{"role": "user", "content": "Go on."}, {"role": "assistant", "content": answer}]
+                rows.append({"id": str(len(rows)), "messages": messages})
+    data, recipe = work / "conversations.jsonl", work / "recipe.yaml"
+    write_conversations(data, rows[: options.conversations], {"text": "standard library"})
+    sections = {
+        "name": "bench",
+        "algorithm": "dspark",
+        "target": {"path": options.target, "layers": list(LAYERS)},
+        "draft": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3},
+        "data": {"max_length": 1024},
+        "cache": {"level": options.level, "tokens_per_batch": 4096},
+    }
+    recipe.write_text(yaml.safe_dump(sections))
+    return recipe, data
+
+
+def bare_forward(recipe_path: Path, data: Path, parts: list[dict[str, Any]], budget: int) -> tuple[int, float]:
+    """Tokens and seconds of the target alone over the same batches."""
+    recipe = load_recipe(recipe_path)
+    target = load_target(recipe.target.path, DTYPES[recipe.target.dtype])
+    renderer, source, seconds, tokens = load_renderer(recipe, target.spec), scan(data), 0.0, 0
+    for part in parts:
+        rows = read_rows(data, source.offsets[part["first"]], part["first"], part["rows"])
+        rendered = [render(renderer, row, recipe.data.min_supervised) for _, row in rows]
+        usable = [("0", one) for one in rendered if not isinstance(one, str)]
+        for batch in batches([len(one.input_ids) for _, one in usable], budget):
+            chosen = [(0, *usable[i]) for i in batch]
+            begun = time.perf_counter()
+            forward_batch(target, recipe.target.layers, True, chosen)
+            seconds += time.perf_counter() - begun
+            tokens += sum(len(usable[i][1].input_ids) for i in batch)
+    return tokens, seconds
+
+
+def run_bare(options: argparse.Namespace) -> None:
+    """One process of the bare forward (started by `build`)."""
+    work = Path(options.work)
+    plan = json.loads((work / "cache" / "plan.json").read_text())
+    share = plan["parts"][options.rank :: options.processes]
+    print(*bare_forward(work / "recipe.yaml", work / "conversations.jsonl", share, plan["tokens_per_batch"]))
+
+
+def run_build(options: argparse.Namespace) -> None:
+    """Tokens/s of a build against the bare forward, both in as many processes."""
+    work = Path(options.work)
+    work.mkdir(parents=True, exist_ok=True)
+    recipe, data = write_inputs(options, work)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    launcher = (
+        [] if options.processes == 1 else [str(Path(sys.executable).with_name("mpirun")), "-n", str(options.processes)]
+    )
+    command = [*launcher, sys.executable, "tools/build_cache.py", "--recipe", str(recipe), "--data", str(data)]
+    done = subprocess.run(
+        [*command, "--output", str(work / "cache")], env=environment, text=True, capture_output=True, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if "tokens/s" in line][-1]
+    built = float(said.split(" tokens/s")[0].split()[-1].replace(",", "")) * options.processes
+    bare = []
+    for rank in range(options.processes):
+        arguments = [sys.executable, __file__, "bare", "--target", options.target, "--work", str(work)]
+        arguments += ["--processes", str(options.processes), "--rank", str(rank)]
+        bare.append(subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE))
+    outcomes = [process.communicate()[0].split()[-2:] for process in bare]
+    alone = sum(float(tokens) / float(seconds) for tokens, seconds in outcomes)
+    print(said)
+    print(
+        f"{options.processes} processes: build {built:,.0f} tokens/s, bare forward {alone:,.0f}: {built / alone:.3f}x"
+    )
+
+
+def main() -> None:
+    """Parse the command line and run one of the benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("benchmark", choices=["levels", "read", "build", "bare"])
+    parser.add_argument("--target", required=True, help="folder of a small model")
+    parser.add_argument("--work", default="/tmp/bench_cache", help="folder for caches")
+    parser.add_argument("--levels", default="raw,lossless,near,smallest")
+    parser.add_argument("--level", default="lossless")
+    parser.add_argument("--samples", type=int, default=96)
+    parser.add_argument("--batches", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--conversations", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    {"levels": run_levels, "read": run_read, "build": run_build, "bare": run_bare}[options.benchmark](options)
+
+
+if __name__ == "__main__":
+    main()
