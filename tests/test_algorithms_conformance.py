@@ -156,3 +156,26 @@ def test_gemma4_config_fields_of_old_and_new_transformers() -> None:
     assert family.read_shape(new) == family.read_shape(old)
     assert family.read_shape(family.draft_config(new, 2)) == family.read_shape(new)
     assert family.read_shape(new).head_dim == 16
+
+
+def test_reduced_vocabulary_drafts_within_it_and_stays_lossless(tmp_path: Path) -> None:
+    target = tiny_target("qwen3")
+    model = tiny_draft("eagle3", target, draft_vocab_size=20)
+    kept = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values
+    model.set_vocabulary(kept)
+    batch = random_batch([30])
+    model(batch).loss().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    with torch.no_grad():
+        logits = model.draft_logits(torch.randn(3, 32))
+    assert logits.isfinite().nonzero()[:, 1].unique().tolist() == kept.tolist()
+    config = model.algorithm.config_json(model.config, target.spec)
+    save_draft(tmp_path / "draft", model.state_dict(), config, {})
+    loaded = load_draft(tmp_path / "draft", target)
+    assert loaded.kept_tokens.tolist() == kept.tolist()
+    assert loaded.t2d.nonzero()[:, 0].tolist() == kept.tolist()
+    settings = DecodeSettings(temperature=0.0, max_new_tokens=20)
+    plain = generate(target, None, PROMPTS, settings, 4)
+    drafted = generate(target, loaded.algorithm.drafter(loaded, 4, 64), PROMPTS, settings, 4)
+    assert [d.output_ids for d in drafted] == [p.output_ids for p in plain]
+    assert all(set(proposal[1:]) <= set(kept.tolist()) for d in drafted for proposal in d.proposals)

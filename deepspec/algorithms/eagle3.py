@@ -25,10 +25,12 @@ from torch.utils.checkpoint import checkpoint
 from deepspec.algorithms.base import Algorithm, Drafter, DraftModel, Proposal, Sampler, require, target_states
 from deepspec.algorithms.block import acceptance_metrics
 from deepspec.batch import Batch, Supervision
+from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, Ratio
 from deepspec.nn.attention import attend, no_own_keys
 from deepspec.nn.chunk import LossWeights
+from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.parts import RMSNorm
 from deepspec.nn.ragged import RaggedKV
@@ -44,10 +46,13 @@ class Eagle3Config:
     num_layers: int = 1
     ttt_length: int = 7
     step_loss_decay: float = 0.8
+    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "ttt_length"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        if self.draft_vocab_size is not None:
+            require(self.draft_vocab_size >= 1, "draft_vocab_size", self.draft_vocab_size, "at least 1, or null")
         require(0 < self.step_loss_decay <= 1, "step_loss_decay", self.step_loss_decay, "above 0, at most 1")
 
     @property
@@ -106,10 +111,53 @@ class TTTPlan:
 class Eagle3Draft(DraftModel):
     """Layers over [embedding | hidden state], each normed, 2D wide; the residual is the hidden state."""
 
+    d2t: Tensor
+    t2d: Tensor
+
     def __init__(self, algorithm: Algorithm, config: Eagle3Config, shape: Shape, family: Family) -> None:
         super().__init__(algorithm, config, shape, family, input_size=2 * shape.hidden_size)
+        self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (whole, reduced): the copy of V' rows is made once
         for layer in self.layers:
             layer.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        if config.draft_vocab_size is not None:  # until set_vocabulary or a checkpoint says which: the first V' tokens
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
+
+    def set_vocabulary(self, kept: Tensor) -> None:
+        """Draft over the tokens ``kept`` [V'] int64 alone, ascending; the target verifies over all of V.
+
+        Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the kept.
+        """
+        size = self.config.draft_vocab_size
+        require(len(kept) == size, "draft_vocab_size", len(kept), f"{size} distinct tokens")
+        self.d2t.copy_(kept - torch.arange(len(kept)))
+        self.t2d.zero_()[kept] = True
+        self._reduced = None
+
+    @property
+    def kept_tokens(self) -> Tensor | None:
+        """The reduced vocabulary [V'] int64, or None."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
+    def head(self) -> FrozenHead:
+        """The target's head over the draft's vocabulary."""
+        whole, kept = self.frozen, self.kept_tokens
+        if kept is None:
+            return whole
+        if self._reduced is None or self._reduced[0] is not whole:
+            self._reduced = whole, whole.reduced(kept)
+        return self._reduced[1]
+
+    def draft_logits(self, hidden: Tensor) -> Tensor:
+        """fp32 logits [.., V] of hidden states before the final norm; -inf outside the reduced vocabulary."""
+        kept = self.kept_tokens
+        logits = self.head.logits(self.norm(hidden)).float()
+        if kept is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf).index_copy(-1, kept, logits)
 
     def start(self, features: Tensor) -> Tensor:
         """g [.., D] = fc(features [.., L*D]), without a norm."""
@@ -242,7 +290,7 @@ class Eagle3Drafter:
         for k in range(count):
             if k:
                 hidden = model.step(hidden, tokens[-1][:, None], length - 1 + k, length, context, own)
-            token, prob = sample(model.frozen.logits(model.norm(hidden))[:, 0].float(), k)
+            token, prob = sample(model.draft_logits(hidden)[:, 0], k)
             tokens.append(token)
             if prob is not None:
                 probs.append(prob)
@@ -256,7 +304,12 @@ class Eagle3(Algorithm):
 
     def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Eagle3Config:
         """See :meth:`Algorithm.parse`."""
-        return parse_section(Eagle3Config, section, "draft")
+        config = parse_section(Eagle3Config, section, "draft")
+        size = config.draft_vocab_size
+        if target is not None and size is not None and size > target.vocab_size:
+            wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
+            raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+        return config
 
     def build_model(self, config: Eagle3Config, shape: Shape, family: Family) -> Eagle3Draft:
         """See :meth:`Algorithm.build_model`."""
@@ -269,6 +322,7 @@ class Eagle3(Algorithm):
             num_layers=published["num_hidden_layers"],
             ttt_length=published["ttt_length"],
             step_loss_decay=published["step_loss_decay"],
+            draft_vocab_size=published.get("draft_vocab_size"),
         )
 
     def write_config(self, config: Eagle3Config, published: dict[str, Any]) -> None:
@@ -278,6 +332,8 @@ class Eagle3(Algorithm):
             ttt_length=config.ttt_length,
             step_loss_decay=config.step_loss_decay,
         )
+        if config.draft_vocab_size is not None:
+            published["draft_vocab_size"] = config.draft_vocab_size
 
     def needs_last_hidden(self, config: Eagle3Config) -> bool:
         """Every term compares with the target's distribution."""
@@ -301,9 +357,9 @@ class Eagle3(Algorithm):
         hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R.to(device)))
         position_P = plan.position_P.to(device)
         target_PD = target_states(batch, position_P, model.dtype)
-        labels = batch.input_ids.flatten()[(position_P + 1).clamp_max(batch.input_ids.numel() - 1)]
-        rows = plan.rows.with_labels(labels[plan.rows.position_R.to(device)])
-        head = head_loss(hidden_RD, model.frozen, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
+        rows = plan.rows.with_labels(torch.zeros_like(plan.rows.position_R, device=device))  # soft CE reads no label
+        # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
+        head = head_loss(hidden_RD, model.head, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
         weight = torch.tensor(float(len(supervision.lengths)), device=device)
         metrics = self._metrics(head.accept_R, plan)
         return LossTerms({"soft_ce": Ratio(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
