@@ -125,23 +125,25 @@ def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
-def launch(recipe: Path, processes: int = 1, *arguments: str, script: Path | None = None, **run: Any) -> Any:
-    """Start training as a user does: plain Python for one process, the deepspeed launcher for more."""
-    script = script or ROOT / "launch" / "train.py"
-    command = [sys.executable, str(script)]
-    if processes > 1:
-        from deepspec.distributed import free_port
+def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: Any) -> Any:
+    """Start a script as a user does: plain Python for one process, the deepspeed launcher for more."""
+    from deepspec.distributed import free_port
 
-        launcher = str(Path(sys.executable).parent / "deepspeed")
-        command = [launcher, "-q", "--num_gpus", str(processes), "--master_port", str(free_port()), str(script)]
+    folder = Path(sys.executable).parent
+    command = [sys.executable]
+    if processes > 1:
+        command = [str(folder / "deepspeed"), "-q", "--num_gpus", str(processes), "--master_port", str(free_port())]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return subprocess.run(
-        [*command, "--recipe", str(recipe), *arguments],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        **run,
-    )
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+    settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, **run}
+    return subprocess.run([*command, str(script), *arguments], **settings)
+
+
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], processes: int) -> None:
+    """Run trainings one after the other in one process group of that size (see training_worker.py)."""
+    path = folder / f"jobs_{processes}.json"
+    path.write_text(json.dumps(jobs))
+    done = launch(ROOT / "tests" / "training_worker.py", [str(path)], processes)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -84,6 +84,8 @@ class Engine:
             self.engine = deepspeed.initialize(
                 model=model, model_parameters=trainable, optimizer=self.optimizer, config=settings
             )[0]
+        for state in self.optimizer.state.values():  # stage 0 in bf16 allocates them by a step on zeros, and counts it
+            state["step"].zero_()
         self.model: nn.Module = self.engine.module
         self._norm: Tensor | None = None
         if self.stage == 0 and self.dtype == torch.float32:  # the one case whose norm DeepSpeed computes and drops

@@ -1,0 +1,57 @@
+"""Runs several trainings in one process group: ``deepspeed --num_gpus N training_worker.py JOBS.json``.
+
+Starting processes costs more than these tiny trainings, so a test session starts each world once. A job is
+{"recipe": path, "set": [...], "steps": stop after this many or null, "gather": folder for the live weights or null}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+import training_tools as tools
+
+from deepspec.training import run
+from deepspec.training.engine import end_processes, start_processes
+
+
+def train(job: dict, world) -> None:
+    """One run; ``steps`` ends it early as a signal would."""
+    prepared = run.prepare(job["recipe"], job.get("set", []), world, job.get("accept", False))
+    trainer = run.assemble(prepared, world, profile=False)
+    if job.get("steps"):
+        ask = trainer.feeder.steps
+
+        def until(start: int, stop: int):
+            yield from ask(start, min(stop, job["steps"]))
+
+        trainer.feeder.steps = until
+    trainer.run(prepared.start.step)
+    if job.get("steps"):
+        trainer._stop(job["steps"])
+    if job.get("gather"):
+        with trainer.engine.whole_model() as model:
+            if world.is_main:
+                torch.save(model.state_dict(), job["gather"])
+    trainer.engine.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("jobs")
+    parser.add_argument("--local_rank")
+    options = parser.parse_args()
+    run.open_source = lambda recipe, target: tools.MemorySource(target)
+    world = start_processes()
+    for job in json.loads(Path(options.jobs).read_text()):
+        train(job, world)
+    end_processes()
+
+
+if __name__ == "__main__":
+    main()
