@@ -46,8 +46,8 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         if manifest.zero_stage == 0:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return dict(states["module"])
-        if list(folder.glob("bf16_zero_pp_rank_*")):
-            return _read_bf16_stage_one(folder, manifest)
+        if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
+            return weights
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would guess, and warn about its guess
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -60,14 +60,19 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
 
 
-def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:
     """ZeRO-1 in bf16 with fp32 accumulation: shards of DeepSpeed's BF16_Optimizer, which its own tool does not read.
 
-    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding.
+    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding. None where
+    the shards are of the common kind.
     """
-    names = [f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
-    shards = [torch.load(folder / name, map_location="cpu", weights_only=False) for name in names]
-    slices = [shard["optimizer_state_dict"]["single_partition_of_fp32_groups"] for shard in shards]
+    paths = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
+    if not all(path.is_file() for path in paths):
+        return None
+    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
+    if "zero_stage" in states[0]:
+        return None
+    slices = [state["single_partition_of_fp32_groups"] for state in states]
     shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["param_shapes"]
     weights: dict[str, Tensor] = {}
     for group, named in enumerate(shapes):
