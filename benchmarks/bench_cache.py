@@ -50,6 +50,7 @@ from deepspec.targets import load_target, load_tokenizer
 LAYERS = (1, 7, 14, 21, 27)
 WINDOW = 512  # tokens
 WIDTH = 2560  # of the reading benchmark: windows joined side by side
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SKIPPED = 512  # rows that the codecs were calibrated on are not measured
 
 
@@ -320,7 +321,7 @@ def write_inputs(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
         "target": {"path": options.target, "layers": list(LAYERS)},
         "draft": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3},
         "data": {"max_length": 1024},
-        "cache": {"level": options.level, "tokens_per_batch": 4096},
+        "cache": {"level": options.level, "tokens_per_batch": 4096, "samples_per_part": 8},
     }
     recipe.write_text(yaml.safe_dump(sections))
     return recipe, data
@@ -352,33 +353,45 @@ def run_bare(options: argparse.Namespace) -> None:
     print(*bare_forward(work / "recipe.yaml", work / "conversations.jsonl", share, plan["tokens_per_batch"]))
 
 
+def time_build(options: argparse.Namespace, recipe: Path, data: Path) -> float:
+    """Tokens/s of a build in its forward loop, all ranks together."""
+    work = Path(options.work)
+    shutil.rmtree(work / "cache", ignore_errors=True)
+    command = [sys.executable, "tools/build_cache.py", "--recipe", str(recipe), "--data", str(data)]
+    if options.processes > 1:
+        command = [str(Path(sys.executable).with_name("mpirun")), "-n", str(options.processes), *command]
+    done = subprocess.run(
+        [*command, "--output", str(work / "cache")], env=ENVIRONMENT, text=True, capture_output=True, check=True
+    )
+    said = [line for line in done.stderr.splitlines() if "tokens/s" in line][-1]
+    print(said)
+    return float(said.split(" tokens/s")[0].split()[-1].replace(",", "")) * options.processes
+
+
+def time_bare(options: argparse.Namespace) -> float:
+    """Tokens/s of the target alone over the same batches, in as many processes at once."""
+    processes = []
+    for rank in range(options.processes):
+        arguments = [sys.executable, __file__, "bare", "--target", options.target, "--work", options.work]
+        arguments += ["--processes", str(options.processes), "--rank", str(rank)]
+        processes.append(subprocess.Popen(arguments, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE))
+    outcomes = [process.communicate()[0].split()[-2:] for process in processes]
+    return sum(float(tokens) / float(seconds) for tokens, seconds in outcomes)
+
+
 def run_build(options: argparse.Namespace) -> None:
-    """Tokens/s of a build against the bare forward, both in as many processes."""
+    """A build against the bare forward, one after the other, several times."""
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
     recipe, data = write_inputs(options, work)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    shutil.rmtree(work / "cache", ignore_errors=True)
-    launcher = (
-        [] if options.processes == 1 else [str(Path(sys.executable).with_name("mpirun")), "-n", str(options.processes)]
-    )
-    command = [*launcher, sys.executable, "tools/build_cache.py", "--recipe", str(recipe), "--data", str(data)]
-    done = subprocess.run(
-        [*command, "--output", str(work / "cache")], env=environment, text=True, capture_output=True, check=True
-    )
-    said = [line for line in done.stderr.splitlines() if "tokens/s" in line][-1]
-    built = float(said.split(" tokens/s")[0].split()[-1].replace(",", "")) * options.processes
-    bare = []
-    for rank in range(options.processes):
-        arguments = [sys.executable, __file__, "bare", "--target", options.target, "--work", str(work)]
-        arguments += ["--processes", str(options.processes), "--rank", str(rank)]
-        bare.append(subprocess.Popen(arguments, env=environment, text=True, stdout=subprocess.PIPE))
-    outcomes = [process.communicate()[0].split()[-2:] for process in bare]
-    alone = sum(float(tokens) / float(seconds) for tokens, seconds in outcomes)
-    print(said)
-    print(
-        f"{options.processes} processes: build {built:,.0f} tokens/s, bare forward {alone:,.0f}: {built / alone:.3f}x"
-    )
+    ratios = []
+    for _ in range(options.repeats):
+        built, bare = time_build(options, recipe, data), time_bare(options)
+        ratios.append(built / bare)
+        print(
+            f"{options.processes} processes: build {built:,.0f} tokens/s, bare forward {bare:,.0f}: {ratios[-1]:.3f}x"
+        )
+    print(f"median {statistics.median(ratios):.3f}x")
 
 
 def main() -> None:

@@ -201,13 +201,20 @@ def test_levels_by_array_and_recoding_equals_building(setup: Setup, built: Path,
 
 
 def test_fingerprint_is_compared_whole(setup: Setup, built: Path, tmp_path: Path) -> None:
-    recipe = setup.load(f"data.conversations={setup.data}")
+    recipe = setup.load(f"data.conversations={setup.data}", f"data.cache=[{built}]")
     target = load_target(recipe.target.path, torch.bfloat16)
     tokenizer = load_tokenizer(recipe.target.path)
     cache = TargetCache.open(built)
     require_fingerprint(cache, recipe, target, tokenizer)
     moved = Path(shutil.copytree(recipe.target.path, tmp_path / "moved"))
     require_fingerprint(cache, setup.load(f"target.path={moved}"), target, tokenizer)
+    other_data = tmp_path / "other.jsonl"
+    other_data.write_text("{}")
+    with pytest.raises(CacheError, match=r"sources: cache without other\.jsonl"):
+        require_fingerprint(
+            cache, setup.load(f"data.conversations={other_data}", f"data.cache=[{built}]"), target, tokenizer
+        )
+    require_fingerprint(cache, setup.load(f"data.conversations={other_data}", "data.cache=[a, b]"), target, tokenizer)
     with torch.no_grad():
         target.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
     tokenizer.chat_template += " "

@@ -106,14 +106,18 @@ def _short(value: Any) -> str:
 
 
 def require_fingerprint(cache: Any, recipe: Recipe, target: Any, tokenizer: Any) -> None:
-    """Compare an opened cache with the recipe that wants to train on it.
+    """Compare an opened cache with the recipe that wants to read it.
+
+    That it holds the recipe's conversations is asked only of the recipe's sole training cache: others (for validation,
+    or several side by side) come from other conversations.
 
     Raises:
         CacheError: they differ; all differing fields are listed.
     """
     conversations = recipe.data.conversations
     sources = []
-    if conversations is not None and Path(conversations).exists():
+    sole = list(recipe.data.cache) == [cache.path]
+    if sole and conversations is not None and Path(conversations).exists():
         sources = [{"name": Path(conversations).name, "sha256": sha256_file(conversations)}]
     wanted = fingerprint_of(recipe, target, tokenizer, sources)
     lines = mismatches(cache.fingerprint, wanted)
