@@ -92,7 +92,7 @@ CASES = {  # name: (command, what its one line must say)
     "missing conversations": ((*BUILD, "{}/no.jsonl"), ("no.jsonl", "No such file")),
     "empty conversations": ((*BUILD, "{}/empty.jsonl"), ("empty.jsonl", "no conversation")),
     "malformed prompt": ((*REGENERATE, "{}/broken.jsonl"), ("broken.jsonl", "line 2", "not JSON")),
-    "missing prompts": ((*REGENERATE, "{}/no.jsonl"), ("no.jsonl", "No such file")),
+    "missing prompts": ((*REGENERATE, "{}/no.jsonl"), ("no.jsonl", "no such prompts file")),
     "checkpoint without manifest": (CONSOLIDATE, ("step_5", "manifest")),
     "missing checkpoint": ((*CONSOLIDATE[:1], "{}/nothing", "{}/draft"), ("nothing",)),
 }

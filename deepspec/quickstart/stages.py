@@ -70,7 +70,15 @@ def draft_stages(algorithm: str) -> list[Stage]:
     recipe = load_recipe(recipe_of(algorithm))
     run, draft, results = Path(recipe.output), draft_folder(algorithm), results_folder(algorithm)
     train = ("deepspeed", "-q", "--num_gpus", "2", "launch/train.py", "--recipe", recipe_of(algorithm))
-    evaluate = (PYTHON, "-m", "deepspec.evaluate", "--target", recipe.target.path, "--draft", str(draft))
+    evaluate: tuple[str, ...] = (
+        PYTHON,
+        "-m",
+        "deepspec.evaluate",
+        "--target",
+        recipe.target.path,
+        "--draft",
+        str(draft),
+    )
     evaluate += ("--tasks", str(ROOT / "prompts" / "held_out.jsonl"), "--output", str(results))
     evaluate += ("--temperature", *(f"{t:g}" for t in recipe.evaluate.temperature))
     evaluate += ("--max-new-tokens", str(recipe.evaluate.max_new_tokens))
