@@ -46,7 +46,7 @@ def _estimate(options: argparse.Namespace) -> int:
     print(f"{totals.rows:,} conversations, {totals.samples:,} samples, {totals.tokens:,} tokens, ", end="")
     print(f"{totals.mean_tokens:,.0f} a sample, {totals.last_rows / max(totals.tokens, 1):.0%} supervised")
     for one in estimates:
-        print(f"  {one.level:9s} {one.coded_bytes / 1e9:12,.2f} GB  {one.parts:7,} parts  {one.files:8,} files")
+        print(f"  {one.level:9s} {one.coded_bytes / 1e9:12,.3f} GB  {one.parts:7,} parts  {one.files:8,} files")
     if options.rate:
         print(f"{clock(totals.tokens / options.rate)} at {options.rate:,.0f} tokens/s")
     if options.output:

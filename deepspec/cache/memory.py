@@ -60,6 +60,15 @@ class BlockPool:
 _pool = BlockPool()
 
 
+def _after_fork() -> None:
+    """A child process starts with a pool of its own: another thread may have held the parent's lock."""
+    global _pool
+    _pool = BlockPool()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor: from the pool, or in a DataLoader's worker process in shared memory (which saves the
     copy to the consumer)."""
