@@ -1,8 +1,10 @@
 """Answers to prompts by the target itself: ``tools/regenerate.py --recipe R --prompts P.jsonl --output O.jsonl``."""
 
 import argparse
+import os
 
-from deepspec.data.regenerate import Plan, regenerate
+from deepspec.data.regenerate import Engine, Plan, regenerate
+from deepspec.data.server import ServerOptions
 from deepspec.errors import DataError, run_main
 from deepspec.recipe import load_recipe
 
@@ -16,12 +18,29 @@ def main() -> int:
     parser.add_argument("--prompts", required=True, help="conversations (JSONL) whose user turns are answered")
     parser.add_argument("--output", required=True, help="conversations (JSONL) with the target's answers")
     parser.add_argument("--max-failed", type=float, default=0.02, help="share of conversations that may fail for good")
-    parser.add_argument("--engine", choices=["local"], default="local")
+    parser.add_argument("--engine", choices=["server", "local"], help="default: server where --server is given")
+    servers = parser.add_argument_group("servers (--engine server): vLLM, SGLang, transformers serve")
+    servers.add_argument(
+        "--server", action="append", default=[], metavar="URL", help="http://host:port; may be repeated"
+    )
+    servers.add_argument("--model", help="the model's name in requests (default: the target)")
+    servers.add_argument("--concurrency", type=int, default=64, help="requests in flight on each server")
+    servers.add_argument("--timeout", type=float, default=900.0, help="seconds for one answer")
+    servers.add_argument("--attempts", type=int, default=6, help="of one request")
+    servers.add_argument("--patience", type=float, default=300.0, help="seconds without any server before giving up")
     args = parser.parse_args()
     if not args.recipe and (args.set or not args.target):
         raise DataError("nothing says who answers and how", wanted="--recipe, or --target for the built-in sampling")
     plan = Plan.of_recipe(load_recipe(args.recipe, args.set), args.target) if args.recipe else Plan(args.target)
-    summary = regenerate(args.prompts, args.output, plan.local_engine(), plan.settings(), args.max_failed)
+    kind = args.engine or ("server" if args.server else "local")
+    if kind == "server":
+        key = os.environ.get("OPENAI_API_KEY")
+        limits = (args.concurrency, args.timeout, args.attempts, args.patience, key)
+        engine: Engine = plan.server_engine(ServerOptions(tuple(args.server), args.model or plan.target, *limits))
+    else:
+        engine = plan.local_engine()
+    settings = plan.settings() | {"engine": kind}
+    summary = regenerate(args.prompts, args.output, engine, settings, args.max_failed)
     print(f"{args.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
     return 0
 

@@ -78,7 +78,7 @@ class Renderer:
         self.tokenizer = tokenizer
         self.family = registry.family(family) if isinstance(family, str) else family
         self.system_prompt, self.thinking, self.max_length = system_prompt, thinking, max_length
-        self._kwargs = self.family.chat_template_kwargs(thinking)
+        self.template_kwargs = self.family.chat_template_kwargs(thinking)
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template",
@@ -210,7 +210,7 @@ class Renderer:
             tools=list(tools) if tools else None,
             chat_template=self.tokenizer.get_chat_template(None, tools),
             return_assistant_tokens_mask=True,
-            **(self.tokenizer.special_tokens_map | self._kwargs),
+            **(self.tokenizer.special_tokens_map | self.template_kwargs),
         )
         text, marks = rendered[0][0], rendered[1][0]
         turns = sum(message["role"] == "assistant" for message in messages)
@@ -275,7 +275,7 @@ class Renderer:
                 tools=list(tools) if tools else None,
                 tokenize=False,
                 add_generation_prompt=generation_prompt,
-                **self._kwargs,
+                **self.template_kwargs,
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as problem:
             roles = ", ".join(str(message.get("role")) for message in messages)

@@ -46,7 +46,7 @@ class Dialogue:
 
     @property
     def open(self) -> bool:
-        """Whether ``messages`` wait for an answer; an answer that was cut for its length ends the conversation."""
+        """Whether ``messages`` wait for an answer; a cut answer or one that calls tools is the last."""
         return self.turn < len(self._turns) and not self._cut
 
     @property
@@ -58,7 +58,7 @@ class Dialogue:
         """Add the target's answer to the open turn: ``content`` and, where it has them, reasoning and tool calls."""
         self.messages.append({"role": "assistant", **message, "finish_reason": finish_reason})
         self.tokens += tokens
-        self._cut = finish_reason == "length"
+        self._cut = finish_reason in ("length", "tool_calls")
         self.turn += 1
         self._give()
 

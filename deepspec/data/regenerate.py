@@ -17,20 +17,14 @@ from deepspec.data.chat import Renderer
 from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import LocalSampler, Request, Sampling
+from deepspec.data.outcome import Outcome
 from deepspec.data.partial import Partial
 from deepspec.data.progress import Progress
+from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import read_json, sha256_file
 from deepspec.recipe import Recipe, RegenerateSection
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of one conversation."""
-
-    dialogue: Dialogue
-    error: str | None = None  # None: every turn is answered
 
 
 class Engine(Protocol):
@@ -38,7 +32,6 @@ class Engine(Protocol):
 
     def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
         """Every dialogue's outcome, in any order, taking dialogues as it has room for them."""
-        ...
 
 
 class LocalEngine:
@@ -275,3 +268,11 @@ class Plan:
 
         model = load_target(self.target, getattr(torch, self.dtype), pick_device(), self.revision).model
         return LocalEngine(model, self.renderer(), self.sampling, self.seed, self.sampling.batch_size)
+
+    def server_engine(self, options: ServerOptions) -> ServerEngine:
+        """The target behind servers.
+
+        Raises:
+            TargetError: no tokenizer or config of the target here (prompts are rendered and compared).
+        """
+        return ServerEngine(options, self.renderer(), self.sampling, self.seed)

@@ -1,0 +1,260 @@
+"""Answers by OpenAI-compatible servers (vLLM, SGLang, ``transformers serve``): many conversations in flight, several
+servers, back-off where one fails. A request that failed is asked again with the same seed, on the server least busy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import queue
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+from deepspec.data.chat import Renderer
+from deepspec.data.dialogue import Dialogue
+from deepspec.data.local import Sampling, draw_seed
+from deepspec.data.outcome import Outcome
+from deepspec.data.pool import Pool, Server
+from deepspec.errors import DataError, DeepSpecError
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """Which servers, and how hard to press them."""
+
+    urls: tuple[str, ...]  # http://host:port or http://host:port/v1
+    model: str  # its name in requests
+    concurrency: int = 64  # requests in flight on each server
+    timeout: float = 900.0  # seconds a server may take for one answer
+    attempts: int = 6  # of one request, before its conversation counts as failed
+    patience: float = 300.0  # seconds without any server before the job stops
+    api_key: str | None = None
+
+
+class _Retry(Exception):
+    """A request to be asked again. ``counted``: it used up one of its attempts; ``rest``: seconds for the server."""
+
+    def __init__(self, reason: str, counted: bool = True, rest: float | None = None) -> None:
+        super().__init__(reason)
+        self.counted, self.rest = counted, rest
+
+
+class _Refused(Exception):
+    """A request that no server will ever answer; its conversation fails."""
+
+
+class ServerEngine:
+    """See :class:`deepspec.data.regenerate.Engine`: a thread a conversation, its turns one after the other.
+
+    Args:
+        options: the servers.
+        renderer: of the target's tokenizer; its prompts are compared with what the servers say they were sent.
+        sampling: temperature, top_p, top_k, min_p, max_tokens.
+        seed: every request gets its own seed from it, its sample and its turn.
+    """
+
+    def __init__(self, options: ServerOptions, renderer: Renderer, sampling: Sampling, seed: int) -> None:
+        self.options, self.renderer, self.sampling, self.seed = options, renderer, sampling, seed
+        self.pool = Pool([Server(url) for url in options.urls], options.concurrency, options.patience)
+
+    def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
+        """Every dialogue's outcome, as they come.
+
+        Raises:
+            DataError: no server for too long, a server without the model, or one that renders prompts otherwise.
+        """
+        todo: queue.SimpleQueue[Dialogue | None] = queue.SimpleQueue()
+        done: queue.SimpleQueue[Outcome | DeepSpecError] = queue.SimpleQueue()
+        threads = self.options.concurrency * len(self.options.urls)
+        for _ in range(threads):
+            threading.Thread(target=self._work, args=(todo, done), daemon=True).start()
+        source, waiting = iter(dialogues), 0
+        try:
+            while True:
+                while waiting < threads + 8:  # a few beyond the threads, so that none waits for the feeder
+                    dialogue = next(source, None)
+                    if dialogue is None:
+                        break
+                    todo.put(dialogue)
+                    waiting += 1
+                if waiting == 0:
+                    return
+                outcome = done.get()
+                waiting -= 1
+                if isinstance(outcome, DeepSpecError):
+                    raise outcome
+                yield outcome
+        finally:
+            self.pool.close()
+            for _ in range(threads):
+                todo.put(None)
+
+    def _work(self, todo: queue.SimpleQueue[Dialogue | None], done: queue.SimpleQueue[Outcome | DeepSpecError]) -> None:
+        while (dialogue := todo.get()) is not None:
+            try:
+                while dialogue.open:
+                    self._answer_turn(dialogue)
+                done.put(Outcome(dialogue))
+            except _Refused as problem:
+                done.put(Outcome(dialogue, str(problem)))
+            except DeepSpecError as problem:
+                done.put(problem)
+            except Exception as problem:  # a defect of ours must stop the job, not hang it
+                done.put(DeepSpecError(f"regeneration failed ({problem!r})", key=dialogue.id))
+
+    def _answer_turn(self, dialogue: Dialogue) -> None:
+        """Ask until there is an answer.
+
+        Raises:
+            _Refused: there will be none.
+            DataError: the job cannot go on.
+        """
+        try:
+            prompt_length = len(self.renderer.prompt(dialogue.messages, dialogue.tools))
+        except DataError as problem:
+            raise _Refused(str(problem)) from None
+        attempts = 0
+        while True:
+            server = self.pool.acquire()
+            try:
+                reply = self._ask(server, dialogue)
+                message, reason, tokens = self._read_reply(server, dialogue, reply, prompt_length)
+            except _Retry as problem:
+                attempts += problem.counted
+                self.pool.release(server, str(problem), problem.rest)
+                if attempts >= self.options.attempts:
+                    raise _Refused(f"{attempts} attempts failed; the last: {problem}") from None
+            except BaseException:
+                self.pool.release(server)
+                raise
+            else:
+                self.pool.release(server)
+                dialogue.answer(message, reason, tokens)
+                return
+
+    def _body(self, server: Server, dialogue: Dialogue) -> dict[str, Any]:
+        sampling, limit = self.sampling, self.sampling.max_tokens
+        body: dict[str, Any] = {
+            "model": self.options.model,
+            "messages": self.renderer.with_system(dialogue.messages),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": limit,
+            "seed": draw_seed(self.seed, dialogue.key) % 2**31,
+            "chat_template_kwargs": self.renderer.template_kwargs,
+        }
+        if dialogue.tools:
+            body["tools"] = dialogue.tools
+        if server.plain_fields:  # `transformers serve` takes the rest in one field only
+            generation = {
+                "do_sample": sampling.temperature > 0,
+                "top_k": sampling.top_k,
+                "min_p": sampling.min_p or None,
+                "max_new_tokens": limit,
+            }
+            return body | {"generation_config": json.dumps(generation)}
+        return body | {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
+
+    def _ask(self, server: Server, dialogue: Dialogue) -> Mapping[str, Any]:
+        """One request.
+
+        Raises:
+            _Retry, _Refused, DataError: see :meth:`_answer_turn`.
+        """
+        body = self._body(server, dialogue)
+        try:
+            status, headers, text = _post(server.url, "/chat/completions", json.dumps(body).encode(), self.options)
+        except ConnectionRefusedError:
+            raise _Retry(f"{server.url} refuses connections", counted=False) from None
+        except (OSError, http.client.HTTPException) as problem:
+            raise _Retry(f"{server.url}: {type(problem).__name__} {problem}") from None
+        if status in (429, 503):
+            raise _Retry(f"{server.url}: busy ({status})", counted=False, rest=_seconds(headers.get("Retry-After")))
+        excerpt = text[:300].decode(errors="replace")
+        if status == 422 and b"Unexpected fields" in text and "top_k" in body:
+            server.plain_fields = True
+            raise _Retry(f"{server.url} takes plain fields only", counted=False, rest=0.0)
+        if status in (401, 403, 404):
+            remedy = "check the URL, --model and the API key"
+            raise DataError(f"the server refuses us ({status})", file=server.url, found=excerpt, remedy=remedy)
+        if 400 <= status < 500 and status not in (408, 409, 425):
+            raise _Refused(f"{server.url}: {status} {excerpt}")
+        if status != 200:
+            raise _Retry(f"{server.url}: {status} {excerpt}")
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            raise _Retry(f"{server.url}: broken JSON {excerpt!r}") from None
+        if not isinstance(reply, dict):
+            raise _Retry(f"{server.url}: not a completion: {excerpt!r}")
+        return reply
+
+    def _read_reply(
+        self, server: Server, dialogue: Dialogue, reply: Mapping[str, Any], prompt_length: int
+    ) -> tuple[dict[str, Any], str, int]:
+        """(message, finish reason, completion tokens) of a completion.
+
+        Raises:
+            _Retry: it is not whole.
+            _Refused: the target answered nothing.
+            DataError: the server's prompt is not ours.
+        """
+        try:
+            choice, usage = reply["choices"][0], reply.get("usage") or {}
+            given, reason = choice["message"], choice["finish_reason"]
+            message = {"content": (given.get("content") or "").lstrip()}
+            tokens, prompt_tokens = int(usage.get("completion_tokens") or 0), usage.get("prompt_tokens")
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
+            raise _Retry(f"{server.url}: not a completion: {str(reply)[:300]}") from None
+        if reason not in ("stop", "length", "tool_calls"):
+            raise _Retry(f"{server.url}: finish_reason {reason!r}")
+        if prompt_tokens not in (None, prompt_length) and not dialogue.tools:  # tools: servers normalise the schemas
+            raise DataError(
+                "the server renders the prompt otherwise than we do",
+                file=server.url,
+                key=dialogue.id,
+                found=f"{prompt_tokens} prompt tokens",
+                wanted=f"{prompt_length}",
+                remedy="serve the recipe's target with its own chat template, and set data.thinking as it is served",
+            )
+        thought = given.get("reasoning_content") or given.get("reasoning")
+        if thought and self.renderer.thinking:
+            message["reasoning_content"] = thought
+        if given.get("tool_calls"):
+            message["tool_calls"] = [{"type": "function", "function": _call(one)} for one in given["tool_calls"]]
+        elif not message["content"]:
+            raise _Refused("the target answered nothing")
+        return message, reason, tokens
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call's function with its arguments parsed, as chat templates want them."""
+    function = dict(call["function"])
+    with contextlib.suppress(TypeError, ValueError, KeyError):  # parsed already, or no JSON: then the text as it is
+        function["arguments"] = json.loads(function["arguments"])
+    return function
+
+
+def _post(url: str, path: str, body: bytes, options: ServerOptions) -> tuple[int, Mapping[str, str], bytes]:
+    """One HTTP exchange: status, headers, body."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=options.timeout)
+    headers = {"Content-Type": "application/json"}
+    if options.api_key:
+        headers["Authorization"] = f"Bearer {options.api_key}"
+    try:
+        connection.request("POST", parts.path + path, body, headers)
+        response = connection.getresponse()
+        return response.status, dict(response.headers.items()), response.read()
+    finally:
+        connection.close()
+
+
+def _seconds(text: str | None) -> float | None:
+    """A Retry-After header's seconds, where it gives them."""
+    return float(text) if text and text.strip().isdigit() else None
