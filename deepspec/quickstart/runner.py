@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError
 from deepspec.files import read_json, write_json
 from deepspec.quickstart.stages import PYTHON, Stage
 
 PAUSE = 0.1  # seconds between two looks at the running commands
+THREADS = {"OMP_NUM_THREADS": "1"}  # a process: the models are small and the cores are few
 LOG_TAIL = 15  # lines of a failed stage's log that are shown
 
 
@@ -86,7 +89,7 @@ class Runner:
         return not self.running or sum(one.stage.cores for one in self.running) + stage.cores <= self.cores
 
     def _start(self, stage: Stage) -> None:
-        self._say(stage, f"$ {shlex.join(stage.command)}")
+        self._say(stage, f"$ {typed(stage)}")
         log = self.logs / f"{stage.name.replace(' ', '-')}.log"
         with open(log, "wb") as handle:
             process = subprocess.Popen(
@@ -110,7 +113,7 @@ class Runner:
         problem = f"stage {one.stage.name!r} failed (exit code {one.process.returncode})"
         if one.process.returncode == 0:
             problem = f"stage {one.stage.name!r} ended without writing {one.stage.whole}"
-        remedy = f"mend the cause and run `make quickstart` again; alone: {shlex.join(one.stage.command)}"
+        remedy = f"mend the cause and run `make quickstart` again; alone: {typed(one.stage)}"
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
     def _say(self, stage: Stage, text: str) -> None:
@@ -125,6 +128,11 @@ class Runner:
         width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)
         parts = [f"{one.stage.name} {self._shown - one.started:.0f} s: {one.last_line()}" for one in self.running]
         print("\r\x1b[K" + " | ".join(part[:width] for part in parts), end="", flush=True)
+
+
+def typed(stage: Stage) -> str:
+    """The stage's command as a user types it with the virtual environment active."""
+    return f"{' '.join(f'{name}={value}' for name, value in THREADS.items())} {shlex.join(stage.command)}"
 
 
 def stage_seconds(logs: Path) -> dict[str, Any]:
@@ -142,5 +150,6 @@ def _resolve(command: tuple[str, ...]) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """One thread a process, and waiting threads that sleep: the models are small and the cores are few."""
-    return {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"} | os.environ
+    """THREADS for a stage's process; and DeepSpeed need not look for an accelerator, and warn, where none is."""
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    return THREADS | accelerator | {"PYTHONUNBUFFERED": "1"} | os.environ

@@ -9,6 +9,7 @@ from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
 ROOT = Path("build/quickstart")  # of everything generated; the recipes name it too
+LOGS = ROOT / "logs"
 PYTHON = "python"  # what a user types; the runner puts its own interpreter there
 
 
