@@ -45,9 +45,9 @@ def _rounded(features: float, last_hidden: float, ratios: tuple[float, float], s
 LEVELS = {
     "raw": Level(RawCodec.calibrate, RawCodec.calibrate, (1.0, 1.0), True, "the bits as they are"),
     "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, (0.672, 0.671), True, "every bit"),
-    "near": _rounded(32, 96, (0.475, 0.56), "features to 1 %, last_hidden to a TV of 0.002"),
-    "compact": _rounded(20, 64, (0.425, 0.525), "features to 1.6 %, last_hidden to a TV of 0.003"),
-    "smallest": _rounded(4, 48, (0.272, 0.495), "features to 8 %, last_hidden to a TV of 0.004"),
+    "near": _rounded(32, 96, (0.472, 0.565), "features to 1 %, last_hidden to a TV of 0.002"),
+    "compact": _rounded(20, 64, (0.423, 0.528), "features to 1.6 %, last_hidden to a TV of 0.003"),
+    "smallest": _rounded(4, 48, (0.272, 0.5), "features to 8 %, last_hidden to a TV of 0.004"),
 }
 
 
