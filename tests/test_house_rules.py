@@ -105,4 +105,4 @@ def test_the_licences_name_what_deepspec_owes() -> None:
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:
     assert "make lint test" in (ROOT / ".ci" / "run").read_text()
-    assert "make test" in (ROOT / "README.md").read_text()
+    assert "make lint test" in (ROOT / "README.md").read_text()
