@@ -147,7 +147,7 @@ def compare(rounds: int) -> dict[str, dict[str, Any]]:
     """The table of all cells; returns the bars."""
     bars: dict[str, dict[str, Any]] = {}
     print(
-        "| algorithm | dtype | supervised | plain s | fused s | ratio | plain MB | fused MB | ratio | fused / published |"
+        "| algorithm | dtype | supervised | plain s | fused s | ratio | plain MB | fused MB | ratio | of published |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|")
     for (name, dtype), (seconds, megabytes) in PUBLISHED.items():
