@@ -18,8 +18,8 @@ $(READY): setup.py pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	@echo "installing into .venv (about a minute; once)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install -q --disable-pip-version-check $(TORCH)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check $(TORCH)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
 quickstart: $(READY)
@@ -32,7 +32,7 @@ test-slow: $(READY)
 	@$(BIN)/python -m pytest -m slow
 
 test-mpi: $(READY)
-	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[dev,mpi]'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,mpi]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m mpi
 
 lint: $(READY)
