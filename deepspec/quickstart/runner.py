@@ -68,6 +68,7 @@ class Runner:
             if stage.name in self.whole:
                 self._say(stage, f"whole already ({stage.whole})")
         waiting = [stage for stage in self.stages if stage.name not in self.whole]
+        waiting.sort(key=lambda stage: -stage.cores)  # the wide ones first: narrow ones leave no core idle at the end
         try:
             while waiting or self.running:
                 for stage in [one for one in waiting if self._may_start(one)]:
