@@ -34,7 +34,9 @@ class Runs:
             for algorithm in algorithms:
                 for zero in configurations:
                     place = folder / f"{algorithm}_{zero}_{processes}"
-                    recipe = tools.write_recipe(place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4)
+                    recipe = tools.write_recipe(
+                        place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4
+                    )
                     jobs.append({"recipe": str(recipe), "gather": str(place / "live.pt")})
             tools.run_jobs(folder, jobs, processes)
         self.left_behind = {name for name in shared_memory() - before if "torch" in name or "shm" in name}

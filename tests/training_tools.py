@@ -85,6 +85,9 @@ class MemorySource:
     def load(self, numbers: Sequence[int]) -> list[MemorySample]:
         return [self.samples[number] for number in numbers]
 
+    def announce(self, numbers: Sequence[int]) -> None:
+        """Everything is in memory."""
+
     def fingerprint(self) -> dict[str, object]:
         return {"source": "memory", "count": len(self.samples)}
 

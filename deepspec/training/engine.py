@@ -159,6 +159,16 @@ class Engine:
         self.engine.global_samples = steps * self.train.global_batch
 
     @contextlib.contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """For the while, :meth:`forward` computes no gradients (every rank must call it equally often)."""
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train()
+
+    @contextlib.contextmanager
     def whole_model(self) -> Iterator[nn.Module]:
         """The module with all its weights on every rank, for reading (ZeRO-3 gathers them for the while)."""
         parameters = list(self.model.parameters())

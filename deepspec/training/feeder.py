@@ -60,9 +60,11 @@ class Feeder:
         self.wait_seconds = 0.0  # time that the step spent waiting for data, to be read and reset by the loop
 
     def _weigh(self, step: StepPlan) -> torch.Tensor:
+        share = step.share(self.world.rank, self.world.size)
+        self.source.announce(share.flatten().tolist())
         weights = [
             self.loss_weight(supervision(self.source, numbers.tolist(), self.seed, step.epoch)).double()
-            for numbers in step.share(self.world.rank, self.world.size)
+            for numbers in share
         ]
         return torch.stack(weights).sum()
 

@@ -23,9 +23,11 @@ from deepspec.training import checkpoints as store
 from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
 from deepspec.training.feeder import Feeder
 from deepspec.training.loop import Trainer
+from deepspec.training.opening import open_source, open_validation
 from deepspec.training.plan import Plan
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
-from deepspec.training.sources import FeatureSource, open_source
+from deepspec.training.sources import FeatureSource
+from deepspec.training.validation import HeldOut
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -56,6 +58,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         if world.is_main and start.folder is not None:
             print(f"resuming {start.folder}, {total} steps in all", *start.changes, sep="\n  changed: ", flush=True)
         trainer = assemble(prepared, world, profile)
+        del prepared  # and with it the target's layers, where neither data nor validation run them
         trainer.run(start.step)
         trainer.engine.close()
         return 0
@@ -100,6 +103,7 @@ class Prepared:
     recipe: Recipe
     target: Target
     source: FeatureSource
+    held_out: FeatureSource | None
     plan: Plan
     manifest: store.Manifest
     start: Start
@@ -130,7 +134,7 @@ def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_cha
         versions=versions(),
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
-    return Prepared(recipe, target, source, plan, manifest, start)
+    return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
 
 
 def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
@@ -155,7 +159,10 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
         workers=recipe.train.workers,
     )
     trace = kept.run / "profile" if profile else None
-    return Trainer(recipe, engine, feeder, kept, prepared.manifest, profile=trace)
+    validator, section = None, recipe.train.validation
+    if section is not None and prepared.held_out is not None:
+        validator = HeldOut(recipe, section, prepared.held_out, prepared.target)
+    return Trainer(recipe, engine, feeder, kept, prepared.manifest, validator=validator, profile=trace)
 
 
 def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:

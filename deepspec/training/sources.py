@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from deepspec.batch import Batch, Supervision
-from deepspec.cache.fingerprint import require_fingerprint
 from deepspec.cache.reader import Sample, TargetCache
 from deepspec.errors import CacheError
-from deepspec.recipe import Recipe
-from deepspec.targets import Target, load_tokenizer
 
 
 class FeatureSource(Protocol):
@@ -36,6 +33,9 @@ class FeatureSource(Protocol):
 
     def load(self, numbers: Sequence[int]) -> list[Sample]:
         """The samples, whole."""
+
+    def announce(self, numbers: Sequence[int]) -> None:
+        """The samples that the next micro-batches will ask for, in order."""
 
     def fingerprint(self) -> dict[str, object]:
         """What identifies the data, for comparison when a run is resumed."""
@@ -94,6 +94,9 @@ class CacheSource:
         places = [self._locate(number) for number in numbers]
         return [self.caches[group].sample(inside) for group, inside in places]
 
+    def announce(self, numbers: Sequence[int]) -> None:
+        """Nothing: a cache reads any sample at once."""
+
     def fingerprint(self) -> dict[str, object]:
         """The caches' own fingerprints, in order."""
         return {"source": "cache", "caches": [cache.fingerprint for cache in self.caches]}
@@ -131,25 +134,3 @@ def pad(rows: Sequence[Tensor]) -> Tensor:
     for place, row in zip(padded, rows, strict=True):
         place[: len(row)] = row
     return padded
-
-
-def open_source(recipe: Recipe, target: Target) -> FeatureSource:
-    """The recipe's data, compared whole with the recipe before the first step.
-
-    Raises:
-        CacheError: no cache, a broken one, or one of other data or of another target than the recipe's.
-    """
-    tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
-    return open_caches(recipe.data.cache, recipe, target, tokenizer)
-
-
-def open_caches(paths: Sequence[str], recipe: Recipe, target: Target, tokenizer: Any) -> CacheSource:
-    """Caches that fit the recipe.
-
-    Raises:
-        CacheError: see :func:`open_source`.
-    """
-    caches = [TargetCache.open(path) for path in paths]
-    for cache in caches:
-        require_fingerprint(cache, recipe, target, tokenizer)
-    return CacheSource(caches)

@@ -1,0 +1,120 @@
+"""Validation while training: loss and metrics on held-out samples, and real decoding on a few of their prompts."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepspec import registry
+from deepspec.cache.forward import load_renderer
+from deepspec.cache.reader import Sample
+from deepspec.decoding.loop import generate
+from deepspec.decoding.records import DecodeSettings
+from deepspec.distributed import World
+from deepspec.errors import DataError
+from deepspec.recipe import Recipe, ValidationSection
+from deepspec.targets import Target
+from deepspec.training.engine import Engine
+from deepspec.training.report import Meter
+from deepspec.training.sources import FeatureSource, collate
+
+
+class HeldOut:
+    """Measures a draft on held-out samples; the same samples and random draws every time.
+
+    Args:
+        recipe: of the run.
+        section: its `train.validation`.
+        source: the held-out samples.
+        target: decodes; it is only run where `decode_every` is set.
+    """
+
+    def __init__(self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: Target) -> None:
+        self.recipe, self.section, self.source = recipe, section, source
+        self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
+        self.target: Target | None = None
+        if section.decode_every is not None:
+            self.target = target
+            self.stops = load_renderer(recipe, target.spec).stop_token_ids
+            count = min(section.decode_prompts, len(source.lengths))
+            self.prompts = [_prompt(sample) for sample in source.load(range(count))]
+
+    def _cut(self, world: World) -> list[list[int]]:
+        """Micro-batches for all ranks; at least one for each."""
+        numbers = list(range(min(self.section.samples, len(self.source.lengths))))
+        if len(numbers) < world.size:
+            raise DataError(
+                "fewer validation samples than processes",
+                file=self.section.path,
+                key="train.validation.samples",
+                found=len(numbers),
+                wanted=f"at least {world.size}",
+            )
+        size = min(self.recipe.train.micro_batch, len(numbers) // world.size)
+        return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+    def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
+        """The measures after ``step`` steps, and the score for `keep_best` (all ranks together).
+
+        The score is the accepted length of real decoding where the recipe decodes, else the estimate ``tau``; None at a
+        validation without decoding in a run that decodes.
+        """
+        values = self._losses(engine)
+        if self.target is None:
+            score = values.get("tau")
+            return values, None if score is None else float(score)
+        every = self.section.decode_every or 1
+        if step % every:
+            return values, None
+        accepted = self._decode(engine, self.target)
+        return values | {"accepted_length": accepted}, accepted
+
+    def _losses(self, engine: Engine) -> dict[str, Any]:
+        meter, coefficients = Meter(engine.sum), {}
+        world = engine.world
+        batches = self._cut(world)
+        own = batches[world.rank :: world.size]
+        rounds = math.ceil(len(batches) / world.size)  # every rank runs as often: ZeRO-3 gathers together
+        with engine.evaluating():
+            for place in range(rounds):
+                numbers = own[min(place, len(own) - 1)]
+                ids = [self.source.sample_id(number) for number in numbers]
+                batch = collate(self.source.load(numbers), ids, self.recipe.seed, 0, self.last_hidden)
+                terms = engine.forward(batch)
+                if place < len(own):
+                    meter.add(0, batch, terms)
+                    coefficients = dict(terms.coefficients)
+        values = meter.take()
+        return {"loss": sum(factor * values[name] for name, factor in coefficients.items()), **values}
+
+    def _decode(self, engine: Engine, target: Target) -> float:
+        """Mean accepted length (the bonus token included) of greedy decoding with the weights of now."""
+        draft = self.recipe.draft
+        with engine.whole_model() as live:
+            weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}
+        algorithm = registry.algorithm(self.recipe.algorithm)
+        # a plain copy: ranks decode different prompts, which a sharded module could not
+        model = algorithm.build_model(draft, target.spec.shape, target.spec.family)
+        model.load_state_dict(weights)
+        model = model.to(target.device, target.dtype).eval()
+        model.attach(target.embed_weight, target.head_weight)
+        counts = torch.zeros(2, dtype=torch.float64)
+        prompts = self.prompts[engine.world.rank :: engine.world.size]
+        if prompts:
+            size = len(prompts)
+            longest = max(map(len, prompts)) + self.section.max_new_tokens + 512
+            settings = DecodeSettings(0.0, self.section.max_new_tokens, self.stops, self.recipe.seed)
+            done = generate(target, algorithm.drafter(model, size, longest), prompts, settings, size)
+            lengths = [length for one in done for length in one.acceptance_lengths]
+            counts = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64)
+        committed, rounds = engine.sum(counts).tolist()
+        return committed / max(rounds, 1.0)
+
+
+def _prompt(sample: Sample) -> list[int]:
+    """The tokens before the first answer of a held-out sample."""
+    first = int(np.flatnonzero(np.asarray(sample.loss_mask))[0])
+    return [int(token) for token in sample.input_ids[:first]]
