@@ -1,0 +1,198 @@
+"""Prompts for training: read, clean, drop duplicates and what the evaluation tasks hold, split, all in one pass."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deepspec.data.conversations import ConversationWriter, Message
+from deepspec.data.progress import Progress
+from deepspec.data.sources import Unusable, read_source, to_messages
+from deepspec.errors import DataError
+from deepspec.files import write_json
+
+_WORD = re.compile(r"\w+")
+GRAM = 13  # words; the length that GPT-3's and most later contamination studies use
+
+
+def normal(text: str) -> str:
+    """Lower-case words without punctuation: what duplicates and overlaps are judged by."""
+    return " ".join(_WORD.findall(text.lower()))
+
+
+def key_of(text: str) -> int:
+    """64 bits of the text's SHA-256."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+
+
+def user_text(messages: Iterable[Message]) -> list[str]:
+    """The normal form of every user turn."""
+    texts = [message["content"] for message in messages if message["role"] == "user"]
+    return [normal(text) or text for text in texts]  # a text of signs alone stays as it is
+
+
+class Contamination:
+    """The prompts of the evaluation tasks: whole, and every run of :data:`GRAM` words of them."""
+
+    def __init__(self) -> None:
+        self.whole: set[int] = set()
+        self.grams: set[int] = set()
+
+    def add(self, text: str) -> None:
+        """Add an evaluation prompt."""
+        words = normal(text).split()
+        if words:
+            self.whole.add(key_of(" ".join(words)))
+        self.grams.update(_grams(words))
+
+    def add_file(self, path: str | Path) -> None:
+        """Add every prompt of a JSONL or Parquet file: its messages, or all of its text columns.
+
+        Raises:
+            DataError: no such file, or no text in it.
+        """
+        before = len(self.whole)
+        for row in read_source(str(path)):
+            for text in _texts(row):
+                self.add(text)
+        if len(self.whole) == before:
+            raise DataError("no evaluation prompt in the file", file=path, wanted="rows with text")
+
+    def overlap(self, texts: Sequence[str]) -> str | None:
+        """ "exact" or "n-gram" where a user turn (in normal form) is in the tasks, else None."""
+        if any(key_of(text) in self.whole for text in texts):
+            return "exact"
+        if self.grams and any(gram in self.grams for text in texts for gram in _grams(text.split())):
+            return "n-gram"
+        return None
+
+
+def _grams(words: Sequence[str]) -> Iterator[int]:
+    return (hash(tuple(words[i : i + GRAM])) for i in range(len(words) - GRAM + 1))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a row that may be (part of) a prompt."""
+    if isinstance(value, str):
+        if len(value.split()) > 2:  # names, ids and dates are no prompts
+            yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from _texts(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from _texts(one)
+
+
+def mix(sources: Mapping[str, Iterable[Any]], weights: Mapping[str, float], seed: int) -> Iterator[tuple[str, Any]]:
+    """(source, row) drawn by weight until every source is empty; an empty source leaves the others' ratio as it is."""
+    rng = random.Random(seed)
+    left = {name: iter(rows) for name, rows in sources.items()}
+    while left:
+        names = list(left)
+        name = rng.choices(names, [weights[one] for one in names])[0]
+        try:
+            yield name, next(left[name])
+        except StopIteration:
+            del left[name]
+
+
+@dataclass
+class Report:
+    """What became of the rows that were read."""
+
+    read: dict[str, int] = field(default_factory=dict)  # source -> rows
+    kept: dict[str, int] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    train: int = 0
+    held_out: int = 0
+
+    def lines(self) -> list[str]:
+        """For the terminal."""
+        shares = [f"  {name}: {self.kept.get(name, 0)} of {rows} rows kept" for name, rows in self.read.items()]
+        reasons = [f"  dropped, {reason}: {count}" for reason, count in self.dropped.most_common()]
+        return [f"{self.train} conversations to train on, {self.held_out} held out", *shares, *reasons]
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """What to read and what to make of it."""
+
+    sources: Mapping[str, float]  # hub id or file -> weight
+    held_out: float = 0.05
+    exclude: tuple[str, ...] = ()  # files with evaluation prompts
+    limit: int | None = None  # conversations to keep
+    split: str = "train"  # of hub datasets
+    seed: int = 0
+
+
+def prepare(options: PrepareOptions, output: str | Path) -> Report:
+    """Write ``train.jsonl`` and ``held_out.jsonl`` with their manifests, and ``report.json``, into a folder.
+
+    A conversation is held out by the hash of its first user turn, so that no prompt is on both sides whatever the
+    order, the sources or the limit. Memory holds one row, 8 bytes of hash a kept row, and the evaluation prompts.
+
+    Raises:
+        DataError: a source that cannot be read, or nothing left to train on.
+    """
+    tasks = Contamination()
+    for path in options.exclude:
+        tasks.add_file(path)
+    report, seen, output = Report(), set[int](), Path(output)
+    sources = {name: read_source(name, options.split) for name in options.sources}
+    provenance = {"made_by": "prepare_data", "sources": dict(options.sources), "held_out": options.held_out}
+    provenance |= {"exclude": list(options.exclude), "limit": options.limit, "seed": options.seed}
+    progress = Progress("prepare", options.limit, unit="characters")
+    with contextlib.ExitStack() as stack:
+        train = stack.enter_context(ConversationWriter(output / "train.jsonl", provenance))
+        held_out: ConversationWriter | None = None
+        for source, raw in mix(sources, options.sources, options.seed):
+            report.read[source] = report.read.get(source, 0) + 1
+            try:
+                row, border = _keep(raw, source, tasks, seen)
+            except Unusable as reason:
+                report.dropped[str(reason)] += 1
+                continue
+            report.kept[source] = report.kept.get(source, 0) + 1
+            if border < options.held_out:
+                held_out = held_out or stack.enter_context(ConversationWriter(output / "held_out.jsonl", provenance))
+                held_out.write(row)
+                report.held_out += 1
+            else:
+                train.write(row)
+                report.train += 1
+            progress.add(1, sum(len(message["content"]) for message in row["messages"]))
+            if report.train + report.held_out == options.limit:
+                break
+    progress.finish()
+    values = {"read": report.read, "kept": report.kept, "dropped": report.dropped}
+    write_json(output / "report.json", values | {"train": report.train, "held_out": report.held_out})
+    return report
+
+
+def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int]) -> tuple[dict[str, Any], float]:
+    """(the row to write, its place in [0, 1) by which it is split).
+
+    Raises:
+        Unusable: it is to be dropped.
+    """
+    messages = to_messages(raw)
+    texts = user_text(messages)
+    duplicate_key = key_of("\n".join(texts))
+    if duplicate_key in seen:
+        raise Unusable("a duplicate")
+    overlap = tasks.overlap(texts)
+    if overlap is not None:
+        raise Unusable(f"in an evaluation task ({overlap})")
+    seen.add(duplicate_key)
+    row: dict[str, Any] = {"id": f"{duplicate_key:016x}", "messages": messages, "source": source}
+    if isinstance(raw.get("tools"), list) and raw["tools"]:
+        row["tools"] = raw["tools"]
+    return row, key_of(f"split\0{texts[0]}") / 2**64
