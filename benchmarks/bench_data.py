@@ -31,7 +31,7 @@ def peak_mib() -> float:
 
 
 def write_rows(path: Path, rows: int) -> None:
-    """ShareGPT rows, about 60 words of question and 250 of answer; one in four has two turns, one in fifty is a copy."""
+    """ShareGPT rows, about 60 words of question and 250 of answer; one in four of two turns, one in fifty a copy."""
     rng = random.Random(0)
     with open(path, "w", encoding="utf-8") as handle:
         line = ""
