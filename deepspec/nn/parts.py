@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from deepspec.families.base import Rope, Shape
+
+
+class _Normalise(torch.autograd.Function):
+    """RMS norm in fp32 that keeps its input and one number a row for backward, not the fp32 copies autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = x.float()
+        scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed = wide * scale
+        return (normed if weight is None else normed.mul_(weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x.float() * scale, grad.float()
+        d_weight = None
+        if weight is not None:
+            d_weight = (wide * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            wide = wide * weight.float()
+        inner = (wide * normed).mean(dim=-1, keepdim=True)
+        return (wide - normed.mul_(inner)).mul_(scale).to(x.dtype), d_weight, None
 
 
 class RMSNorm(nn.Module):
@@ -24,8 +48,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of ``x`` [.., size], in the dtype of ``x``."""
-        weight = None if self.weight is None else self.weight.float()
-        return F.rms_norm(x.float(), x.shape[-1:], weight, self.eps).to(x.dtype)
+        normed: Tensor = _Normalise.apply(x, self.weight, self.eps)
+        return normed
 
 
 class GatedMLP(nn.Module):
