@@ -127,28 +127,33 @@ class DFlash(Algorithm):
     """The published recipe: five layers, block 7, cross-entropy only."""
 
     name = "dflash"
+    config_class: type[DFlashConfig] = DFlashConfig
 
-    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> DFlashConfig:
+    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Any:
         """See :meth:`Algorithm.parse`."""
-        config = parse_section(DFlashConfig, section, "draft")
+        config = parse_section(self.config_class, section, "draft")
         check_mask_token(config, target)
         return config
 
-    def build_model(self, config: DFlashConfig, shape: Shape, family: Family) -> BlockDraft:
+    def build_model(self, config: Any, shape: Shape, family: Family) -> BlockDraft:
         """See :meth:`Algorithm.build_model`."""
         return BlockDraft(self, config, shape, family)
 
-    def read_config(self, published: Mapping[str, Any]) -> DFlashConfig:
-        """See :meth:`Algorithm.read_config`."""
-        return DFlashConfig(
-            target_layers=tuple(published["target_layer_ids"]),
-            mask_token_id=published["mask_token_id"],
-            num_layers=published["num_hidden_layers"],
-            block_size=published["block_size"],
-            num_anchors=published["num_anchors"],
-        )
+    def published_fields(self, published: Mapping[str, Any]) -> dict[str, Any]:
+        """Config fields by their names here, from a config.json."""
+        return {
+            "target_layers": tuple(published["target_layer_ids"]),
+            "mask_token_id": published["mask_token_id"],
+            "num_layers": published["num_hidden_layers"],
+            "block_size": published["block_size"],
+            "num_anchors": published["num_anchors"],
+        }
 
-    def write_config(self, config: DFlashConfig, published: dict[str, Any]) -> None:
+    def read_config(self, published: Mapping[str, Any]) -> Any:
+        """See :meth:`Algorithm.read_config`."""
+        return self.config_class(**self.published_fields(published))
+
+    def write_config(self, config: Any, published: dict[str, Any]) -> None:
         """See :meth:`Algorithm.write_config`; DFlash is written as DSpark without heads, as published."""
         published.update(
             block_size=config.block_size,
@@ -159,11 +164,11 @@ class DFlash(Algorithm):
             enable_confidence_head=False,
         )
 
-    def needs_last_hidden(self, config: DFlashConfig) -> bool:
+    def needs_last_hidden(self, config: Any) -> bool:
         """Cross-entropy needs only the tokens."""
         return False
 
-    def loss_weight(self, config: DFlashConfig, supervision: Supervision) -> Tensor:
+    def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
         """Sum of exp(-k / gamma) over the supervised slots."""
         anchors = draw_anchors(supervision, config.num_anchors)
         return BlockPlan.make(supervision, anchors, config.block_size, config.loss_decay_gamma).weight

@@ -16,22 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.algorithms.base import Algorithm, Drafter, require
+from deepspec.algorithms.base import require
 from deepspec.algorithms.block import (
     BlockDraft,
-    BlockDrafter,
-    BlockPlan,
     acceptance_metrics,
     by_block,
-    draw_anchors,
 )
-from deepspec.algorithms.dflash import DFlashConfig, SlotLoss, block_loss, check_mask_token
-from deepspec.batch import Batch, Supervision
-from deepspec.families.base import Family, Shape
+from deepspec.algorithms.dflash import DFlash, DFlashConfig, SlotLoss, block_loss
+from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, Ratio
 from deepspec.nn.chunk import LossWeights
-from deepspec.sections import parse_section
-from deepspec.targets import TargetSpec
 
 
 @dataclass(frozen=True)
@@ -87,56 +81,34 @@ def confidence_terms(
     return Ratio(bce, slots.weight), metrics
 
 
-class DSpark(Algorithm):
+class DSpark(DFlash):
     """The published recipe: 0.1 CE + 0.9 L1 + 1.0 confidence, a vanilla head of rank 256."""
 
     name = "dspark"
+    config_class = DSparkConfig
 
-    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> DSparkConfig:
-        """See :meth:`Algorithm.parse`."""
-        config = parse_section(DSparkConfig, section, "draft")
-        check_mask_token(config, target)
-        return config
+    def published_fields(self, published: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of DFlash, and the heads'."""
+        return super().published_fields(published) | {
+            "markov_rank": published["markov_rank"],
+            "markov_head": published.get("markov_head_type", "vanilla"),
+            "confidence_head": published["enable_confidence_head"],
+            "confidence_with_markov": published.get("confidence_head_with_markov", False),
+        }
 
-    def build_model(self, config: DSparkConfig, shape: Shape, family: Family) -> BlockDraft:
-        """See :meth:`Algorithm.build_model`."""
-        return BlockDraft(self, config, shape, family)
-
-    def read_config(self, published: Mapping[str, Any]) -> DSparkConfig:
-        """See :meth:`Algorithm.read_config`."""
-        return DSparkConfig(
-            target_layers=tuple(published["target_layer_ids"]),
-            mask_token_id=published["mask_token_id"],
-            num_layers=published["num_hidden_layers"],
-            block_size=published["block_size"],
-            num_anchors=published["num_anchors"],
-            markov_rank=published["markov_rank"],
-            markov_head=published.get("markov_head_type", "vanilla"),
-            confidence_head=published["enable_confidence_head"],
-            confidence_with_markov=published.get("confidence_head_with_markov", False),
-        )
-
-    def write_config(self, config: DSparkConfig, published: dict[str, Any]) -> None:
+    def write_config(self, config: Any, published: dict[str, Any]) -> None:
         """See :meth:`Algorithm.write_config`."""
+        super().write_config(config, published)
         published.update(
-            block_size=config.block_size,
-            num_anchors=config.num_anchors,
-            mask_token_id=config.mask_token_id,
-            sample_from_anchor=True,
             markov_rank=config.markov_rank,
             markov_head_type=config.markov_head,
             enable_confidence_head=config.confidence_head,
             confidence_head_with_markov=config.confidence_with_markov,
         )
 
-    def needs_last_hidden(self, config: DSparkConfig) -> bool:
+    def needs_last_hidden(self, config: Any) -> bool:
         """The L1 term and the confidence label compare with the target's distribution."""
         return config.l1_weight > 0 or config.confidence_head
-
-    def loss_weight(self, config: DSparkConfig, supervision: Supervision) -> Tensor:
-        """Sum of exp(-k / gamma) over the supervised slots."""
-        anchors = draw_anchors(supervision, config.num_anchors)
-        return BlockPlan.make(supervision, anchors, config.block_size, config.loss_decay_gamma).weight
 
     def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
         """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""
@@ -153,10 +125,6 @@ class DSpark(Algorithm):
             factors["confidence"] = config.confidence_weight
             metrics |= extra
         return LossTerms(terms, factors, metrics)
-
-    def drafter(self, model: BlockDraft, batch_size: int, max_length: int) -> Drafter:
-        """See :meth:`Algorithm.drafter`."""
-        return BlockDrafter(model, batch_size, max_length)
 
 
 DSPARK = DSpark()
