@@ -37,7 +37,9 @@ def checkpoint_folder(path: Path) -> Path:
 
 
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The draft's trained weights by name, in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
+    """The draft's weights by name: parameters in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
+
+    Buffers (Gemma's layer scalars, a reduced vocabulary) come as the module held them.
 
     Raises:
         CheckpointError: the shards cannot be put together.
@@ -47,17 +49,24 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return dict(states["module"])
         if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-            return weights
+            return weights | _read_buffers(folder)
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would guess, and warn about its guess
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        return {name: tensor.clone() for name, tensor in state.items()}
+        return {name: tensor.clone() for name, tensor in state.items()} | _read_buffers(folder)
     except (OSError, RuntimeError, KeyError, ValueError) as problem:
         line = (str(problem).strip() or repr(problem)).splitlines()[0]
         raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
+
+
+def _read_buffers(folder: Path) -> dict[str, Tensor]:
+    """The module's buffers in their own dtypes (DeepSpeed's tool turns them into fp32)."""
+    path = next(folder.glob("*mp_rank_00_model_states.pt"))
+    states = torch.load(path, map_location="cpu", weights_only=False)
+    return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}
 
 
 def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:
@@ -105,7 +114,8 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
-    state = {name: tensor.to(kind) for name, tensor in read_weights(folder, manifest).items()}
+    weights = read_weights(folder, manifest)
+    state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     if embeddings:
         state |= _frozen_weights(recipe, manifest, kind, folder)
     provenance: dict[str, Any] = {
