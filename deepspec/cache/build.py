@@ -21,7 +21,7 @@ from typing import Any
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
 from deepspec.cache.fingerprint import fingerprint_of, mismatches
 from deepspec.cache.folders import Folder, open_folder
-from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest, PartManifest
+from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
 from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
 from deepspec.cache.lock import build_lock
 from deepspec.cache.pipeline import ByteQueue
@@ -307,6 +307,3 @@ def _disk_error(problem: OSError, folder: Folder) -> CacheError:
         file=problem.filename or folder.url,
         remedy="make room and start the same command again; finished parts stay",
     )
-
-
-__all__ = ["BuildStopped", "PartManifest", "build_cache"]
