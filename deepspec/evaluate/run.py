@@ -23,6 +23,7 @@ from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
+from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.measure import PromptResult, Summary, summarise
 from deepspec.evaluate.tasks import Task, load_tasks
 from deepspec.files import read_json, sha256_file, sha256_json, write_json
@@ -71,12 +72,15 @@ class Evaluation:
         tokenizer = load_tokenizer(options.target)
         self.renderer = Renderer(tokenizer, self.target.spec.family, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
+        self.sts = load_sts(Path(options.draft))
         self.output = Path(options.output)
         self.identity = self._identity()
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
         settings = {key: value for key, value in asdict(self.options).items() if key not in ("output", "device")}
+        if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
+            settings["confidence_temperatures"] = self.sts
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": sha256_file(Path(self.options.draft) / "model.safetensors"),
@@ -164,6 +168,7 @@ class Evaluation:
             self.renderer.stop_token_ids,
             options.seed,
             options.confidence_threshold,
+            self.sts,
         )
         first = {i: self.renderer.prompt([{"role": "user", "content": task.prompts[i][0]}]) for i in indices}
         drafter = None

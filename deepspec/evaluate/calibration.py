@@ -1,0 +1,228 @@
+"""Confidence against what happened: reliability, ECE, AUC, Brier; Sequential Temperature Scaling fitted and saved.
+
+``python -m deepspec.evaluate.calibration --draft D --results FOLDER`` reads the rounds of a finished evaluation that
+verified everything, fits one temperature a position on every other prompt, prints ECE before and after on the prompts
+in between, and saves ``sts.json`` into the draft folder, from where later evaluations take it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deepspec.errors import EvaluationError, run_main
+from deepspec.files import read_json, sha256_file, write_json
+
+BINS = 10  # of equal width
+GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
+STS_FILE = "sts.json"
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What R rounds with K drafted slots said and what came of it.
+
+    Args:
+        logits: [R, K] raw confidence logits.
+        verified: [R] slots that were verified (fewer behind a drafted stop token).
+        accepted: [R] of them, accepted.
+    """
+
+    logits: np.ndarray
+    verified: np.ndarray
+    accepted: np.ndarray
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return int(self.logits.shape[1])
+
+
+def survival(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Probability [R, k] that slots 1..k are all accepted: the cumulative product of scaled confidences [R, k]."""
+    product: np.ndarray = (1 / (1 + np.exp(-logits / np.asarray(temperatures)))).cumprod(axis=1)
+    return product
+
+
+def reliability(predicted: np.ndarray, happened: np.ndarray) -> list[tuple[int, float, float]]:
+    """(count, mean prediction, observed rate) of each of the equally wide bins that is not empty; inputs [N]."""
+    bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
+    rows = []
+    for number in range(BINS):
+        inside = bins == number
+        if inside.any():
+            rows.append((int(inside.sum()), float(predicted[inside].mean()), float(happened[inside].mean())))
+    return rows
+
+
+def expected_calibration_error(predicted: np.ndarray, happened: np.ndarray) -> float:
+    """Mean over samples of |prediction - observed rate| by bin; 0 without samples."""
+    return sum(count * abs(mean - rate) for count, mean, rate in reliability(predicted, happened)) / max(
+        1, len(predicted)
+    )
+
+
+def area_under_curve(predicted: np.ndarray, happened: np.ndarray) -> float | None:
+    """Probability that a sample that happened has the higher prediction, ties half; None with one class only."""
+    positive = happened.astype(bool)
+    yes, no = int(positive.sum()), int((~positive).sum())
+    if not yes or not no:
+        return None
+    _, inverse, counts = np.unique(predicted, return_inverse=True, return_counts=True)
+    ranks = (counts.cumsum() - (counts - 1) / 2)[inverse]  # the mean rank of equal predictions
+    return float((ranks[positive].sum() - yes * (yes + 1) / 2) / (yes * no))
+
+
+def fit(rounds: Rounds) -> list[float]:
+    """Sequential Temperature Scaling: position by position, the temperature of least ECE of the cumulative product.
+
+    A position that no round verified keeps 1; among equals the temperature nearest to 1 is taken.
+    """
+    temperatures: list[float] = []
+    before = np.ones(len(rounds.logits))
+    candidates = GRID[np.argsort(np.abs(np.log(GRID)), kind="stable")]
+    for slot in range(rounds.slots):
+        known = rounds.verified > slot
+        logits, happened = rounds.logits[:, slot], rounds.accepted[known] > slot
+        best = 1.0
+        if known.any():
+            errors = [
+                expected_calibration_error(before[known] / (1 + np.exp(-logits[known] / t)), happened)
+                for t in candidates
+            ]
+            best = float(candidates[int(np.argmin(errors))])
+        temperatures.append(best)
+        before = before / (1 + np.exp(-logits / best))
+    return temperatures
+
+
+def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]]:
+    """Per position: ECE, AUC and Brier of survival against "accepted so far", and its reliability."""
+    predicted = survival(rounds.logits, temperatures)
+    rows = []
+    for slot in range(rounds.slots):
+        known = rounds.verified > slot
+        said, happened = predicted[known, slot], rounds.accepted[known] > slot
+        rows.append(
+            {
+                "position": slot + 1,
+                "rounds": int(known.sum()),
+                "ece": expected_calibration_error(said, happened),
+                "auc": area_under_curve(said, happened),
+                "brier": float(((said - happened) ** 2).mean()) if known.any() else None,
+                "reliability": reliability(said, happened),
+            }
+        )
+    return rows
+
+
+def mean_ece(rows: Sequence[dict[str, Any]]) -> float:
+    """Mean over positions that were verified."""
+    return float(np.mean([row["ece"] for row in rows if row["rounds"]]))
+
+
+def read_rounds(folder: Path, temperature: float) -> tuple[Rounds, Rounds]:
+    """The rounds of a results folder at one temperature: of the even prompts, and of the odd ones.
+
+    Raises:
+        EvaluationError: no such rounds, or a run that did not verify everything.
+    """
+    identity = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
+    if identity["confidence_threshold"]:
+        raise EvaluationError(
+            "what a threshold cut was not verified", file=folder / "run.json", key="confidence_threshold",
+            found=identity["confidence_threshold"], wanted=0, remedy="evaluate once without a threshold",
+        )  # fmt: skip
+    halves: tuple[list[tuple[list[float], int, int]], ...] = ([], [])
+    path = folder / "results.jsonl"
+    if not path.exists():
+        raise EvaluationError("no such file", file=path, remedy="finish the evaluation first")
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            problem = "not JSON (an unfinished run?)"
+            raise EvaluationError(problem, file=path, key=f"line {number}", remedy="finish the evaluation") from None
+        if row["temperature"] == temperature:
+            own = zip(row["confidence"], row["proposed"], row["accepted"], strict=True)
+            halves[row["index"] % 2].extend(one for one in own if one[0])
+    if not halves[0] or not halves[1]:
+        raise EvaluationError(
+            f"no confidences at temperature {temperature:g} in both halves", file=path,
+            wanted="two prompts or more, decoded with a draft that has a confidence head",
+        )  # fmt: skip
+    even, odd = (Rounds(*(np.array(column) for column in zip(*half, strict=True))) for half in halves)
+    return even, odd
+
+
+def load_sts(draft: Path) -> tuple[float, ...] | None:
+    """The temperatures fitted for a draft; None where it has none.
+
+    Raises:
+        EvaluationError: fitted for other weights.
+    """
+    path = draft / STS_FILE
+    if not path.exists():
+        return None
+    values = read_json(path, EvaluationError)
+    if values["draft_sha256"] != sha256_file(draft / "model.safetensors"):
+        raise EvaluationError("fitted for other weights", file=path, remedy="fit again, or remove it")
+    return tuple(values["temperatures"])
+
+
+def calibrate(draft: Path, folder: Path, temperature: float) -> dict[str, Any]:
+    """Fit on even prompts, assess on odd ones, save ``sts.json``; returns its content.
+
+    Raises:
+        EvaluationError: results of another draft, or without confidences.
+    """
+    weights = sha256_file(draft / "model.safetensors")
+    identity = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
+    if identity["draft_sha256"] != weights:
+        raise EvaluationError("results of another draft", file=folder / "run.json", wanted=f"those of {draft}")
+    even, odd = read_rounds(folder, temperature)
+    temperatures = fit(even)
+    result = {
+        "temperatures": temperatures,
+        "sampling_temperature": temperature,
+        "draft_sha256": weights,
+        "tasks": identity["tasks"],
+        "rounds": {"fitted": len(even.logits), "assessed": len(odd.logits)},
+        "before": assess(odd, [1.0] * odd.slots),
+        "after": assess(odd, temperatures),
+    }
+    write_json(draft / STS_FILE, result)
+    return result
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """A row a position, before and after."""
+    lines = ["| position | rounds | temperature | ECE before | after | AUC before | after | Brier before | after |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    rows = zip(result["before"], result["after"], result["temperatures"], strict=True)
+    for one, other, temperature in rows:
+        cells = [f"{row[key]:.3f}" if row[key] is not None else "" for key in ("auc", "brier") for row in (one, other)]
+        errors = f"{one['ece']:.2%} | {other['ece']:.2%}"
+        lines.append(f"| {one['position']} | {one['rounds']} | {temperature:.2f} | {errors} | {' | '.join(cells)} |")
+    means = f"{mean_ece(result['before']):.2%} | {mean_ece(result['after']):.2%}"
+    return "\n".join([*lines, f"| mean | | | {means} | | | | |"])
+
+
+def main() -> None:
+    """Parse the arguments, fit and print."""
+    parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate.calibration", description=__doc__)
+    parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
+    parser.add_argument("--results", required=True, type=Path, help="folder of an evaluation of that draft")
+    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of the rounds to use")
+    given = parser.parse_args()
+    print(markdown(calibrate(given.draft, given.results, given.temperature)))
+
+
+if __name__ == "__main__":
+    run_main(main)

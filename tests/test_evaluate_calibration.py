@@ -1,0 +1,97 @@
+"""Calibration: the measures on cases known by hand, temperatures recovered, sts.json tied to the draft's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deepspec.errors import EvaluationError
+from deepspec.evaluate.calibration import (
+    Rounds,
+    area_under_curve,
+    assess,
+    calibrate,
+    expected_calibration_error,
+    fit,
+    load_sts,
+    mean_ece,
+    survival,
+)
+from deepspec.files import sha256_file
+
+SKEW = np.array([2.0, 0.5, 1.5])  # the raw logits are the true ones times this
+
+
+def overconfident(count: int, seed: int) -> Rounds:
+    """Rounds whose true logits are the raw ones divided by SKEW."""
+    random = np.random.default_rng(seed)
+    true = random.normal(1.0, 1.5, (count, 3))
+    passed = random.random((count, 3)) < 1 / (1 + np.exp(-true))
+    return Rounds(true * SKEW, np.full(count, 3), passed.cumprod(axis=1).sum(axis=1))
+
+
+def test_measures_by_hand() -> None:
+    said, happened = np.array([0.91, 0.93, 0.12, 0.14]), np.array([1, 0, 0, 0])
+    assert expected_calibration_error(said, happened) == pytest.approx((2 * 0.42 + 2 * 0.13) / 4)
+    assert area_under_curve(said, happened) == pytest.approx(2 / 3)
+    assert area_under_curve(np.array([0.5, 0.5]), np.array([1, 0])) == 0.5
+    assert area_under_curve(said, np.ones(4)) is None
+    assert np.allclose(survival(np.array([[0.0, 0.0]]), [1.0, 1.0]), [[0.5, 0.25]])
+
+
+def test_fit_recovers_the_temperatures_and_helps_on_other_rounds() -> None:
+    temperatures, other = fit(overconfident(20000, 0)), overconfident(20000, 1)
+    assert np.allclose(np.log(temperatures), np.log(SKEW), atol=0.35)
+    before, after = mean_ece(assess(other, [1.0] * 3)), mean_ece(assess(other, temperatures))
+    assert after < 0.015 < before
+
+
+def test_slots_that_were_not_verified_do_not_count() -> None:
+    rounds = overconfident(500, 2)
+    cut = Rounds(rounds.logits, np.ones(500, dtype=int), np.minimum(rounds.accepted, 1))
+    assert fit(cut)[1:] == [1.0, 1.0]
+    assert [row["rounds"] for row in assess(cut, [1.0] * 3)] == [500, 0, 0]
+
+
+def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
+    draft, results = root / "draft", root / "results"
+    draft.mkdir()
+    results.mkdir()
+    (draft / "model.safetensors").write_bytes(b"weights")
+    digest = sha256_file(draft / "model.safetensors")
+    identity = {"draft_sha256": digest, "confidence_threshold": threshold, "tasks": {}}
+    (results / "run.json").write_text(json.dumps({"identity": identity}))
+    rounds, lines = overconfident(400, 3), []
+    for index in range(4):
+        own = slice(index * 100, index * 100 + 100)
+        row = {"index": index, "temperature": 1.0, "confidence": rounds.logits[own].tolist()}
+        lines.append(row | {"proposed": [3] * 100, "accepted": rounds.accepted[own].tolist()})
+    (results / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return draft, results
+
+
+def test_saved_and_used_only_with_the_weights_it_was_fitted_for(tmp_path: Path) -> None:
+    draft, results = write_run(tmp_path)
+    assert load_sts(draft) is None
+    saved = calibrate(draft, results, 1.0)
+    assert load_sts(draft) == tuple(saved["temperatures"])
+    assert saved["rounds"] == {"fitted": 200, "assessed": 200}
+    (draft / "model.safetensors").write_bytes(b"other")
+    with pytest.raises(EvaluationError, match="fitted for other weights"):
+        load_sts(draft)
+    with pytest.raises(EvaluationError, match="results of another draft"):
+        calibrate(draft, results, 1.0)
+
+
+def test_unusable_results_are_named(tmp_path: Path) -> None:
+    draft, results = write_run(tmp_path, threshold=0.5)
+    with pytest.raises(EvaluationError, match="confidence_threshold"):
+        calibrate(draft, results, 1.0)
+    identity = json.loads((results / "run.json").read_text())
+    identity["identity"]["confidence_threshold"] = 0.0
+    (results / "run.json").write_text(json.dumps(identity))
+    with pytest.raises(EvaluationError, match="no confidences at temperature 0"):
+        calibrate(draft, results, 0.0)
