@@ -24,11 +24,11 @@ DRAFTS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_target(folder: Path) -> Path:
+def make_target(folder: Path, seed: int = 7) -> Path:
     """A random tiny Qwen3 saved as a Hugging Face model."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=64,
         hidden_size=32,
@@ -81,6 +81,9 @@ class MemorySource:
 
     def loss_mask(self, number: int) -> np.ndarray:
         return self.samples[number].loss_mask.numpy()
+
+    def tokens(self, number: int) -> np.ndarray:
+        return self.samples[number].input_ids.numpy()
 
     def load(self, numbers: Sequence[int]) -> list[MemorySample]:
         return [self.samples[number] for number in numbers]

@@ -28,6 +28,7 @@ from deepspec.training.plan import Plan
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
 from deepspec.training.sources import FeatureSource
 from deepspec.training.validation import HeldOut
+from deepspec.training.vocabulary import frequent_tokens
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -147,6 +148,8 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
+    if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
+        model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, kept)
     feeder = Feeder(

@@ -31,6 +31,9 @@ class FeatureSource(Protocol):
     def loss_mask(self, number: int) -> np.ndarray:
         """[S] bool of one sample, without its hidden states."""
 
+    def tokens(self, number: int) -> np.ndarray:
+        """[S] int64, the sample's token ids."""
+
     def load(self, numbers: Sequence[int]) -> list[Sample]:
         """The samples, whole."""
 
@@ -84,6 +87,11 @@ class CacheSource:
             with self._lock:
                 self._masks[number] = packed
         return np.unpackbits(packed, count=int(self.lengths[number])).astype(bool)
+
+    def tokens(self, number: int) -> np.ndarray:
+        """[S] int64, read from the cache each time."""
+        group, inside = self._locate(number)
+        return self.caches[group].tokens(inside)[0]
 
     def load(self, numbers: Sequence[int]) -> list[Sample]:
         """The samples, whole.

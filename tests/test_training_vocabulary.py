@@ -1,0 +1,42 @@
+"""A reduced vocabulary from the data through training to the draft folder; Gemma's buffers travel too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import training_tools as tools
+import yaml
+from safetensors.torch import load_file
+
+from deepspec.drafts import load_draft
+from deepspec.export.consolidate import consolidate
+from deepspec.targets import load_target
+from deepspec.training.vocabulary import frequent_tokens
+
+
+@pytest.mark.parametrize("zero", ["zero1_bf16", "zero2_fp32"])
+def test_vocabulary_is_counted_trained_and_exported(zero: str, tmp_path: Path) -> None:
+    target = tools.make_target(tmp_path / "target")
+    path = tools.write_recipe(tmp_path / zero, target, "eagle3", zero, max_steps=3, save_every=3)
+    recipe = yaml.safe_load(path.read_text())
+    recipe["draft"]["draft_vocab_size"] = 20
+    path.write_text(yaml.safe_dump(recipe))
+    tools.run_jobs(tmp_path, [{"recipe": str(path)}], 1)
+    consolidate(tmp_path / zero / "run", tmp_path / "draft", embeddings=False)
+    loaded = load_draft(tmp_path / "draft", load_target(target, torch.float32))
+    source = tools.MemorySource(load_target(target, torch.float32))
+    counts = np.zeros(64, dtype=int)
+    for sample in source.samples:
+        for token in sample.input_ids[sample.loss_mask].tolist():
+            counts[token] += 1
+    wanted = sorted(sorted(range(64), key=lambda token: (-counts[token], token))[:20])
+    assert loaded.kept_tokens.tolist() == wanted
+    assert frequent_tokens(source, 64, loaded.config).tolist() == wanted
+    stored = load_file(tmp_path / "draft" / "model.safetensors")
+    assert stored["d2t"].dtype == torch.int64
+    assert stored["t2d"].dtype == torch.bool
+    assert json.loads((tmp_path / "draft" / "config.json").read_text())["draft_vocab_size"] == 20
