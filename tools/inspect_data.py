@@ -11,6 +11,7 @@ from deepspec.targets.load import load_spec, load_tokenizer
 
 
 def main() -> int:
+    """Parse the arguments and show the data."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", help="conversations (JSONL)")
     parser.add_argument("--recipe", help="states target, thinking, system prompt, max_length and min_supervised")

@@ -24,6 +24,7 @@ def weighted(text: str) -> tuple[str, float]:
 
 
 def main() -> int:
+    """Parse the arguments and prepare the data."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source", action="append", metavar="NAME[=WEIGHT]", help=f"hub id or file (default: {DEFAULT})"
