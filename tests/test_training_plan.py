@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -74,7 +75,7 @@ def test_schedule_warms_up_from_the_first_step_and_decays_to_zero() -> None:
     factors = [lr_factor(step, 100, 0.04) for step in range(101)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
-    assert all(a > b for a, b in zip(factors[4:], factors[5:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors[4:]))
     assert factors[52] == pytest.approx(0.5)
     assert 0 < factors[99] < 0.001
     assert factors[100] == 0.0
@@ -85,9 +86,7 @@ def test_schedule_warms_up_from_the_first_step_and_decays_to_zero() -> None:
 def test_accumulation_keeps_the_global_batch() -> None:
     train = TrainSection(global_batch=24, micro_batch=2)
     assert [accumulation_steps(train, size) for size in (1, 2, 3, 4, 6, 12)] == [12, 6, 4, 3, 2, 1]
-    with pytest.raises(
-        RecipeError, match=r"train\.global_batch.*shared by 5 processes.*can be one of 1, 2, 3, 4, 6, 12"
-    ):
+    with pytest.raises(RecipeError, match=r"shared by 5 processes.*can be one of 1, 2, 3, 4, 6, 12"):
         accumulation_steps(train, 5)
 
 

@@ -148,6 +148,8 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
+    if recipe.train.compile:
+        model.loss = "compiled"
     if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
         model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     engine = Engine(model, recipe.train, world, universal=start.universal)

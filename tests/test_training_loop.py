@@ -1,0 +1,116 @@
+"""The loop in one process: a loss that is not finite, the profiler's trace, accumulation, workers, the log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import training_tools as tools
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from deepspec.distributed import World
+from deepspec.export.manifest import steps_of
+from deepspec.training import run
+from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.loop import Trainer
+from deepspec.training.report import NonFiniteLoss
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[World]:
+    yield start_processes()
+    end_processes()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tools.make_target(tmp_path_factory.mktemp("loop") / "target")
+
+
+@pytest.fixture(autouse=True)
+def memory_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "open_source", lambda recipe, target: tools.MemorySource(target))
+
+
+def trainer_of(recipe: Path, world: World, *overrides: str, profile: bool = False) -> Trainer:
+    return run.assemble(run.prepare(recipe, overrides, world, False), world, profile)
+
+
+def train(recipe: Path, world: World, *overrides: str, profile: bool = False) -> list[dict[str, Any]]:
+    trainer = trainer_of(recipe, world, *overrides, profile=profile)
+    assert trainer.run(0)
+    trainer.engine.close()
+    return tools.log_of(trainer.checkpoints.run)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path, target: Path, world: World) -> None:
+    trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=6, save_every=1), world)
+    numbers = trainer.feeder.plan.step(2).micro_batches.flatten()
+    bad = int(numbers[1])
+    first = next(s for s in range(6) if bad in trainer.feeder.plan.step(s).micro_batches)
+    trainer.feeder.source.samples[bad].features[:] = float("nan")  # type: ignore[attr-defined]
+    with pytest.raises(NonFiniteLoss, match=rf"optimizer step {first + 1}, sample ids \[{100 + bad}\]"):
+        trainer.run(0)
+    trainer.checkpoints.wait()
+    trainer.engine.close()
+    assert list(steps_of(trainer.checkpoints.run)) == list(range(max(1, first - 2), first + 1)) if first else True
+
+
+def test_profile_and_tensorboard_leave_their_files(tmp_path: Path, target: Path, world: World) -> None:
+    recipe = tools.write_recipe(tmp_path, target, max_steps=10, tensorboard=True)
+    rows = train(recipe, world, profile=True)
+    assert "traceEvents" in (tmp_path / "run" / "profile" / "rank0.json").read_text()[:5000]
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    written = [event.value for event in events.Scalars("train/loss")]
+    assert written == pytest.approx([row["loss"] for row in rows])
+    assert "train/accept_rate@1" in events.Tags()["scalars"]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    wanted = {"tau", "lr", "grad_norm", "tokens_per_second", "samples_per_second", "data_wait", "memory_gb", "padding"}
+    assert wanted <= set(rows[0])
+
+
+@pytest.mark.parametrize("algorithm", ["dspark", "dflash", "eagle3"])
+def test_nothing_depends_on_workers_or_checkpointed_activations(
+    tmp_path: Path, target: Path, world: World, algorithm: str
+) -> None:
+    losses = []
+    for name, extra in (("a", {"workers": 0}), ("b", {"workers": 3}), ("c", {"activation_checkpointing": True})):
+        recipe = tools.write_recipe(tmp_path / name, target, algorithm, max_steps=4, **extra)
+        losses.append([row["loss"] for row in train(recipe, world)])
+    assert losses[0] == losses[1]
+    assert losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, target: Path, world: World) -> None:
+    losses = []
+    for micro in (1, 2, 4):
+        recipe = tools.write_recipe(
+            tmp_path / str(micro), target, max_steps=6, micro_batch=micro, bucket_batches=0, lr=1e-3
+        )
+        losses.append([row["loss"] for row in train(recipe, world)])
+    for other in losses[1:]:
+        assert other == pytest.approx(losses[0], abs=2e-5)
+
+
+def test_a_gradient_is_that_of_one_large_batch(tmp_path: Path, target: Path, world: World) -> None:
+    """Plain twin: the same samples in one batch, one backward, no DeepSpeed."""
+    trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=1, grad_clip=0.5), world)
+    plan = trainer.feeder.plan.step(0)
+    model = trainer.engine.model
+    algorithm = run.registry.algorithm("dspark")
+    plain = algorithm.build(trainer.recipe.draft, run.load_spec(str(target)), trainer.recipe.seed)
+    frozen = model.frozen  # type: ignore[attr-defined]
+    plain.attach(frozen.embed_VD, frozen.head_VD)
+    batch = trainer.feeder.batch(plan.micro_batches.flatten().tolist(), 0)
+    loss = plain(batch).loss()
+    loss.backward()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
+    assert trainer.run(0)
+    row = tools.log_of(tmp_path / "run")[0]
+    trainer.engine.close()
+    assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
+    assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
