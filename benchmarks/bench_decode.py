@@ -7,6 +7,7 @@ size. Overhead is the time of a round outside draft, verification and head, pref
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from collections import deque
@@ -18,7 +19,6 @@ from deepspec.decoding.records import DecodeSettings, Request
 from deepspec.distributed import pick_device
 from deepspec.drafts import load_draft
 from deepspec.errors import run_main
-from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_json
 from deepspec.targets import load_target, load_tokenizer
 
@@ -28,7 +28,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", default="build/quickstart/target")
     parser.add_argument("--draft", default="build/quickstart/dspark-draft")
-    parser.add_argument("--tasks", default="build/quickstart/prompts/held_out.jsonl")
+    parser.add_argument(
+        "--tasks", help='a JSONL of {"turns": [...]}', default="build/quickstart/prompts/held_out.jsonl"
+    )
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
@@ -39,8 +41,8 @@ def main() -> None:
     target = load_target(given.target, device=pick_device())
     draft = load_draft(given.draft, target)
     renderer = Renderer(load_tokenizer(given.target), target.spec.family)
-    task = load_tasks([given.tasks], given.samples, 0)[0]
-    prompts = [tuple(renderer.prompt([{"role": "user", "content": turns[0]}])) for turns in task.prompts]
+    rows = [json.loads(line) for line in Path(given.tasks).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = [tuple(renderer.prompt([{"role": "user", "content": row["turns"][0]}])) for row in rows[: given.samples]]
     settings = DecodeSettings(max_new_tokens=given.max_new_tokens, stop_token_ids=renderer.stop_token_ids)
     capacity = max(map(len, prompts)) + given.max_new_tokens + draft.config.max_draft + 2
 
