@@ -1,124 +1,101 @@
-"""results.json, a Markdown table and an HTML page from the rows of a run."""
+"""Results as a Markdown table and as one HTML page with its plots inside."""
 
 from __future__ import annotations
 
+import base64
 import html
-from collections.abc import Iterable
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
+from deepspec.files import write_text
 
-from deepspec.evaluate.measures import macro, ratio, summarise
-from deepspec.files import write_json, write_text
-
-PUBLISHED = Path(__file__).with_name("published.yaml")
-
-
-def summarise_run(rows: Iterable[dict[str, Any]], identity: dict[str, Any]) -> dict[str, Any]:
-    """The content of results.json: measures per task and temperature, macro averages, provenance."""
-    every = list(rows)
-    tables = []
-    for temperature in identity["settings"]["temperatures"]:
-        tasks = [_task(every, name, temperature, identity) for name in identity["tasks"]]
-        averages = {
-            key: macro(tasks, key) for key in ("accepted_length", "verify_rate", "tokens_per_second", "speedup")
-        }
-        tables.append({"temperature": temperature, "tasks": tasks, "macro": averages})
-    return {"format": "deepspec.results/1", "tables": tables, "provenance": identity}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
+table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
+td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.7rem;overflow:auto}"""
 
 
-def _task(rows: list[dict[str, Any]], name: str, temperature: float, identity: dict[str, Any]) -> dict[str, Any]:
-    own = [row for row in rows if row["task"] == name and row["temperature"] == temperature]
-    drafted = [row for row in own if row["mode"] == "draft"]
-    plain = [row for row in own if row["mode"] == "plain"]
-    measures = summarise(drafted, identity["slots"])
-    seconds = {key: sum(row["seconds"][key] for row in drafted) for key in drafted[0]["seconds"]} if drafted else {}
-    speed, plain_speed = _speed(drafted), _speed(plain)
-    outputs = {(row["place"], row["turn"]): row["output_sha"] for row in plain}
-    equal = [row["output_sha"] == outputs.get((row["place"], row["turn"])) for row in drafted]
-    return {
-        "task": name,
-        **measures,
-        "seconds": seconds,
-        "tokens_per_second": speed,
-        "plain_tokens_per_second": plain_speed,
-        "speedup": ratio(speed, plain_speed),
-        "equal_to_plain": sum(equal) if plain and temperature == 0 else None,
-        "published": published_length(identity, name) if temperature == 1 else None,
-    }
-
-
-def _speed(rows: list[dict[str, Any]]) -> float:
-    return ratio(sum(row["new_tokens"] for row in rows), sum(row["seconds"]["total"] for row in rows))
-
-
-def published_length(identity: dict[str, Any], task: str) -> float | None:
-    """The published accepted length of this target, algorithm and task, where there is one."""
-    table = yaml.safe_load(PUBLISHED.read_text(encoding="utf-8"))
-    name = Path(identity["target"]).name.removesuffix("-it")
-    lengths = (table.get(name) or {}).get(identity["algorithm"]) if name != "tasks" else None
-    return lengths[table["tasks"].index(task)] if lengths and task in table["tasks"] else None
-
-
-COLUMNS = (
-    "task",
-    "samples",
-    "accepted length",
-    "95 %",
-    "published",
-    "verify rate",
-    "tokens/s",
-    "plain",
-    "speed-up",
-    "equal",
-)
-
-
-def table_rows(table: dict[str, Any]) -> list[list[str]]:
-    """One list of cells a task, and the macro average."""
-    cells = []
-    for task in table["tasks"]:
-        equal, published = task["equal_to_plain"], task["published"]
-        cells.append([
-            task["task"], str(task["samples"]), f"{task['accepted_length']:.2f}",
-            f"{task['accepted_length_low']:.2f}-{task['accepted_length_high']:.2f}",
-            "" if published is None else f"{published:.2f}", f"{task['verify_rate']:.3f}",
-            f"{task['tokens_per_second']:.1f}", f"{task['plain_tokens_per_second']:.1f}", f"{task['speedup']:.2f}",
-            "" if equal is None else f"{equal}/{task['samples']}",
-        ])  # fmt: skip
-    mean = table["macro"]
-    cells.append([
-        "macro average", "", f"{mean['accepted_length']:.2f}", "", "", f"{mean['verify_rate']:.3f}",
-        f"{mean['tokens_per_second']:.1f}", "", f"{mean['speedup']:.2f}", "",
-    ])  # fmt: skip
-    return cells
-
-
-def markdown(results: dict[str, Any]) -> str:
-    """The tables of all temperatures."""
-    lines = []
-    for table in results["tables"]:
-        lines += [
-            f"Temperature {table['temperature']:g}",
-            "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---" * len(COLUMNS) + "|",
-        ]
-        lines += ["| " + " | ".join(cells) + " |" for cells in table_rows(table)] + [""]
+def markdown(results: Mapping[str, Any]) -> str:
+    """The table of a run, one row per task and temperature."""
+    lines = [
+        "| task | T | accepted length (95 %) | accepted/verified | tokens/s | speed-up | greedy equal | prompts |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in results["summaries"]:
+        low, high = row["interval"]
+        speed = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
+        equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}"
+        lines.append(
+            f"| {row['task']} | {row['temperature']:g} | {row['accepted_length']:.2f} ({low:.2f}-{high:.2f}) | "
+            f"{row['verify_rate']:.0%} | {row['tokens_per_second']:,.0f} | {speed} | {equal} | {row['prompts']} |"
+        )
     return "\n".join(lines)
 
 
-def write_report(folder: Path, results: dict[str, Any]) -> None:
-    """results.md, report.html, and last results.json: it exists = the run is whole."""
-    write_text(folder / "results.md", markdown(results))
-    parts = []
-    for table in results["tables"]:
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in COLUMNS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in cells) + "</tr>" for cells in table_rows(table)
-        )
-        parts.append(f"<h2>Temperature {table['temperature']:g}</h2><table><tr>{head}</tr>{body}</table>")
-    page = "<!doctype html><meta charset=utf-8><title>deepspec evaluation</title>" + "".join(parts)
-    write_text(folder / "report.html", page)
-    write_json(folder / "results.json", results)
+def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
+    """An <img> with the plot that ``draw(axes)`` draws, embedded as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    picture, axes = pyplot.subplots(figsize=size, layout="constrained")
+    draw(axes)
+    data = io.BytesIO()
+    picture.savefig(data, format="png", dpi=110)
+    pyplot.close(picture)
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+
+
+def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> None:
+    """Conditional acceptance by position, a line per task and temperature."""
+    for row in results["summaries"]:
+        if row["conditional"]:
+            name = f"{label or row['task']}, T={row['temperature']:g}"
+            axes.plot(range(1, len(row["conditional"]) + 1), row["conditional"], marker="o", label=name)
+    axes.set(xlabel="position in the draft", ylabel="accepted, given the ones before", ylim=(0, 1))
+    axes.legend(fontsize="small")
+    axes.grid(alpha=0.3)
+
+
+def plot_phases(axes: Any, results: Mapping[str, Any]) -> None:
+    """Share of the time spent in each phase."""
+    rows = [row for row in results["summaries"] if row["phases"]]
+    names = [f"{row['task']}, T={row['temperature']:g}" for row in rows]
+    left = [0.0] * len(rows)
+    for phase in ("prefill", "draft", "verify", "head", "other"):
+        shares = [row["phases"].get(phase, 0.0) / max(1e-9, row["phases"].get("total", 0.0)) for row in rows]
+        axes.barh(names, shares, left=left, label=phase)
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    axes.set(xlabel="share of the time")
+    axes.legend(fontsize="small", ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def page(title: str, parts: Sequence[str]) -> str:
+    """A whole HTML page from its parts."""
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
+    return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
+
+
+def html_table(text: str) -> str:
+    """A Markdown table as HTML."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[2:])
+    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in rows[0])}</tr>{body}</table>"
+
+
+def write_report(results: Mapping[str, Any], output: Path) -> None:
+    """Write ``report.html`` and ``results.md`` into ``output``."""
+    table = markdown(results)
+    write_text(output / "results.md", table + "\n")
+    provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
+    parts = [
+        html_table(table),
+        "<h2>Acceptance by position</h2>",
+        figure(lambda axes: plot_positions(axes, results)),
+        "<h2>Where the time goes</h2>",
+        figure(lambda axes: plot_phases(axes, results)),
+        f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>",
+    ]
+    write_text(output / "report.html", page(f"{results['algorithm']} on {results['provenance']['target']}", parts))

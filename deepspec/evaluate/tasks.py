@@ -1,11 +1,11 @@
-"""What is asked: benchmarks (rows of tasks.yaml) from the hub or a folder, or any JSONL of {"turns": [...]}."""
+"""Benchmark prompts: nine tasks of the hub, or any local JSONL of ``{"turns": [...]}``."""
 
 from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,162 +14,103 @@ import yaml
 from deepspec.errors import EvaluationError, nearest
 from deepspec.files import sha256_json
 
-TABLE = Path(__file__).with_name("tasks.yaml")
-
-
-@dataclass(frozen=True)
-class TaskRow:
-    """One row of tasks.yaml."""
-
-    name: str
-    hub: str
-    samples: int
-    config: str | None = None
-    split: str = "test"
-    files: tuple[str, ...] = ()
-    prompt: str | None = None
-    turns: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
-
-    def to_turns(self, row: dict[str, Any]) -> list[str]:
-        """The user turns of one dataset row."""
-        if self.turns is not None:
-            return [str(turn) for turn in row[self.turns]]
-        filled = {**row, **{key: row.get(key) or value for key, value in self.columns.items()}}
-        return [(self.prompt or "").format_map(filled).strip()]
+TASK_FILE = Path(__file__).with_name("tasks.yaml")
 
 
 @dataclass(frozen=True)
 class Task:
-    """A task ready to run: its samples by their place in the source."""
+    """A named list of prompts."""
 
     name: str
+    prompts: tuple[tuple[str, ...], ...]  # the turns of each
     source: str
-    turns: dict[int, list[str]]  # place in the source -> user turns
 
+    @property
     def digest(self) -> str:
-        """SHA-256 over everything that is asked."""
-        return sha256_json([[place, turns] for place, turns in sorted(self.turns.items())])
+        """SHA-256 of the prompts."""
+        return sha256_json([list(turns) for turns in self.prompts])
 
 
-def known_tasks() -> dict[str, TaskRow]:
-    """The rows of tasks.yaml."""
-    raw = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
-    return {
-        name: TaskRow(name=name, **{key: tuple(value) if key == "files" else value for key, value in row.items()})
-        for name, row in raw.items()
-    }
-
-
-def load_tasks(
-    names: Sequence[str], folder: Path | None = None, samples: int | None = None, seed: int = 0
-) -> list[Task]:
-    """Load tasks by name, or JSONL files by path.
+def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
+    """Load tasks by name, by file, or all files of a folder.
 
     Args:
-        names: names of tasks.yaml or paths of JSONL files; commas separate too.
-        folder: where ``<task>.jsonl`` is looked for before the hub is asked.
-        samples: at most so many of each task; None takes the table's number, and all of a file of one's own.
-        seed: which of a task's samples are taken, where not all are.
+        names: registered names, ``*.jsonl`` files, folders of such, or empty for all registered tasks.
+        samples: at most so many prompts of each task; None takes the task's own count.
+        seed: which prompts are taken where there are more.
 
     Raises:
-        EvaluationError: an unknown task, a task named twice, a malformed file, or a hub that cannot be reached.
+        EvaluationError: an unknown name, a missing file, or a malformed line, named by its number.
     """
-    rows = known_tasks()
-    wanted = [part for name in names for part in name.split(",") if part]
-    tasks = []
-    for name in wanted:
-        if name.endswith(".jsonl"):
-            tasks.append(_take(Path(name).stem, name, read_turns(Path(name)), samples, seed))
-        elif name not in rows:
-            raise EvaluationError(
-                "unknown task", key="--tasks", found=name, remedy=f"{nearest(name, rows)}; or a path ending in .jsonl"
-            )
+    known = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
+    tasks: list[Task] = []
+    for name in names or list(known):
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(path.glob("*.jsonl"))
+            if not files:
+                raise EvaluationError("no task file", file=path, wanted="*.jsonl files")
+            tasks += [_local(file, samples or known.get(file.stem, {}).get("samples"), seed) for file in files]
+        elif path.suffix == ".jsonl":
+            tasks.append(_local(path, samples or known.get(path.stem, {}).get("samples"), seed))
+        elif name in known:
+            tasks.append(_from_hub(name, known[name], samples or known[name]["samples"], seed))
         else:
-            local = None if folder is None else folder / f"{name}.jsonl"
-            here = local is not None and local.exists()
-            source, turns = (str(local), read_turns(local)) if here and local else (rows[name].hub, _fetch(rows[name]))
-            tasks.append(_take(name, source, turns, samples or rows[name].samples, seed))
-    twice = {task.name for task in tasks if [other.name for other in tasks].count(task.name) > 1}
-    if twice:
-        raise EvaluationError("a task comes twice", key="--tasks", found=sorted(twice), wanted="distinct names")
-    if not tasks:
-        raise EvaluationError("no task", key="--tasks", found=list(names), remedy=nearest("", rows))
+            raise EvaluationError("unknown task", found=name, remedy=f"{nearest(name, known)}, or name a .jsonl file")
     return tasks
 
 
-def read_turns(path: Path) -> list[list[str]]:
-    """The rows of a JSONL file of {"turns": [str, ...]}, or of conversations: the user's messages are then the turns.
+def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:
+    if samples is not None and len(rows) > samples:
+        chosen = sorted(random.Random(f"{seed}:{name}").sample(range(len(rows)), samples))
+        rows = [rows[i] for i in chosen]
+    return Task(name, tuple(rows), source)
 
-    Raises:
-        EvaluationError: no such file, or a line of another form, named by its number.
-    """
+
+def _local(path: Path, samples: int | None, seed: int) -> Task:
+    if not path.exists():
+        raise EvaluationError("no such file", file=path, wanted='a JSONL of {"turns": [...]}')
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if line.strip():
+            rows.append(_turns(path, number, line))
+    if not rows:
+        raise EvaluationError("empty file", file=path, wanted='rows of {"turns": [...]}')
+    return _take(path.stem, rows, samples, seed, str(path))
+
+
+def _turns(path: Path, number: int, line: str) -> tuple[str, ...]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as problem:
-        raise EvaluationError(f"cannot read the task ({problem})", file=path, wanted="JSONL of turns") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as problem:
-            raise EvaluationError(f"not JSON ({problem})", file=path, key=f"line {number}") from None
-        turns = _turns_of(row)
-        if not turns or not all(isinstance(turn, str) and turn for turn in turns):
-            raise EvaluationError(
-                "a row needs turns", file=path, key=f"line {number}", found=str(row)[:80],
-                wanted='{"turns": ["...", ...]} or {"messages": [{"role", "content"}, ...]}',
-            )  # fmt: skip
-        found.append(turns)
-    if not found:
-        raise EvaluationError("an empty task", file=path, wanted='rows of {"turns": [...]}')
-    return found
+        turns = json.loads(line)["turns"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        turns = None
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
+        raise EvaluationError("malformed line", file=path, key=f"line {number}", wanted='{"turns": ["...", ...]}')
+    return tuple(turns)
 
 
-def _turns_of(row: Any) -> list[Any] | None:
-    if not isinstance(row, dict):
-        return None
-    if isinstance(row.get("turns"), list):
-        return row["turns"]
-    messages = row.get("messages")
-    if isinstance(messages, list) and all(isinstance(message, dict) for message in messages):
-        return [message.get("content") for message in messages if message.get("role") == "user"]
-    return None
-
-
-def _take(name: str, source: str, turns: list[list[str]], samples: int | None, seed: int) -> Task:
-    places = range(len(turns))
-    if samples is not None and samples < len(turns):
-        places = sorted(random.Random(f"{seed}/{name}").sample(places, samples))  # type: ignore[assignment]
-    return Task(name, source, {place: turns[place] for place in places})
-
-
-def _fetch(row: TaskRow) -> list[list[str]]:
+def _from_hub(name: str, row: dict[str, Any], samples: int, seed: int) -> Task:
     try:
-        return [row.to_turns(one) for one in _rows(row)]
-    except KeyError as missing:
-        raise EvaluationError("the dataset lacks a column", file=row.hub, key=missing.args[0]) from None
-    except (OSError, ValueError, ConnectionError, RuntimeError) as problem:
-        first_line = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        raise EvaluationError(
-            f"cannot load the task from the hub ({first_line})",
-            file=row.hub,
-            key=row.name,
-            remedy=f"put {row.name}.jsonl into a folder and name it with --tasks-folder",
-        ) from None
+        rows = [_format(row, item) for item in _hub_rows(row)]
+    except (OSError, ValueError, ConnectionError) as problem:
+        first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
+        remedy = "give a local file or folder of task files with --tasks"
+        raise EvaluationError(f"cannot load the task ({first})", key=name, found=row["path"], remedy=remedy) from None
+    return _take(name, rows, samples, seed, row["path"])
 
 
-def _rows(row: TaskRow) -> Iterator[dict[str, Any]]:
-    if row.files:
+def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
+    if "jsonl" in row:
         from huggingface_hub import hf_hub_download
 
-        for name in row.files:
-            path = hf_hub_download(row.hub, name, repo_type="dataset")
-            with open(path, encoding="utf-8") as lines:
+        for file in row["jsonl"]:
+            with open(hf_hub_download(row["path"], file, repo_type="dataset"), encoding="utf-8") as lines:
                 yield from (json.loads(line) for line in lines)
-    else:
-        from datasets import load_dataset
+        return
+    import datasets
 
-        yield from load_dataset(row.hub, row.config, split=row.split)
+    yield from datasets.load_dataset(row["path"], row.get("name"), split=row["split"])
+
+
+def _format(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(item[row["turns"]]) if "turns" in row else (row["text"].format(**item).strip(),)
