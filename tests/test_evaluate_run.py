@@ -70,11 +70,11 @@ def test_a_run_measures_reports_and_resumes(folders: tuple[Path, Path, Path], tm
     )
     assert results["provenance"]["tasks"].keys() == {"short", "talk"}
     assert "data:image/png" in (tmp_path / "out" / "report.html").read_text()
-    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    lines = [line for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines() if line]
     assert len(lines) == 8
     # killed after three prompts, in the middle of the fourth row
     (tmp_path / "out" / "results.json").unlink()
-    (tmp_path / "out" / "results.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20] + "\n")
+    (tmp_path / "out" / "results.jsonl").write_text("\n".join(lines[:3]) + "\n" + lines[3][:20])
     again = run(folders, tmp_path / "out", "--batch-size", "2")
     assert again.returncode == 0, again.stderr
     repeated = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -92,7 +92,8 @@ def test_results_do_not_depend_on_the_batch(folders: tuple[Path, Path, Path], tm
     texts = []
     for size in ("1", "3"):
         assert run(folders, tmp_path / size, "--batch-size", size, "--no-plain").returncode == 0
-        rows = [json.loads(line) for line in (tmp_path / size / "results.jsonl").read_text().splitlines()]
+        lines = (tmp_path / size / "results.jsonl").read_text().splitlines()
+        rows = [json.loads(line) for line in lines if line]
         texts.append(
             sorted((row["task"], row["temperature"], row["index"], row["text"], tuple(row["accepted"])) for row in rows)
         )

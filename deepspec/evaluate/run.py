@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import sys
 import time
+import zlib
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -97,6 +98,7 @@ class Evaluation:
         self._claim()
         summaries: list[Summary] = []
         with open(self.output / "results.jsonl", "a", encoding="utf-8") as stream:
+            stream.write("\n")  # a killed run may have left half a row; rows never go on behind it
             for temperature in self.options.temperatures:
                 for task in self.tasks:
                     summaries.append(self._run_task(task, temperature, stream))
@@ -177,7 +179,7 @@ class Evaluation:
             longest = max(map(len, first.values())) + turns * (options.max_new_tokens + 512)
             drafter = self.draft.algorithm.drafter(self.draft, options.batch_size, longest)
         decoder = Decoder(self.target, drafter, settings, options.batch_size)
-        requests = deque(Request(tuple(ids), i * 64, tag=(i, 0)) for i, ids in first.items())
+        requests = deque(Request(tuple(ids), sample_id(task, i, 0), tag=(i, 0)) for i, ids in first.items())
         done: dict[int, list[Generation]] = defaultdict(list)
         start, shown = time.perf_counter(), 0.0
         for generation in decoder.stream(requests):
@@ -194,7 +196,8 @@ class Evaluation:
             answer = self.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
-        return Request(tuple(self.renderer.prompt(messages)), index * 64 + len(so_far), tag=(index, len(so_far)))
+        number = sample_id(task, index, len(so_far))
+        return Request(tuple(self.renderer.prompt(messages)), number, tag=(index, len(so_far)))
 
     def _progress(
         self, task: Task, temperature: float, with_draft: bool, done: dict[int, list[Generation]], total: int,
@@ -271,6 +274,11 @@ def macro_averages(summaries: list[Summary]) -> Iterator[Summary]:
             seconds=sum(summary.seconds for summary in group),
             plain_seconds=sum(plain) if plain else None,
         )
+
+
+def sample_id(task: Task, index: int, turn: int) -> int:
+    """The key of one turn's random numbers: its task's name, its prompt, its turn; never the batch."""
+    return (zlib.crc32(task.name.encode()) << 28) + index * 64 + turn
 
 
 def _plain(value: Any) -> Any:
