@@ -31,10 +31,6 @@ class Task:
         return sha256_json([list(turns) for turns in self.prompts])
 
 
-def _plain(key: str, value: Any) -> Any:
-    return tuple(value) if key == "files" else value
-
-
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
     """Load tasks by name, by file, or all files of a folder.
 
@@ -75,7 +71,8 @@ def _local(path: Path, samples: int | None, seed: int) -> Task:
     if not path.exists():
         raise EvaluationError("no such file", file=path, wanted='a JSONL of {"turns": [...]}')
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")  # str.splitlines also cuts at U+2028, 1):
+    # not str.splitlines, which also cuts at U+2028 inside a text
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
         if line.strip():
             rows.append(_turns(path, number, line))
     if not rows:
