@@ -146,9 +146,7 @@ def in_process(*arguments: str) -> dict[str, float]:
 def compare(rounds: int) -> dict[str, dict[str, Any]]:
     """The table of all cells; returns the bars."""
     bars: dict[str, dict[str, Any]] = {}
-    print(
-        "| algorithm | dtype | supervised | plain s | fused s | ratio | plain MB | fused MB | ratio | of published |"
-    )
+    print("| algorithm | dtype | supervised | plain s | fused s | ratio | plain MB | fused MB | ratio | of published |")
     print("|---|---|---|---|---|---|---|---|---|---|")
     for (name, dtype), (seconds, megabytes) in PUBLISHED.items():
         for supervised, limit in ((512, 0.45), (24, 0.25)):
