@@ -244,13 +244,14 @@ def test_unusable_input_is_named(setup: Setup, tmp_path: Path) -> None:
         build_cache(setup.load(), empty, tmp_path / "a")
     bad = tmp_path / "bad.jsonl"
     good = json.dumps(conversation_rows(1)[0])
-    bad.write_text(good + '\nnot json\n{"id": 3}\n')
+    bad.write_text(good + "\nnot json\n")
+    with pytest.raises(DataError, match=r"bad.jsonl: line 2: not JSON"):
+        build_cache(setup.load(), bad, tmp_path / "b")
+    assert not (tmp_path / "b" / "manifest.json").exists()
+    bad.write_text(good + '\n{"id": 3}\n')
     manifest = build_cache(setup.load(), bad, tmp_path / "b")
     assert manifest.samples == 1
-    assert sorted(text.split(" (")[0] for text in manifest.rejected) == [
-        "a row needs an `id`, a non-empty string",
-        "not JSON",
-    ]
+    assert list(manifest.rejected) == ["a row needs an `id`, a non-empty string"]
     with pytest.raises(CacheError, match=r"no sample can be used.*fewer than 999 supervised tokens"):
         build_cache(setup.load("data.min_supervised=999"), setup.data, tmp_path / "c")
     with pytest.raises(CacheError, match="did you mean 'lossless'"):

@@ -86,7 +86,7 @@ def scan(path: str | Path) -> Source:
     """Digest a conversation file and note where its rows begin.
 
     Raises:
-        DataError: missing or empty.
+        DataError: missing or empty, or a line that is not JSON, named by its number (before anything is computed).
     """
     path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
     try:
@@ -95,6 +95,10 @@ def scan(path: str | Path) -> Source:
                 offsets.append(offset)
                 offset += len(line)
                 digest.update(line)
+                json.loads(line)
+    except ValueError as problem:
+        wanted = 'one JSON object a line: {"id": "...", "messages": [...]}'
+        raise DataError(f"not JSON ({problem})", file=path, key=f"line {len(offsets)}", wanted=wanted) from None
     except OSError as problem:
         raise DataError(f"cannot read conversations ({problem.strerror})", file=path) from None
     if not offsets:
@@ -107,12 +111,7 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
     with open(path, "rb") as handle:
         handle.seek(offset)
         for number in range(first, first + rows):
-            line = handle.readline()
-            try:
-                row = json.loads(line)
-            except ValueError as problem:
-                yield number, f"not JSON ({problem})"
-                continue
+            row = json.loads(handle.readline())
             fault = row_problem(row)
             yield number, row if fault is None else fault[0]
 
