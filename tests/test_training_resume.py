@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -214,7 +213,7 @@ def test_a_cut_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
 def start_worker(folder: Path, recipe: Path) -> subprocess.Popen[str]:
     path = folder / "jobs.json"
     path.write_text(json.dumps([{"recipe": str(recipe)}]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = tools.own_environment()
     command = [sys.executable, str(WORKER), str(path)]
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen(command, cwd=tools.ROOT, env=environment, stdout=output, stderr=output, text=True)

@@ -131,6 +131,14 @@ def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [row for row in rows if row["kind"] == kind]
 
 
+def own_environment() -> dict[str, str]:
+    """This environment for another process: one thread, no GPU, no place in the process group that pytest may be in."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return environment
+
+
 def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: Any) -> Any:
     """Start a script as a user does: plain Python for one process, the deepspeed launcher for more."""
     from deepspec.distributed import free_port
@@ -139,9 +147,7 @@ def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: An
     command = [sys.executable]
     if processes > 1:
         command = [str(folder / "deepspeed"), "-q", "--num_gpus", str(processes), "--master_port", str(free_port())]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
+    environment = own_environment()
     environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
     settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, **run}
     return subprocess.run([*command, str(script), *arguments], **settings)
