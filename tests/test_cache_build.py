@@ -277,7 +277,7 @@ def test_part_sizes() -> None:
 
 def test_scan_notes_where_rows_begin(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
-    file.write_bytes(b"ab\ncde\nf")
-    assert list(scan(file).offsets) == [0, 3, 7]
+    file.write_bytes(b"{}\n[12]\n{}")
+    assert list(scan(file).offsets) == [0, 3, 8]
     with pytest.raises(DataError, match="cannot read"):
         scan(tmp_path / "missing.jsonl")
