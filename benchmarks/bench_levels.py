@@ -50,7 +50,7 @@ def accepted_length(level: str, recipe: str, prompts: Path) -> tuple[float, floa
             "--recipe",
             recipe,
         ]
-        run(*train, "--set", f"data.cache=[{cache}]", "--set", f"output={place}/run")
+        run(*train, "--set", f"data.cache=[{cache}]", "--set", f"cache.level={level}", "--set", f"output={place}/run")
         run(sys.executable, "tools/zero_to_fp32.py", f"{place}/run", f"{place}/draft")
     if not (place / "results" / "results.json").exists():
         evaluate = [
