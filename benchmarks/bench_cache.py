@@ -5,7 +5,8 @@
     python benchmarks/bench_cache.py build  --target SMOL --work DIR [--processes 2]
 
 SMOL is a Hugging Face folder; docs/cache.md says how the measured one (SmolLM2-135M-Instruct) was made. Text: the
-standard library's source. One thread; on a shared machine run it twice and take the better figures.
+standard library's source. One thread; on a shared machine run it twice and take the better figures. ``--json FILE``
+writes the bars.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from bars import Bars, at_least, at_most, write_bars
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -51,6 +53,7 @@ LAYERS = (1, 7, 14, 21, 27)
 WINDOW = 512  # tokens
 WIDTH = 2560  # of the reading benchmark: windows joined side by side
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+SIZE_LIMITS = {"lossless": 0.68, "near": 0.52, "compact": 0.47, "smallest": 0.40}  # of raw
 SKIPPED = 512  # rows that the codecs were calibrated on are not measured
 
 
@@ -116,8 +119,9 @@ def measure_level(name: str, array: str, values: NDArray[np.uint16]) -> tuple[di
     return {**found, "error": float(np.median(np.sqrt(error)))}, out
 
 
-def run_levels(options: argparse.Namespace) -> None:
+def run_levels(options: argparse.Namespace) -> Bars:
     """The table of docs/cache.md."""
+    bars: Bars = {}
     target = load_target(options.target, torch.bfloat16)
     features, last = hidden_states(target, 20)
     share = features.shape[2] / (features.shape[2] + last.shape[2])
@@ -136,6 +140,13 @@ def run_levels(options: argparse.Namespace) -> None:
             f"      {mean:.4f} / {tail:.4f}",
             flush=True,
         )
+        if name in SIZE_LIMITS:
+            bars[f"{name} of raw"] = at_most(ratio, SIZE_LIMITS[name])
+        if name == "lossless":
+            bars["lossless decode GB/s"] = at_least(speed["decode"], 1.2)
+        if name in ("near", "compact"):
+            bars[f"{name} TV"] = at_most(mean, 0.005)
+    return bars
 
 
 def joined(states: NDArray[np.uint16], layers: int) -> NDArray[np.uint16]:
@@ -255,7 +266,7 @@ def drop_caches(folder: Path) -> None:
         os.close(handle)
 
 
-def measure_cold(work: Path, levels: list[str], plan: list[list[int]], repeats: int) -> None:
+def measure_cold(work: Path, levels: list[str], plan: list[list[int]], repeats: int) -> dict[str, float]:
     """Samples that come once, files out of the page cache; nothing may map them meanwhile, or their pages stay."""
     seen: set[int] = set()
     once = []
@@ -270,20 +281,25 @@ def measure_cold(work: Path, levels: list[str], plan: list[list[int]], repeats: 
             dataset: Any = MemoryMap(work) if name == "memory map" else Ours(work / name)
             found.setdefault(name, []).append(rate(partial(threaded, dataset, once, 2)))
             del dataset
-    base = statistics.median(found["memory map"])
-    for name, values in found.items():
-        value = statistics.median(values)
-        print(f"{'cold':12s} {name:11s} {value:6.2f} GB/s  {value / base:5.2f}x", flush=True)
+    return table("cold", {name: statistics.median(values) for name, values in found.items()})
 
 
-def run_read(options: argparse.Namespace) -> None:
+def table(kind: str, rates: dict[str, float]) -> dict[str, float]:
+    """Print the rates of one way of reading; give each as a multiple of the memory map's."""
+    base = rates["memory map"]
+    for name, value in rates.items():
+        print(f"{kind:12s} {name:11s} {value:6.2f} GB/s  {value / base:5.2f}x", flush=True)
+    return {name: value / base for name, value in rates.items()}
+
+
+def run_read(options: argparse.Namespace) -> Bars:
     """Random samples into padded batches, side by side with the memory map."""
     work, levels = Path(options.work), options.levels.split(",")
     work.mkdir(parents=True, exist_ok=True)
     make_caches(load_target(options.target, torch.bfloat16), work, options.samples, levels)
     dice = np.random.default_rng(0)
     plan = [dice.permutation(options.samples)[:4].tolist() for _ in range(options.batches)]
-    measure_cold(work, levels, plan, options.repeats)
+    factors = {"cold": measure_cold(work, levels, plan, options.repeats)}
     ways = {"memory map": loaders(MemoryMap(work), plan)}
     ways |= {level: loaders(Ours(work / level), plan) for level in levels}
     found: dict[tuple[str, str], list[float]] = {}
@@ -292,13 +308,14 @@ def run_read(options: argparse.Namespace) -> None:
             for name in ways:  # one behind the other, so that a busy moment hits all of them
                 found.setdefault((kind, name), []).append(rate(ways[name][kind]))
     for kind in ("0 workers", "2 threads", "2 processes"):
-        base = statistics.median(found[kind, "memory map"])
-        for name in ways:
-            value = statistics.median(found[kind, name])
-            print(f"{kind:12s} {name:11s} {value:6.2f} GB/s  {value / base:5.2f}x", flush=True)
+        factors[kind] = table(kind, {name: statistics.median(found[kind, name]) for name in ways})
     print(
         f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6:.2f} GB (memory-mapped pages included)"
     )
+    limits = {"cold": {"lossless": 1.1}, "0 workers": {"raw": 0.8, "lossless": 0.4}}
+    limits |= {kind: {"raw": 1.0, "lossless": 0.7} for kind in ("2 threads", "2 processes")}
+    wanted = [(kind, level) for kind in limits for level in limits[kind] if level in levels]
+    return {f"{level}, {kind}": at_least(factors[kind][level], limits[kind][level]) for kind, level in wanted}
 
 
 # -- building ---------------------------------------------------------------------------------------------------------
@@ -345,12 +362,13 @@ def bare_forward(recipe_path: Path, data: Path, parts: list[dict[str, Any]], bud
     return tokens, seconds
 
 
-def run_bare(options: argparse.Namespace) -> None:
+def run_bare(options: argparse.Namespace) -> Bars:
     """One process of the bare forward (started by `build`)."""
     work = Path(options.work)
     plan = json.loads((work / "cache" / "plan.json").read_text())
     share = plan["parts"][options.rank :: options.processes]
     print(*bare_forward(work / "recipe.yaml", work / "conversations.jsonl", share, plan["tokens_per_batch"]))
+    return {}
 
 
 def time_build(options: argparse.Namespace, recipe: Path, data: Path) -> float:
@@ -379,7 +397,7 @@ def time_bare(options: argparse.Namespace) -> float:
     return sum(float(tokens) / float(seconds) for tokens, seconds in outcomes)
 
 
-def run_build(options: argparse.Namespace) -> None:
+def run_build(options: argparse.Namespace) -> Bars:
     """A build against the bare forward, one after the other, several times."""
     work = Path(options.work)
     work.mkdir(parents=True, exist_ok=True)
@@ -392,6 +410,7 @@ def run_build(options: argparse.Namespace) -> None:
             f"{options.processes} processes: build {built:,.0f} tokens/s, bare forward {bare:,.0f}: {ratios[-1]:.3f}x"
         )
     print(f"median {statistics.median(ratios):.3f}x")
+    return {f"build over bare forward, {options.processes} processes": at_least(statistics.median(ratios), 0.9)}
 
 
 def main() -> None:
@@ -407,10 +426,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--conversations", type=int, default=128)
     parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="write the bars there")
     parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    {"levels": run_levels, "read": run_read, "build": run_build, "bare": run_bare}[options.benchmark](options)
+    runs = {"levels": run_levels, "read": run_read, "build": run_build, "bare": run_bare}
+    write_bars(options.json, runs[options.benchmark](options))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Bar 3: prepare 100,000 conversations in bounded memory, and render them at a rate that keeps up with a cache build.
 
-    python benchmarks/bench_data.py [--rows 100000] [--tokenizer FOLDER] [--family qwen3]
+    python benchmarks/bench_data.py [--rows 100000] --tokenizer FOLDER [--family qwen3] [--json FILE]
 
 Prints rows/s, tokens/s of one core, and the peak memory of the process after 10 % and at the end: what grows in between
 is what a row costs for good (its hash).
@@ -15,12 +15,14 @@ import time
 from itertools import islice
 from pathlib import Path
 
+from bars import at_least, at_most, write_bars
 from transformers import AutoTokenizer
 
 from deepspec.data.chat import RenderCounts, Renderer, render_rows
 from deepspec.data.conversations import read_conversations
 from deepspec.data.prepare import PrepareOptions, prepare
 
+NODE_RATE = 400_000  # tokens/s of a bare Qwen3-4B forward on 8 GPUs at 400 TFLOP/s each (8 GFLOP a token)
 COMMON = "the of and to in is that it for on with as are be this we can how what why when number answer"
 WORDS = Path(__file__).read_text().split() + COMMON.split() * 20
 
@@ -52,6 +54,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="folder of a tokenizer with its chat template")
     parser.add_argument("--family", default="qwen3")
     parser.add_argument("--rendered", type=int, default=4000, help="conversations to render")
+    parser.add_argument("--json", type=Path, help="write the bars there")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         source, base = Path(folder) / "in.jsonl", peak_mib()
@@ -81,6 +84,11 @@ def main() -> None:
             f"render with mask: {counts.rendered} conversations of {mean:.0f} tokens: {counts.tokens / rendering:,.0f} "
             f"tokens/s on one core; prepare at that length: {args.rows * mean / seconds:,.0f} tokens/s"
         )
+        grown = at_most(whole / tenth, 1.5)  # ten times the rows
+        bars = {"memory of all rows over a tenth's": grown}
+        bars["prepare, tokens/s"] = at_least(args.rows * mean / seconds, NODE_RATE)
+        bars["render, tokens/s per core"] = at_least(counts.tokens / rendering, NODE_RATE / 8)
+        write_bars(args.json, bars)
 
 
 if __name__ == "__main__":

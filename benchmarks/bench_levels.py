@@ -14,7 +14,8 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+
+from bars import Bars, at_most, write_bars
 
 from deepspec.distributed import free_port
 
@@ -83,17 +84,15 @@ def main() -> None:
     if not prompts.exists():
         held_out = ("--train", "1500", "--held-out", str(given.prompts), "--output", str(prompts.parent))
         run(sys.executable, "-m", "deepspec.quickstart", "prompts", *held_out)
-    bars: dict[str, Any] = {}
+    bars: Bars = {}
     exact, _ = accepted_length("lossless", given.recipe, prompts)
     print("| level | bytes per token | accepted length T=0 | against lossless |\n|---|---|---|---|")
     for level in ["lossless", *given.levels]:
         length, size = accepted_length(level, given.recipe, prompts)
         print(f"| {level} | {size:,.0f} | {length:.3f} | {length / exact - 1:+.1%} |", flush=True)
         if level != "lossless":
-            loss = 1 - length / exact
-            bars[f"{level} accepted length lost"] = {"value": round(loss, 4), "limit": 0.02, "holds": loss <= 0.02}
-    if given.json:
-        given.json.write_text(json.dumps({"bars": bars}, indent=1))
+            bars[f"{level} accepted length lost"] = at_most(1 - length / exact, 0.02)
+    write_bars(given.json, bars)
 
 
 if __name__ == "__main__":

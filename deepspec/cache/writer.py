@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -71,7 +72,7 @@ def temporary_part(folder: Folder, name: str) -> Path:
     """Where a part is written before the folder takes it over."""
     if isinstance(folder, LocalFolder):
         return folder.path / PARTS / f".{name}.{os.getpid()}.tmp"
-    return Path(tempfile.mkdtemp(prefix="deepspec-cache-")) / name
+    return Path(tempfile.gettempdir()) / f"deepspec-cache-{name}-{secrets.token_hex(8)}"
 
 
 class PartWriter:
