@@ -103,6 +103,8 @@ def test_prepare_drops_and_splits_without_a_leak(tmp_path: Path) -> None:
     assert again == report
     for name in ("train.jsonl", "held_out.jsonl"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
+    prepare(PrepareOptions(options.sources, 0.0), tmp_path / "again")
+    assert not list((tmp_path / "again").glob("held_out*")), "an earlier run's held-out rows are training rows now"
 
 
 def test_mixing_follows_the_weights_until_a_source_ends() -> None:

@@ -12,15 +12,12 @@ from typing import Any
 
 from deepspec.cache.folders import Folder
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
-from deepspec.data.chat import Rendered, Renderer
+from deepspec.data.chat import Rendered, Renderer, render_row
 from deepspec.data.conversations import row_problem
 from deepspec.errors import CacheError, DataError
 
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
-MIN_SAMPLES, MIN_PARTS = (
-    64,
-    32,
-)  # small data sets are cut finer, so that several ranks and a restart have something of it
+MIN_SAMPLES, MIN_PARTS = 64, 32  # small data sets are cut finer, so that ranks and a restart have something of it
 PROBED_ROWS = 64  # rendered to learn the mean length
 
 
@@ -117,16 +114,8 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
 
 
 def render(renderer: Renderer, row: dict[str, Any] | str, min_supervised: int) -> Rendered | str:
-    """A row's tokens, or why it cannot be used."""
-    if isinstance(row, str):
-        return row
-    try:
-        rendered = renderer.conversation(row["messages"], row.get("tools"))
-    except DataError as problem:
-        return problem.problem
-    if rendered.supervised < min_supervised:
-        return f"fewer than {min_supervised} supervised tokens"
-    return rendered
+    """A row's tokens, or why it cannot be used; a row that is none already says what is wrong with it."""
+    return row if isinstance(row, str) else render_row(renderer, row, min_supervised)
 
 
 def mean_tokens(source: Source, renderer: Renderer, min_supervised: int) -> float:

@@ -377,21 +377,27 @@ class RenderCounts:
         self.examples.setdefault(reason, sample)
 
 
+def render_row(renderer: Renderer, row: Mapping[str, Any], min_supervised: int) -> Rendered | str:
+    """A row's tokens and mask, or the reason why it cannot be used."""
+    try:
+        rendered = renderer.conversation(row["messages"], row.get("tools"))
+    except NoSupervision:
+        return "no supervised token"
+    except DataError as problem:
+        return problem.problem
+    if rendered.supervised < min_supervised:
+        return f"fewer than {min_supervised} supervised tokens"
+    return rendered
+
+
 def render_rows(
     renderer: Renderer, rows: Iterable[Mapping[str, Any]], min_supervised: int, counts: RenderCounts
 ) -> Iterator[tuple[Mapping[str, Any], Rendered]]:
     """Render conversations one at a time; those that cannot be used are counted by reason, not passed over."""
     for row in rows:
-        try:
-            rendered = renderer.conversation(row["messages"], row.get("tools"))
-        except NoSupervision:
-            counts.drop("no supervised token", row["id"])
-            continue
-        except DataError as problem:
-            counts.drop(problem.problem, row["id"])
-            continue
-        if rendered.supervised < min_supervised:
-            counts.drop(f"fewer than {min_supervised} supervised tokens", row["id"])
+        rendered = render_row(renderer, row, min_supervised)
+        if isinstance(rendered, str):
+            counts.drop(rendered, row["id"])
             continue
         counts.rendered += 1
         counts.tokens += len(rendered.input_ids)

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import random
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,9 +173,19 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
             if report.train + report.held_out == options.limit:
                 break
     progress.finish()
+    if held_out is None:
+        _remove_earlier(output / "held_out.jsonl")
     values = {"read": report.read, "kept": report.kept, "dropped": report.dropped}
     write_json(output / "report.json", values | {"train": report.train, "held_out": report.held_out})
     return report
+
+
+def _remove_earlier(path: Path) -> None:
+    """Take away what an earlier run held out: beside the new train.jsonl it could hold prompts of it."""
+    for one in (Path(f"{path}.manifest.json"), path):
+        if one.exists():
+            one.unlink()
+            print(f"prepare: removed {one} of an earlier run; this one holds nothing out", file=sys.stderr)
 
 
 def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int]) -> tuple[dict[str, Any], float]:
