@@ -32,7 +32,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def memory_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "open_source", lambda recipe, target: tools.MemorySource(target))
+    monkeypatch.setattr(run, "open_source", tools.open_memory)
 
 
 def trainer_of(recipe: Path, world: World, *overrides: str, profile: bool = False) -> Trainer:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 import yaml
 
+from deepspec.targets import load_target
+
 ROOT = Path(__file__).parents[1]
 LAYERS = [0, 1, 2]
 DRAFTS: dict[str, dict[str, Any]] = {
@@ -93,6 +95,11 @@ class MemorySource:
 
     def fingerprint(self) -> dict[str, object]:
         return {"source": "memory", "count": len(self.samples)}
+
+
+def open_memory(recipe: Any, _target: Any, count: int = 24) -> MemorySource:
+    """In place of `run.open_source`: the memory source of the recipe's target."""
+    return MemorySource(load_target(recipe.target.path, torch.float32), count)
 
 
 def write_recipe(folder: Path, target: Path, algorithm: str = "dspark", zero: str = "zero1_fp32", **train: Any) -> Path:

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("jobs")
     parser.add_argument("--local_rank")
     options = parser.parse_args()
-    run.open_source = lambda recipe, target: tools.MemorySource(target)
+    run.open_source = tools.open_memory
     world = start_processes()
     for job in json.loads(Path(options.jobs).read_text()):
         train(job, world)

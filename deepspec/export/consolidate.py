@@ -16,7 +16,7 @@ from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError
 from deepspec.export.manifest import Manifest, read_manifest, steps_of
 from deepspec.recipe import recipe_from_dict
-from deepspec.targets import load_spec, load_target
+from deepspec.targets import load_spec, load_target_ends
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -138,7 +138,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
 def _frozen_weights(recipe: Any, manifest: Manifest, kind: torch.dtype, folder: Path) -> dict[str, Tensor]:
     """The target's embedding and head, if it is still the target of the training."""
     trained_on = getattr(torch, recipe.target.dtype)
-    target = load_target(recipe.target.path, trained_on, "cpu", recipe.target.revision)
+    target = load_target_ends(recipe.target.path, trained_on, "cpu", recipe.target.revision)
     digest = target.weights_digest()
     if digest != manifest.target_digest:
         raise CheckpointError(

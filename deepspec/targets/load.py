@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -229,13 +229,18 @@ class Target:
 
     def weights_digest(self) -> str:
         """SHA-256 over every tensor's name, shape, dtype and a sample of its values; costs milliseconds."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            flat = tensor.detach().reshape(-1)
-            step = max(1, flat.numel() // 1024)
-            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-            digest.update(flat[::step].float().cpu().numpy().tobytes())
-        return digest.hexdigest()
+        return tensors_digest(sorted(self.model.state_dict().items()))
+
+
+def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, shapes, dtypes and a sample of the values of (name, tensor) pairs, in the order given."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        step = max(1, flat.numel() // 1024)
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(flat[::step].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

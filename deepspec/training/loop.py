@@ -141,9 +141,11 @@ class Trainer:
         values = self.meter.take()
         values["lr"] = self.train.lr * lr_factor(done - 1, self.total_steps, self.train.warmup_ratio)
         values["grad_norm"] = self.engine.grad_norm()
-        waited, self.feeder.wait_seconds = self.feeder.wait_seconds, 0.0
+        waited = torch.zeros(self.engine.world.size, dtype=torch.float64)
+        waited[self.engine.world.rank], self.feeder.wait_seconds = self.feeder.wait_seconds, 0.0
+        longest = self.engine.sum(waited).max().item()  # the rank that waits longest holds all others up
         if self.reporter is not None:
-            self.reporter.training(done, values, waited)
+            self.reporter.training(done, values, longest)
 
     def _validate(self, done: int) -> bool:
         """Measure; returns whether this is the best so far and to be kept."""

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 from deepspec.cache.fingerprint import require_fingerprint
 from deepspec.cache.reader import TargetCache
 from deepspec.recipe import Recipe
-from deepspec.targets import Target, load_tokenizer
+from deepspec.targets import Target, TargetEnds, load_tokenizer
 from deepspec.training.online import OnlineSource
 from deepspec.training.sources import CacheSource, FeatureSource
 
 
-def open_source(recipe: Recipe, target: Target) -> FeatureSource:
-    """The training data.
+def open_source(recipe: Recipe, target: TargetEnds | Target) -> FeatureSource:
+    """The training data; ``target`` is the whole one where the source is online.
 
     Raises:
         CacheError: no cache, a broken one, or one of other data or of another target than the recipe's.
         DataError: conversations that cannot be used.
     """
     if recipe.data.source == "online":
-        return OnlineSource(recipe, target, str(recipe.data.conversations))
+        return OnlineSource(recipe, cast(Target, target), str(recipe.data.conversations))
     return open_caches(recipe.data.cache, recipe, target)
 
 
-def open_validation(recipe: Recipe, target: Target) -> FeatureSource | None:
+def open_validation(recipe: Recipe, target: TargetEnds | Target) -> FeatureSource | None:
     """The held-out data of ``train.validation``; None without that section.
 
     Raises:
@@ -35,12 +36,12 @@ def open_validation(recipe: Recipe, target: Target) -> FeatureSource | None:
         return None
     path = recipe.train.validation.path
     if recipe.data.source == "online":
-        return OnlineSource(recipe, target, path)
+        return OnlineSource(recipe, cast(Target, target), path)
     anything = replace(recipe, data=replace(recipe.data, conversations=None))  # other conversations than in training
     return open_caches([path], anything, target)
 
 
-def open_caches(paths: Sequence[str], recipe: Recipe, target: Target) -> CacheSource:
+def open_caches(paths: Sequence[str], recipe: Recipe, target: TargetEnds | Target) -> CacheSource:
     """Caches that fit the recipe."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
     caches = [TargetCache.open(path) for path in paths]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from deepspec.batch import Batch
 from deepspec.errors import DeepSpecError
+from deepspec.files import write_text
 from deepspec.metrics import LossTerms
 from deepspec.recipe import Recipe
 
@@ -114,10 +115,10 @@ class Writer(Protocol):
 class TensorBoardWriter:
     """Event files under ``<run>/tensorboard``."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.events = SummaryWriter(str(run / "tensorboard"))
+        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, group: str, values: dict[str, Any], step: int) -> None:
         """One scalar per number; a list gives one per position."""
@@ -163,13 +164,18 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
 
 
 class Reporter:
-    """The run's voice on rank 0: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases."""
+    """The run's voice on rank 0: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
+
+    A run that goes on after ``first_step`` steps does later ones again (it was killed after its last checkpoint): their
+    rows are taken out of the log first, so that each step stands there once.
+    """
 
     def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
         self.run, self.total, self.first = run, total_steps, first_step
+        cut_log(run / "log.jsonl", first_step)
         self.writers: list[Writer] = []
         if recipe.train.tensorboard:
-            self.writers.append(TensorBoardWriter(run))
+            self.writers.append(TensorBoardWriter(run, first_step))
         if recipe.train.wandb_project:
             self.writers.append(WandbWriter(recipe, run))
         self.begun = self.last = time.perf_counter()
@@ -216,6 +222,16 @@ class Reporter:
         """Flush all writers."""
         for writer in self.writers:
             writer.close()
+
+
+def cut_log(path: Path, last: int) -> None:
+    """Keep the rows of steps up to ``last``; what a kill left half written is no row."""
+    if not path.exists():
+        return
+    text = path.read_text(encoding="utf-8")
+    kept = [line for line in text.splitlines(keepends=True) if line.endswith("\n") and json.loads(line)["step"] <= last]
+    if len("".join(kept)) < len(text):
+        write_text(path, "".join(kept))
 
 
 def memory_gb() -> float:

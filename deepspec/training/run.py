@@ -18,7 +18,7 @@ from deepspec.distributed import World, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
 from deepspec.recipe import Recipe, load_recipe
-from deepspec.targets import Target, load_spec, load_target
+from deepspec.targets import Target, TargetEnds, load_spec, load_target, load_target_ends
 from deepspec.training import checkpoints as store
 from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
 from deepspec.training.feeder import Feeder
@@ -59,7 +59,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         if world.is_main and start.folder is not None:
             print(f"resuming {start.folder}, {total} steps in all", *start.changes, sep="\n  changed: ", flush=True)
         trainer = assemble(prepared, world, profile)
-        del prepared  # and with it the target's layers, where neither data nor validation run them
+        del prepared
         trainer.run(start.step)
         trainer.engine.close()
         return 0
@@ -102,7 +102,7 @@ class Prepared:
     """Everything that can be wrong with a run's input, opened and checked; made without talking to other ranks."""
 
     recipe: Recipe
-    target: Target
+    target: TargetEnds | Target
     source: FeatureSource
     held_out: FeatureSource | None
     plan: Plan
@@ -118,9 +118,8 @@ def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_cha
     """
     recipe = load_recipe(path, overrides)
     settings = deepspeed_settings(recipe.train, world.size)
-    name, revision = recipe.target.path, recipe.target.revision
-    recipe = recipe.for_target(load_spec(name, revision))
-    target = load_target(name, DTYPES[recipe.target.dtype], pick_device(world.local_rank), revision)
+    recipe = recipe.for_target(load_spec(recipe.target.path, recipe.target.revision))
+    target = frozen_target(recipe, pick_device(world.local_rank))
     source = open_source(recipe, target)
     plan = plan_of(recipe, source)
     manifest = store.Manifest(
@@ -136,6 +135,14 @@ def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_cha
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
     return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
+
+
+def frozen_target(recipe: Recipe, device: torch.device) -> TargetEnds | Target:
+    """The whole target where the run feeds it (online, or decoding in validations), else its embedding and head."""
+    validation = recipe.train.validation
+    runs = recipe.data.source == "online" or (validation is not None and validation.decode_every is not None)
+    load = load_target if runs else load_target_ends
+    return load(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
 
 
 def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
-from deepspec.targets import Target
+from deepspec.targets import Target, TargetEnds
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
 from deepspec.training.sources import FeatureSource, collate
@@ -29,15 +29,17 @@ class HeldOut:
         recipe: of the run.
         section: its `train.validation`.
         source: the held-out samples.
-        target: decodes; it is only run where `decode_every` is set.
+        target: decodes; the whole one where `decode_every` is set.
     """
 
-    def __init__(self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: Target) -> None:
+    def __init__(
+        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEnds | Target
+    ) -> None:
         self.recipe, self.section, self.source = recipe, section, source
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
         self.target: Target | None = None
         if section.decode_every is not None:
-            self.target = target
+            self.target = cast(Target, target)
             self.stops = load_renderer(recipe, target.spec).stop_token_ids
             count = min(section.decode_prompts, len(source.lengths))
             self.prompts = [_prompt(sample) for sample in source.load(range(count))]
