@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from deepspec.errors import DeepSpecError
+from deepspec.quickstart.plan import plan
 from deepspec.quickstart.runner import Runner, stage_seconds
-from deepspec.quickstart.stages import PYTHON, Stage, plan
+from deepspec.quickstart.stages import PYTHON, Stage
 from deepspec.registry import ALGORITHMS
 
 

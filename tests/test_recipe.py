@@ -91,6 +91,7 @@ def test_every_recipe_file_loads_and_survives_saving(path: Path, tmp_path: Path)
 def test_the_folder_holds_the_twelve_and_the_quickstart() -> None:
     names = {path.stem for path in RECIPES.glob("*.yaml")}
     wanted = {f"{a}_{t}" for a in ALGORITHMS for t in PUBLISHED_TARGETS} | {f"quickstart_{a}" for a in ALGORITHMS}
+    wanted |= {f"{a}_smollm2_135m" for a in ALGORITHMS}
     assert wanted <= names
 
 

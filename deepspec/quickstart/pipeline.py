@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import time
 
+from deepspec.quickstart.plan import LOGS, ROOT, plan
 from deepspec.quickstart.report import write_report
 from deepspec.quickstart.runner import Runner
-from deepspec.quickstart.stages import LOGS, ROOT, plan
 
 
 def quickstart() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from deepspec.evaluate.report import figure, html_table, page, plot_positions
 from deepspec.files import read_json, write_json, write_text
+from deepspec.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
 from deepspec.quickstart.runner import stage_seconds
-from deepspec.quickstart.stages import LOGS, ROOT, recipe_of, results_folder
 from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 

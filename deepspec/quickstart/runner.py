@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -69,6 +72,7 @@ class Runner:
                 self._say(stage, f"whole already ({stage.whole})")
         waiting = [stage for stage in self.stages if stage.name not in self.whole]
         waiting.sort(key=lambda stage: -stage.cores)  # the wide ones first: narrow ones leave no core idle at the end
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with this process
         try:
             while waiting or self.running:
                 for stage in [one for one in waiting if self._may_start(one)]:
@@ -80,8 +84,10 @@ class Runner:
                 self._show_progress()
         finally:
             for one in self.running:
-                one.process.terminate()
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+                    os.killpg(one.process.pid, signal.SIGTERM)
                 one.process.wait()
+            signal.signal(signal.SIGTERM, before)
 
     def _may_start(self, stage: Stage) -> bool:
         return all(need in self.whole for need in stage.needs)
@@ -92,9 +98,14 @@ class Runner:
     def _start(self, stage: Stage) -> None:
         self._say(stage, f"$ {typed(stage)}")
         log = self.logs / f"{stage.name.replace(' ', '-')}.log"
-        with open(log, "wb") as handle:
+        with open(log, "ab") as handle:
+            _own(handle, log)
             process = subprocess.Popen(
-                _resolve(stage.command), stdout=handle, stderr=subprocess.STDOUT, env=_environment()
+                _resolve(stage.command),
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,  # a launcher and its workers end together
             )
         self.running.append(Running(stage, process, log, time.monotonic()))
 
@@ -114,7 +125,7 @@ class Runner:
         problem = f"stage {one.stage.name!r} failed (exit code {one.process.returncode})"
         if one.process.returncode == 0:
             problem = f"stage {one.stage.name!r} ended without writing {one.stage.whole}"
-        remedy = f"mend the cause and run `make quickstart` again; alone: {typed(one.stage)}"
+        remedy = f"mend the cause and run the same command again; alone: {typed(one.stage)}"
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
     def _say(self, stage: Stage, text: str) -> None:
@@ -129,6 +140,20 @@ class Runner:
         width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)
         parts = [f"{one.stage.name} {self._shown - one.started:.0f} s: {one.last_line()}" for one in self.running]
         print("\r\x1b[K" + " | ".join(part[:width] for part in parts), end="", flush=True)
+
+
+def _own(handle: BinaryIO, log: Path) -> None:
+    """Empty the log, unless a process of an earlier run still writes it: every process of a stage shares this lock.
+
+    Raises:
+        DeepSpecError: one does; a second one would work on the same files.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        remedy = "wait until it has ended, or end it, and run the same command again"
+        raise DeepSpecError("a process of an earlier run still works on this stage", file=log, remedy=remedy) from None
+    handle.truncate(0)
 
 
 def typed(stage: Stage) -> str:

@@ -1,96 +1,71 @@
-"""The stages of the quickstart: each one a command that anyone can run again, and the file that says it is whole."""
+"""Stages: each one a command that anyone can run again, and the file that says it is whole.
+
+The functions here write the commands of the pipeline's own tools; which of them make a run is said in ``plan``, and in
+``deepspec.real`` for a real model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.recipe import load_recipe
-from deepspec.registry import ALGORITHMS
 
-ROOT = Path("build/quickstart")  # of everything generated; the recipes name it too
-LOGS = ROOT / "logs"
 PYTHON = "python"  # what a user types; the runner puts its own interpreter there
+Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of the pipeline."""
+    """One command of a pipeline."""
 
     name: str
-    command: tuple[str, ...]
+    command: Names
     whole: Path  # exists = this stage's artefact is whole
-    needs: tuple[str, ...] = ()  # stages that must be whole before
+    needs: Names = ()  # stages that must be whole before
     cores: int = 1  # processes that compute at the same time
 
 
-def recipe_of(algorithm: str) -> str:
-    """The quickstart's recipe file of an algorithm, relative to the checkout."""
-    return f"recipes/quickstart_{algorithm}.yaml"
+def settings(overrides: Sequence[str]) -> Names:
+    """``--set key=value`` for every override of the recipe."""
+    return tuple(word for text in overrides for word in ("--set", text))
 
 
-def draft_folder(algorithm: str) -> Path:
-    """Where the finished draft stands."""
-    return ROOT / f"{algorithm}-draft"
+def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+    """The target answers ``prompts`` in this process."""
+    command = (PYTHON, "tools/regenerate.py", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
+    return Stage(name, command + settings(overrides), Path(f"{output}.manifest.json"), needs)
 
 
-def results_folder(algorithm: str) -> Path:
-    """Where the evaluation of the draft stands."""
-    return ROOT / f"{algorithm}-results"
+def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+    """The target's hidden states over ``data``."""
+    command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
+    return Stage(name, command + settings(overrides), output / "manifest.json", needs)
 
 
-def plan() -> list[Stage]:
-    """All stages, in an order in which each one's needs come before it."""
-    prompts, target, cache, answers = ROOT / "prompts", ROOT / "target", ROOT / "cache", ROOT / "conversations.jsonl"
-    shared = recipe_of("dspark")  # target, sampling and data of the three recipes are the same
-    own = (PYTHON, "-m", "deepspec.quickstart")
-    from_prompts = ("--prompts", str(prompts / "train.jsonl"))
-    stages = [
-        Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),
-        Stage("target", (*own, "target", "--output", str(target)), target / "target.json"),
-        Stage(
-            "answers",
-            (PYTHON, "tools/regenerate.py", "--recipe", shared, *from_prompts, "--output", str(answers)),
-            Path(f"{answers}.manifest.json"),
-            ("prompts", "target"),
-        ),
-        Stage(
-            "cache",
-            (PYTHON, "tools/build_cache.py", "--recipe", shared, "--data", str(answers), "--output", str(cache)),
-            cache / "manifest.json",
-            ("answers",),
-        ),
-    ]
-    for algorithm in ALGORITHMS:
-        stages += draft_stages(algorithm)
-    return stages
+def train(name: str, recipe: str, needs: Names, processes: int = 2, overrides: Names = ()) -> Stage:
+    """A draft, trained by so many processes under DeepSpeed's launcher; the recipe states ``train.max_steps``."""
+    read = load_recipe(recipe, overrides)
+    command = ("deepspeed", "-q", "--num_gpus", str(processes), "launch/train.py", "--recipe", recipe)
+    checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
+    return Stage(name, command + settings(overrides), checkpoint / "manifest.json", needs, processes)
 
 
-def draft_stages(algorithm: str) -> list[Stage]:
-    """Training, export and evaluation of one algorithm's draft."""
-    recipe = load_recipe(recipe_of(algorithm))
-    run, draft, results = Path(recipe.output), draft_folder(algorithm), results_folder(algorithm)
-    train = ("deepspeed", "-q", "--num_gpus", "2", "launch/train.py", "--recipe", recipe_of(algorithm))
-    evaluate: tuple[str, ...] = (
-        PYTHON,
-        "-m",
-        "deepspec.evaluate",
-        "--target",
-        recipe.target.path,
-        "--draft",
-        str(draft),
-    )
-    evaluate += ("--tasks", str(ROOT / "prompts" / "held_out.jsonl"), "--output", str(results))
-    evaluate += ("--temperature", *(f"{t:g}" for t in recipe.evaluate.temperature))
-    evaluate += ("--max-new-tokens", str(recipe.evaluate.max_new_tokens))
-    checkpoint = run / "checkpoints" / f"step_{recipe.train.max_steps}" / "manifest.json"
-    return [
-        Stage(f"train {algorithm}", train, checkpoint, ("cache",), cores=2),
-        Stage(
-            f"export {algorithm}",
-            (PYTHON, "tools/zero_to_fp32.py", str(run), str(draft)),
-            draft / "provenance.json",
-            (f"train {algorithm}",),
-        ),
-        Stage(f"evaluate {algorithm}", evaluate, results / "results.json", (f"export {algorithm}",)),
-    ]
+def export(name: str, checkpoint: Path, draft: Path, needs: Names) -> Stage:
+    """A checkpoint, or a run's newest one, as a draft folder."""
+    command = (PYTHON, "tools/zero_to_fp32.py", str(checkpoint), str(draft))
+    return Stage(name, command, draft / "provenance.json", needs)
+
+
+def evaluate(
+    name: str, recipe: str, draft: Path, tasks: Sequence[Path], output: Path, needs: Names,
+    more: Names = (), overrides: Names = (),
+) -> Stage:  # fmt: skip
+    """Decode ``tasks`` with a draft at the recipe's temperatures; ``more`` are further words for the evaluator."""
+    read = load_recipe(recipe, overrides)
+    command: Names = (PYTHON, "-m", "deepspec.evaluate", "--target", read.target.path, "--draft", str(draft))
+    command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output))
+    command += ("--temperature", *(f"{t:g}" for t in read.evaluate.temperature))
+    command += ("--max-new-tokens", str(read.evaluate.max_new_tokens), *more)
+    return Stage(name, command, output / "results.json", needs)
