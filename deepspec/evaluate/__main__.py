@@ -1,8 +1,9 @@
-"""Measure a draft: ``python -m deepspec.evaluate --target T --draft D``."""
+"""Measure a draft: ``python -m deepspec.evaluate --target T --draft D``; ``compare RUN RUN ...``: runs side by side."""
 
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from deepspec.errors import run_main
@@ -21,22 +22,29 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=980406)
     parser.add_argument("--thinking", action="store_true", help="let the target think (its template's own switch)")
     parser.add_argument("--system-prompt")
+    parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as published")
     parser.add_argument("--confidence-threshold", type=float, default=0.0, help="verify as far as the draft is sure")
     parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--output", help="default: DRAFT/evaluation")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     return parser.parse_args()
 
 
 def main() -> int:
     """Run, write, print the table."""
+    if sys.argv[1:2] == ["compare"]:
+        from deepspec.evaluate.compare import main as compare
+
+        return compare(sys.argv[2:])
     given = parse()
 
-    from deepspec.distributed import pick_device
+    from deepspec.distributed import pick_device, world_from_environment
     from deepspec.evaluate.report import markdown, write_report
     from deepspec.evaluate.run import Evaluation, Options
 
     output = given.output or str(Path(given.draft) / "evaluation")
+    world = world_from_environment()
     options = Options(
         target=given.target,
         draft=given.draft,
@@ -51,13 +59,15 @@ def main() -> int:
         system_prompt=given.system_prompt,
         confidence_threshold=given.confidence_threshold,
         plain=not given.no_plain,
+        first_turn=given.first_turn,
         dtype=given.dtype,
-        device=str(pick_device()),
+        device=str(pick_device(world.local_rank)),
     )
-    results = Evaluation(options).run()
-    write_report(results, Path(output))
-    print(markdown(results))
-    print(f"\n{output}/results.json, {output}/report.html")
+    results = Evaluation(options, world).run()
+    if results is not None:
+        write_report(results.to_row(), Path(output))
+        print(markdown(results.to_row()))
+        print(f"\n{output}/results.json, {output}/report.html")
     return 0
 
 

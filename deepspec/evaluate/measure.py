@@ -1,14 +1,16 @@
-"""What is measured of generations: accepted length, acceptance by position, verify rate, confidence intervals."""
+"""What is measured of generations: accepted length, acceptance by position, verify rate, times, intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
 RESAMPLES = 1000  # of the bootstrap
+MACRO = "macro"  # the name of the average over tasks
+PHASES = ("prefill", "draft", "verify", "head", "other")
 
 
 @dataclass
@@ -16,7 +18,7 @@ class PromptResult:
     """The outcome of one prompt (all its turns) at one temperature: a row of results.jsonl."""
 
     task: str
-    index: int
+    index: int  # the prompt's place in its file or data set
     temperature: float
     output_tokens: int
     committed: list[int]  # tokens of each round, the bonus token included
@@ -24,7 +26,13 @@ class PromptResult:
     accepted: list[int]  # of them, accepted
     confidence: list[list[float]] = field(default_factory=list)  # logits of each round's slots
     equal_to_plain: bool | None = None  # greedy output equal to plain decoding, token for token
-    text: str = ""
+    finish: str = ""  # of the last turn: "stop" or "length"
+    output_sha: str = ""  # of the token ids of all turns
+    steps: int = 0  # rounds of the batch since the row before (of the prompt, in batches of one)
+    seconds: dict[str, float] = field(default_factory=dict)  # a phase and "total", since the row before
+    plain_tokens: int | None = None  # of plain decoding of the same prompt
+    plain_seconds: float | None = None
+    text: str = ""  # the answer to the last turn
 
     def to_row(self) -> dict[str, Any]:
         """A JSON value."""
@@ -46,23 +54,47 @@ class Summary:
     prefix: list[float]  # P(the first k slots all accepted)
     verify_rate: float  # accepted drafted tokens / verified drafted tokens
     equal_to_plain: float | None  # share of prompts whose greedy output equals plain decoding
-    seconds: float = 0.0
+    verified_length: float = 0.0  # drafted tokens verified a round
+    seconds: float = 0.0  # of drafted decoding, all processes together
+    plain_tokens: int | None = None
     plain_seconds: float | None = None
+    speed_up_interval: tuple[float, float] | None = None  # 95 %, bootstrap over prompts
+    steps: int = 0  # rounds of the batch
     phases: dict[str, float] = field(default_factory=dict)  # seconds of prefill, draft, verify, head, other
+    published: float | None = None  # the published accepted length of this target, algorithm and task
 
     @property
     def tokens_per_second(self) -> float:
-        """Output tokens a second of drafted decoding."""
+        """Output tokens a second of drafted decoding, by one process."""
         return self.output_tokens / self.seconds if self.seconds else 0.0
 
     @property
+    def plain_tokens_per_second(self) -> float | None:
+        """The same of plain decoding."""
+        return self.plain_tokens / self.plain_seconds if self.plain_tokens and self.plain_seconds else None
+
+    @property
     def speed_up(self) -> float | None:
-        """Wall-clock: plain seconds / drafted seconds for the same prompts in the same run."""
-        return self.plain_seconds / self.seconds if self.plain_seconds and self.seconds else None
+        """Wall-clock: tokens a second drafted / plain, for the same prompts in the same run."""
+        plain = self.plain_tokens_per_second
+        return self.tokens_per_second / plain if plain and self.seconds else None
+
+    @property
+    def milliseconds_per_step(self) -> dict[str, float]:
+        """Milliseconds of each phase but prefill a round of the batch, and their ``total``."""
+        if not self.steps:
+            return {}
+        each = {phase: 1000 * self.phases.get(phase, 0.0) / self.steps for phase in PHASES if phase != "prefill"}
+        return {**each, "total": sum(each.values())}
 
     def to_row(self) -> dict[str, Any]:
         """A JSON value, derived figures included."""
-        return asdict(self) | {"tokens_per_second": self.tokens_per_second, "speed_up": self.speed_up}
+        return asdict(self) | {
+            "tokens_per_second": self.tokens_per_second,
+            "plain_tokens_per_second": self.plain_tokens_per_second,
+            "speed_up": self.speed_up,
+            "milliseconds_per_step": self.milliseconds_per_step,
+        }
 
 
 def summarise(task: str, temperature: float, results: Sequence[PromptResult], seed: int = 0) -> Summary:
@@ -73,7 +105,7 @@ def summarise(task: str, temperature: float, results: Sequence[PromptResult], se
     accepted = [count for result in results for count in result.accepted]
     conditional, prefix = by_position(proposed, accepted)
     known = [result.equal_to_plain for result in results if result.equal_to_plain is not None]
-    return Summary(
+    summary = Summary(
         task=task,
         temperature=temperature,
         prompts=len(results),
@@ -85,7 +117,72 @@ def summarise(task: str, temperature: float, results: Sequence[PromptResult], se
         prefix=prefix,
         verify_rate=sum(accepted) / max(1, sum(proposed)),
         equal_to_plain=sum(known) / len(known) if known else None,
+        verified_length=sum(proposed) / max(1, len(proposed)),
     )
+    _add_times(summary, results, seed)
+    return summary
+
+
+def _add_times(summary: Summary, results: Sequence[PromptResult], seed: int) -> None:
+    summary.steps = sum(result.steps for result in results)
+    summary.seconds = sum(result.seconds.get("total", 0.0) for result in results)
+    for phase in PHASES:
+        summary.phases[phase] = sum(result.seconds.get(phase, 0.0) for result in results)
+    plain = [(r.plain_tokens, r.plain_seconds) for r in results if r.plain_tokens is not None]
+    if len(plain) < len(results) or not plain or not summary.seconds:
+        return
+    columns = [
+        [float(result.output_tokens) for result in results],
+        [result.seconds.get("total", 0.0) for result in results],
+        [float(tokens or 0) for tokens, _ in plain],
+        [seconds or 0.0 for _, seconds in plain],
+    ]
+    summary.plain_tokens, summary.plain_seconds = int(sum(columns[2])), sum(columns[3])
+    out, seconds, plain_out, plain_seconds = (resampled(np.array(column), seed) for column in columns)
+    ratios = out * plain_seconds / np.maximum(1e-12, seconds * plain_out)
+    summary.speed_up_interval = quantiles(ratios)
+
+
+def macro_averages(summaries: Sequence[Summary]) -> Iterator[Summary]:
+    """One summary ``macro`` per temperature: accepted lengths averaged over tasks, counts and seconds added up."""
+    for temperature in dict.fromkeys(summary.temperature for summary in summaries):
+        group = [summary for summary in summaries if summary.temperature == temperature]
+        # independent tasks: the variance of the mean is the mean variance over their number
+        half = sum(((s.interval[1] - s.interval[0]) / 2) ** 2 for s in group) ** 0.5 / len(group)
+        mean = _mean([summary.accepted_length for summary in group])
+        equal = [summary.equal_to_plain for summary in group if summary.equal_to_plain is not None]
+        plain = [s for s in group if s.plain_seconds is not None and s.plain_tokens is not None]
+        published = [summary.published for summary in group if summary.published is not None]
+        yield Summary(
+            task=MACRO,
+            temperature=temperature,
+            prompts=sum(summary.prompts for summary in group),
+            rounds=sum(summary.rounds for summary in group),
+            output_tokens=sum(summary.output_tokens for summary in group),
+            accepted_length=mean,
+            interval=(mean - half, mean + half),
+            conditional=_positions([summary.conditional for summary in group]),
+            prefix=_positions([summary.prefix for summary in group]),
+            verify_rate=_mean([summary.verify_rate for summary in group]),
+            equal_to_plain=_mean(equal) if equal else None,
+            verified_length=_mean([summary.verified_length for summary in group]),
+            seconds=sum(summary.seconds for summary in group),
+            plain_tokens=sum(s.plain_tokens or 0 for s in plain) if len(plain) == len(group) else None,
+            plain_seconds=sum(s.plain_seconds or 0.0 for s in plain) if len(plain) == len(group) else None,
+            steps=sum(summary.steps for summary in group),
+            phases={phase: sum(summary.phases.get(phase, 0.0) for summary in group) for phase in PHASES},
+            published=_mean(published) if len(published) == len(group) else None,
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _positions(lists: Sequence[Sequence[float]]) -> list[float]:
+    """Position by position the mean over the tasks that have it."""
+    longest = max(map(len, lists), default=0)
+    return [_mean([one[k] for one in lists if len(one) > k]) for k in range(longest)]
 
 
 def by_position(proposed: Sequence[int], accepted: Sequence[int]) -> tuple[list[float], list[float]]:
@@ -100,11 +197,21 @@ def by_position(proposed: Sequence[int], accepted: Sequence[int]) -> tuple[list[
     return conditional, prefix
 
 
+def resampled(values: np.ndarray, seed: int) -> np.ndarray:
+    """Sums [RESAMPLES] of as many values, drawn with replacement from [N]; the same draws for the same seed and N."""
+    drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
+    sums: np.ndarray = values[drawn].sum(axis=1)
+    return sums
+
+
+def quantiles(values: np.ndarray) -> tuple[float, float]:
+    """The middle 95 %."""
+    low, high = np.quantile(values, (0.025, 0.975))
+    return float(low), float(high)
+
+
 def bootstrap(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> tuple[float, float]:
     """95 % interval of sum(numerator) / sum(denominator), resampling the prompts."""
     if len(numerator) == 0:
         return (0.0, 0.0)
-    drawn = np.random.default_rng(seed).integers(0, len(numerator), (RESAMPLES, len(numerator)))
-    ratios = numerator[drawn].sum(axis=1) / np.maximum(1.0, denominator[drawn].sum(axis=1))
-    low, high = np.quantile(ratios, (0.025, 0.975))
-    return float(low), float(high)
+    return quantiles(resampled(numerator, seed) / np.maximum(1.0, resampled(denominator, seed)))

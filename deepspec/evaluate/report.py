@@ -1,4 +1,4 @@
-"""Results as a Markdown table and as one HTML page with its plots inside."""
+"""Results as Markdown tables and as one HTML page with its plots inside."""
 
 from __future__ import annotations
 
@@ -9,28 +9,97 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepspec.evaluate.measure import MACRO, PHASES
 from deepspec.files import write_text
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
 td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.7rem;overflow:auto}"""
 
+Rows = Sequence[Mapping[str, Any]]
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def summary_table(rows: Rows) -> str:
+    """Accepted length, verify rate and speed, a row a task and temperature."""
+    with_published = any(row.get("published") is not None for row in rows)
+    header = ["task", "T", "accepted length (95 %)", *(["published"] if with_published else []), "accepted/verified"]
+    header += ["tokens/s", "plain tokens/s", "speed-up (95 %)", "greedy equal", "prompts"]
+    cells = []
+    for row in rows:
+        low, high = row["interval"]
+        cells.append(
+            [
+                row["task"],
+                f"{row['temperature']:g}",
+                f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})",
+                *([_number(row.get("published"))] if with_published else []),
+                f"{row['verify_rate']:.0%}",
+                f"{row['tokens_per_second']:,.0f}",
+                _number(row["plain_tokens_per_second"], ",.0f"),
+                speed_up(row),
+                "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}",
+                str(row["prompts"]),
+            ]
+        )
+    return table(header, cells)
+
+
+def speed_up(row: Mapping[str, Any]) -> str:
+    """``1.40x (1.31-1.49)``; empty where nothing was decoded plainly."""
+    if row["speed_up"] is None:
+        return ""
+    interval = row["speed_up_interval"]
+    return f"{row['speed_up']:.2f}x" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
+
+
+def position_table(rows: Rows) -> str:
+    """At each position ``conditional / prefix`` acceptance."""
+    slots = max((len(row["conditional"]) for row in rows), default=0)
+    cells = []
+    for row in rows:
+        both = [
+            f"{one:.3f} / {all_so_far:.3f}" for one, all_so_far in zip(row["conditional"], row["prefix"], strict=True)
+        ]
+        cells.append([row["task"], f"{row['temperature']:g}", *both, *[""] * (slots - len(both))])
+    return table(["task", "T", *map(str, range(1, slots + 1))], cells)
+
+
+def time_table(rows: Rows) -> str:
+    """Milliseconds a round of the batch by phase, and what a round verified."""
+    phases = [phase for phase in PHASES if phase != "prefill"]
+    header = ["task", "T", *(f"{phase} ms" for phase in phases), "round ms", "verified tokens", "prefill s"]
+    cells = []
+    for row in rows:
+        spent = row["milliseconds_per_step"]
+        times = [_number(spent.get(phase), ".3f") for phase in (*phases, "total")]
+        verified, prefill = f"{row['verified_length']:.2f}", f"{row['phases'].get('prefill', 0.0):.2f}"
+        cells.append([row["task"], f"{row['temperature']:g}", *times, verified, prefill])
+    return table(header, cells)
+
+
+def _number(value: float | None, form: str = ".2f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def sections(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(title, Markdown table) of everything that a run measured."""
+    rows = results["summaries"]
+    return [
+        ("Accepted length and speed", summary_table(rows)),
+        ("Acceptance by position: given the ones before / all so far", position_table(rows)),
+        ("Where a round's time goes", time_table(rows)),
+    ]
+
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The table of a run, one row per task and temperature."""
-    lines = [
-        "| task | T | accepted length (95 %) | accepted/verified | tokens/s | speed-up | greedy equal | prompts |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["summaries"]:
-        low, high = row["interval"]
-        speed = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
-        equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}"
-        lines.append(
-            f"| {row['task']} | {row['temperature']:g} | {row['accepted_length']:.2f} ({low:.2f}-{high:.2f}) | "
-            f"{row['verify_rate']:.0%} | {row['tokens_per_second']:,.0f} | {speed} | {equal} | {row['prompts']} |"
-        )
-    return "\n".join(lines)
+    """The tables of a run, each under its title."""
+    return "\n\n".join(f"{title}\n\n{text}" for title, text in sections(results))
 
 
 def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
@@ -49,27 +118,55 @@ def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
 
 
 def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> None:
-    """Conditional acceptance by position, a line per task and temperature."""
-    for row in results["summaries"]:
-        if row["conditional"]:
-            name = f"{label or row['task']}, T={row['temperature']:g}"
-            axes.plot(range(1, len(row["conditional"]) + 1), row["conditional"], marker="o", label=name)
+    """Conditional acceptance by position, a line per task and temperature; a colour a task, dashes for the second."""
+    rows = [row for row in results["summaries"] if row["conditional"]]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    temperatures = list(dict.fromkeys(row["temperature"] for row in rows))
+    for row in rows:
+        style: dict[str, Any] = {"linestyle": ("-", "--", ":")[temperatures.index(row["temperature"]) % 3]}
+        if not label:  # alone in the plot
+            style["color"] = "black" if row["task"] == MACRO else f"C{tasks.index(row['task'])}"
+        name = f"{label or row['task']}, T={row['temperature']:g}"
+        axes.plot(range(1, len(row["conditional"]) + 1), row["conditional"], marker=".", label=name, **style)
     axes.set(xlabel="position in the draft", ylabel="accepted, given the ones before", ylim=(0, 1))
-    axes.legend(fontsize="small")
+    if len(rows) > 4:
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    else:
+        axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
 
 
-def plot_phases(axes: Any, results: Mapping[str, Any]) -> None:
+def plot_lengths(axes: Any, rows: Rows) -> None:
+    """Accepted length with its interval, and the published one where it is known."""
+    places = range(len(rows))
+    values = [row["accepted_length"] for row in rows]
+    errors = [[abs(row["accepted_length"] - row["interval"][side]) for row in rows] for side in (0, 1)]
+    axes.barh(places, values, xerr=errors, color="C0", alpha=0.8, capsize=2, label="measured, 95 %")
+    known = [(place, row["published"]) for place, row in zip(places, rows, strict=True) if row.get("published")]
+    if known:
+        axes.plot([value for _, value in known], [place for place, _ in known], "kD", markersize=4, label="published")
+        axes.legend(fontsize="small")
+    _name_rows(axes, rows)
+    axes.set(xlabel="accepted length (tokens a round)")
+
+
+def plot_phases(axes: Any, rows: Rows) -> None:
     """Share of the time spent in each phase."""
-    rows = [row for row in results["summaries"] if row["phases"]]
-    names = [f"{row['task']}, T={row['temperature']:g}" for row in rows]
     left = [0.0] * len(rows)
-    for phase in ("prefill", "draft", "verify", "head", "other"):
-        shares = [row["phases"].get(phase, 0.0) / max(1e-9, row["phases"].get("total", 0.0)) for row in rows]
-        axes.barh(names, shares, left=left, label=phase)
+    for phase in PHASES:
+        shares = [
+            row["phases"].get(phase, 0.0) / max(1e-9, sum(row["phases"].get(p, 0) for p in PHASES)) for row in rows
+        ]
+        axes.barh(range(len(rows)), shares, left=left, label=phase)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    axes.set(xlabel="share of the time")
+    _name_rows(axes, rows)
+    axes.set(xlabel="share of the time", xlim=(0, 1))
     axes.legend(fontsize="small", ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def _name_rows(axes: Any, rows: Rows) -> None:
+    axes.set_yticks(range(len(rows)), [f"{row['task']}, T={row['temperature']:g}" for row in rows], fontsize="small")
+    axes.invert_yaxis()
 
 
 def page(title: str, parts: Sequence[str]) -> str:
@@ -87,15 +184,17 @@ def html_table(text: str) -> str:
 
 def write_report(results: Mapping[str, Any], output: Path) -> None:
     """Write ``report.html`` and ``results.md`` into ``output``."""
-    table = markdown(results)
-    write_text(output / "results.md", table + "\n")
-    provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
-    parts = [
-        html_table(table),
-        "<h2>Acceptance by position</h2>",
-        figure(lambda axes: plot_positions(axes, results)),
-        "<h2>Where the time goes</h2>",
-        figure(lambda axes: plot_phases(axes, results)),
-        f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>",
+    rows = results["summaries"]
+    write_text(output / "results.md", markdown(results) + "\n")
+    height = 1.2 + 0.26 * len(rows)
+    plots = [
+        figure(lambda axes: plot_lengths(axes, rows), (6.4, height)),
+        figure(lambda axes: plot_positions(axes, results), (8.0, max(3.4, 0.22 * len(rows)))),
+        figure(lambda axes: plot_phases(axes, rows), (6.4, height + 0.3)),
     ]
+    parts = []
+    for (title, text), plot in zip(sections(results), plots, strict=True):
+        parts.append(f"<h2>{html.escape(title)}</h2>{html_table(text)}{plot}")
+    provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
+    parts.append(f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>")
     write_text(output / "report.html", page(f"{results['algorithm']} on {results['provenance']['target']}", parts))

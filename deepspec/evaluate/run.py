@@ -1,36 +1,40 @@
-"""Run tasks through the draft-verify loop: a row of results.jsonl per prompt, results.json last.
+"""Run tasks through the draft-verify loop: a row of results.jsonl as soon as a prompt is done, results.json last.
 
-A run that was killed goes on where it stopped: prompts whose row is on disk are not decoded again.
+A task is decoded plainly first, then with the draft: so a drafted prompt can be compared with its plain output at once,
+and its row is whole when it is written. A run that was killed goes on with the prompts that have no row yet.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import sys
-import time
-import zlib
+import os
 from collections import defaultdict, deque
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any, cast
 
 import torch
 
-from deepspec.algorithms.base import DraftModel
+from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.data.chat import Renderer
+from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
+from deepspec.distributed import World
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
-from deepspec.evaluate.measure import PromptResult, Summary, summarise
-from deepspec.evaluate.tasks import Task, load_tasks
+from deepspec.evaluate.log import RowLog
+from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
+from deepspec.evaluate.ranks import meeting
+from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
+from deepspec.evaluate.tasks import Task, load_tasks, missing_tasks
+from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_file, sha256_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
 
-FORMAT = "deepspec.results/1"
+WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is not like the others
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,23 @@ class Options:
     system_prompt: str | None = None
     confidence_threshold: float = 0.0
     plain: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
+    first_turn: bool = False  # of each prompt, as the published figures
     dtype: str = "auto"
     device: str = "cpu"
+
+
+@dataclass
+class Cost:
+    """What decoding took since the row before."""
+
+    steps: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def add(self, before: Cost, after: Cost) -> None:
+        """Add the difference of two readings of the clock."""
+        self.steps += after.steps - before.steps
+        for phase, seconds in after.seconds.items():
+            self.seconds[phase] += seconds - before.seconds.get(phase, 0.0)
 
 
 class Evaluation:
@@ -59,21 +78,33 @@ class Evaluation:
 
     Args:
         options: the settings of the run.
+        world: which of how many processes this is; they share the prompts.
+        target: already loaded; None loads ``options.target``.
+        draft: in memory, already attached to the target; None loads ``options.draft``.
 
     Raises:
         DeepSpecError: a target, draft or task that cannot be loaded, or an output folder of another run.
     """
 
-    def __init__(self, options: Options) -> None:
-        self.options = options
-        self.tasks = load_tasks(options.tasks, options.samples, options.seed)
+    def __init__(
+        self,
+        options: Options,
+        world: World | None = None,
+        target: Target | None = None,
+        draft: DraftModel | None = None,
+    ) -> None:
+        self.options, self.world = options, world or World()
+        tasks = load_tasks(options.tasks, options.samples, options.seed)
+        self.tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
+        self.skipped = missing_tasks(options.tasks)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.target: Target = load_target(options.target, dtype, options.device)
-        self.draft: DraftModel = load_draft(options.draft, self.target)
+        self.target: Target = target or load_target(options.target, dtype, options.device)
+        self.draft: DraftModel = draft or load_draft(options.draft, self.target)
+        self._given = draft is not None
         tokenizer = load_tokenizer(options.target)
         self.renderer = Renderer(tokenizer, self.target.spec.family, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
-        self.sts = load_sts(Path(options.draft))
+        self.sts = None if self._given else load_sts(Path(options.draft))
         self.output = Path(options.output)
         self.identity = self._identity()
 
@@ -84,35 +115,68 @@ class Evaluation:
             settings["confidence_temperatures"] = self.sts
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
-            "draft_sha256": sha256_file(Path(self.options.draft) / "model.safetensors"),
+            "draft_sha256": self._draft_digest(),
             "target_digest": self.target.weights_digest(),
         }
 
-    def run(self) -> dict[str, Any]:
-        """Decode what is missing and return the content of results.json.
+    def _draft_digest(self) -> str:
+        if self._given:
+            rows = [[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()]
+            return sha256_json(rows)
+        return sha256_file(Path(self.options.draft) / "model.safetensors")
+
+    def run(self) -> Results | None:
+        """Decode what is missing; rank 0 writes results.json and returns it, the others return None.
 
         Raises:
             EvaluationError: the output folder holds another run.
         """
-        self.output.mkdir(parents=True, exist_ok=True)
-        self._claim()
-        summaries: list[Summary] = []
-        with open(self.output / "results.jsonl", "a", encoding="utf-8") as stream:
-            stream.write("\n")  # a killed run may have left half a row; rows never go on behind it
-            for temperature in self.options.temperatures:
-                for task in self.tasks:
-                    summaries.append(self._run_task(task, temperature, stream))
-        results = {
-            "format": FORMAT,
-            "algorithm": self.draft.algorithm.name,
-            "max_draft": self.draft.config.max_draft,
-            "summaries": [summary.to_row() for summary in summaries + self._macro(summaries)],
-            "provenance": self._provenance(),
-        }
-        write_json(self.output / "results.json", results)
+        for name, folder in self.skipped.items() if self.world.is_main else ():
+            print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
+        with meeting(self.world) as meet:
+            if self.world.is_main:
+                self._claim()
+            meet()
+            self._set_threads()
+            drafted, plain = (RowLog(self.output, name, self.world.rank) for name in ("results", "plain"))
+            meet()  # everybody has read before anybody writes
+            work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
+            if any(self._missing(*one, drafted) for one in work):
+                self._warm_up()
+            for task, temperature in work:
+                self._run_task(task, temperature, drafted, plain)
+            drafted.close()
+            plain.close()
+            meet()
+            if not self.world.is_main:
+                return None
+            drafted.merge()
+            plain.merge()
+            return self._finish(drafted)
+
+    def _finish(self, log: RowLog) -> Results:
+        options, summaries = self.options, []
+        for temperature in options.temperatures:
+            for task in self.tasks:
+                if missing := self._missing(task, temperature, log):
+                    raise EvaluationError(
+                        "rows are missing", file=log.own, key=task.name, found=f"{len(missing)} of {len(task.prompts)}",
+                        remedy="all ranks need the same --output folder, on a file system that they share; start again",
+                    )  # fmt: skip
+                rows = [PromptResult(**log.rows[task.name, temperature, place]) for place in task.prompts]
+                summary = summarise(task.name, temperature, rows, options.seed)
+                named = (self.draft.algorithm.name, self.draft.config.max_draft)
+                summary.published = published(options.target, *named, task.name, temperature)
+                summaries.append(summary)
+        provenance = self._provenance(summaries)
+        macro = list(macro_averages(summaries)) if len(self.tasks) > 1 else []
+        results = Results(self.draft.algorithm.name, self.draft.config.max_draft, [*summaries, *macro], provenance)
+        results.save(self.output)
         return results
 
     def _claim(self) -> None:
+        """Make the output folder this run's, or find that it is."""
+        self.output.mkdir(parents=True, exist_ok=True)
         path, digest = self.output / "run.json", sha256_json(self.identity)
         if path.exists():
             known = read_json(path, EvaluationError)
@@ -121,48 +185,88 @@ class Evaluation:
                 raise EvaluationError(
                     "holds another run", file=self.output, key=", ".join(changed), remedy="name another --output"
                 )
-        else:
-            write_json(path, {"digest": digest, "identity": self.identity})
+            return
+        tokens = self.options.batch_size * (self.draft.config.max_draft + 1)
+        threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
+        write_json(path, {"digest": digest, "identity": self.identity, "threads": threads})
 
-    def _known(self, task: str, temperature: float) -> dict[int, PromptResult]:
-        found: dict[int, PromptResult] = {}
-        for line in (self.output / "results.jsonl").read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            if row.get("task") == task and row.get("temperature") == temperature:
-                found[row["index"]] = PromptResult(**row)
-        return found
+    def _set_threads(self) -> None:
+        """All ranks, and a run that goes on, use the thread count that was chosen first."""
+        threads = read_json(self.output / "run.json", EvaluationError).get("threads")
+        if threads is not None and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(min(threads, own_cores(self._neighbours)))
 
-    def _run_task(self, task: Task, temperature: float, stream: TextIO) -> Summary:
-        known = self._known(task.name, temperature)
-        missing = [i for i in range(len(task.prompts)) if i not in known]
-        timing_path = self.output / f"timing-{task.name}-{temperature:g}.json"
-        timing: dict[str, Any] = read_json(timing_path) if timing_path.exists() else defaultdict(float)
-        if missing:
-            drafted, clock, seconds = self._decode(task, missing, temperature, with_draft=True)
-            plain: dict[int, list[Generation]] = {}
-            timing["seconds"] = timing.get("seconds", 0.0) + seconds
-            for phase, spent in clock.items():
-                timing[phase] = timing.get(phase, 0.0) + spent
-            if self.options.plain:
-                plain, _, seconds = self._decode(task, missing, temperature, with_draft=False)
-                timing["plain_seconds"] = timing.get("plain_seconds", 0.0) + seconds
-            for index in missing:
-                known[index] = self._result(task, index, temperature, drafted[index], plain.get(index))
-                stream.write(json.dumps(known[index].to_row(), ensure_ascii=False) + "\n")
-            stream.flush()
-            write_json(timing_path, dict(timing))
-        summary = summarise(task.name, temperature, [known[i] for i in sorted(known)], self.options.seed)
-        summary.seconds, summary.plain_seconds = timing.get("seconds", 0.0), timing.get("plain_seconds")
-        summary.phases = {k: v for k, v in timing.items() if k not in ("seconds", "plain_seconds")}
-        return summary
+    @property
+    def _neighbours(self) -> int:
+        """Processes of this run on this machine."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
+
+    def _warm_up(self) -> None:
+        """Decode a few tokens that are not measured, with the draft and without it."""
+        prompt = tuple(self.renderer.prompt([{"role": "user", "content": "Hello"}]))
+        settings = DecodeSettings(max(self.options.temperatures), WARM_UP_TOKENS, (), self.options.seed)
+        rows = self.options.batch_size
+        for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
+            requests = deque(Request(prompt, number) for number in range(rows))
+            deque(Decoder(self.target, drafter, settings, rows).stream(requests), maxlen=0)
+
+    def _drafter(self, longest: int) -> Drafter:
+        return self.draft.algorithm.drafter(self.draft, self.options.batch_size, longest)
+
+    @staticmethod
+    def _missing(task: Task, temperature: float, log: RowLog) -> list[int]:
+        return [place for place in task.prompts if (task.name, temperature, place) not in log.rows]
+
+    def _run_task(self, task: Task, temperature: float, drafted: RowLog, plain: RowLog) -> None:
+        """Decode this rank's share of the prompts that have no row yet."""
+        mine = self._missing(task, temperature, drafted)[self.world.rank :: self.world.size]
+        if self.options.plain:
+            todo = [place for place in mine if (task.name, temperature, place) not in plain.rows]
+            for place, generations, cost in self._decode(task, todo, temperature, with_draft=False):
+                plain.add(
+                    {
+                        "task": task.name,
+                        "index": place,
+                        "temperature": temperature,
+                        "output_tokens": sum(len(one.output_ids) for one in generations),
+                        "output_sha": _digest(generations),
+                        "seconds": cost.seconds["total"],
+                    }
+                )
+        for place, generations, cost in self._decode(task, mine, temperature, with_draft=True):
+            alone = plain.rows.get((task.name, temperature, place))
+            drafted.add(self._result(task, place, temperature, generations, cost, alone).to_row())
 
     def _decode(
-        self, task: Task, indices: list[int], temperature: float, with_draft: bool
-    ) -> tuple[dict[int, list[Generation]], dict[str, float], float]:
-        """All turns of the prompts ``indices``; (generations per prompt, seconds per phase, wall seconds)."""
+        self, task: Task, places: list[int], temperature: float, with_draft: bool
+    ) -> Iterator[tuple[int, list[Generation], Cost]]:
+        """Yield each prompt of ``places`` when all its turns are done: (place, a generation a turn, what it took)."""
+        if not places:
+            return
+        decoder = self._decoder(task, places, temperature, with_draft)
+        requests = deque(self._request(task, place, []) for place in places)
+        done: dict[int, list[Generation]] = defaultdict(list)
+        costs: dict[int, Cost] = defaultdict(Cost)
+        label = f"{task.name} at temperature {temperature:g}, {'drafted' if with_draft else 'plain'}"
+        shown = label if self.world.size == 1 else f"{label}, rank 0 of {self.world.size}"
+        progress = Progress(shown, len(places)) if self.world.is_main else None
+        before = Cost(0, decoder.clock.seconds())
+        for generation in decoder.stream(requests):
+            now = Cost(decoder.clock.rounds, decoder.clock.seconds())
+            place, turn = cast(tuple[int, int], generation.request.tag)
+            costs[place].add(before, now)
+            before = now
+            done[place].append(generation)
+            if turn + 1 < len(task.prompts[place]):
+                requests.append(self._request(task, place, done[place]))
+            else:
+                yield place, done.pop(place), costs.pop(place)
+            if progress:
+                progress.add(int(place not in done), len(generation.output_ids))
+        if progress:
+            progress.finish()
+
+    def _decoder(self, task: Task, places: Sequence[int], temperature: float, with_draft: bool) -> Decoder:
         options = self.options
         settings = DecodeSettings(
             temperature,
@@ -172,113 +276,75 @@ class Evaluation:
             options.confidence_threshold,
             self.sts,
         )
-        first = {i: self.renderer.prompt([{"role": "user", "content": task.prompts[i][0]}]) for i in indices}
-        drafter = None
-        if with_draft:
-            turns = max(len(task.prompts[i]) for i in indices)
-            longest = max(map(len, first.values())) + turns * (options.max_new_tokens + 512)
-            drafter = self.draft.algorithm.drafter(self.draft, options.batch_size, longest)
-        decoder = Decoder(self.target, drafter, settings, options.batch_size)
-        requests = deque(Request(tuple(ids), sample_id(task, i, 0), tag=(i, 0)) for i, ids in first.items())
-        done: dict[int, list[Generation]] = defaultdict(list)
-        start, shown = time.perf_counter(), 0.0
-        for generation in decoder.stream(requests):
-            index, turn = cast(tuple[int, int], generation.request.tag)
-            done[index].append(generation)
-            if turn + 1 < len(task.prompts[index]):
-                requests.append(self._next_turn(task, index, done[index]))
-            shown = self._progress(task, temperature, with_draft, done, len(indices), start, shown)
-        return dict(done), decoder.clock.seconds(), time.perf_counter() - start
+        drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
+        return Decoder(self.target, drafter, settings, options.batch_size)
 
-    def _next_turn(self, task: Task, index: int, so_far: list[Generation]) -> Request:
+    def _longest(self, turns: Sequence[str]) -> int:
+        """Positions that a conversation can take; an answer can come back as more tokens than it was decoded as."""
+        prompts = sum(len(self.renderer.prompt([{"role": "user", "content": turn}])) for turn in turns)
+        return prompts + self.options.max_new_tokens * (1 + 4 * (len(turns) - 1))
+
+    def _request(self, task: Task, place: int, so_far: list[Generation]) -> Request:
+        """The next turn of a prompt, behind the turns before it and their answers."""
         messages: list[dict[str, Any]] = []
-        for turn, generation in zip(task.prompts[index], so_far, strict=False):
+        for turn, generation in zip(task.prompts[place], so_far, strict=False):
             answer = self.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
-        number = sample_id(task, index, len(so_far))
-        return Request(tuple(self.renderer.prompt(messages)), number, tag=(index, len(so_far)))
-
-    def _progress(
-        self, task: Task, temperature: float, with_draft: bool, done: dict[int, list[Generation]], total: int,
-        start: float, shown: float,
-    ) -> float:  # fmt: skip
-        now = time.perf_counter()
-        if now - shown < 1.0 and len(done) < total:
-            return shown
-        tokens = sum(len(g.output_ids) for generations in done.values() for g in generations)
-        rate, left = tokens / max(1e-9, now - start), (total - len(done)) * (now - start) / len(done)
-        kind = "drafted" if with_draft else "plain"
-        state = f"{len(done)}/{total} prompts, {rate:,.0f} tokens/s, {left:.0f} s left"
-        print(f"{task.name} T={temperature:g} {kind}: {state}", file=sys.stderr, flush=True)
-        return now
+        messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
+        number = sample_id(task.name, place, len(so_far))
+        return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
 
     def _result(
-        self, task: Task, index: int, temperature: float, drafted: list[Generation], plain: list[Generation] | None
-    ) -> PromptResult:
-        rounds = [one for generation in drafted for one in generation.rounds]
-        equal = None
-        if plain is not None and temperature == 0:
-            equal = [g.output_ids for g in drafted] == [g.output_ids for g in plain]
+        self, task: Task, place: int, temperature: float, generations: list[Generation], cost: Cost,
+        plain: dict[str, Any] | None,
+    ) -> PromptResult:  # fmt: skip
+        rounds = [one for generation in generations for one in generation.rounds]
+        digest = _digest(generations)
         return PromptResult(
             task=task.name,
-            index=index,
+            index=place,
             temperature=temperature,
-            output_tokens=sum(len(generation.output_ids) for generation in drafted),
+            output_tokens=sum(len(generation.output_ids) for generation in generations),
             committed=[one.committed for one in rounds],
             proposed=[one.length for one in rounds],
             accepted=[one.accepted for one in rounds],
             confidence=[[round(x, 4) for x in one.confidence] for one in rounds],
-            equal_to_plain=equal,
-            text=self.tokenizer.decode(drafted[-1].output_ids, skip_special_tokens=True),
+            equal_to_plain=plain["output_sha"] == digest if plain is not None and temperature == 0 else None,
+            finish=generations[-1].finish,
+            output_sha=digest,
+            steps=cost.steps,
+            seconds={phase: round(seconds, 7) for phase, seconds in cost.seconds.items()},
+            plain_tokens=None if plain is None else plain["output_tokens"],
+            plain_seconds=None if plain is None else plain["seconds"],
+            text=self.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
         )
 
-    def _macro(self, summaries: list[Summary]) -> list[Summary]:
-        """Where there are several tasks: the mean over tasks at each temperature."""
-        return list(macro_averages(summaries)) if len(self.tasks) > 1 else []
-
-    def _provenance(self) -> dict[str, Any]:
-        versions = {name: importlib.metadata.version(name) for name in ("deepspec", "torch", "transformers")}
-        device = torch.cuda.get_device_name() if self.target.device.type == "cuda" else "cpu"
-        return {
-            **self.identity,
-            "versions": versions,
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "target_dtype": str(self.target.dtype),
-            "command": sys.argv,
-            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        }
-
-
-def macro_averages(summaries: list[Summary]) -> Iterator[Summary]:
-    """One summary ``macro`` per temperature: accepted lengths averaged over tasks, everything else pooled."""
-    for temperature in dict.fromkeys(summary.temperature for summary in summaries):
-        group = [summary for summary in summaries if summary.temperature == temperature]
-        mean = sum(summary.accepted_length for summary in group) / len(group)
-        low, high = (sum(summary.interval[side] for summary in group) / len(group) for side in (0, 1))
-        equal = [summary.equal_to_plain for summary in group if summary.equal_to_plain is not None]
-        plain = [summary.plain_seconds for summary in group if summary.plain_seconds is not None]
-        yield Summary(
-            task="macro",
-            temperature=temperature,
-            prompts=sum(summary.prompts for summary in group),
-            rounds=sum(summary.rounds for summary in group),
-            output_tokens=sum(summary.output_tokens for summary in group),
-            accepted_length=mean,
-            interval=(low, high),
-            conditional=[],
-            prefix=[],
-            verify_rate=sum(summary.verify_rate for summary in group) / len(group),
-            equal_to_plain=sum(equal) / len(equal) if equal else None,
-            seconds=sum(summary.seconds for summary in group),
-            plain_seconds=sum(plain) if plain else None,
+    def _provenance(self, summaries: list[Summary]) -> Provenance:
+        kept = ("target", "draft", "tasks", "draft_sha256", "target_digest")
+        draft = Path(self.options.draft)
+        return Provenance(
+            **{key: self.identity[key] for key in kept},
+            target_dtype=str(self.target.dtype),
+            recipe=None if self._given else recipe_of(draft),
+            sources={task.name: task.source for task in self.tasks},
+            skipped=self.skipped,
+            settings=_plain({key: value for key, value in self.identity.items() if key not in kept})
+            | {"task_names": list(self.options.tasks)},
+            counts=counts_of(summaries),
+            device=torch.cuda.get_device_name() if self.target.device.type == "cuda" else "cpu",
+            threads=torch.get_num_threads(),
+            processes=self.world.size,
+            **environment(),
         )
 
 
-def sample_id(task: Task, index: int, turn: int) -> int:
-    """The key of one turn's random numbers: its task's name, its prompt, its turn; never the batch."""
-    return (zlib.crc32(task.name.encode()) << 28) + index * 64 + turn
+def sample_id(task: str, place: int, turn: int) -> int:
+    """The key of one turn's random numbers: its task's name, its prompt's place, its turn; never the batch or rank."""
+    return int(sha256_json([task, place, turn])[:15], 16)
+
+
+def _digest(generations: list[Generation]) -> str:
+    return sha256_json([generation.output_ids for generation in generations])[:16]
 
 
 def _plain(value: Any) -> Any:

@@ -19,16 +19,27 @@ TASK_FILE = Path(__file__).with_name("tasks.yaml")
 
 @dataclass(frozen=True)
 class Task:
-    """A named list of prompts."""
+    """A named choice of prompts.
+
+    Args:
+        name: the registered name, or the file's.
+        prompts: the turns of each prompt, by its place in the file or data set. The place names a prompt in the results
+            and is the key of its random numbers, so neither depends on which other prompts were chosen.
+        source: file or hub id.
+    """
 
     name: str
-    prompts: tuple[tuple[str, ...], ...]  # the turns of each
+    prompts: dict[int, tuple[str, ...]]
     source: str
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the prompts."""
-        return sha256_json([list(turns) for turns in self.prompts])
+        """SHA-256 of the prompts and their places."""
+        return sha256_json([[place, list(turns)] for place, turns in self.prompts.items()])
+
+    def first_turns(self) -> Task:
+        """The same prompts without their later turns."""
+        return Task(self.name, {place: turns[:1] for place, turns in self.prompts.items()}, self.source)
 
 
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
@@ -40,9 +51,9 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
         seed: which prompts are taken where there are more.
 
     Raises:
-        EvaluationError: an unknown name, a missing file, or a malformed line, named by its number.
+        EvaluationError: an unknown name, a missing file, two tasks of one name, or a malformed line, by its number.
     """
-    known = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
+    known = _registered()
     tasks: list[Task] = []
     for name in names or list(known):
         path = Path(name)
@@ -57,14 +68,40 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
             tasks.append(_from_hub(name, known[name], samples or known[name]["samples"], seed))
         else:
             raise EvaluationError("unknown task", found=name, remedy=f"{nearest(name, known)}, or name a .jsonl file")
+    sources: dict[str, str] = {}
+    for task in tasks:
+        if task.name in sources:
+            found = f"{sources[task.name]} and {task.source}"
+            raise EvaluationError("two tasks of one name", key=task.name, found=found, remedy="rename one file")
+        sources[task.name] = task.source
     return tasks
 
 
+def missing_tasks(names: Sequence[str]) -> dict[str, str]:
+    """The registered tasks that a given folder of benchmarks lacks: name -> folder.
+
+    A folder with none of the registered tasks is somebody's own and lacks nothing.
+    """
+    known = _registered()
+    missing: dict[str, str] = {}
+    for folder in (Path(name) for name in names if Path(name).is_dir()):
+        there = {file.stem for file in folder.glob("*.jsonl")}
+        if there & set(known):
+            missing |= {name: str(folder) for name in known if name not in there}
+    given = {Path(name).stem for name in names}
+    return {name: folder for name, folder in missing.items() if name not in given}
+
+
+def _registered() -> dict[str, dict[str, Any]]:
+    known: dict[str, dict[str, Any]] = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
+    return known
+
+
 def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:
+    chosen: Iterable[int] = range(len(rows))
     if samples is not None and len(rows) > samples:
         chosen = sorted(random.Random(f"{seed}:{name}").sample(range(len(rows)), samples))
-        rows = [rows[i] for i in chosen]
-    return Task(name, tuple(rows), source)
+    return Task(name, {place: rows[place] for place in chosen}, source)
 
 
 def _local(path: Path, samples: int | None, seed: int) -> Task:
@@ -92,7 +129,7 @@ def _turns(path: Path, number: int, line: str) -> tuple[str, ...]:
 
 def _from_hub(name: str, row: dict[str, Any], samples: int, seed: int) -> Task:
     try:
-        rows = [_format(row, item) for item in _hub_rows(row)]
+        rows = [turns_of(row, item) for item in _hub_rows(row)]
     except (OSError, ValueError, ConnectionError) as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         remedy = "give a local file or folder of task files with --tasks"
@@ -113,5 +150,13 @@ def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
     yield from datasets.load_dataset(row["path"], row.get("name"), split=row["split"])
 
 
-def _format(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(item[row["turns"]]) if "turns" in row else (row["text"].format(**item).strip(),)
+def turns_of(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, ...]:
+    """The turns of one item of a data set by a task's row of tasks.yaml."""
+    if "turns" in row:
+        turns = item[row["turns"]]
+        return (turns,) if isinstance(turns, str) else tuple(turns)
+    text = row["text"].format(**item)
+    if "ending" in row:
+        kind = "filled" if item[row["ending"]["column"]] else "empty"
+        text += row["ending"][kind].format(**item)
+    return (text.strip(),)

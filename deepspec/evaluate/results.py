@@ -1,0 +1,140 @@
+"""results.json: what was measured and what it was measured with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deepspec.errors import EvaluationError
+from deepspec.evaluate.measure import Summary
+from deepspec.files import read_json, sha256_file, write_json
+
+FORMAT = "deepspec.results/2"
+PUBLISHED_DRAFT = 7  # drafted tokens a round of the published figures
+PACKAGES = ("deepspec", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Everything that the figures depend on."""
+
+    target: str
+    target_digest: str
+    target_dtype: str
+    draft: str
+    draft_sha256: str
+    recipe: dict[str, Any] | None  # name, seed and digest of the draft's recipe.yaml; None: the folder has none
+    tasks: dict[str, str]  # the digest of each task's prompts
+    sources: dict[str, str]  # the file or hub id of each
+    skipped: dict[str, str]  # registered tasks that the folder of task files lacks: name -> folder
+    settings: dict[str, Any]  # as on the command line; with the seed
+    counts: dict[str, int]  # prompts, rounds and output tokens in all
+    versions: dict[str, str]
+    device: str
+    threads: int
+    processes: int
+    command: list[str]
+    finished: str  # UTC
+
+
+@dataclass(frozen=True)
+class Results:
+    """The content of results.json."""
+
+    algorithm: str
+    max_draft: int
+    summaries: list[Summary]  # a task and temperature each; with several tasks, then ``macro`` a temperature
+    provenance: Provenance
+
+    def to_row(self) -> dict[str, Any]:
+        """A JSON value."""
+        return {
+            "format": FORMAT,
+            "algorithm": self.algorithm,
+            "max_draft": self.max_draft,
+            "summaries": [summary.to_row() for summary in self.summaries],
+            "provenance": asdict(self.provenance),
+        }
+
+    def save(self, folder: Path) -> None:
+        """Write ``results.json``; it exists = the run is whole."""
+        write_json(folder / "results.json", self.to_row())
+
+    @staticmethod
+    def load(folder: Path) -> Results:
+        """Read a results folder.
+
+        Raises:
+            EvaluationError: no finished run there, or one of another format.
+        """
+        path = folder / "results.json"
+        row = read_json(path, EvaluationError, "name the folder of a finished evaluation")
+        if not isinstance(row, dict) or row.get("format") != FORMAT:
+            found = row.get("format") if isinstance(row, dict) else type(row).__name__
+            raise EvaluationError(
+                "results of another format",
+                file=path,
+                key="format",
+                found=found,
+                wanted=FORMAT,
+                remedy="evaluate again",
+            )
+        known = {field.name for field in fields(Summary)}
+        summaries = []
+        for values in row["summaries"]:
+            own = {key: value for key, value in values.items() if key in known}
+            for key in ("interval", "speed_up_interval"):
+                own[key] = None if own[key] is None else tuple(own[key])
+            summaries.append(Summary(**own))
+        return Results(row["algorithm"], row["max_draft"], summaries, Provenance(**row["provenance"]))
+
+
+def counts_of(summaries: Sequence[Summary]) -> dict[str, int]:
+    """Prompts, rounds and output tokens of task summaries together."""
+    return {key: sum(getattr(summary, key) for summary in summaries) for key in ("prompts", "rounds", "output_tokens")}
+
+
+def recipe_of(draft: Path) -> dict[str, Any] | None:
+    """Name, seed and digest of the recipe in a draft folder; None without one."""
+    path = draft / "recipe.yaml"
+    if not path.exists():
+        return None
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as problem:
+        raise EvaluationError(f"not YAML ({problem})".replace("\n", " "), file=path) from None
+    named = values if isinstance(values, Mapping) else {}
+    return {"name": named.get("name"), "seed": named.get("seed"), "sha256": sha256_file(path)}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the command and the time."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {
+        "versions": {**versions, "python": platform.python_version()},
+        "command": sys.argv,
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def published(target: str, algorithm: str, max_draft: int, task: str, temperature: float) -> float | None:
+    """The published accepted length, where target (by its name), algorithm, K, task and temperature are those."""
+    table = _published_table()
+    lengths = table["lengths"].get(Path(target).name, {}).get(algorithm)
+    if lengths is None or temperature != 1 or max_draft != PUBLISHED_DRAFT or task not in table["tasks"]:
+        return None
+    return float(lengths[table["tasks"].index(task)])
+
+
+@cache
+def _published_table() -> Any:
+    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
