@@ -41,13 +41,15 @@ class DFlashConfig:
     num_layers: int = 5
     block_size: int = 7
     num_anchors: int = 512
-    loss_decay_gamma: float = 4.0  # slot k weighs exp(-k / gamma)
+    loss_decay_gamma: float = 4.0  # draft k of a block weighs exp(-k / gamma)
+    sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "block_size", "num_anchors"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(self.loss_decay_gamma > 0, "loss_decay_gamma", self.loss_decay_gamma, "above 0")
         require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
+        require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
 
     @property
     def algorithm(self) -> str:
@@ -56,8 +58,8 @@ class DFlashConfig:
 
     @property
     def max_draft(self) -> int:
-        """K: every slot drafts one token."""
-        return self.block_size
+        """K: every slot drafts one token, the anchor's too unless ``sample_from_anchor`` is false."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
 
 def check_mask_token(config: Any, target: TargetSpec | None) -> None:
@@ -94,7 +96,7 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: l
     config: Any = model.config
     supervision = batch.supervision
     drawn = draw_anchors(supervision, config.num_anchors) if anchors is None else anchors
-    plan = BlockPlan.make(supervision, drawn, config.block_size, config.loss_decay_gamma)
+    plan = BlockPlan.make(supervision, drawn, config.max_draft, config.loss_decay_gamma)
     device = batch.input_ids.device
     reach = int(plan.anchor_BN.max()) + 1 if plan.anchor_BN.numel() else 1
     anchor_BN, slot_R, position_P = (x.to(device) for x in (plan.anchor_BN, plan.slot_R, plan.position_P))
@@ -147,6 +149,7 @@ class DFlash(Algorithm):
             "num_layers": published["num_hidden_layers"],
             "block_size": published["block_size"],
             "num_anchors": published["num_anchors"],
+            "sample_from_anchor": published.get("sample_from_anchor", True),  # released drafts do not say: they do
         }
 
     def read_config(self, published: Mapping[str, Any]) -> Any:
@@ -159,7 +162,7 @@ class DFlash(Algorithm):
             block_size=config.block_size,
             num_anchors=config.num_anchors,
             mask_token_id=config.mask_token_id,
-            sample_from_anchor=True,
+            sample_from_anchor=config.sample_from_anchor,
             markov_rank=0,
             enable_confidence_head=False,
         )
@@ -171,7 +174,7 @@ class DFlash(Algorithm):
     def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
         """Sum of exp(-k / gamma) over the supervised slots."""
         anchors = draw_anchors(supervision, config.num_anchors)
-        return BlockPlan.make(supervision, anchors, config.block_size, config.loss_decay_gamma).weight
+        return BlockPlan.make(supervision, anchors, config.max_draft, config.loss_decay_gamma).weight
 
     def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
         """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""

@@ -70,7 +70,7 @@ def confidence_terms(
     bce = (weight_R * F.binary_cross_entropy_with_logits(logit_R, label_R, reduction="none")).sum()
     with torch.no_grad():
         error_R = logit_R.sigmoid() - label_R
-        predicted_NK, _ = by_block(logit_R.sigmoid(), slots.plan, config.block_size)
+        predicted_NK, _ = by_block(logit_R.sigmoid(), slots.plan, config.max_draft)
         survival = (predicted_NK * mask_NK).cumprod(dim=-1) - (accept_NK * mask_NK).cumprod(dim=-1)
         count = mask_NK.sum()
         metrics = {
@@ -116,7 +116,7 @@ class DSpark(DFlash):
         weights = LossWeights(ce=config.ce_weight, l1=config.l1_weight, report_l1=config.confidence_head)
         slots = block_loss(model, batch, weights, anchors)
         measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
-        accept, mask = by_block(measured, slots.plan, config.block_size)
+        accept, mask = by_block(measured, slots.plan, config.max_draft)
         terms, factors = {"head": Ratio(slots.head.combined, slots.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
         metrics |= {name: Ratio(total, slots.weight) for name, total in slots.head.sums.items()}
