@@ -3,11 +3,16 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
+SCALE ?= full
+TASKS ?= ../shared/eval
 
-.PHONY: help quickstart test test-slow test-mpi lint format clean clean-all
+.PHONY: help quickstart real ablate results test test-slow test-mpi lint format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, about 6 minutes on 2 cores"
+	@echo "make real        three drafts for SmolLM2-135M-Instruct, hours; make real SCALE=smoke  minutes"
+	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
+	@echo "make results     docs/results.md from what real and ablate have measured"
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
@@ -24,6 +29,15 @@ $(READY): setup.py pyproject.toml
 
 quickstart: $(READY)
 	@$(BIN)/python tools/quickstart.py
+
+real: $(READY)
+	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS)
+
+ablate: quickstart
+	@$(BIN)/python tools/ablate.py
+
+results: $(READY)
+	@$(BIN)/python tools/results.py
 
 test: $(READY)
 	@$(BIN)/python -m pytest

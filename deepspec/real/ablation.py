@@ -15,6 +15,7 @@ from deepspec.quickstart.stages import PYTHON, Names, Stage, evaluate, export, t
 
 ROOT = Path("build/ablations")
 LOGS = ROOT / "logs"
+STUDY = ROOT / "scheduler" / "study.json"
 RECIPE = recipe_of("dspark")
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 HELD_OUT = 256  # prompts

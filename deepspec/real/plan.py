@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.quickstart.stages import PYTHON, Names, Stage, answers, cache, evaluate, export, train
-from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
 SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
@@ -23,21 +22,20 @@ class Scale:
     each: int  # prompts a shard
     chat: int  # held-out prompts, decoded with and without the draft, one at a time
     samples: int  # prompts of every evaluation task
-    overrides: Names = ()  # of the recipes
+    answering: Names = ()  # overrides of the recipes, by what they change
+    training: Names = ()
+    decoding: Names = ()
 
-    def settings(self, algorithm: str = "") -> Names:
-        """The overrides of this scale for the recipe of an algorithm."""
-        if not self.overrides:
-            return ()
-        caches = ",".join(str(self.root / f"cache-{shard}") for shard in range(self.shards))
-        return (*self.overrides, f"data.cache=[{caches}]", f"output={self.root / algorithm}")
+    def caches(self) -> list[Path]:
+        """The cache of every shard."""
+        return [self.root / f"cache-{shard}" for shard in range(self.shards)]
 
 
 SCALES = {
     "full": Scale(SHARED, shards=4, each=500, chat=64, samples=12),
     "smoke": Scale(
-        Path("build/real-smoke"), shards=2, each=12, chat=4, samples=1,
-        overrides=("regenerate.max_tokens=24", "evaluate.max_new_tokens=24", "train.max_steps=6", "train.save_every=2"),
+        Path("build/real-smoke"), shards=2, each=12, chat=4, samples=1, answering=("regenerate.max_tokens=24",),
+        training=("train.max_steps=6", "train.save_every=2"), decoding=("evaluate.max_new_tokens=24",),
     ),
 }  # fmt: skip
 
@@ -65,12 +63,11 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
         Stage("target", fetch, TARGET / "target.json"),
         Stage("prompts", write, prompts / "report.json"),
     ]
-    for shard in range(scale.shards):
-        conversations, place, sets = root / f"answers-{shard}.jsonl", root / f"cache-{shard}", scale.settings()
-        questions = prompts / f"train-{shard}.jsonl"
+    for shard, place in enumerate(scale.caches()):
+        questions, conversations = prompts / f"train-{shard}.jsonl", root / f"answers-{shard}.jsonl"
         stages += [
-            answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), sets),
-            cache(f"cache {shard}", shared, conversations, place, (f"answers {shard}",), sets),
+            answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), scale.answering),
+            cache(f"cache {shard}", shared, conversations, place, (f"answers {shard}",)),
         ]
     for algorithm in ("dspark", *(name for name in ALGORITHMS if name != "dspark")):
         stages += _draft_stages(scale, algorithm, tasks, cores)
@@ -79,17 +76,18 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
 
 def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -> list[Stage]:
     """Training, export and the two evaluations of one algorithm's draft."""
-    root, recipe, sets = scale.root, recipe_of(algorithm), scale.settings(algorithm)
-    caches = tuple(f"cache {shard}" for shard in range(scale.shards))
-    run, draft, exported = Path(load_recipe(recipe, sets).output), root / f"{algorithm}-draft", f"export {algorithm}"
+    root, recipe, exported = scale.root, recipe_of(algorithm), f"export {algorithm}"
+    run, draft = root / algorithm, root / f"{algorithm}-draft"
+    needs, overrides = tuple(f"cache {shard}" for shard in range(scale.shards)), scale.training
+    if root != SHARED:  # the recipes name the full run's folders
+        overrides += (f"data.cache=[{','.join(map(str, scale.caches()))}]", f"output={run}")
     stages = [
-        train(f"train {algorithm}", recipe, caches, min(cores, 2), sets),
+        train(f"train {algorithm}", recipe, needs, min(cores, 2), overrides),
         export(exported, run, draft, (f"train {algorithm}",)),
     ]
-    chat, held_out = root / f"{algorithm}-chat", [root / "prompts" / "chat.jsonl"]
-    stages.append(evaluate(f"chat {algorithm}", recipe, draft, held_out, chat, (exported,), overrides=sets))
-    if tasks:
-        more = ("--no-plain", "--batch-size", str(BATCH), "--samples", str(scale.samples))
-        place = root / f"{algorithm}-tasks"
-        stages.append(evaluate(f"tasks {algorithm}", recipe, draft, tasks, place, (exported,), more, sets))
+    batched = ("--no-plain", "--batch-size", str(BATCH), "--samples", str(scale.samples))
+    for kind, files, more in (("chat", [root / "prompts" / "chat.jsonl"], ()), ("tasks", tasks, batched)):
+        if files:
+            name, place = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"
+            stages.append(evaluate(name, recipe, draft, files, place, (exported,), more, scale.decoding))
     return stages

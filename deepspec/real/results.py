@@ -1,0 +1,204 @@
+"""docs/results.md from what was measured: every figure of it stands in docs/results.json too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspec.evaluate.calibration import mean_ece
+from deepspec.files import write_text
+from deepspec.real import ablation
+from deepspec.real.collect import gather
+from deepspec.real.plan import recipe_of
+from deepspec.registry import ALGORITHMS
+
+PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
+NOT_RUN = "not run"
+Row = Mapping[str, Any]
+
+
+def write_results() -> str:
+    """Gather, write the page and return it."""
+    measured = gather(MEASURED)
+    parts = [
+        "# Results",
+        "Written by `make results` from [results.json](results.json), which holds every figure with its command, "
+        "seed, versions and time. Accepted length counts the target's own token; in brackets the 95 % interval, "
+        f'bootstrap over prompts. What has no run yet says "{NOT_RUN}".',
+        "## SmolLM2-135M-Instruct: three drafts on two CPU cores (`make real`)",
+        real_text(measured["real"]),
+        "## What each choice costs or brings, on the quickstart's target (`make ablate`)",
+        ablation_text(measured["ablations"]),
+        "## Where the figures come from",
+        provenance_text(measured),
+    ]
+    text = "\n\n".join(parts) + "\n"
+    write_text(PAGE, text)
+    return text
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def length(row: Row | None) -> str:
+    """Accepted length with its interval."""
+    if row is None:
+        return NOT_RUN
+    low, high = row["interval"]
+    return f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def pick(evaluation: Row | None, temperature: float, task: str | None = None) -> Row | None:
+    """The summary of a task (None: the only one) at a temperature."""
+    rows = evaluation["summaries"] if evaluation else []
+    return next((r for r in rows if r["temperature"] == temperature and task in (None, r["task"])), None)
+
+
+def real_text(real: Row) -> str:
+    """Tables of the real run."""
+    chat, tasks = real["chat"], real["tasks"]
+    names = list(dict.fromkeys(row["task"] for one in tasks.values() for row in one["summaries"]))
+    parts = []
+    for temperature in (0.0, 1.0):
+        rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in ALGORITHMS)]]
+        rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in ALGORITHMS)] for name in names]
+        parts.append(f"Accepted length at T={temperature:g}:\n\n" + table(["task", *ALGORITHMS], rows))
+    parts.append("Acceptance by position, given that those before were accepted, held-out chat at T=0:")
+    parts.append(positions({a: pick(chat.get(a), 0.0) for a in ALGORITHMS}))
+    parts.append("Speed against plain decoding of the same prompts in the same run, batch 1, held-out chat:")
+    parts.append(speeds(chat))
+    if "cache" in real:
+        parts.append(cache_line(real["cache"]["lossless"]))
+    parts.append("Seconds of the stages (those of one process ran side by side):\n\n" + stages(real["stages"]))
+    return "\n\n".join(parts)
+
+
+def positions(rows: Mapping[str, Row | None]) -> str:
+    """Conditional acceptance of every slot."""
+    most = max((len(row["conditional"]) for row in rows.values() if row), default=0)
+    if not most:
+        return NOT_RUN
+    lines = [
+        [name, *(f"{share:.2f}" for share in row["conditional"]), *[""] * (most - len(row["conditional"]))]
+        for name, row in rows.items()
+        if row
+    ]
+    return table(["draft", *(str(k) for k in range(1, most + 1))], lines)
+
+
+def speeds(chat: Mapping[str, Row]) -> str:
+    """Speed-up and equality of every draft."""
+    rows = []
+    for name in ALGORITHMS:
+        for temperature in (0.0, 1.0):
+            row = pick(chat.get(name), temperature)
+            if row is None or row["speed_up"] is None:
+                rows.append([name, f"{temperature:g}", NOT_RUN, "", "", ""])
+                continue
+            equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%} of {row['prompts']}"
+            rate = row["output_tokens"] / row["seconds"]
+            rows.append([name, f"{temperature:g}", f"{row['speed_up']:.2f}x", f"{rate:.1f}", length(row), equal])
+    return table(["draft", "T", "speed-up", "tokens/s", "accepted length", "greedy output equal"], rows)
+
+
+def cache_line(sizes: Row) -> str:
+    """Tokens and bytes of a cache."""
+    coded, raw = sizes["coded_bytes"] / sizes["tokens"], sizes["raw_bytes"] / sizes["tokens"]
+    return f"Cache: {sizes['tokens']:,} tokens, {coded:,.0f} bytes a token, {coded / raw:.2f} of raw bf16."
+
+
+def stages(seconds: Mapping[str, float]) -> str:
+    """Seconds of the stages."""
+    return table(["stage", "seconds"], [[name, f"{value:,.0f}"] for name, value in seconds.items()] or [[NOT_RUN, ""]])
+
+
+def ablation_text(found: Row) -> str:
+    """Tables of the ablations."""
+    measured = found["measured"]
+    about = {name: variant.about for name, variant in ablation.VARIANTS.items()}
+
+    def variants(names: Sequence[str]) -> str:
+        rows = [[about[name], length(pick(measured.get(name), 0.0))] for name in names]
+        return table(["DSpark with", "accepted length, T=0"], rows)
+
+    base = ablation.BASE
+    steps = [(step, measured.get(f"step-{step}")) for step in ablation.CURVE]
+    total = found["training"][base]["provenance"]["total_steps"] if base in found["training"] else None
+    curve = [[f"{step}", length(pick(one, 0.0))] for step, one in steps]
+    curve += [[f"{total}", length(pick(measured.get(base), 0.0))]] if total else []
+    parts = [
+        f"{ablation.HELD_OUT} held-out prompts, the same for all; one seed: a difference inside the intervals is none.",
+        "### Depth\n\n" + variants(["layers-1", "layers-2", base, "layers-5"]),
+        "### Block size\n\n" + variants(["block-4", base, "block-12"]),
+        "### Markov head\n\n" + variants(["no-markov", base]),
+        "### Cache level\n\n" + levels(found),
+        "### Learning curve\n\n" + table(["optimizer steps", "accepted length, T=0"], curve),
+        "### Sequential Temperature Scaling\n\n" + calibration(found.get("sts")),
+        "### Scheduler study\n\n" + scheduler(found.get("scheduler")),
+    ]
+    return "\n\n".join(parts)
+
+
+def levels(found: Row) -> str:
+    """Bytes a token and accepted length of every cache level."""
+    trained = {variant.level: name for name, variant in reversed(ablation.VARIANTS.items())}
+    rows = []
+    for level in ("raw", "lossless", "near", "compact", "smallest"):
+        sizes = found["cache"].get(level)
+        size = f"{sizes['coded_bytes'] / sizes['tokens']:,.0f}" if sizes else NOT_RUN
+        one = (
+            "that of lossless: equal bits"
+            if level == "raw"
+            else length(pick(found["measured"].get(trained[level]), 0.0))
+        )
+        rows.append([level, size, one])
+    return table(["level", "bytes a token", "accepted length, T=0"], rows)
+
+
+def calibration(sts: Row | None) -> str:
+    """Errors of the confidence before and after the scaling."""
+    if sts is None:
+        return NOT_RUN
+    rows = [
+        [str(one["position"]), f"{temperature:.2f}", f"{one['ece']:.2%}", f"{other['ece']:.2%}"]
+        for one, other, temperature in zip(sts["before"], sts["after"], sts["temperatures"], strict=True)
+    ]
+    rows.append(["mean", "", f"{mean_ece(sts['before']):.2%}", f"{mean_ece(sts['after']):.2%}"])
+    fitted, assessed = sts["rounds"]["fitted"], sts["rounds"]["assessed"]
+    text = (
+        f"The base at T={sts['sampling_temperature']:g}, fitted on {fitted:,} rounds, assessed on {assessed:,} others:"
+    )
+    return text + "\n\n" + table(["position", "temperature", "ECE before", "after"], rows)
+
+
+def scheduler(study: Row | None) -> str:
+    """The rows of a scheduler study, as it names them."""
+    rows = study.get("rows") if study else None
+    if not rows:
+        return NOT_RUN
+    head = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
+    return table(
+        head, [[f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in head] for row in rows]
+    )
+
+
+def provenance_text(measured: Row) -> str:
+    """A line for every evaluation: when it ended, with which seed, versions and command."""
+    rows = []
+    for section, key in (("real", "chat"), ("real", "tasks"), ("ablations", "measured")):
+        for name, one in measured[section].get(key, {}).items():
+            about = one["provenance"]
+            versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
+            rows.append([f"{key} {name}", about["finished"], str(about["seed"]), versions, f"`{about['command']}`"])
+    lines = [f"Recipes: {', '.join(f'`{recipe_of(name)}`' for name in ALGORITHMS)}; ablations: `{ablation.RECIPE}`."]
+    for section, seconds in (("real", "The real run"), ("ablations", "The ablations")):
+        spent = measured[section].get("stages", {})
+        if spent:
+            lines.append(f"{seconds}: {sum(spent.values()) / 3600:.2f} hours of stages, on one process or two.")
+    return "\n\n".join(
+        [*lines, table(["measured", "finished (UTC)", "seed", "versions", "command"], rows or [[NOT_RUN] * 5])]
+    )

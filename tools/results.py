@@ -1,0 +1,21 @@
+"""docs/results.md and docs/results.json from what `make real` and `make ablate` have measured: ``make results``."""
+
+from __future__ import annotations
+
+import argparse
+
+from deepspec.errors import run_main
+
+
+def main() -> None:
+    """Parse the arguments and write the page."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+
+    from deepspec.real.results import MEASURED, PAGE, write_results
+
+    write_results()
+    print(f"{PAGE}, {MEASURED}")
+
+
+if __name__ == "__main__":
+    run_main(main)
