@@ -43,12 +43,36 @@ def test_an_epoch_shows_every_sample_once_whatever_the_cut(count: int, bucket: i
     assert np.array_equal(again.step(plan.steps_per_epoch).micro_batches, plan.step(plan.steps_per_epoch).micro_batches)
 
 
-def test_bucketing_keeps_padding_under_five_percent() -> None:
-    lengths = np.clip(np.random.default_rng(0).lognormal(6.3, 0.8, 40_000), 16, 4096).astype(np.int64)
-    plain = make(lengths, global_batch=64, micro_batch=8, bucket_batches=0)
-    bucketed = make(lengths, global_batch=64, micro_batch=8, bucket_batches=50)
-    assert plain.padding_share(100) > 0.3
+SPREADS = {  # tokens of 20,000 samples
+    "wide": lambda dice: np.clip(dice.lognormal(6.3, 0.8, 20_000), 16, 4096),
+    "uniform": lambda dice: dice.integers(16, 4096, 20_000),
+    "two lengths": lambda dice: np.where(dice.random(20_000) < 0.5, 64, 4096),
+    "near": lambda dice: dice.normal(72, 19, 20_000).clip(36, 107),
+}
+
+
+@pytest.mark.parametrize("micro", [1, 4, 8])
+@pytest.mark.parametrize("spread", SPREADS)
+def test_bucketing_keeps_padding_under_five_percent(spread: str, micro: int) -> None:
+    lengths = SPREADS[spread](np.random.default_rng(0)).astype(np.int64)
+    plain = make(lengths, global_batch=64, micro_batch=micro, bucket_batches=0)
+    bucketed = make(lengths, global_batch=64, micro_batch=micro, bucket_batches=50)
     assert bucketed.padding_share(bucketed.steps_per_epoch) < 0.05
+    assert (plain.padding_share(100) > 0.15) == (micro > 1)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from([1, 4, 8]))
+def test_lengths_say_nothing_about_when_a_sample_comes(seed: int, micro: int) -> None:
+    """Bucketing sorts inside micro-batches only: over an epoch long and short samples come as early as any."""
+    lengths = np.random.default_rng(seed).integers(5, 2000, 4096)
+    plan = make(lengths, seed=seed, global_batch=64, micro_batch=micro, bucket_batches=16)
+    means = [lengths[plan.step(step).micro_batches].mean() for step in range(plan.steps_per_epoch)]
+    # 64 / micro independent draws a step: their mean scatters by std / sqrt(64 / micro)
+    error = lengths.std() * np.sqrt(micro / 64)
+    assert np.abs(np.array(means) - lengths.mean()).max() < 5 * error
+    halves = np.mean(means[: len(means) // 2]), np.mean(means[len(means) // 2 :])
+    assert abs(halves[0] - halves[1]) < 5 * error / np.sqrt(len(means) / 4)
 
 
 def test_a_step_mixes_lengths_although_a_micro_batch_does_not() -> None:

@@ -102,8 +102,15 @@ def open_memory(recipe: Any, _target: Any, count: int = 24) -> MemorySource:
     return MemorySource(load_target(recipe.target.path, torch.float32), count)
 
 
-def write_recipe(folder: Path, target: Path, algorithm: str = "dspark", zero: str = "zero1_fp32", **train: Any) -> Path:
-    """A recipe for the tiny target; ``train`` overrides keys of its `train:` section."""
+def write_recipe(
+    folder: Path,
+    target: Path,
+    algorithm: str = "dspark",
+    zero: str = "zero1_fp32",
+    data: dict[str, Any] | None = None,
+    **train: Any,
+) -> Path:
+    """A recipe for the tiny target; ``train`` overrides keys of its `train:` section, ``data`` is another section."""
     settings = {
         "deepspeed": str(ROOT / "deepspeed_configs" / f"{zero}.json"),
         "epochs": 100,
@@ -123,6 +130,7 @@ def write_recipe(folder: Path, target: Path, algorithm: str = "dspark", zero: st
         "seed": 3,
         "target": {"path": str(target), "layers": LAYERS, "dtype": "float32"},
         "draft": DRAFTS[algorithm],
+        "data": data or {},
         "train": settings | train,
         "output": str(folder / "run"),
     }

@@ -130,10 +130,9 @@ class Trainer:
         if done % self.train.log_every == 0 or last:
             self._log(done)
         begun = time.perf_counter()
-        if validate and self._validate(done):
-            save = True
-        if save:
-            self._save(done)
+        score, best = self._validate(done) if validate else (None, False)
+        if save or best:
+            self._save(done, score)
         if self.reporter is not None:
             self.reporter.exclude(time.perf_counter() - begun)
 
@@ -147,22 +146,21 @@ class Trainer:
         if self.reporter is not None:
             self.reporter.training(done, values, longest)
 
-    def _validate(self, done: int) -> bool:
-        """Measure; returns whether this is the best so far and to be kept."""
+    def _validate(self, done: int) -> tuple[float | None, bool]:
+        """Measure; returns the score, and whether this is the best so far and to be kept."""
         values, score = self.validator.run(self.engine, done)  # type: ignore[union-attr]
         if self.reporter is not None:
             self.reporter.validation(done, values)
-        self.manifest = replace(self.manifest, score=score)
         if not self.train.keep_best or score is None:
-            return False
+            return score, False
         best = None
         if self.engine.world.is_main:
             self.checkpoints.wait()
             best = self.checkpoints.best()
         better = torch.tensor([float(self.engine.world.is_main and (best is None or score > best[1]))])
-        return bool(self.engine.sum(better).item())
+        return score, bool(self.engine.sum(better).item())
 
-    def _save(self, done: int) -> None:
+    def _save(self, done: int, score: float | None = None) -> None:
         if self.saved == done:
             return
         if self.engine.world.is_main:
@@ -171,8 +169,7 @@ class Trainer:
         self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
         self.engine.barrier()
         if self.engine.world.is_main:
-            self.checkpoints.commit(replace(self.manifest, step=done))
-        self.manifest = replace(self.manifest, score=None)
+            self.checkpoints.commit(replace(self.manifest, step=done, score=score))
         self.saved = done
 
     def _stop(self, done: int) -> None:

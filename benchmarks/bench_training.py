@@ -1,0 +1,144 @@
+"""Training throughput from a cache and online, bucketed and padded; the wait for data; what padding wastes.
+
+    make quickstart
+    python benchmarks/bench_training.py [--json FILE]                          # one process
+    deepspeed --num_gpus 2 benchmarks/bench_training.py [--json FILE]          # as the quickstart trains
+
+All four ways run in turn within one process group, several rounds, so that a busy machine disturbs them alike; medians
+count. "bucketed" is the recipe's length bucketing (deepspec packs no two conversations into one row), "padded" is plain
+shuffling. Tokens are those of conversations: padding does not count as work. "wait" is the share of the step time in
+which the slowest rank waited for its batches; online it holds the target's own passes. The second table is the share of
+padding in all computed tokens over an epoch, from the plan alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import os
+import shutil
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from bars import Bars, at_most, write_bars
+
+from deepspec.distributed import World
+from deepspec.errors import run_main
+from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.plan import Plan
+from deepspec.training.run import assemble, prepare
+
+WORK = Path("build/bench_training")
+WAYS = {  # name -> overrides of the recipe
+    "cache, bucketed": [],
+    "cache, padded": ["train.bucket_batches=0"],
+    "online, bucketed": ["data.source=online"],
+    "online, padded": ["data.source=online", "train.bucket_batches=0"],
+}
+LIMIT = 0.05
+
+
+def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[str, float]:
+    """Train ``steps`` steps (at least 20) and measure them without the first ten."""
+    output = WORK / "run"
+    if world.is_main:
+        shutil.rmtree(output, ignore_errors=True)
+    dist.barrier()
+    settings = [f"output={output}", f"train.max_steps={steps}", "train.log_every=10", "train.tensorboard=false"]
+    trainer = assemble(prepare(recipe, [*overrides, *settings], world, False), world, profile=False)
+    begun = time.process_time()
+    with contextlib.redirect_stdout(io.StringIO()):  # the log lines
+        trainer.run(0)
+    cpu = torch.tensor(time.process_time() - begun)
+    dist.all_reduce(cpu)
+    plan = trainer.feeder.plan
+    tokens = sum(int(plan.lengths[plan.step(number).micro_batches].sum()) for number in range(steps))
+    trainer.engine.close()
+    rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()][1:]
+    means = {key: statistics.mean(row[key] for row in rows) for key in ("tokens_per_second", "data_wait", "padding")}
+    return means | {"tokens_per_cpu_second": tokens / float(cpu)}
+
+
+def throughput(recipe: str, world: World, steps: int, rounds: int) -> dict[str, dict[str, float]]:
+    """The median of ``rounds`` rounds of each way."""
+    seen: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    for number in range(rounds):
+        for name, overrides in WAYS.items():
+            seen[name].append(train(recipe, overrides, world, steps))
+            if world.is_main:
+                print(f"round {number + 1}/{rounds}: {name} done", flush=True)
+    return {name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in seen.items()}
+
+
+def padding(lengths: np.ndarray, global_batch: int, window: int, micro_batch: int) -> float:
+    """Share of padding over an epoch."""
+    plan = Plan(
+        lengths, (len(lengths),), seed=42, global_batch=global_batch, micro_batch=micro_batch, bucket_batches=window
+    )
+    return plan.padding_share(plan.steps_per_epoch)
+
+
+def padding_table(recipe: str, world: World, bars: Bars) -> list[str]:
+    """Rows of the padding table: the recipe's own samples, and a wide spread of lengths."""
+    prepared = prepare(recipe, [f"output={WORK / 'none'}"], world, False)
+    train_section = prepared.recipe.train
+    wide = np.clip(np.random.default_rng(0).lognormal(6.3, 0.8, 40_000), 16, 4096).astype(np.int64)
+    own = (prepared.recipe.name, prepared.source.lengths)
+    rows = []
+    for (name, lengths), batch in ((own, 8), (("16 to 4,096 tokens", wide), 8), (("16 to 4,096 tokens", wide), 64)):
+        for micro in (1, 4, 8):
+            bucketed = padding(lengths, batch, train_section.bucket_batches, micro)
+            rows.append(f"| {name} | {batch} | {micro} | {padding(lengths, batch, 0, micro):.1%} | {bucketed:.2%} |")
+            bars[f"padding: {name}, micro batch {micro}, global batch {batch}"] = at_most(bucketed, LIMIT)
+    return rows
+
+
+def report(measured: dict[str, dict[str, float]], world: World) -> None:
+    """Print the throughput table."""
+    first = next(iter(measured.values()))
+    print(f"\nload average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {world.size} processes\n")
+    print("| features, batches | tokens/s | of the first | per CPU second, of the first | wait | padding |")
+    print("|---|---|---|---|---|---|")
+    for name, one in measured.items():
+        wall = one["tokens_per_second"] / first["tokens_per_second"]
+        cpu = one["tokens_per_cpu_second"] / first["tokens_per_cpu_second"]
+        print(
+            f"| {name} | {one['tokens_per_second']:,.0f} | {wall:.2f}x | {cpu:.2f}x | {one['data_wait']:.2%} | "
+            f"{one['padding']:.1%} |"
+        )
+
+
+def main() -> None:
+    """Parse arguments, measure, print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="recipes/quickstart_dspark.yaml")
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    given = parser.parse_args()
+    world = start_processes()
+    try:
+        measured: dict[str, Any] = throughput(given.recipe, world, given.steps, given.rounds)
+        bars: Bars = {"share of step time waiting for data": at_most(measured["cache, bucketed"]["data_wait"], LIMIT)}
+        rows = padding_table(given.recipe, world, bars)
+        if world.is_main:
+            report(measured, world)
+            print(
+                "\n| lengths | global batch | micro batch | padded | bucketed |\n|---|---|---|---|---|", *rows, sep="\n"
+            )
+            write_bars(given.json, bars)
+            shutil.rmtree(WORK)
+    finally:
+        end_processes()
+
+
+if __name__ == "__main__":
+    run_main(main)
