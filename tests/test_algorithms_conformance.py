@@ -114,8 +114,8 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     save_draft(tmp_path / "extra", {**state, "layers.9.weight": torch.zeros(1)}, config, {})
     save_draft(tmp_path / "less", {k: v for k, v in state.items() if k != "norm.weight"}, config, {})
     save_draft(tmp_path / "other", state, {**config, "num_target_layers": 7}, {})
-    save_draft(tmp_path / "slots", state, {**config, "sample_from_anchor": False}, {})
-    wanted = {"extra": "layers.9.weight", "less": "norm.weight", "other": "num_target_layers", "slots": "K-1 drafts"}
+    save_draft(tmp_path / "engine", state, {**config, "dflash_config": {}}, {})
+    wanted = {"extra": "layers.9.weight", "less": "norm.weight", "other": "num_target_layers", "engine": "import it"}
     for name, text in wanted.items():
         with pytest.raises(DraftError, match=text):
             load_draft(tmp_path / name, target)

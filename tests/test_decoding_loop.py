@@ -75,15 +75,23 @@ class FakeDrafter:
         self.model = SimpleNamespace(config=SimpleNamespace(target_layers=layers))
         self.features: list[list[Tensor]] = [[] for _ in range(rows)]
         self.tokens: list[list[int]] = [[] for _ in range(rows)]
+        self.contexts: list[tuple[list[Tensor], list[int]]] = []  # of every prompt, in the order of entering
 
     def reset_rows(self, rows: Tensor) -> None:
         for row in rows.tolist():
             self.features[row], self.tokens[row] = [], []
+            self.contexts.append((self.features[row], self.tokens[row]))
 
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        for row, count in enumerate(counts.tolist()):
-            self.features[row].extend(features[row, :count])
-            self.tokens[row].extend(tokens[row, :count].tolist())
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        for old, new in zip(source.tolist(), target.tolist(), strict=True):
+            self.features[new], self.tokens[new] = self.features[old], self.tokens[old]
+
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
+        for place, count in enumerate(counts.tolist()):
+            row = place if rows is None else int(rows[place])
+            self.features[row] += features[place, :count]
+            self.tokens[row] += tokens[place, :count].tolist()
+            assert len(self.tokens[row]) - count + features.shape[1] <= reach
 
     def propose(self, last_token: Tensor, sample, max_draft: int | None = None) -> FakeProposal:
         tokens, probs, confidence, previous = [], [], [], last_token
@@ -108,8 +116,8 @@ class OracleDrafter(FakeDrafter):
         self.texts, self.vocab = texts, vocab
 
     def propose(self, last_token: Tensor, sample, max_draft: int | None = None) -> FakeProposal:
-        drafts = torch.zeros(len(self.tokens), self.max_draft, dtype=torch.long)
-        for row, after in enumerate(self.tokens):
+        drafts = torch.zeros(len(last_token), self.max_draft, dtype=torch.long)
+        for row, after in enumerate(self.tokens[: len(last_token)]):
             known = [text for text in self.texts if text[1 : len(after) + 1] == after]  # none: the row is finished
             for slot, token in enumerate(known[0][len(after) + 1 :][: self.max_draft] if known else []):
                 drafts[row, slot] = token if (token + slot) % 3 else (token + 1) % self.vocab
@@ -156,7 +164,7 @@ def test_packed_ragged_steps_equal_whole_forwards(family: str) -> None:
         kept = np.minimum(counts, generator.integers(1, 7, 4))  # the rest is rolled back and fed again
         packed.cache.commit(kept)
         for row in range(4):
-            start = int(step.starts[row])
+            start = int(step.index[row, 0])
             seen[row].extend(zip(output.features[start : start + kept[row]], output.last_hidden[start:], strict=False))
         fed += kept
     for row, ids in enumerate(rows):
@@ -193,11 +201,12 @@ def test_drafter_receives_the_targets_features_and_the_tokens_after_them() -> No
     for row, one in enumerate(done):
         ids = [*prompts[row], *one.output_ids]
         whole = target.forward(torch.tensor([ids[:-1]]), (0, 2)).features[0]
-        given = torch.stack(drafter.features[row])
+        features, tokens = drafter.contexts[row]
+        given = torch.stack(features)
         known = min(len(given), len(whole))
         assert known >= len(prompts[row]) + 8
         torch.testing.assert_close(given[:known], whole[:known], atol=1e-4, rtol=1e-4)
-        assert drafter.tokens[row][:known] == ids[1 : known + 1]
+        assert tokens[:known] == ids[1 : known + 1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -260,7 +269,7 @@ def test_one_reading_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = prompts_of(target, (4, 6))
 
     class Counting(FakeDrafter):
-        def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        def extend(self, *given: object) -> None:
             pass
 
         def reset_rows(self, rows: Tensor) -> None:

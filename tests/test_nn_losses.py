@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepspec.nn import chunk
+from deepspec.nn import chunk, tiles
 from deepspec.nn.chunk import LossWeights
 from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
@@ -50,7 +50,7 @@ class Problem:
     def leaves(self) -> list[Tensor]:
         return [x for x in (self.hidden, self.latent, self.w2) if x is not None]
 
-    def fused(self, weights: LossWeights, backend: str = "chunked") -> HeadLoss:
+    def fused(self, weights: LossWeights, backend: str = "tiled") -> HeadLoss:
         return head_loss(self.hidden, self.frozen, self.rows, weights, self.target, self.latent, self.w2, backend)
 
     def plain(self, weights: LossWeights) -> tuple[Tensor, Tensor]:
@@ -97,20 +97,21 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = Problem(1, 90, "position", 4.0, False, torch.float32)
     whole = problem.fused(weights)
     gradients = torch.autograd.grad(whole.combined, problem.leaves)
-    monkeypatch.setattr(chunk, "_CHUNK_BYTES", {"cpu": 0})
-    monkeypatch.setattr(chunk, "_MIN_ROWS", 7)
+    monkeypatch.setattr(tiles, "_CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(tiles, "_MIN_ROWS", 7)
+    monkeypatch.setattr(tiles, "_TILE_COLUMNS", 13)
     pieces = problem.fused(weights)
     torch.testing.assert_close(pieces.combined, whole.combined)
     for one, other in zip(torch.autograd.grad(pieces.combined, problem.leaves), gradients, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
-def test_compiled_body_equals_the_in_place_body(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_body_equals_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The body that torch.compile fuses on CUDA, run uncompiled here."""
-    monkeypatch.setattr("deepspec.nn.losses.compiled_chunk_terms", lambda: chunk.functional_chunk_terms)
+    monkeypatch.setattr("deepspec.nn.chunk.compiled_chunk_terms", lambda: chunk.functional_chunk_terms)
     for weights in (LossWeights(0.1, 0.0, 0.9), LossWeights(soft_ce=1.0), LossWeights(ce=1.0)):
         problem = Problem(2, 40, "position", 4.0, False, torch.float32)
-        one, other = problem.fused(weights, "compiled"), problem.fused(weights, "chunked")
+        one, other = problem.fused(weights, "compiled"), problem.fused(weights, "tiled")
         torch.testing.assert_close(one.combined, other.combined)
         torch.testing.assert_close(one.hit_R, other.hit_R)
         pairs = zip(*(torch.autograd.grad(loss.combined, problem.leaves) for loss in (one, other)), strict=True)
@@ -122,7 +123,7 @@ def test_compiled_body_equals_the_in_place_body(monkeypatch: pytest.MonkeyPatch)
 def test_compiled_by_inductor_on_the_cpu() -> None:
     problem = Problem(3, 40, "position", None, False, torch.float32)
     weights = LossWeights(0.1, 0.0, 0.9)
-    torch.testing.assert_close(problem.fused(weights, "compiled").combined, problem.fused(weights, "chunked").combined)
+    torch.testing.assert_close(problem.fused(weights, "compiled").combined, problem.fused(weights, "tiled").combined)
 
 
 def test_without_gradients_nothing_is_kept() -> None:

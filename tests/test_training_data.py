@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 import training_tools as tools
-from cache_tools import conversation_rows, make_target
-from safetensors.torch import load_file, save_file
+from cache_tools import conversation_rows
 
 from deepspec.cache.build import build_cache
 from deepspec.cache.reader import TargetCache
@@ -21,9 +19,9 @@ from deepspec.distributed import World
 from deepspec.errors import CheckpointError
 from deepspec.recipe import load_recipe
 from deepspec.training import run
-from deepspec.training.engine import end_processes, start_processes
 from deepspec.training.loop import Trainer
 
+pytest_plugins = ["training_fixtures"]
 ALGORITHMS = ("dspark", "dflash", "eagle3")
 RENDERING = {"max_length": 96, "min_supervised": 4}
 
@@ -42,18 +40,9 @@ class Inputs:
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield start_processes()
-    end_processes()
-
-
-@pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     folder = tmp_path_factory.mktemp("data")
-    target = make_target(folder / "target", torch.float32)
-    weights = load_file(target / "model.safetensors")
-    weights["model.embed_tokens.weight"] *= 20  # tied head: peaked distributions, so that losses depend on the features
-    save_file(weights, target / "model.safetensors", metadata={"format": "pt"})
+    target = tools.make_talking_target(folder / "target")
     conversations = (folder / "a.jsonl", folder / "b.jsonl")
     caches = (folder / "cache-a", folder / "cache-b")
     for seed, (path, cache, count) in enumerate(zip(conversations, caches, (24, 12), strict=True)):

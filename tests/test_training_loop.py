@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from deepspec.distributed import World
 from deepspec.export.manifest import steps_of
 from deepspec.training import run
-from deepspec.training.engine import end_processes, start_processes
 from deepspec.training.loop import Trainer
 from deepspec.training.report import NonFiniteLoss
 
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[World]:
-    yield start_processes()
-    end_processes()
+pytest_plugins = ["training_fixtures"]
 
 
 @pytest.fixture(scope="module")

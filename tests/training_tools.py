@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cache_tools
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from deepspec.targets import load_target
 
@@ -46,6 +48,15 @@ def make_target(folder: Path, seed: int = 7) -> Path:
     with torch.no_grad():
         model.lm_head.weight.mul_(20.0)  # peaked distributions: something to learn
     model.save_pretrained(folder)
+    return folder
+
+
+def make_talking_target(folder: Path) -> Path:
+    """The cache tests' target with a tokenizer, in fp32, its tied embedding enlarged: it likes to repeat itself."""
+    path = cache_tools.make_target(folder, torch.float32) / "model.safetensors"
+    weights = load_file(path)
+    weights["model.embed_tokens.weight"] *= 20
+    save_file(weights, path, metadata={"format": "pt"})
     return folder
 
 

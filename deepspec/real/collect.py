@@ -46,7 +46,7 @@ def _real() -> dict[str, Any]:
     shards = [scale.root / f"cache-{shard}" / "manifest.json" for shard in range(scale.shards)]
     if all(path.exists() for path in shards):
         found["cache"] = {"lossless": _sizes(shards)}
-    for kind in ("chat", "tasks"):
+    for kind in ("chat", "exact", "tasks"):
         found[kind] = {
             name: evaluation
             for name in ALGORITHMS

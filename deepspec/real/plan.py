@@ -11,6 +11,7 @@ from deepspec.registry import ALGORITHMS
 SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
 TARGET, SITE = SHARED / "target", SHARED / "site"
 BATCH = 8  # prompts that the tasks decode at a time, where no speed is measured
+EXACT = 16  # chat prompts decoded in float32: bfloat16 rounds a verification of many tokens otherwise than of one
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
 
 
 def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -> list[Stage]:
-    """Training, export and the two evaluations of one algorithm's draft."""
+    """Training, export and the evaluations of one algorithm's draft."""
     root, recipe, exported = scale.root, recipe_of(algorithm), f"export {algorithm}"
     run, draft = root / algorithm, root / f"{algorithm}-draft"
     needs, overrides = tuple(f"cache {shard}" for shard in range(scale.shards)), scale.training
@@ -86,8 +87,15 @@ def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -
         export(exported, run, draft, (f"train {algorithm}",)),
     ]
     batched = ("--no-plain", "--batch-size", str(BATCH), "--samples", str(scale.samples))
-    for kind, files, more in (("chat", [root / "prompts" / "chat.jsonl"], ()), ("tasks", tasks, batched)):
+    exact = ("--dtype", "float32", "--samples", str(EXACT))
+    greedy = (*scale.decoding, "evaluate.temperature=[0.0]")
+    chat = [root / "prompts" / "chat.jsonl"]
+    for kind, files, more, decoding in (
+        ("chat", chat, (), scale.decoding),
+        ("exact", chat, exact, greedy),
+        ("tasks", tasks, batched, scale.decoding),
+    ):
         if files:
             name, place = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"
-            stages.append(evaluate(name, recipe, draft, files, place, (exported,), more, scale.decoding))
+            stages.append(evaluate(name, recipe, draft, files, place, (exported,), more, decoding))
     return stages

@@ -71,6 +71,10 @@ def real_text(real: Row) -> str:
     parts.append(positions({a: pick(chat.get(a), 0.0) for a in ALGORITHMS}))
     parts.append("Speed against plain decoding of the same prompts in the same run, batch 1, held-out chat:")
     parts.append(speeds(chat))
+    parts.append(
+        "Greedy output equal to plain decoding in float32 (bfloat16 rounds a verification of many tokens otherwise than "
+        "of one): " + "; ".join(f"{name} {equality(pick(real['exact'].get(name), 0.0))}" for name in ALGORITHMS) + "."
+    )
     if "cache" in real:
         parts.append(cache_line(real["cache"]["lossless"]))
     parts.append("Seconds of the stages (those of one process ran side by side):\n\n" + stages(real["stages"]))
@@ -99,10 +103,15 @@ def speeds(chat: Mapping[str, Row]) -> str:
             if row is None or row["speed_up"] is None:
                 rows.append([name, f"{temperature:g}", NOT_RUN, "", "", ""])
                 continue
-            equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%} of {row['prompts']}"
+            equal = "" if row["equal_to_plain"] is None else equality(row)
             rate = row["output_tokens"] / row["seconds"]
             rows.append([name, f"{temperature:g}", f"{row['speed_up']:.2f}x", f"{rate:.1f}", length(row), equal])
     return table(["draft", "T", "speed-up", "tokens/s", "accepted length", "greedy output equal"], rows)
+
+
+def equality(row: Row | None) -> str:
+    """Share of the prompts whose greedy output is that of plain decoding."""
+    return NOT_RUN if row is None else f"{row['equal_to_plain']:.0%} of {row['prompts']}"
 
 
 def cache_line(sizes: Row) -> str:
@@ -189,7 +198,7 @@ def scheduler(study: Row | None) -> str:
 def provenance_text(measured: Row) -> str:
     """A line for every evaluation: when it ended, with which seed, versions and command."""
     rows = []
-    for section, key in (("real", "chat"), ("real", "tasks"), ("ablations", "measured")):
+    for section, key in (("real", "chat"), ("real", "exact"), ("real", "tasks"), ("ablations", "measured")):
         for name, one in measured[section].get(key, {}).items():
             about = one["provenance"]
             versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
