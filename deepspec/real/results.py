@@ -72,7 +72,7 @@ def real_text(real: Row) -> str:
     parts.append("Speed against plain decoding of the same prompts in the same run, batch 1, held-out chat:")
     parts.append(speeds(chat))
     parts.append(
-        "Greedy output equal to plain decoding in float32 (bfloat16 rounds a verification of many tokens otherwise than "
+        "Greedy output equal to plain decoding in float32 (bfloat16 rounds a check of many tokens otherwise than "
         "of one): " + "; ".join(f"{name} {equality(pick(real['exact'].get(name), 0.0))}" for name in ALGORITHMS) + "."
     )
     if "cache" in real:
