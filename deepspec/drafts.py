@@ -2,27 +2,33 @@
 
 The layout is the published one, so released checkpoints load here and ours load elsewhere. The folder may carry the
 target's embedding and head (``embed_tokens.weight``, ``lm_head.weight``); without them they are taken from the target.
+An imported draft may have trained its own: its config then says ``own_embedding`` or ``own_head``. Tensors beyond
+``SHARD_BYTES`` are cut into several files with an index, as transformers does.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
-from deepspec.errors import DraftError
-from deepspec.files import read_json, sync_folder, write_json, write_text
+from deepspec.errors import DraftError, RecipeError
+from deepspec.files import read_json, sha256_file, sha256_json, sync_folder, write_json, write_text
 from deepspec.targets import Target, TargetSpec
 from deepspec.targets.load import family_of
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
 
 
 def save_draft(
@@ -31,6 +37,7 @@ def save_draft(
     config: Mapping[str, Any],
     provenance: Mapping[str, Any],
     recipe_text: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is whole.
 
@@ -40,6 +47,7 @@ def save_draft(
         config: config.json.
         provenance: versions, seeds, digests.
         recipe_text: the resolved recipe as YAML.
+        shard_bytes: no file of weights is larger, unless one tensor is.
 
     Raises:
         DraftError: the folder already holds a draft.
@@ -48,23 +56,69 @@ def save_draft(
     if (folder / "provenance.json").exists():
         raise DraftError("already holds a draft", file=folder, remedy="name another folder, or remove this one")
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".model.safetensors.tmp"
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    if tensors.get(FROZEN[0]) is not None and _shared(tensors[FROZEN[0]], tensors.get(FROZEN[1])):
-        tensors[FROZEN[1]] = tensors[FROZEN[1]].clone()  # a tied head: safetensors refuses shared storage
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    with open(temporary, "rb+") as handle:
-        handle.flush()
-    temporary.replace(folder / "model.safetensors")
-    sync_folder(folder)
+    _write_weights(folder, state, shard_bytes)
     write_json(folder / "config.json", dict(config))
     if recipe_text is not None:
         write_text(folder / "recipe.yaml", recipe_text)
     write_json(folder / "provenance.json", dict(provenance))
 
 
+def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    if tensors.get(FROZEN[0]) is not None and _shared(tensors[FROZEN[0]], tensors.get(FROZEN[1])):
+        tensors[FROZEN[1]] = tensors[FROZEN[1]].clone()  # a tied head: safetensors refuses shared storage
+    split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        temporary = folder / f".{file}.tmp"
+        save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
+        with open(temporary, "rb+") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(folder / file)
+    sync_folder(folder)
+    if split.is_sharded:
+        write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
 def _shared(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def weight_files(folder: str | Path) -> list[Path]:
+    """The files of a draft's weights, in a fixed order.
+
+    Raises:
+        DraftError: there is none.
+    """
+    folder = Path(folder)
+    if (folder / INDEX).is_file():
+        index = read_json(folder / INDEX, DraftError)
+        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+    if not (folder / WEIGHTS).is_file():
+        raise DraftError("no such file", file=folder / WEIGHTS, remedy="is this a draft folder?")
+    return [folder / WEIGHTS]
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 of a draft's weights: of the one file, or of the digests of all files."""
+    digests = [sha256_file(path) for path in weight_files(folder)]
+    return digests[0] if len(digests) == 1 else sha256_json(digests)
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """All tensors of a draft folder, one file or several.
+
+    Raises:
+        DraftError: a file that is missing or cut.
+    """
+    state: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            state |= load_file(path)
+        except FileNotFoundError:
+            raise DraftError("no such file", file=path, remedy="the index names it; fetch the whole folder") from None
+        except SafetensorError as problem:
+            raise DraftError(f"not a safetensors file ({problem})", file=path) from None
+    return state
 
 
 def draft_algorithm(config: Mapping[str, Any], file: str | Path | None = None) -> Algorithm:
@@ -107,54 +161,51 @@ def load_draft(
     """
     folder = Path(folder)
     config = read_json(folder / "config.json", DraftError, "is this a draft folder?")
-    algorithm = draft_algorithm(config, folder / "config.json")
-    if config.get("sample_from_anchor") is False:
-        raise DraftError(
-            "K slots that give K-1 drafts are another convention", file=folder / "config.json",
-            key="sample_from_anchor", found=False, wanted=True,
-        )  # fmt: skip
-    family = family_of(config["model_type"], folder / "config.json")
-    spec = TargetSpec(str(folder), family, config, config["model_type"])
     if target is not None:
         _check_target(folder, config, target)
-    model = algorithm.build_model(_read_config(algorithm, config, folder), spec.shape, family)
-    state = _read_weights(folder)
-    embed, head = (state.pop(name, None) for name in FROZEN)
-    _load_strictly(model, state, folder / "model.safetensors")
+    model = build_draft(config, folder / "config.json")
+    state = read_weights(folder)
+    frozen = {name: state.pop(name) for name in FROZEN if name in state}
+    check_weights(model, state, folder)
+    model.load_state_dict(state)
     kept = next(iter(state.values())).dtype
     model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else kept))
-    if target is not None:
-        model.attach(target.embed_weight, target.head_weight)
-    elif embed is not None and head is not None:
-        model.attach(embed, head)
-    else:
-        raise DraftError(
-            "has no embedding and head",
-            file=folder / "model.safetensors",
-            wanted=" and ".join(FROZEN),
-            remedy="give the target",
-        )
+    model.attach(*_frozen_weights(folder, config, frozen, target))
     return model.eval()
 
 
-def _read_config(algorithm: Algorithm, config: Mapping[str, Any], folder: Path) -> Any:
+def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
+    """An uninitialised draft of a config.json in the published layout.
+
+    Raises:
+        DraftError: an unknown architecture, a missing field or a value out of range.
+    """
+    if "deepspec" in config or "speculators_model_type" in config or "dflash_config" in config:
+        remedy = "import it first: python tools/export.py FOLDER OUT --from auto"
+        raise DraftError("a draft in an engine's layout, not in ours", file=file, remedy=remedy)
+    algorithm = draft_algorithm(config, file)
+    if "model_type" not in config:
+        raise DraftError("missing field", file=file, key="model_type")
+    family = family_of(config["model_type"], file)
+    spec = TargetSpec(str(file.parent), family, config, config["model_type"])
+    return algorithm.build_model(_read_config(algorithm, config, file), spec.shape, family)
+
+
+def _read_config(algorithm: Algorithm, config: Mapping[str, Any], file: Path) -> Any:
     try:
         return algorithm.read_config(config)
     except KeyError as missing:
-        raise DraftError("missing field", file=folder / "config.json", key=missing.args[0]) from None
+        raise DraftError("missing field", file=file, key=missing.args[0]) from None
+    except RecipeError as error:
+        raise DraftError(error.problem, file=file, key=error.key, found=error.found, wanted=error.wanted) from None
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    path = folder / "model.safetensors"
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise DraftError("no such file", file=path, remedy="is this a draft folder?") from None
-    except SafetensorError as problem:
-        raise DraftError(f"not a safetensors file ({problem})", file=path) from None
+def check_weights(model: DraftModel, state: Mapping[str, Tensor], path: Path) -> None:
+    """Check that ``state`` (without the frozen two) has exactly the model's tensors, in its shapes.
 
-
-def _load_strictly(model: DraftModel, state: Mapping[str, Tensor], path: Path) -> None:
+    Raises:
+        DraftError: an unknown or missing weight, or a wrong shape.
+    """
     wanted = model.state_dict()
     unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
     if unknown or missing:
@@ -166,7 +217,43 @@ def _load_strictly(model: DraftModel, state: Mapping[str, Tensor], path: Path) -
             raise DraftError(
                 "wrong shape", file=path, key=name, found=tuple(tensor.shape), wanted=tuple(wanted[name].shape)
             )
-    model.load_state_dict(dict(state))
+
+
+def _frozen_weights(
+    folder: Path, config: Mapping[str, Any], stored: Mapping[str, Tensor], target: Target | None
+) -> list[Tensor]:
+    """Embedding and head: the target's, or the folder's where there is no target or the draft trained its own.
+
+    Raises:
+        DraftError: nobody has one, or the folder's is not the target's.
+    """
+    chosen = []
+    for name, own in zip(FROZEN, (config.get("own_embedding"), config.get("own_head")), strict=True):
+        weight = stored.get(name)
+        if weight is None and (target is None or own):
+            remedy = "give the target" if target is None and not own else "the config says that the draft has its own"
+            raise DraftError("has no embedding and head", file=folder, wanted=name, remedy=remedy)
+        if target is None or own:
+            chosen.append(weight)
+            continue
+        theirs = target.embed_weight if name == FROZEN[0] else target.head_weight
+        if weight is not None:
+            _check_same(folder, name, weight, theirs, target)
+        chosen.append(theirs)
+    return chosen  # type: ignore[return-value]
+
+
+def _check_same(folder: Path, name: str, stored: Tensor, theirs: Tensor, target: Target) -> None:
+    """The folder's copy of a frozen weight is the target's, up to the rounding between their dtypes."""
+    if stored.shape == theirs.shape:
+        narrow = min(stored.dtype, theirs.dtype, key=lambda dtype: dtype.itemsize)
+        if torch.equal(stored.to(theirs.device, narrow), theirs.to(narrow)):
+            return
+    raise DraftError(
+        "draft of another target", file=folder, key=name, found=f"{tuple(stored.shape)} with other values",
+        wanted=f"{tuple(theirs.shape)} as in {target.spec.path}",
+        remedy="name the target it was trained for; a draft that trained its own says own_embedding or own_head",
+    )  # fmt: skip
 
 
 def _check_target(folder: Path, config: Mapping[str, Any], target: Target) -> None:
