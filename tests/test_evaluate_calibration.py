@@ -18,6 +18,7 @@ from deepspec.evaluate.calibration import (
     fit,
     load_sts,
     mean_ece,
+    perfect_error,
     survival,
 )
 from deepspec.files import sha256_file
@@ -67,7 +68,7 @@ def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
     rounds, lines = overconfident(400, 3), []
     for index in range(4):
         own = slice(index * 100, index * 100 + 100)
-        row = {"index": index, "temperature": 1.0, "confidence": rounds.logits[own].tolist()}
+        row = {"task": "t", "index": index, "temperature": 1.0, "confidence": rounds.logits[own].tolist()}
         lines.append(row | {"proposed": [3] * 100, "accepted": rounds.accepted[own].tolist()})
     (results / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return draft, results
@@ -95,3 +96,13 @@ def test_unusable_results_are_named(tmp_path: Path) -> None:
     (results / "run.json").write_text(json.dumps(identity))
     with pytest.raises(EvaluationError, match="no confidences at temperature 0"):
         calibrate(draft, results, 0.0)
+
+
+def test_a_perfect_head_measures_what_is_said_beside_it() -> None:
+    """Predictions that come true as often as they say measure about the error reported for them, which falls with N."""
+    random = np.random.default_rng(0)
+    said = [random.random(count) ** 2 for count in (500, 50_000)]
+    for one in said:
+        measured = np.mean([expected_calibration_error(one, random.random(len(one)) < one) for _ in range(30)])
+        assert perfect_error(one) == pytest.approx(measured, rel=0.15)
+    assert perfect_error(said[1]) < perfect_error(said[0]) / 5

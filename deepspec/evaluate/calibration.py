@@ -3,12 +3,14 @@
 ``python -m deepspec.evaluate.calibration --draft D --results FOLDER`` reads the rounds of a finished evaluation that
 verified everything, fits one temperature a position on every other prompt, prints ECE before and after on the prompts
 in between, and saves ``sts.json`` into the draft folder, from where later evaluations take it.
+
+Measured ECE is biased upwards: with finitely many samples even a perfect head misses the observed rates a little. What
+such a head would measure with the same predictions is reported beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,13 @@ from typing import Any
 import numpy as np
 
 from deepspec.errors import EvaluationError, run_main
+from deepspec.evaluate.log import RowLog
 from deepspec.files import read_json, sha256_file, write_json
 
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
 STS_FILE = "sts.json"
+DRAWS = 200  # of the outcomes of a perfect head
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,16 @@ def expected_calibration_error(predicted: np.ndarray, happened: np.ndarray) -> f
     return sum(count * abs(mean - rate) for count, mean, rate in reliability(predicted, happened)) / max(
         1, len(predicted)
     )
+
+
+def perfect_error(predicted: np.ndarray, seed: int = 0) -> float:
+    """The mean ECE that predictions [N] would measure if each came true exactly as often as it says."""
+    random, bins = np.random.default_rng(seed), np.minimum((predicted * BINS).astype(int), BINS - 1)
+    errors = []
+    for _ in range(DRAWS):
+        missed = (random.random(len(predicted)) < predicted) - predicted
+        errors.append(np.abs(np.bincount(bins, weights=missed, minlength=BINS)).sum() / max(1, len(predicted)))
+    return float(np.mean(errors))
 
 
 def area_under_curve(predicted: np.ndarray, happened: np.ndarray) -> float | None:
@@ -114,6 +128,7 @@ def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]
                 "position": slot + 1,
                 "rounds": int(known.sum()),
                 "ece": expected_calibration_error(said, happened),
+                "ece_if_perfect": perfect_error(said),
                 "auc": area_under_curve(said, happened),
                 "brier": float(((said - happened) ** 2).mean()) if known.any() else None,
                 "reliability": reliability(said, happened),
@@ -122,13 +137,13 @@ def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]
     return rows
 
 
-def mean_ece(rows: Sequence[dict[str, Any]]) -> float:
+def mean_ece(rows: Sequence[dict[str, Any]], key: str = "ece") -> float:
     """Mean over positions that were verified."""
-    return float(np.mean([row["ece"] for row in rows if row["rounds"]]))
+    return float(np.mean([row[key] for row in rows if row["rounds"]]))
 
 
 def read_rounds(folder: Path, temperature: float) -> tuple[Rounds, Rounds]:
-    """The rounds of a results folder at one temperature: of the even prompts, and of the odd ones.
+    """The rounds of a results folder at one temperature: of the prompts at even places, and at odd ones.
 
     Raises:
         EvaluationError: no such rounds, or a run that did not verify everything.
@@ -140,21 +155,13 @@ def read_rounds(folder: Path, temperature: float) -> tuple[Rounds, Rounds]:
             found=identity["confidence_threshold"], wanted=0, remedy="evaluate once without a threshold",
         )  # fmt: skip
     halves: tuple[list[tuple[list[float], int, int]], ...] = ([], [])
-    path = folder / "results.jsonl"
-    if not path.exists():
-        raise EvaluationError("no such file", file=path, remedy="finish the evaluation first")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            problem = "not JSON (an unfinished run?)"
-            raise EvaluationError(problem, file=path, key=f"line {number}", remedy="finish the evaluation") from None
+    for row in RowLog(folder, "results").rows.values():
         if row["temperature"] == temperature:
             own = zip(row["confidence"], row["proposed"], row["accepted"], strict=True)
             halves[row["index"] % 2].extend(one for one in own if one[0])
     if not halves[0] or not halves[1]:
         raise EvaluationError(
-            f"no confidences at temperature {temperature:g} in both halves", file=path,
+            f"no confidences at temperature {temperature:g} in both halves", file=folder / "results.jsonl",
             wanted="two prompts or more, decoded with a draft that has a confidence head",
         )  # fmt: skip
     even, odd = (Rounds(*(np.array(column) for column in zip(*half, strict=True))) for half in halves)
@@ -203,15 +210,17 @@ def calibrate(draft: Path, folder: Path, temperature: float) -> dict[str, Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """A row a position, before and after."""
-    lines = ["| position | rounds | temperature | ECE before | after | AUC before | after | Brier before | after |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+    header = ["position", "rounds", "temperature", "ECE before", "after", "if perfect", "AUC before", "after"]
+    lines = [f"| {' | '.join([*header, 'Brier before', 'after'])} |", "|---" * 10 + "|"]
     rows = zip(result["before"], result["after"], result["temperatures"], strict=True)
     for one, other, temperature in rows:
         cells = [f"{row[key]:.3f}" if row[key] is not None else "" for key in ("auc", "brier") for row in (one, other)]
-        errors = f"{one['ece']:.2%} | {other['ece']:.2%}"
-        lines.append(f"| {one['position']} | {one['rounds']} | {temperature:.2f} | {errors} | {' | '.join(cells)} |")
-    means = f"{mean_ece(result['before']):.2%} | {mean_ece(result['after']):.2%}"
-    return "\n".join([*lines, f"| mean | | | {means} | | | | |"])
+        errors = f"{one['ece']:.2%} | {other['ece']:.2%} | {other['ece_if_perfect']:.2%}"
+        lines.append(f"| {one['position']} | {one['rounds']} | {temperature:.3f} | {errors} | {' | '.join(cells)} |")
+    before, after = (mean_ece(result[key]) for key in ("before", "after"))
+    perfect = mean_ece(result["after"], "ece_if_perfect")
+    lines.append(f"| mean | | | {before:.2%} | {after:.2%} | {perfect:.2%} | | | | |")
+    return "\n".join(lines)
 
 
 def main() -> None:
