@@ -192,7 +192,10 @@ def test_recode_from_the_command_line(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(monkeypatch, "recode", built, tmp_path / "c", "--level", "smallest", "--last-hidden-level", "near") == 0
-    assert "of raw" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "of raw" in said.out
+    assert "level smallest" in said.err, "a level that costs accepted length says so"
+    assert "level near" not in said.err
     assert TargetCache.open(tmp_path / "c").fingerprint["levels"] == {"features": "smallest", "last_hidden": "near"}
 
 

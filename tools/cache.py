@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.fingerprint import fingerprint_of, flatten
 from deepspec.cache.forward import DTYPES
-from deepspec.cache.levels import LEVELS
+from deepspec.cache.levels import LEVELS, cautions
 from deepspec.cache.published import export_published, import_published
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
@@ -136,6 +137,8 @@ def _export(options: argparse.Namespace) -> int:
 
 def _recode(options: argparse.Namespace) -> int:
     features, last = options.features_level or options.level, options.last_hidden_level or options.level
+    for line in cautions({"features": features, "last_hidden": last}):
+        print(f"recode: {line}", file=sys.stderr)
     progress = Progress("recode", None, unit="parts")
     manifest = recode_cache(options.source, options.output, features, last, _counting(progress))
     print(

@@ -23,6 +23,7 @@ from deepspec.cache.fingerprint import fingerprint_of, mismatches
 from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
 from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
+from deepspec.cache.levels import cautions
 from deepspec.cache.lock import build_lock
 from deepspec.cache.pipeline import ByteQueue
 from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, render, samples_per_part, scan
@@ -128,6 +129,8 @@ class Planner:
         return plan, todo
 
     def _new_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
+        for line in cautions(wanted["levels"]):
+            print(f"build: {line}", file=sys.stderr, flush=True)
         plan = Plan(wanted, self.recipe.cache.tokens_per_batch, 0.0, ())
         return self._add(plan, source, 0, 0)
 

@@ -5,8 +5,8 @@ docs/cache.md has the table: bytes, speed, error, and what training on each leve
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,7 @@ class Level:
     ratios: tuple[float, float]  # coded / raw bytes of features and last_hidden, measured on SmolLM2-135M
     exact: bool
     summary: str
+    caution: str | None = None  # what drafts trained on it lose; said when a cache is made at this level
 
 
 def _rounded(features: float, last_hidden: float, ratios: tuple[float, float], summary: str) -> Level:
@@ -47,8 +48,17 @@ LEVELS = {
     "lossless": Level(LosslessCodec.calibrate, LosslessCodec.calibrate, (0.672, 0.671), True, "every bit"),
     "near": _rounded(32, 96, (0.472, 0.565), "features to 1 %, last_hidden to a TV of 0.002"),
     "compact": _rounded(20, 64, (0.423, 0.528), "features to 1.6 %, last_hidden to a TV of 0.003"),
-    "smallest": _rounded(4, 48, (0.272, 0.5), "features to 8 %, last_hidden to a TV of 0.004"),
+    "smallest": replace(
+        _rounded(4, 48, (0.272, 0.5), "features to 8 %, last_hidden to a TV of 0.004"),
+        caution="a DSpark draft trained on it accepted 2.1 % less than on lossless (docs/cache.md): compare on yours",
+    ),
 }
+
+
+def cautions(levels: Mapping[str, str | None]) -> list[str]:
+    """A line for each array kept at a level that costs accepted length (``{"features": level, "last_hidden": ..}``)."""
+    known = {name: LEVELS[name].caution for name in levels.values() if name is not None}
+    return [f"level {name}: {caution}" for name, caution in known.items() if caution is not None]
 
 
 def level_of(name: str, key: str = "cache.level") -> Level:
