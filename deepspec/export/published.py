@@ -1,4 +1,4 @@
-"""The published DeepSpec layout, which is our own: flat, with the released names; the slot convention is always stated."""
+"""The published DeepSpec layout, which is our own: flat, with the released names; its slot convention stated."""
 
 from __future__ import annotations
 

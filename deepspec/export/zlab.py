@@ -56,7 +56,8 @@ def read(draft: Draft, facts: Facts) -> Draft:
     odd = [key for key in OTHER_MODELS if inner.get(key, config.get(key))]
     if odd or inner.get("causal") or config.get("is_causal"):
         raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd) or "causal")
-    stated = {key: inner.get(key, config.get(key)) for key in ("block_size", "mask_token_id", "target_layer_ids")}
+    names = ("block_size", "mask_token_id", "target_layer_ids")
+    stated: dict[str, Any] = {key: inner.get(key, config.get(key)) for key in names}
     for key in ("block_size", "mask_token_id"):
         if stated[key] is None:
             raise DraftError("does not say", file=draft.file, key=key, wanted=f"{key} in config.json or dflash_config")
