@@ -48,6 +48,7 @@ LIMIT = 0.05
 def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[str, float]:
     """Train ``steps`` steps (at least 20) and measure them without the first ten."""
     output = WORK / "run"
+    dist.barrier()  # all have read the last run's log
     if world.is_main:
         shutil.rmtree(output, ignore_errors=True)
     dist.barrier()
