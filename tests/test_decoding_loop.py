@@ -275,6 +275,9 @@ def test_one_reading_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
         def reset_rows(self, rows: Tensor) -> None:
             pass
 
+        def move_rows(self, source: Tensor, target: Tensor) -> None:
+            pass
+
     reads = {"cpu": 0, "other": 0}
     cpu = Tensor.cpu
     monkeypatch.setattr(Tensor, "cpu", lambda self, *a: reads.update(cpu=reads["cpu"] + 1) or cpu(self, *a))

@@ -64,17 +64,22 @@ class Drafter(Protocol):
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows`` [n] int64."""
 
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Append committed positions.
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
+        """Append committed positions to the first R rows, or to ``rows`` [R].
 
         Args:
-            features: [B, N, L*D]; row b's first ``counts[b]`` are the target's features at its next positions.
-            tokens: [B, N], the token AFTER each of those positions.
-            counts: [B] int64.
+            features: [R, N, L*D]; row r's first ``counts[r]`` are the target's features at its next positions.
+            tokens: [R, N], the token AFTER each of those positions.
+            counts: [R] int64.
+            reach: a bound that the host knows: no row of the batch is longer, the N new positions counted whole.
+            rows: which rows.
         """
 
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
-        """Draft up to K tokens after ``last_token`` [B], the newest committed token (features unknown yet)."""
+        """Draft up to K tokens for the first R rows after ``last_token`` [R], the newest committed token."""
 
 
 class DraftModel(nn.Module):

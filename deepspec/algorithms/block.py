@@ -2,7 +2,8 @@
 
 A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
 and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already
-predicts).
+predicts). With ``sample_from_anchor: false`` slot k predicts token a+k, the anchor's slot nothing: its K slots draft
+K - 1 tokens. Everywhere below the drafting slots alone are counted, so the first of them always predicts token a+1.
 
 B batch, S sequence, N blocks (anchors), K slots, L target layers, D hidden size, R supervised slots of the micro-batch,
 P distinct target positions of those slots.
@@ -25,7 +26,7 @@ from deepspec.nn.attention import attend
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.losses import HeadRows
 from deepspec.nn.parts import RMSNorm
-from deepspec.nn.ragged import RaggedKV
+from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
 
 
 def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
@@ -106,7 +107,7 @@ class BlockDraft(DraftModel):
         return self.frozen.embed(tokens)
 
     def slots(self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_kv: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Normed hidden states [B, N, K, D] of the blocks, from the context's keys and values in every layer."""
+        """Normed hidden states [B, N, K, D] of the drafting slots, from every layer's context keys and values."""
         steps = torch.arange(self.config.block_size, device=anchor_BN.device)
         table = self.rotary(anchor_BN[..., None] + steps)
         hidden = self.block_inputs(anchor_token_BN)
@@ -117,7 +118,7 @@ class BlockDraft(DraftModel):
                 if self.activation_checkpointing and torch.is_grad_enabled()
                 else _block_layer(*arguments)
             )
-        return self.norm(hidden)
+        return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
 
     def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, reach: int) -> Tensor:
         """Normed hidden states [B, N, K, D] with the context taken from ``features`` [B, S, L*D].
@@ -162,57 +163,87 @@ def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, Ratio]:
 
 
 class BlockDrafter:
-    """Decoding state: the context's keys and values per layer; a block's own are dropped after each round."""
+    """Decoding state: the context's keys and values per layer. A block's own stand behind them until the next extends.
+
+    Args:
+        model: the draft.
+        batch_size: B.
+        max_length: committed positions that the buffers hold before they grow.
+    """
 
     def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
         self.model, self.max_draft = model, model.config.max_draft
-        shape = model.shape
-        slack = self.max_draft + 2
-        self._cache = [
-            RaggedKV(batch_size, max_length + slack, shape.num_kv_heads, shape.head_dim, model.fc.weight.detach())
-            for _ in model.layers
-        ]
+        shape, like = model.shape, model.fc.weight.detach()
+        capacity = max_length + model.config.block_size
+        self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
         self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self._row_B = torch.arange(batch_size, device=model.device)
+        self._slot_K = torch.arange(model.config.block_size, device=model.device)
+        self._groups = shape.num_heads // shape.num_kv_heads
+        self._reach = 0  # no row is longer
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows``."""
         self._length_B[rows] = 0
 
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+        self._length_B[target] = self._length_B[source]
+        for cache in self._cache:
+            cache.move(source, target)
+
     @torch.no_grad()
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
         """Append the features of committed positions (the tokens after them are not used)."""
-        positions = self._length_B[:, None] + torch.arange(features.shape[1], device=features.device)
-        context, table = self.model.context(features), self.model.rotary(positions)
+        row_R = self._row_B[: len(features)] if rows is None else rows
+        slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
+        self._reach = reach
+        context, table = self.model.context(features), self.model.rotary(slots)
         for layer, cache in zip(self.model.layers, self._cache, strict=True):
-            cache.write(layer.self_attn.keys_values(context, table), self._length_B)
-        self._length_B += counts
+            cache.reserve(reach + len(self._slot_K))
+            cache.write(layer.self_attn.keys_values(context, table), slots, row_R)
+        self._length_B[row_R] += counts
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """One parallel pass over the block, then the slots left to right through the sequential head."""
         count = min(max_draft or self.max_draft, self.max_draft)
         model = self.model
-        reach = int(self._length_B.max())
-        anchor = self._length_B[:, None]
-        hidden = model.slots(last_token[:, None], anchor, [cache.view(reach) for cache in self._cache])[:, 0, :count]
-        logits = model.frozen.logits(hidden).float()  # [B, K, V]
-        tokens, probs, confidence = [], [], []
+        hidden = self._slots(last_token, count)
+        logits = model.frozen.logits(hidden).float()  # [R, K, V]
+        tokens, probs, embeddings = [], [], []
         previous, state = last_token, None
         for k in range(count):
-            slot_logits, embedded = logits[:, k], None
+            slot_logits = logits[:, k]
             if model.markov_head is not None:
                 embedded = model.markov_head.markov_w1(previous)
                 latent, state = model.markov_head.step(embedded, hidden[:, k], state)
                 slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
-            if model.confidence_head is not None:
-                features = embedded if model.config.confidence_with_markov else None
-                confidence.append(model.confidence_head(hidden[:, k], features))
+                embeddings.append(embedded)
             previous, prob = sample(slot_logits, k)
             tokens.append(previous)
             if prob is not None:
                 probs.append(prob)
-        return Proposal(
-            torch.stack(tokens, dim=1),
-            torch.stack(probs, dim=1) if probs else None,
-            torch.stack(confidence, dim=1) if confidence else None,
-        )
+        confidence = None
+        if model.confidence_head is not None:
+            with_markov = model.config.confidence_with_markov
+            confidence = model.confidence_head(hidden, torch.stack(embeddings, dim=1) if with_markov else None)
+        return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, confidence)
+
+    def _slots(self, last_token: Tensor, count: int) -> Tensor:
+        """Normed hidden states [R, count, D] of the first ``count`` drafting slots behind ``last_token`` [R]."""
+        model, rows, block = self.model, len(last_token), len(self._slot_K)
+        first = block - self.max_draft
+        length_R1 = self._length_B[:rows, None]
+        slots, reach = length_R1 + self._slot_K, self._reach + block
+        table = model.rotary(slots)
+        visible = torch.arange(reach, device=slots.device) < length_R1 + block
+        bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
+        hidden = model.block_inputs(last_token[:, None])[:, 0]
+        for layer, cache in zip(model.layers, self._cache, strict=True):
+            normed = layer.input_layernorm(hidden)
+            cache.write(layer.self_attn.keys_values(normed, table), slots, self._row_B[:rows])
+            queries = layer.self_attn.queries(normed, table)
+            mixed = attend_ragged(queries, cache.view(rows, reach), bias, layer.self_attn.scale)
+            hidden = layer.finish(hidden, mixed)
+        return model.norm(hidden[:, first : first + count])

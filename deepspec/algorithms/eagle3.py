@@ -33,7 +33,7 @@ from deepspec.nn.chunk import LossWeights
 from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.parts import RMSNorm
-from deepspec.nn.ragged import RaggedKV
+from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
 
@@ -244,57 +244,94 @@ def _step_layer(
 
 
 class Eagle3Drafter:
-    """Decoding state: keys and values of committed positions, and the output at the newest one."""
+    """Decoding state: keys and values of committed positions, and the output at the newest one.
+
+    Args:
+        model: the draft.
+        batch_size: B.
+        max_length: committed positions that the buffers hold before they grow.
+    """
 
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
         self.model, self.max_draft = model, model.config.max_draft
         shape, like = model.shape, model.fc.weight.detach()
-        capacity = max_length + self.max_draft + 2
+        capacity = max_length + self.max_draft
         self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
+        self._groups = shape.num_heads // shape.num_kv_heads
         self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self._newest_BD = like.new_zeros(batch_size, shape.hidden_size)
+        self._row_B = torch.arange(batch_size, device=model.device)
+        self._reach = 0  # no row is longer
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows``."""
         self._length_B[rows] = 0
 
+    def move_rows(self, source: Tensor, target: Tensor) -> None:
+        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+        self._length_B[target], self._newest_BD[target] = self._length_B[source], self._newest_BD[source]
+        for cache in self._cache:
+            cache.move(source, target)
+
     @torch.no_grad()
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
         """Append (features of position i, token i + 1): step 0 for the new positions."""
         model = self.model
-        positions = self._length_B[:, None] + torch.arange(features.shape[1], device=features.device)
-        reach = int(self._length_B.max()) + features.shape[1]
-        hidden, embedded, table = model.start(features), model.frozen.embed(tokens), model.rotary(positions)
-        for layer, cache in zip(model.layers, self._cache, strict=True):
+        R, N = tokens.shape
+        row_R = self._row_B[:R] if rows is None else rows
+        slots = self._length_B[row_R, None] + torch.arange(N, device=tokens.device)
+        last = (counts - 1).clamp_min(0)[:, None]  # [R, 1], the newest of the new positions
+        self._reach = reach
+        hidden, embedded, table = model.start(features), model.frozen.embed(tokens), model.rotary(slots)
+        for depth, (layer, cache) in enumerate(zip(model.layers, self._cache, strict=True)):
+            cache.reserve(reach + self.max_draft)
             joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
-            cache.write(layer.self_attn.keys_values(joined, table), self._length_B)
-            queries = layer.self_attn.queries(joined, table)[:, :, None]
-            context = cache.view(reach)
-            none = no_own_keys(context, features.shape[1])
-            mixed = attend(queries, context, none, positions + 1, layer.self_attn.scale, model.attention)
-            hidden = layer.finish(hidden, mixed[:, :, 0])
-        last = (counts - 1).clamp_min(0)[:, None, None].expand(-1, 1, hidden.shape[-1])
-        self._newest_BD = torch.where((counts > 0)[:, None], hidden.gather(1, last)[:, 0], self._newest_BD)
-        self._length_B += counts
+            cache.write(layer.self_attn.keys_values(joined, table), slots, row_R)
+            own = slots
+            if depth == len(model.layers) - 1:  # beyond the last layer's keys only the newest position matters
+                own = slots.gather(1, last)
+                joined, hidden = (x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) for x in (joined, hidden))
+            queries = layer.self_attn.queries(joined, model.rotary(own))
+            hidden = self._attend(layer, cache, hidden, queries, own, R if rows is None else rows, reach)
+        newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
+        self._newest_BD[row_R] = newest
+        self._length_B[row_R] += counts
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """K tokens one by one, each from the output of the one before (``last_token`` came in with :meth:`extend`)."""
         count = min(max_draft or self.max_draft, self.max_draft)
-        model, length = self.model, self._length_B[:, None]
-        context = [cache.view(int(self._length_B.max())) for cache in self._cache]
-        own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.layers]
-        hidden = self._newest_BD[:, None]
+        R = len(last_token)
+        hidden = self._newest_BD[:R, None]
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         for k in range(count):
             if k:
-                hidden = model.step(hidden, tokens[-1][:, None], length - 1 + k, length, context, own)
-            token, prob = sample(model.draft_logits(hidden)[:, 0], k)
+                hidden = self._step(hidden, tokens[-1][:, None], self._length_B[:R, None] + (k - 1))
+            token, prob = sample(self.model.draft_logits(hidden)[:, 0], k)
             tokens.append(token)
             if prob is not None:
                 probs.append(prob)
         return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, None)
+
+    def _step(self, hidden: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
+        """The output [R, 1, D] for drafted ``tokens`` [R, 1] at positions ``slots``; writes their keys there."""
+        model, R = self.model, len(tokens)
+        embedded, table = model.frozen.embed(tokens), model.rotary(slots)
+        for layer, cache in zip(model.layers, self._cache, strict=True):
+            joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+            cache.write(layer.self_attn.keys_values(joined, table), slots, self._row_B[:R])
+            queries = layer.self_attn.queries(joined, table)
+            hidden = self._attend(layer, cache, hidden, queries, slots, R, self._reach + self.max_draft)
+        return hidden
+
+    def _attend(
+        self, layer: Any, cache: RaggedKV, hidden: Tensor, queries: Tensor, slots: Tensor, rows: int | Tensor, seen: int
+    ) -> Tensor:
+        visible = torch.arange(seen, device=slots.device) <= slots[..., None]
+        bias = score_bias(visible, self._groups, hidden.dtype)
+        mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.self_attn.scale)
+        return layer.finish(hidden, mixed)
 
 
 class Eagle3(Algorithm):

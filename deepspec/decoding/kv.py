@@ -13,15 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from deepspec.nn.ragged import attend_ragged, grown, score_bias
 from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import Target
 
@@ -40,12 +41,11 @@ class Step:
     rectangular: bool  # every attending row has exactly Q queries: packed order is padded order
     positions: Tensor  # [T] position of each token in its row
     writes: Tensor  # [T] index of each token in the flattened buffer [B * capacity]
-    dense: Tensor  # [T] index of each token in the padded queries [R * Q] of the attending rows
-    grid: Tensor  # [T] index of each token in the padded grid [B * Q] of all rows
+    dense: Tensor  # [T] index of each token in the padded queries [R * Q]
     query_positions: Tensor  # [R, Q]; 0 for padding, which then sees one key and is dropped
-    starts: Tensor  # [B] index in the packed order of each row's first token; 0 for rows without tokens
-    counts: Tensor  # [B] tokens of each row
-    _folded: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    index: Tensor  # [R, Q] packed index of each row's tokens; padding repeats the row's last
+    counts: Tensor  # [R] tokens of each row
+    _folded: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """Which keys each query sees, [R, 1, Q, L] bool: no later one, and with ``window`` none that far back."""
@@ -54,12 +54,35 @@ class Step:
         visible = keys <= own
         return visible if window is None else visible & (keys > own - window)
 
-    def folded(self, mask: Tensor, groups: int) -> Tensor:
-        """``mask`` for queries with ``groups`` heads per KV head folded into the query axis: [R, 1, groups * Q, L]."""
+    def bias(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+        """``mask`` as :func:`score_bias` for ``groups`` query heads a KV head, made once for all layers."""
         key = (id(mask), groups)
-        if key not in self._folded:
-            self._folded[key] = mask.repeat(1, 1, groups, 1)
-        return self._folded[key]
+        if key not in self._folded:  # the mask is kept beside it, so that its id stays its own
+            self._folded[key] = mask, score_bias(mask[:, 0], groups, dtype)
+        return self._folded[key][1]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """What of a step depends on its counts alone."""
+
+    rows: np.ndarray  # [R] 0 .. R - 1
+    slots: np.ndarray  # [Q] 0 .. Q - 1
+    inside: np.ndarray  # [R, Q] which of the padded queries are tokens
+    rectangular: bool
+    fixed: np.ndarray  # the step's dense, index and counts, one behind the other
+
+
+@lru_cache(maxsize=256)
+def _layout(counts: tuple[int, ...]) -> _Layout:
+    """The layout for ``counts`` [R] tokens; rounds repeat theirs, above all where everything is verified."""
+    own = np.array(counts, dtype=np.int64)
+    slots = np.arange(own.max())
+    inside = slots < own[:, None]
+    index = (own.cumsum() - own)[:, None] + np.minimum(slots, own[:, None] - 1)
+    index = index.clip(0, own.sum() - 1)  # rows without tokens
+    fixed = np.concatenate((np.flatnonzero(inside), index.ravel(), own))
+    return _Layout(np.arange(len(own)), slots, inside, bool(inside.all()), fixed)
 
 
 class RaggedCache(Cache):
@@ -77,59 +100,57 @@ class RaggedCache(Cache):
         self._values: dict[int, Tensor] = {}
         self.step: Step | None = None
 
-    def plan(self, counts: np.ndarray) -> Step:
-        """Lay out a forward in which row b brings ``counts[b]`` tokens ([B] int64, at least one positive)."""
-        active = np.flatnonzero(counts)
-        first, span = int(active[0]), int(active[-1] - active[0] + 1)
-        gather = span > 2 * len(active)  # a contiguous view costs no copy; take it unless it is mostly idle rows
-        attending = active if gather else np.arange(first, first + span)
-        longest, queries = int((self.lengths + counts)[attending].max()), int(counts.max())
+    def plan(self, counts: np.ndarray, rows: np.ndarray | None = None) -> Step:
+        """Lay out a forward in which row r brings ``counts[r]`` tokens ([R] int64, at least one positive).
+
+        The rows are the first R, or ``rows`` [R] ascending.
+        """
+        layout = _layout(tuple(counts.tolist()))
+        own = layout.rows if rows is None else rows
+        lengths = self.lengths[own]
+        longest = int((lengths + counts).max())
         self._reserve(longest)
-        own = counts[attending]
-        rows = np.repeat(attending, own)
-        starts = np.concatenate(([0], np.cumsum(own)[:-1]))
-        slots = np.arange(len(rows)) - np.repeat(starts, own)
-        positions = self.lengths[rows] + slots
-        dense = np.repeat(np.arange(len(attending)), own) * queries + slots
-        grid = rows * queries + slots
-        padded = np.zeros(len(attending) * queries, dtype=np.int64)
-        padded[dense] = positions
-        row_starts = np.zeros(self.num_rows, dtype=np.int64)
-        row_starts[attending] = np.where(own > 0, starts, 0)
-        parts = (positions, rows * self.capacity + positions, dense, grid, padded, row_starts, counts, attending)
+        places = lengths[:, None] + layout.slots
+        writes = places + (own * self.capacity)[:, None]
+        if layout.rectangular:
+            parts = [places.ravel(), writes.ravel(), layout.fixed, own]
+        else:
+            parts = [places[layout.inside], writes[layout.inside], layout.fixed, own, (places * layout.inside).ravel()]
         moved = torch.from_numpy(np.concatenate(parts)).to(self.device, non_blocking=True)  # one copy for all of them
-        pieces = moved.split([len(part) for part in parts])
+        total, padded = len(parts[0]), layout.inside.size
+        pieces = moved.split([total, total, total, padded, len(counts), len(own), *map(len, parts[4:])])
+        queries = layout.inside.shape[1]
         self.step = Step(
-            first_row=first,
-            num_rows=len(attending),
-            rows=pieces[7] if gather else None,
+            first_row=int(own[0]),
+            num_rows=len(own),
+            rows=None if own[-1] - own[0] == len(own) - 1 else pieces[5],  # neighbours are seen without a copy
             queries=queries,
             longest=longest,
-            rectangular=len(rows) == len(attending) * queries,
+            rectangular=layout.rectangular,
             positions=pieces[0],
             writes=pieces[1],
             dense=pieces[2],
-            grid=pieces[3],
-            query_positions=pieces[4].view(-1, queries),
-            starts=pieces[5],
-            counts=pieces[6],
+            query_positions=(pieces[0] if layout.rectangular else pieces[6]).view(-1, queries),
+            index=pieces[3].view(-1, queries),
+            counts=pieces[4],
         )
         return self.step
 
     def commit(self, counts: np.ndarray) -> None:
-        """Keep the first ``counts[b]`` positions that the last forward wrote for row b ([B])."""
-        self.lengths += counts
+        """Keep the first ``counts[r]`` positions that the last forward wrote for each of the first R rows."""
+        self.lengths[: len(counts)] += counts
 
     def clear(self, row: int) -> None:
         """Forget a row: the next prompt starts at position 0."""
         self.lengths[row] = 0
 
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy positions of the flattened buffer [B * capacity], in every layer: what a verified tree leaves behind."""
+    def move_rows(self, source: Sequence[int], target: Sequence[int], reach: int) -> None:
+        """Rows ``target`` take over the first ``reach`` positions of rows ``source``."""
+        self.lengths[list(target)] = self.lengths[list(source)]
         for buffers in (self._keys, self._values):
             for buffer in buffers.values():
-                flat = buffer.flatten(0, 1)
-                flat.index_copy_(0, target, flat.index_select(0, source))
+                for old, new in zip(source, target, strict=True):
+                    buffer[new, :reach] = buffer[old, :reach]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -155,15 +176,10 @@ class RaggedCache(Cache):
         return buffer[step.first_row : step.first_row + step.num_rows, : step.longest].transpose(1, 2)
 
     def _reserve(self, longest: int) -> None:
-        if longest <= self.capacity:
-            return
-        grown = max(longest, self.capacity * 3 // 2)
         for buffers in (self._keys, self._values):
             for layer, buffer in buffers.items():
-                larger = buffer.new_zeros(self.num_rows, grown, *buffer.shape[2:])
-                larger[:, : self.capacity] = buffer
-                buffers[layer] = larger
-        self.capacity = grown
+                buffers[layer] = grown(buffer, longest)
+        self.capacity = next((buffer.shape[1] for buffer in self._keys.values()), max(longest, self.capacity))
 
 
 _CURRENT: list[Step] = []
@@ -180,21 +196,14 @@ def _ragged_attention(
 ) -> tuple[Tensor, None]:
     """Attention of packed queries over each row's own keys; returns [1, T, heads, D]."""
     step = _CURRENT[-1]
-    heads, width = query.shape[1], query.shape[3]
-    kv_heads = key.shape[1]
-    groups = heads // kv_heads
+    R, Q = step.num_rows, step.queries
     packed = query[0].transpose(0, 1)  # [T, heads, D]
-    shape = (step.num_rows, step.queries, kv_heads, groups, width)
     if not step.rectangular:
-        packed = packed.new_zeros(step.num_rows * step.queries, heads, width).index_copy_(0, step.dense, packed)
-    folded = packed.reshape(shape).permute(0, 2, 3, 1, 4).reshape(step.num_rows, kv_heads, groups * step.queries, width)
-    mask = step.folded(attention_mask, groups)
-    output = F.scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
-    output = output.view(step.num_rows, kv_heads, groups, step.queries, width).permute(0, 3, 1, 2, 4)
-    flat = output.reshape(step.num_rows * step.queries, heads, width)
-    if not step.rectangular:
-        flat = flat.index_select(0, step.dense)
-    return flat[None], None
+        packed = packed.new_zeros(R * Q, *packed.shape[1:]).index_copy_(0, step.dense, packed)
+    bias = step.bias(attention_mask, query.shape[1] // key.shape[1], query.dtype)
+    kv = (key.transpose(1, 2), value.transpose(1, 2))
+    mixed = attend_ragged(packed.reshape(R, Q, *packed.shape[1:]), kv, bias, scaling).flatten(0, 1)
+    return (mixed if step.rectangular else mixed.index_select(0, step.dense))[None], None
 
 
 AttentionInterface.register(NAME, _ragged_attention)
@@ -231,15 +240,12 @@ class PackedTarget:
         kinds = config.get("layer_types") or ()
         self._window = config.get("sliding_window") if "sliding_attention" in kinds else None
 
-    def forward(self, step: Step, input_ids: Tensor, tree: Tensor | None = None) -> TargetOutput:
-        """Run the packed tokens [T] of a planned step: features [T, L*D] and last hidden states [T, D].
-
-        ``tree`` [R, 1, Q, L] bool further restricts what a query sees (siblings of a token tree).
-        """
-        full = step.mask(None) if tree is None else step.mask(None) & tree
+    def forward(self, step: Step, input_ids: Tensor) -> TargetOutput:
+        """Run the packed tokens [T] of a planned step: features [T, L*D] and last hidden states [T, D]."""
+        full = step.mask(None)
         masks: Tensor | dict[str, Tensor] = full
         if self._window is not None:
-            masks = {"full_attention": full, "sliding_attention": full & step.mask(self._window)}
+            masks = {"full_attention": full, "sliding_attention": step.mask(self._window)}
         with ragged_attention(self.target.decoder, step):
             output = self.target.forward(
                 input_ids[None], self.layers, step.positions[None], masks, past_key_values=self.cache

@@ -1,4 +1,6 @@
-"""The draft-verify loop: B rows, each at its own place; rows leave when done and new prompts enter.
+"""The draft-verify loop: R rows of at most B, each at its own place; rows leave when done and new prompts enter.
+
+The live rows always stand first: a prompt enters where one left, and when none waits the last row moves there.
 
 A round is: the draft proposes; the host reads once what the previous round committed and what is proposed now; finished
 rows leave and the policy says how many tokens of each row to verify; the target runs over exactly those tokens; they
@@ -90,16 +92,19 @@ class Decoder:
         if self.policy.max_draft is not None:
             self._slots = min(self._slots, self.policy.max_draft)
         self._stops = frozenset(settings.stop_token_ids)
-        self._stop_array = np.array(sorted(self._stops), dtype=np.int64)
+        self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
         self._limit = settings.max_new_tokens + 2  # rows of the table of random numbers
         device = target.device
-        self._last = torch.zeros(batch_size, dtype=torch.long, device=device)  # [B] newest committed token
-        self._verdict = Verdict(self._last, self._last)
+        # [B, 2]: drafted tokens that the last forward accepted, and the newest committed token
+        self._outcome = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
+        self._last = self._outcome[:, 1]
         self._round = torch.zeros(batch_size, dtype=torch.long, device=device)  # [B] rounds of the row so far
         self._every_row = torch.arange(batch_size, device=device)
         width = 2 * self._slots + 1 if settings.temperature > 0 else 0
         self._table = torch.zeros(batch_size, self._limit, width, dtype=torch.float64, device=device)
+        self._live = 0  # R: rows 0 .. R - 1 were not finished when the host last looked
+        self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens that the last forward brought, unread yet
         self._packed: PackedTarget | None = None
 
     @torch.inference_mode()
@@ -109,13 +114,13 @@ class Decoder:
             start = time.perf_counter()
             self._enter(requests)
             proposal = self._propose()
-            finished, drafts = self._settle(proposal)
-            self._verify(proposal, drafts)
+            finished = self._settle(proposal)
+            self._verify(proposal)
             self.clock.wall += time.perf_counter() - start
             yield from finished
 
     def _enter(self, requests: deque[Request]) -> None:
-        """Fill free rows with waiting requests and run their prompts."""
+        """Fill free rows with waiting requests and run their prompts; close the gaps that stay."""
         entering: list[int] = []
         for row in range(self.batch_size):
             if self._rows[row] is None and requests:
@@ -126,6 +131,26 @@ class Decoder:
                 if self.drafter is not None:
                     self.drafter.reset_rows(torch.tensor(entering, device=self.target.device))
                 self._prefill(entering)
+        self._close_gaps()
+
+    def _close_gaps(self) -> None:
+        """Move the last live rows into rows that are free, so that nothing is computed for rows without a prompt."""
+        live = [number for number, row in enumerate(self._rows) if row is not None]
+        self._live = len(live)
+        free = [number for number in range(self._live) if self._rows[number] is None]
+        if not free:
+            return
+        moving = live[-len(free) :]
+        for old, new in zip(moving, free, strict=True):
+            self._rows[new], self._rows[old] = self._rows[old], None
+        source, target = torch.tensor([moving, free], device=self.target.device)
+        for state in (self._outcome, self._round, self._table):
+            state[target] = state[source]
+        reach = int((self._target.cache.lengths + self._in_flight)[moving].max())
+        self._target.cache.move_rows(moving, free, reach)
+        self._in_flight[free] = self._in_flight[moving]
+        if self.drafter is not None:
+            self.drafter.move_rows(source, target)
 
     def _start(self, row: int, request: Request) -> None:
         if not request.prompt_ids:
@@ -143,31 +168,34 @@ class Decoder:
         self._round[row] = 0
 
     def _prefill(self, entering: list[int]) -> None:
-        """Run the prompts of ``entering`` rows in chunks, and sample each row's first token."""
+        """Run the prompts of ``entering`` rows (ascending) in chunks, and sample each row's first token."""
         prompts = {row: self._rows[row].generation.request.prompt_ids for row in entering}  # type: ignore[union-attr]
         device = self.target.device
         for offset in range(0, max(map(len, prompts.values())), PREFILL_CHUNK):
             chunk = {row: ids[offset : offset + PREFILL_CHUNK + 1] for row, ids in prompts.items() if len(ids) > offset}
-            counts = np.zeros(self.batch_size, dtype=np.int64)
-            for row, ids in chunk.items():
-                counts[row] = min(len(ids), PREFILL_CHUNK)
-            step = self._target.cache.plan(counts)
-            flat = [token for row in sorted(chunk) for token in chunk[row][: counts[row]]]
+            rows = np.array(list(chunk))
+            counts = np.array([min(len(ids), PREFILL_CHUNK) for ids in chunk.values()])
+            step = self._target.cache.plan(counts, rows)
+            flat = [token for ids, count in zip(chunk.values(), counts, strict=True) for token in ids[:count]]
             output = self._target.forward(step, torch.tensor(flat, device=device))
-            ending = torch.tensor([row for row, ids in chunk.items() if len(ids) <= PREFILL_CHUNK], device=device)
-            if len(ending):
-                ends = step.starts[ending] + step.counts[ending] - 1
-                self._last[ending] = self._first_tokens(output.last_hidden[ends], ending)
+            places = [place for place, ids in enumerate(chunk.values()) if len(ids) <= PREFILL_CHUNK]
+            ending, own = (
+                torch.from_numpy(rows[places]).to(device),
+                torch.tensor(places, dtype=torch.long, device=device),
+            )
+            if places:
+                self._last[ending] = self._first_tokens(output.last_hidden[step.index[own, -1]], ending)
                 self._round[ending] = 1
             if self.drafter is not None:
-                after = torch.zeros(self.batch_size, step.queries, dtype=torch.long)
-                for row, ids in chunk.items():
-                    after[row, : len(ids) - 1] = torch.tensor(ids[1:])
+                after = torch.zeros(len(chunk), step.queries, dtype=torch.long)
+                for place, ids in enumerate(chunk.values()):
+                    after[place, : len(ids) - 1] = torch.tensor(ids[1:])
                 after = after.to(device)
-                after[ending, step.counts[ending] - 1] = self._last[ending]
-                self.drafter.extend(self._per_row(output.features, step, step.counts), after, step.counts)
-            self._target.cache.commit(counts)
-        self._verdict = Verdict(self._verdict.accepted, self._last.clone())
+                after[own, step.counts[own] - 1] = self._last[ending]
+                reach = max(int((self._target.cache.lengths + self._in_flight).max()), offset + step.queries)
+                index = torch.from_numpy(rows).to(device)
+                self.drafter.extend(output.features[step.index], after, step.counts, reach, index)
+            self._target.cache.lengths[rows] += counts
 
     @property
     def _target(self) -> PackedTarget:
@@ -187,10 +215,11 @@ class Decoder:
         if self.drafter is None or not self._slots:
             return None
         with self.clock.phase("draft"):
-            return self.drafter.propose(self._last, self._sample_draft, self._slots)
+            return self.drafter.propose(self._last[: self._live], self._sample_draft, self._slots)
 
     def _uniforms(self) -> Uniforms:
-        now = self._table[self._every_row, self._round.clamp_max(self._limit - 1)]
+        rows = self._every_row[: self._live]
+        now = self._table[rows, self._round[: self._live].clamp_max(self._limit - 1)]
         return Uniforms(now[:, : self._slots], now[:, self._slots : 2 * self._slots], now[:, -1])
 
     def _sample_draft(self, logits: Tensor, slot: int) -> tuple[Tensor, Tensor | None]:
@@ -202,33 +231,30 @@ class Decoder:
             self._now = self._uniforms()
         return sample(probs, self._now.draft[:, slot]), probs
 
-    def _settle(self, proposal: Proposal | None) -> tuple[list[Generation], np.ndarray]:
-        """Read the last verdict and this proposal (the one synchronisation) and plan what to verify.
+    def _settle(self, proposal: Proposal | None) -> list[Generation]:
+        """Read the last outcome and this proposal (the one synchronisation) and plan what to verify.
 
-        Returns the generations that are finished, and the drafts [B, K] on the host.
+        Returns the generations that are finished.
         """
-        columns = [self._verdict.accepted[:, None], self._verdict.token[:, None]]
-        confidence = None
+        columns = [self._outcome[: self._live]]
+        confidence, drafted = None, 0
         if proposal is not None:
             columns.append(proposal.tokens)
-            confidence = proposal.confidence_logits
-        parts = [column.double() for column in columns]  # token ids are exact in float64, so one copy brings all
+            confidence, drafted = proposal.confidence_logits, proposal.tokens.shape[1]
         if confidence is not None:
-            parts.append(confidence.double())
-        packet = torch.cat(parts, dim=1).cpu().numpy()
+            columns = [*(column.double() for column in columns), confidence.double()]  # token ids are exact in float64
+        packet = torch.cat(columns, dim=1).cpu().numpy()  # one copy brings all
         self.clock.collect()
-        drafted = 0 if proposal is None else proposal.tokens.shape[1]
         numbers = packet[:, : 2 + drafted].astype(np.int64)
-        accepted, tokens, drafts = numbers[:, 0], numbers[:, 1], numbers[:, 2:]
-        finished = self._record(accepted, tokens)
-        self._admit(drafts, packet[:, 2 + drafted :] if confidence is not None else None)
-        return finished, drafts
+        finished = self._record(numbers[:, 0], numbers[:, 1])
+        self._admit(numbers[:, 2:], packet[:, 2 + drafted :] if confidence is not None else None)
+        return finished
 
     def _record(self, accepted: np.ndarray, tokens: np.ndarray) -> list[Generation]:
         """Append what the last forward committed to each row; free the rows that are finished."""
         finished = []
-        kept = np.zeros(self.batch_size, dtype=np.int64)
-        for number, row in enumerate(self._rows):
+        kept = np.zeros(self._live, dtype=np.int64)
+        for number, row in enumerate(self._rows[: self._live]):
             if row is None:
                 continue
             if row.sent is None:
@@ -247,8 +273,8 @@ class Decoder:
             if row.generation.finish:
                 finished.append(row.generation)
                 self._rows[number] = None
-        if self._packed is not None:
-            self._packed.cache.commit(kept)
+        self._target.cache.commit(kept)
+        self._in_flight[:] = 0
         return finished
 
     def _append(self, generation: Generation, tokens: list[int]) -> int:
@@ -275,65 +301,55 @@ class Decoder:
             return
         own = drafts[numbers]
         confidence = None
-        if logits is not None:
-            scale = np.ones(drafts.shape[1])
-            if self.settings.confidence_temperatures is not None:
-                scale = np.asarray(self.settings.confidence_temperatures[: drafts.shape[1]])
-            confidence = 1 / (1 + np.exp(-logits[numbers] / scale))
-        lengths = self.policy.admit(confidence, own.shape[1], len(numbers)) if own.shape[1] else [0] * len(numbers)
-        stops = np.isin(own, self._stop_array) if len(self._stop_array) and own.shape[1] else None
-        for place, number in enumerate(numbers):
+        if logits is not None and self.policy.needs_confidence:
+            confidence = 1 / (1 + np.exp(-logits[numbers] / self._scale[: drafts.shape[1]]))
+        lengths = self.policy.admit(confidence, own.shape[1], len(numbers)).tolist()
+        for number, length, tokens in zip(numbers, lengths, own.tolist(), strict=True):
             row = self._rows[number]
-            sent = tuple(own[place, : lengths[place]].tolist())
-            length = len(sent)
-            if stops is not None and stops[place, :length].any():
-                length = int(stops[place].argmax()) + 1
+            sent = tuple(tokens[:length])
+            if not self._stops.isdisjoint(sent):
+                length = next(place for place, token in enumerate(sent, 1) if token in self._stops)
             row.sent, row.length = sent, length  # type: ignore[union-attr]
             row.confidence = () if logits is None else tuple(logits[number].tolist())  # type: ignore[union-attr]
 
-    def _verify(self, proposal: Proposal | None, drafts: np.ndarray) -> None:
+    def _verify(self, proposal: Proposal | None) -> None:
         """Run the target over the newest token and the admitted drafts of each row, and accept on the device."""
-        counts = np.array([0 if row is None else row.length + 1 for row in self._rows], dtype=np.int64)
+        live = self._live
+        counts = np.array([0 if row is None else row.length + 1 for row in self._rows[:live]], dtype=np.int64)
         if not counts.any():
             return
-        step = self._target.cache.plan(counts)
-        tokens = self._last[:, None]
+        cache = self._target.cache
+        step = cache.plan(counts)
+        tokens = self._last[:live, None]
         if proposal is not None:
-            tokens = torch.cat((tokens, proposal.tokens), dim=1)
+            tokens = torch.cat((tokens, proposal.tokens), dim=1)[:, : step.queries]
+        packed = tokens.flatten() if step.rectangular else tokens.flatten()[step.dense]
         with self.clock.phase("verify"):
-            output = self._target.forward(step, tokens[:, : step.queries].reshape(-1)[step.grid])
+            output = self._target.forward(step, packed)
         with self.clock.phase("head"):
             logits = self.target.logits(output.last_hidden)
-        verdict = self._judge(logits, proposal, step)
-        active = step.counts > 0
-        self._last = torch.where(active, verdict.token, self._last)
-        self._round += active
-        self._verdict = verdict
+        verdict = self._judge(logits, tokens[:, 1:], proposal, step)
+        torch.stack((verdict.accepted, verdict.token), dim=1, out=self._outcome[:live])
+        self._round += 1
         if self.drafter is not None:
-            kept = torch.where(active, verdict.accepted + 1, 0)
-            after = torch.nn.functional.pad(tokens[:, 1 : step.queries], (0, 1))
+            kept = torch.minimum(verdict.accepted + 1, step.counts)  # none of a row that is finished
+            after = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
             after.scatter_(1, verdict.accepted[:, None], verdict.token[:, None])
+            reach = int(cache.lengths[:live].max()) + step.queries
+            features = output.features[step.index]
             with self.clock.phase("draft"):
-                self.drafter.extend(self._per_row(output.features, step, kept), after, kept)
+                self.drafter.extend(features, after, kept, reach)
+        self._in_flight[:live] = counts
         self.clock.rounds += 1
         self.clock.row_rounds += int((counts > 0).sum())
         self.clock.verified += int(counts.sum())
 
-    def _judge(self, logits: Tensor, proposal: Proposal | None, step: Step) -> Verdict:
-        lengths = (step.counts - 1).clamp_min(0)
-        sent = step.queries - 1
-        drafts = self._last.new_zeros(self.batch_size, 0) if proposal is None else proposal.tokens[:, :sent]
+    def _judge(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, step: Step) -> Verdict:
+        lengths = (step.counts - 1).clamp_min_(0)
         if self.settings.temperature <= 0:
-            return verify_greedy(logits, drafts, step.starts, lengths)
+            return verify_greedy(logits, drafts, step.index, lengths)
         if proposal is None or proposal.probs is None:
-            probs, self._now = logits.new_zeros(self.batch_size, 0, logits.shape[-1]), self._uniforms()
+            probs, self._now = logits.new_zeros(self._live, 0, logits.shape[-1]), self._uniforms()
         else:
-            probs = proposal.probs[:, :sent]
-        return verify_sampled(logits, drafts, probs, step.starts, lengths, self.settings.temperature, self._now)
-
-    @staticmethod
-    def _per_row(features: Tensor, step: Step, counts: Tensor) -> Tensor:
-        """Packed features [T, F] as [B, Q, F]; rows with fewer than Q repeat their last one."""
-        slots = torch.arange(step.queries, device=features.device)
-        index = step.starts[:, None] + torch.minimum(slots, (counts - 1).clamp_min(0)[:, None])
-        return features[index]
+            probs = proposal.probs[:, : drafts.shape[1]]
+        return verify_sampled(logits, drafts, probs, step.index, lengths, self.settings.temperature, self._now)

@@ -3,7 +3,7 @@
 Greedy: a drafted token is accepted while it is the target's own choice. Sampling: token x, drafted from q, is accepted
 with probability min(1, p(x) / q(x)); at the first rejection the token comes from the normalised positive part of p - q;
 when all are accepted, one more token comes from p. The target's logits are *packed* ([T, V], row b's from
-``starts[b]`` on: one per drafted token and one more), so that rows of different lengths cost nothing but their tokens.
+``index[b, 0]`` on: one per drafted token and one more), so that rows of different lengths cost only their tokens.
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ class Uniforms:
     last: Tensor
 
 
-def verify_greedy(logits: Tensor, drafts: Tensor, starts: Tensor, lengths: Tensor) -> Verdict:
-    """Accept drafts [B, K], ``lengths`` [B] of which were sent, while they are the argmax of packed logits [T, V]."""
-    choice = logits.argmax(-1)
-    slots = torch.arange(drafts.shape[1], device=drafts.device)
-    index = starts[:, None] + torch.minimum(slots, lengths[:, None])  # [B, K], never past the row's last logits
-    matches = (choice[index] == drafts) & (slots < lengths[:, None])
-    accepted = matches.long().cumprod(1).sum(1)
-    return Verdict(accepted, choice[starts + accepted])
+def verify_greedy(logits: Tensor, drafts: Tensor, index: Tensor, lengths: Tensor) -> Verdict:
+    """Accept drafts [B, K], ``lengths`` [B] of which were sent, while they are the argmax of packed logits [T, V].
+
+    ``index`` [B, K + 1] is the place of each of a row's logits in T; behind its last one anything valid.
+    """
+    choice = logits.argmax(-1)[index]  # [B, K + 1]
+    matches = (choice[:, :-1] == drafts).cumprod(1).sum(1)
+    accepted = torch.minimum(matches, lengths)  # what was not sent can only lengthen a run beyond what was
+    return Verdict(accepted, choice.gather(1, accepted[:, None]).squeeze(1))
 
 
 def verify_sampled(
     logits: Tensor,
     drafts: Tensor,
     draft_probs: Tensor,
-    starts: Tensor,
+    index: Tensor,
     lengths: Tensor,
     temperature: float,
     uniforms: Uniforms,
@@ -56,17 +57,16 @@ def verify_sampled(
     """
     scaled = logits.float() / temperature
     normaliser = scaled.logsumexp(-1)  # [T]
-    slots = torch.arange(drafts.shape[1], device=drafts.device)
-    index = starts[:, None] + torch.minimum(slots, lengths[:, None])
-    target = (scaled[index, drafts] - normaliser[index]).exp()  # [B, K]
+    sent = drafts.shape[1]
+    target = (scaled[index[:, :sent], drafts] - normaliser[index[:, :sent]]).exp()  # [B, K]
     drafted = draft_probs.gather(2, drafts[..., None]).squeeze(-1)
-    passed = (uniforms.accept[:, : drafts.shape[1]] * drafted < target) & (slots < lengths[:, None])
-    accepted = passed.long().cumprod(1).sum(1)
-    end = starts + accepted
+    passed = uniforms.accept[:, :sent] * drafted < target
+    accepted = torch.minimum(passed.cumprod(1).sum(1), lengths)
+    end = index.gather(1, accepted[:, None]).squeeze(1)
     weights = (scaled[end] - normaliser[end, None]).exp()  # [B, V], p at the first rejection or behind the last draft
-    if drafts.shape[1]:
+    if sent:
         rows = torch.arange(len(drafts), device=drafts.device)
-        rejected = draft_probs[rows, accepted.clamp_max(drafts.shape[1] - 1)]
+        rejected = draft_probs[rows, accepted.clamp_max(sent - 1)]
         residual = (weights - rejected).clamp_min(0)
         # A residual of zero mass means p = q up to rounding: then the rejection itself had no probability.
         usable = (accepted < lengths) & (residual.sum(-1) > 0)
@@ -85,7 +85,7 @@ def verify_plain(
     logits: Tensor,
     drafts: Tensor,
     draft_probs: Tensor | None,
-    starts: Tensor,
+    index: Tensor,
     lengths: Tensor,
     temperature: float,
     uniforms: Uniforms | None,
@@ -95,7 +95,7 @@ def verify_plain(
     for row in range(len(drafts)):
         count, token = 0, -1
         for slot in range(int(lengths[row]) + 1):
-            here = logits[int(starts[row]) + slot].float()
+            here = logits[int(index[row, slot])].float()
             last = slot == int(lengths[row])
             if draft_probs is None or uniforms is None:
                 choice = int(here.argmax())

@@ -1,36 +1,81 @@
-"""A key/value buffer whose rows have their own lengths: rollback is a smaller length, nothing is copied.
+"""Keys and values whose rows have their own lengths, and attention over them: what decoding uses.
 
-B rows, C capacity in positions, N new positions, G key/value heads, E head size.
+Rollback is a smaller length: nothing is copied, what lies behind a row's length is overwritten and never visible.
+
+B rows of the buffer, R rows of a call, C capacity in positions, N new positions or queries, S keys in view, G key/value
+heads, H query heads, E head size.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
 class RaggedKV:
-    """Keys and values of one layer in a buffer of fixed capacity; the owner keeps the rows' lengths.
+    """Keys and values of one layer in a buffer that grows on demand; the owner keeps the rows' lengths.
 
     Args:
         rows: B.
-        capacity: C.
+        capacity: C to begin with.
         heads: G.
         head_dim: E.
         like: a tensor whose dtype and device the buffer takes.
     """
 
     def __init__(self, rows: int, capacity: int, heads: int, head_dim: int, like: Tensor) -> None:
-        self.keys = like.new_zeros(rows, capacity, heads, head_dim)
+        self.keys = like.new_zeros(rows, capacity, heads, head_dim)  # a masked key must be finite: no empty memory
         self.values = like.new_zeros(rows, capacity, heads, head_dim)
 
-    def write(self, kv_BNGE: tuple[Tensor, Tensor], start_B: Tensor) -> None:
-        """Write (keys, values) of N positions of every row from its ``start`` on."""
-        slots = start_B[:, None] + torch.arange(kv_BNGE[0].shape[1], device=start_B.device)
-        slots = slots.clamp_max_(self.keys.shape[1] - 1)
-        rows = torch.arange(len(start_B), device=start_B.device)[:, None]
-        self.keys[rows, slots], self.values[rows, slots] = kv_BNGE
+    def reserve(self, reach: int) -> None:
+        """Make room for ``reach`` positions of every row."""
+        self.keys, self.values = grown(self.keys, reach), grown(self.values, reach)
 
-    def view(self, reach: int) -> tuple[Tensor, Tensor]:
-        """The first ``reach`` positions: (keys, values), each [B, reach, G, E]."""
-        return self.keys[:, :reach], self.values[:, :reach]
+    def write(self, kv_RNGE: tuple[Tensor, Tensor], slots_RN: Tensor, rows_R: Tensor) -> None:
+        """Write (keys, values) to positions ``slots`` of ``rows``."""
+        self.keys[rows_R[:, None], slots_RN], self.values[rows_R[:, None], slots_RN] = kv_RNGE
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy rows ``source`` [n] over rows ``target`` [n]."""
+        self.keys[target], self.values[target] = self.keys[source], self.values[source]
+
+    def view(self, rows: int | Tensor, reach: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [R, S, G, E] of the first ``rows`` rows, or of those named (a copy)."""
+        if isinstance(rows, int):
+            return self.keys[:rows, :reach], self.values[:rows, :reach]
+        return self.keys[:, :reach].index_select(0, rows), self.values[:, :reach].index_select(0, rows)
+
+
+def grown(buffer: Tensor, reach: int) -> Tensor:
+    """``buffer`` [B, C, ..], or a copy half as long again (at least ``reach``) where it is too short."""
+    capacity = buffer.shape[1]
+    if reach <= capacity:
+        return buffer
+    larger = buffer.new_zeros(buffer.shape[0], max(reach, capacity * 3 // 2), *buffer.shape[2:])
+    larger[:, :capacity] = buffer
+    return larger
+
+
+def score_bias(visible_RNS: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
+    """What :func:`attend_ragged` adds to the scores, [R, 1, groups * N, S]: 0 where visible, -inf elsewhere.
+
+    ``groups`` query heads share a key head. Made once a pass: from a boolean mask it would be made in every layer.
+    """
+    R, N, S = visible_RNS.shape
+    bias = torch.zeros((R, 1, N, S), dtype=dtype, device=visible_RNS.device)
+    return bias.masked_fill_(~visible_RNS[:, None], -torch.inf).repeat(1, 1, groups, 1)
+
+
+def attend_ragged(query_RNHE: Tensor, kv_RSGE: tuple[Tensor, Tensor], bias: Tensor, scale: float | None) -> Tensor:
+    """Attention of N queries a row over that row's keys; [R, N, H, E].
+
+    The query heads that share a key head are folded into the query axis, so that no key is repeated.
+    """
+    R, N, H, E = query_RNHE.shape
+    keys, values = (part.transpose(1, 2) for part in kv_RSGE)  # [R, G, S, E]
+    G = keys.shape[1]
+    groups = H // G
+    folded = query_RNHE.view(R, N, G, groups, E).permute(0, 2, 3, 1, 4).reshape(R, G, groups * N, E)
+    mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias, scale=scale)
+    return mixed.view(R, G, groups, N, E).permute(0, 3, 1, 2, 4).reshape(R, N, H, E)
