@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import training_tools as tools
 
+from deepspec.distributed import free_port
 from deepspec.errors import CheckpointError
 from deepspec.export.consolidate import consolidate, read_weights
 from deepspec.export.manifest import read_manifest, steps_of
@@ -132,7 +135,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_keeps_the_last_and_every_nth_checkpoint(finished: Path) -> None:
     assert list(steps_of(finished / "run")) == [2, 4, 5, 6]
-    assert [path.name for path in (finished / "run" / "checkpoints").iterdir() if path.name.startswith(".")] == []
+    names = {path.name for path in (finished / "run" / "checkpoints").iterdir()}
+    assert names == {"step_2", "step_4", "step_5", "step_6"}  # and nothing of DeepSpeed's beside them
     assert list((finished / "run" / "tensorboard").glob("events*"))
 
 
@@ -210,11 +214,12 @@ def test_a_cut_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
 # -- signals and crashes ----------------------------------------------------------------------------------------------
 
 
-def start_worker(folder: Path, recipe: Path) -> subprocess.Popen[str]:
+def start_worker(folder: Path, recipe: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen[str]:
     path = folder / "jobs.json"
     path.write_text(json.dumps([{"recipe": str(recipe)}]))
     environment = tools.own_environment()
-    command = [sys.executable, str(WORKER), str(path)]
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    command = [*launcher, str(WORKER), str(path)]
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
         return subprocess.Popen(command, cwd=tools.ROOT, env=environment, stdout=output, stderr=output, text=True)
 
@@ -277,7 +282,7 @@ def test_killed_twenty_times_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert disturbed_equals_undisturbed(tmp_path, steps=60, kills=20) >= 5
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_saves_and_ends_well(tmp_path: Path, number: signal.Signals, finished: Path) -> None:
     recipe = tools.write_recipe(tmp_path / "a", finished.parent / "target", max_steps=100_000, epochs=100_000)
     process = start_worker(tmp_path, recipe)
@@ -288,3 +293,19 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, number: signal.Signals, fi
     done = tools.log_of(tmp_path / "a" / "run")[-1]["step"]
     assert list(steps_of(tmp_path / "a" / "run")) == [done]
     assert f"stopped by a signal after step {done}/" in (tmp_path / "output.txt").read_text()
+
+
+def test_a_run_whose_deepspeed_command_was_terminated_saves_and_ends(tmp_path: Path, finished: Path) -> None:
+    """SIGTERM kills the command without reaching its processes."""
+    recipe = tools.write_recipe(tmp_path / "a", finished.parent / "target", max_steps=100_000, epochs=100_000)
+    command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", "1"]
+    process = start_worker(tmp_path, recipe, [*command, "--master_port", str(free_port())])
+    run = tmp_path / "a" / "run"
+    wait_for(lambda: (run / "log.jsonl").exists() and tools.log_of(run)[1:], process)
+    process.terminate()
+    assert process.wait() == -signal.SIGTERM
+    end = time.monotonic() + 60
+    while not steps_of(run) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert list(steps_of(run)) == [tools.log_of(run)[-1]["step"]]
+    assert "stopped by a signal after step" in (tmp_path / "output.txt").read_text()

@@ -74,6 +74,8 @@ class Checkpoints:
         if final.exists():
             self._remove(final)
         os.rename(source, final)
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # deepspeed's own, which know nothing of a draft
+            (self.folder / script).unlink(missing_ok=True)
         sync_folder(self.folder)
         self._prune()
 

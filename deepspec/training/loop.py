@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +17,7 @@ from deepspec.training.engine import Engine
 from deepspec.training.feeder import Feeder, Step
 from deepspec.training.report import Meter, Reporter
 from deepspec.training.schedule import lr_factor
+from deepspec.training.signals import StopSignal
 
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
 
@@ -28,24 +27,6 @@ class Validator(Protocol):
 
     def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
         """The measures after ``step`` steps, and the score for `keep_best` (None where this validation has none)."""
-
-
-class StopSignal:
-    """SIGTERM and SIGUSR1 ask the run to save and end; the step under way is finished first."""
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> StopSignal:
-        self._old = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGUSR1)}
-        return self
-
-    def _ask(self, _number: int, _frame: FrameType | None) -> None:
-        self.asked = True
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
 
 
 class Trainer:
