@@ -1,0 +1,65 @@
+"""Put an exported draft on the Hugging Face hub: whole, with its card, never over another draft in silence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from deepspec.drafts import weight_files
+from deepspec.errors import DraftError
+from deepspec.files import read_json
+
+
+def push_draft(folder: str | Path, repository: str, private: bool = True, update: bool = False, api: Any = None) -> str:
+    """Upload an exported draft folder.
+
+    Args:
+        folder: what ``tools/export.py`` wrote.
+        repository: ``owner/name`` on the hub; created where it does not exist.
+        private: whether a new repository is.
+        update: whether files of a repository that holds a model already may be replaced.
+        api: a ``huggingface_hub.HfApi``; None makes one, with the token that ``hf auth login`` stored.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DraftError: the folder is not whole, the repository holds a model and ``update`` is False, or the hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    folder = Path(folder)
+    config = _check_whole(folder)
+    hub = api or HfApi()
+    try:
+        if hub.repo_exists(repository) and hub.file_exists(repository, "config.json") and not update:
+            remedy = "name another repository, or allow it (--update)"
+            raise DraftError("the repository holds a model already", file=repository, remedy=remedy)
+        hub.create_repo(repository, private=private, exist_ok=True)
+        commit = hub.upload_folder(
+            repo_id=repository,
+            folder_path=str(folder),
+            commit_message=f"{config['architectures'][0]}, exported by deepspec",
+            ignore_patterns=[".*", "evaluation/*"],
+        )
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise DraftError(f"the hub refuses ({first})", file=repository, remedy="hf auth login, or HF_TOKEN") from None
+    return str(getattr(commit, "commit_url", commit))
+
+
+def _check_whole(folder: Path) -> dict[str, Any]:
+    """The config of a folder that an export finished.
+
+    Raises:
+        DraftError: a part of it is missing.
+    """
+    for name in ("provenance.json", "config.json", "README.md"):
+        if not (folder / name).is_file():
+            remedy = "export it: python tools/export.py DRAFT OUT --format ... (the card is written with it)"
+            raise DraftError("no such file", file=folder / name, remedy=remedy)
+    for path in weight_files(folder):
+        if not path.is_file():
+            raise DraftError("no such file", file=path)
+    return dict(read_json(folder / "config.json", DraftError))

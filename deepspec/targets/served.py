@@ -1,0 +1,253 @@
+"""A target that runs elsewhere: hidden states out of a serving engine, for targets that one process cannot hold.
+
+The server is vLLM's with hidden-state extraction (``docs/serving.md`` has the command): a request for one token leaves
+the prompt's hidden states in a file on a file system that both see. Its layer ids are one higher than ours; the id
+``num_layers`` is the last layer before the final norm, which is applied here with the target's own module.
+
+S sequence, L layers asked for, D hidden size.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import http.client
+import json
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from deepspec.errors import TargetError
+from deepspec.targets.capture import TargetOutput
+from deepspec.targets.ends import TargetEnds, _files, _find_stored, _skeleton, load_target_ends
+from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
+
+ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
+POLL = 0.002  # seconds between two looks at a lock
+
+
+def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
+    """The engine's ids of what a recipe reads: of ``layers`` (ours, -1 the embedding) and of the last layer."""
+    return sorted({layer + 1 for layer in layers} | {spec.num_layers})
+
+
+class ServedTarget:
+    """Stands where a :class:`~deepspec.targets.Target` runs forward passes: the cache builder, online training.
+
+    Args:
+        url: of the server, such as ``http://127.0.0.1:8000``.
+        path: the target's folder or hub id, for its embedding, head, final norm and digest.
+        layers: 0-based layers that the server was started for; see :func:`server_layers`.
+        dtype: of embedding, head and hidden states.
+        revision: of the hub id.
+        timeout: seconds the server may take for one prompt.
+        concurrency: prompts in flight.
+
+    Raises:
+        TargetError: no such target, or no server that serves it.
+    """
+
+    def __init__(
+        self, url: str, path: str | Path, layers: Sequence[int], dtype: torch.dtype = torch.bfloat16,
+        revision: str | None = None, timeout: float = 600.0, concurrency: int = 8,
+    ) -> None:  # fmt: skip
+        self.url, self.timeout = url.rstrip("/"), timeout
+        self.spec = load_spec(path, revision)
+        self.spec.check_layers(layers)
+        self._places = {layer: place for place, layer in enumerate(server_layers(layers, self.spec))}
+        self._ends: TargetEnds | Target = load_target_ends(path, dtype, "cpu", revision)
+        self._norm = load_final_norm(path, dtype, revision)
+        self._pool = ThreadPoolExecutor(concurrency)
+        self._name = self._served_name()
+
+    @property
+    def embed_weight(self) -> Tensor:
+        """[V, D]."""
+        return self._ends.embed_weight
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]."""
+        return self._ends.head_weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the hidden states come to lie."""
+        return self._ends.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embedding, head and hidden states."""
+        return self._ends.dtype
+
+    def weights_digest(self) -> str:
+        """The digest of the target's files, equal to that of it loaded."""
+        return self._ends.weights_digest()
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        layers: Sequence[int],
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> TargetOutput:
+        """The same as :meth:`Target.forward` of right-padded rows from position 0; padding comes back as zeros.
+
+        Args:
+            input_ids: [B, S] int64.
+            layers: of those that the server was started for.
+            position_ids: None, the engine counts itself.
+            attention_mask: [B, S], ones and then zeros; None for full rows.
+            past_key_values: None, the engine has its own cache.
+
+        Returns:
+            features [B, S, L*D] and the normed last hidden state [B, S, D].
+
+        Raises:
+            TargetError: layers that the server does not give, a request that failed, or hidden states of other tokens.
+        """
+        if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
+            raise TargetError("a served target takes whole prompts only", found="positions, a cache or special masks")
+        unknown = [layer for layer in layers if layer + 1 not in self._places]
+        if unknown:
+            raise TargetError("the server does not give these layers", file=self.url, found=unknown,
+                              remedy="start it for the recipe's layers")  # fmt: skip
+        B, S = input_ids.shape
+        lengths = [S] * B if attention_mask is None else attention_mask.sum(dim=1).tolist()
+        rows = [input_ids[row, : int(length)].tolist() for row, length in enumerate(lengths)]
+        D = self.spec.hidden_size
+        features = torch.zeros(B, S, len(layers) * D, dtype=self.dtype)
+        last = torch.zeros(B, S, D, dtype=self.dtype)
+        for row, hidden in enumerate(self._pool.map(self._hidden_states, rows)):
+            chosen = [hidden[:, self._places[layer + 1]] for layer in layers]
+            features[row, : len(hidden)] = torch.cat(chosen, dim=-1) if chosen else hidden[:, 0, :0]
+            last[row, : len(hidden)] = self._norm(hidden[:, self._places[self.spec.num_layers]])
+        return TargetOutput(features, last)
+
+    def _served_name(self) -> str:
+        reply = self._ask("GET", "/v1/models", None)
+        try:
+            return str(reply["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise TargetError("no model is served there", file=self.url, found=str(reply)[:200]) from None
+
+    def _hidden_states(self, tokens: list[int]) -> Tensor:
+        """[S, layers of the server, D] of one prompt."""
+        body = {"model": self._name, "prompt": tokens, "max_tokens": 1, "temperature": 0}
+        reply = self._ask("POST", "/v1/completions", body)
+        path = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
+        if not path:
+            remedy = "start the server with hidden-state extraction: docs/serving.md has the command"
+            raise TargetError("the server hands out no hidden states", file=self.url, remedy=remedy)
+        return self._checked(read_hidden_states(Path(path), self.timeout), tokens, path).to(self.dtype)
+
+    def _checked(self, found: dict[str, Tensor], tokens: list[int], path: str) -> Tensor:
+        hidden = found["hidden_states"]
+        wanted = (len(tokens), len(self._places), self.spec.hidden_size)
+        if found["token_ids"].tolist() != tokens:
+            raise TargetError(
+                "hidden states of other tokens", file=path, remedy="start the server without prefix caching"
+            )
+        if tuple(hidden.shape) != wanted:
+            remedy = f"start the server for the layers {sorted(self._places)} (its ids)"
+            raise TargetError("hidden states of another shape", file=path, found=tuple(hidden.shape), wanted=wanted,
+                              remedy=remedy)  # fmt: skip
+        return hidden
+
+    def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        """One exchange; a server that is busy or restarts is asked again.
+
+        Raises:
+            TargetError: it refuses, or does not answer.
+        """
+        problem = ""
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(PAUSE * 2 ** (attempt - 1))
+            try:
+                status, text = self._exchange(verb, path, body)
+            except (OSError, http.client.HTTPException) as error:
+                problem = f"{type(error).__name__} {error}"
+                continue
+            if status == 200:
+                return dict(json.loads(text))
+            problem = f"{status} {text[:200].decode(errors='replace')}"
+            if 400 <= status < 500 and status != 429:
+                break
+        raise TargetError("the server does not answer", file=self.url + path, found=problem,
+                          remedy="is it up, and does it serve this target?")  # fmt: skip
+
+    def _exchange(self, verb: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
+        parts = urlsplit(self.url)
+        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+        connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
+        try:
+            data = None if body is None else json.dumps(body).encode()
+            connection.request(verb, parts.path + path, data, {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            return response.status, response.read()
+        finally:
+            connection.close()
+
+
+def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
+    """What the server wrote for one prompt, once it is whole: it holds a lock on ``PATH.lock`` while it writes.
+
+    The file and its lock are removed: they were written for this reader alone.
+
+    Raises:
+        TargetError: no such file here, a broken one, or one that is not whole after ``timeout`` seconds.
+    """
+    lock = path.with_name(path.name + ".lock")
+    try:
+        with open(lock) as handle:
+            _wait_for(handle, path, timeout)
+            found = load_file(path)
+    except FileNotFoundError as missing:
+        remedy = "server and reader must see one file system under one name (shared_storage_path)"
+        raise TargetError("no such file", file=missing.filename or path, remedy=remedy) from None
+    except SafetensorError as problem:
+        raise TargetError(f"not a safetensors file ({problem})", file=path) from None
+    path.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
+    return found
+
+
+def _wait_for(handle: Any, path: Path, timeout: float) -> None:
+    """Take the shared lock; a thread that sleeps in the kernel could not be given up."""
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise TargetError("the server does not finish it", file=path, found=f"{timeout:g} s") from None
+            time.sleep(POLL)
+
+
+def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
+    """The target's own final norm, alone.
+
+    Raises:
+        TargetError: its weight is not found in the target's files under the model's own name.
+    """
+    model = _skeleton(path, dtype, revision)
+    stored = {} if model is None else _find_stored(model, _files(path, revision)) or {}
+    if model is not None:
+        norm: nn.Module = _find_decoder(model).norm  # type: ignore[assignment]
+        key = next(key for key, module in model.named_modules() if module is norm)
+        if all(f"{key}.{name}" in stored for name in norm.state_dict()):
+            weights = {name: stored[f"{key}.{name}"].read(dtype) for name in norm.state_dict()}
+            norm.load_state_dict(weights, assign=True)
+            return norm.eval().requires_grad_(False)
+    raise TargetError("its final norm cannot be read alone", file=path, remedy="serve a target with safetensors files")
