@@ -80,8 +80,7 @@ class FakeServer:
         hidden = made.view(len(prompt), len(ids), -1)
         tokens = torch.tensor(self.change.get("tokens", prompt))
         save_file({"hidden_states": hidden.contiguous(), "token_ids": tokens}, path)
-        if not self.change.get("hangs"):
-            lock.close()
+        self.held = lock if self.change.get("hangs") else lock.close()
 
 
 @pytest.fixture(params=FAMILIES)
