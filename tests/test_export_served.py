@@ -118,7 +118,7 @@ def test_equal_to_the_target_in_process_for_every_family(pair: tuple[Target, Fak
     assert torch.equal(remote.embed_weight, target.embed_weight)
     for layers in (LAYERS, [2], [2, -1]):
         size, block = forward_batch(target, layers, True, rows())  # what the cache builder calls
-        size_there, block_there = forward_batch(remote, layers, True, rows())  # type: ignore[arg-type]
+        size_there, block_there = forward_batch(remote, layers, True, rows())
         assert size == size_there
         here, there = block(), block_there()
         torch.testing.assert_close(torch.from_numpy(there.features), torch.from_numpy(here.features))

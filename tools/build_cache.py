@@ -22,6 +22,7 @@ def main() -> int:
     parser.add_argument("--data", help="conversations (JSONL); default: the recipe's data.conversations")
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
+    parser.add_argument("--server", help="URL of a server of the target that hands out hidden states (docs/serving.md)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
     options = parser.parse_args()
@@ -31,7 +32,7 @@ def main() -> int:
         raise DataError("no conversations named", key="data.conversations", remedy="give --data")
     with connect() as ranks:
         try:
-            manifest = build_cache(recipe, data, options.output, ranks, append=options.append)
+            manifest = build_cache(recipe, data, options.output, ranks, options.append, options.server)
         except BuildStopped as problem:
             print(f"build: {problem}", flush=True)
             return 143

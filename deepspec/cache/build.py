@@ -18,6 +18,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
 from deepspec.cache.fingerprint import fingerprint_of, mismatches
 from deepspec.cache.folders import Folder, open_folder
@@ -36,6 +38,7 @@ from deepspec.distributed import World, pick_device
 from deepspec.errors import CacheError
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, load_target
+from deepspec.targets.served import ServedTarget
 
 QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
 
@@ -58,6 +61,7 @@ def build_cache(
     output: str | Path,
     world: World | None = None,
     append: bool = False,
+    server: str | None = None,
 ) -> Manifest:
     """Build the cache of ``recipe``, or go on with it where a build ended.
 
@@ -67,6 +71,7 @@ def build_cache(
         output: folder or URL of the cache.
         world: this process's place; several processes need :func:`deepspec.cache.ranks.connect`.
         append: add ``conversations`` to the cache that is there.
+        server: URL of a server of the target that hands out hidden states; None runs the target in this process.
 
     Returns:
         The finished cache's manifest, on every rank.
@@ -81,7 +86,7 @@ def build_cache(
     device = pick_device(ranks.local_rank)
     with ExitStack() as stack:
         ranks.first(lambda: stack.enter_context(build_lock(folder)))
-        target = load_target(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
+        target = _open_target(recipe, device, server)
         recipe = recipe.for_target(target.spec)
         renderer = load_renderer(recipe, target.spec)
         maker = Planner(recipe, folder, Path(conversations), target, renderer, append)
@@ -92,6 +97,13 @@ def build_cache(
         return ranks.first(lambda: finish_cache(folder, plan))
 
 
+def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
+    section, dtype = recipe.target, DTYPES[recipe.target.dtype]
+    if server is None:
+        return load_target(section.path, dtype, device, section.revision)
+    return ServedTarget(server, section.path, section.layers, dtype, section.revision)
+
+
 @dataclass
 class Planner:
     """What rank 0 does before the others begin."""
@@ -99,7 +111,7 @@ class Planner:
     recipe: Recipe
     folder: Folder
     conversations: Path
-    target: Target
+    target: Target | ServedTarget
     renderer: Renderer
     append: bool
 
@@ -178,7 +190,7 @@ class _Builder:
         recipe: Recipe,
         folder: Folder,
         conversations: Path,
-        target: Target,
+        target: Target | ServedTarget,
         renderer: Renderer,
         plan: Plan,
         ranks: Ranks,

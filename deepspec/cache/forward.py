@@ -12,6 +12,7 @@ from deepspec.cache.writer import Block, next_supervised
 from deepspec.data.chat import Rendered, Renderer
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, TargetSpec, load_tokenizer
+from deepspec.targets.served import ServedTarget
 
 Conversation = tuple[int, str, Rendered]  # sample id, the conversation's own id, tokens
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -29,7 +30,7 @@ def load_renderer(recipe: Recipe, spec: TargetSpec) -> Renderer:
 
 
 def forward_batch(
-    target: Target, layers: Sequence[int], keeps_last: bool, rows: Sequence[Conversation]
+    target: Target | ServedTarget, layers: Sequence[int], keeps_last: bool, rows: Sequence[Conversation]
 ) -> tuple[int, Callable[[], Block]]:
     """One padded batch through the target.
 

