@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,12 @@ import training_tools as tools
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deepspec.distributed import World
+from deepspec.errors import DeepSpecError
 from deepspec.export.manifest import steps_of
+from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.loop import Trainer
-from deepspec.training.report import NonFiniteLoss
+from deepspec.training.report import NonFiniteLoss, WandbWriter
 
 pytest_plugins = ["training_fixtures"]
 
@@ -53,9 +58,18 @@ def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path, target
     assert list(steps_of(trainer.checkpoints.run)) == list(range(max(1, first - 2), first + 1))
 
 
-def test_profile_and_tensorboard_leave_their_files(tmp_path: Path, target: Path, world: World) -> None:
+LINE = re.compile(
+    r"step 10/10 \| loss [\d.]+ \| accept_rate [\d. ]+ \|.* tau [\d.]+ .*\| lr [\d.e-]+ \| grad_norm [\d.]+ \| "
+    r"[\d,]+ tokens/s \| [\d.]+ samples/s \| wait [\d.]+% \| mem [\d.]+ GB \| left 0:00:00"
+)
+
+
+def test_profile_and_tensorboard_leave_their_files(
+    tmp_path: Path, target: Path, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
     recipe = tools.write_recipe(tmp_path, target, max_steps=10, tensorboard=True)
     rows = train(recipe, world, profile=True)
+    assert LINE.search(capsys.readouterr().out)
     assert "traceEvents" in (tmp_path / "run" / "profile" / "rank0.json").read_text()[:5000]
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
     events.Reload()
@@ -108,3 +122,46 @@ def test_a_gradient_is_that_of_one_large_batch(tmp_path: Path, target: Path, wor
     trainer.engine.close()
     assert row["loss"] == pytest.approx(loss.item(), abs=1e-5)
     assert row["grad_norm"] == pytest.approx(norm.item(), rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:dynamo_pgo")
+def test_without_a_compiler_the_loss_runs_uncompiled(
+    tmp_path: Path, target: Path, world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = [row["loss"] for row in train(tools.write_recipe(tmp_path / "a", target, max_steps=3), world)]
+    with monkeypatch.context() as without:
+        without.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+        without.setattr("torch._inductor.config.force_disable_caches", True)
+        torch.compiler.reset()
+        compiled = tools.write_recipe(tmp_path / "b", target, max_steps=3, compile=True)
+        assert [row["loss"] for row in train(compiled, world)] == wanted
+    said = [line for line in capsys.readouterr().out.splitlines() if "torch.compile does not work here" in line]
+    assert len(said) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_a_compiled_loss_is_the_same_loss(tmp_path: Path, target: Path, world: World) -> None:
+    losses = []
+    for name in ("plain", "compiled"):
+        recipe = tools.write_recipe(tmp_path / name, target, max_steps=3, compile=name == "compiled")
+        losses.append([row["loss"] for row in train(recipe, world)])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_resumed_run_goes_on_in_its_own_wandb_session(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[dict[str, Any]] = []
+    fake = types.ModuleType("wandb")
+    fake.init = lambda **settings: begun.append(settings)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    recipe = load_recipe(tools.write_recipe(tmp_path, target, wandb_project="drafts"))
+    for first_step in (0, 4, 0):
+        WandbWriter(recipe, tmp_path, first_step)
+    ids = [settings["id"] for settings in begun]
+    assert ids[0] == ids[1] != ids[2]
+    assert {settings["project"] for settings in begun} == {"drafts"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(DeepSpecError, match=r"wandb is not installed.*pip install 'deepspec\[wandb\]'"):
+        WandbWriter(recipe, tmp_path, 0)

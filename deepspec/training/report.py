@@ -6,6 +6,7 @@ import json
 import math
 import resource
 import time
+import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -131,16 +132,24 @@ class TensorBoardWriter:
 
 
 class WandbWriter:
-    """Weights & Biases (extra ``wandb``)."""
+    """Weights & Biases (extra ``wandb``); ``<run>/wandb.id`` lets a resumed run go on in its own session there."""
 
-    def __init__(self, recipe: Recipe, run: Path) -> None:
+    def __init__(self, recipe: Recipe, run: Path, first_step: int) -> None:
         try:
             import wandb
         except ImportError:
             remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
             raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
+        name = run / "wandb.id"
+        if first_step == 0 or not name.exists():
+            write_text(name, uuid.uuid4().hex[:8])
         self.session = wandb.init(
-            project=recipe.train.wandb_project, name=recipe.name, dir=str(run), config=recipe.to_dict(), resume="allow"
+            project=recipe.train.wandb_project,
+            name=recipe.name,
+            id=name.read_text(encoding="utf-8"),
+            dir=str(run),
+            config=recipe.to_dict(),
+            resume="allow",
         )
 
     def write(self, group: str, values: dict[str, Any], step: int) -> None:
@@ -177,7 +186,7 @@ class Reporter:
         if recipe.train.tensorboard:
             self.writers.append(TensorBoardWriter(run, first_step))
         if recipe.train.wandb_project:
-            self.writers.append(WandbWriter(recipe, run))
+            self.writers.append(WandbWriter(recipe, run, first_step))
         self.begun = self.last = time.perf_counter()
 
     def training(self, step: int, values: dict[str, Any], wait_seconds: float) -> None:

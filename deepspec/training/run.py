@@ -20,6 +20,7 @@ from deepspec.files import write_json
 from deepspec.recipe import Recipe, load_recipe
 from deepspec.targets import Target, TargetEnds, load_spec, load_target, load_target_ends
 from deepspec.training import checkpoints as store
+from deepspec.training.compiler import loss_backend
 from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
 from deepspec.training.feeder import Feeder
 from deepspec.training.loop import Trainer
@@ -155,8 +156,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
-    if recipe.train.compile:
-        model.loss = "compiled"
+    model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank), quiet=not world.is_main)
     if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
         model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     engine = Engine(model, recipe.train, world, universal=start.universal)
