@@ -12,6 +12,7 @@ from algorithm_tools import FAMILIES, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from deepspec.errors import TargetError
 from deepspec.recipe import Recipe, ValidationSection, load_recipe
 from deepspec.targets import Target, TargetEnds, load_target, load_target_ends
 from deepspec.training.run import frozen_target
@@ -64,6 +65,14 @@ def test_a_target_stored_otherwise_is_loaded_whole(tmp_path: Path) -> None:
     whole = load_target_ends(tmp_path / "b", torch.bfloat16)
     assert isinstance(whole, Target)
     assert whole.weights_digest() == load_target_ends(tmp_path / "a", torch.bfloat16).weights_digest()
+
+
+def test_a_cut_file_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, "qwen3", True) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-7])
+    for load in (load_target, load_target_ends):
+        with pytest.raises(TargetError, match=rf"{tmp_path}: cannot load the target"):
+            load(tmp_path, torch.float32)
 
 
 def test_only_a_run_that_feeds_the_target_loads_it_whole(tmp_path: Path) -> None:

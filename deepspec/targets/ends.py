@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
@@ -102,18 +102,21 @@ def _skeleton(path: str | Path, dtype: torch.dtype, revision: str | None) -> nn.
 
 
 def _files(path: str | Path, revision: str | None) -> dict[str, _Stored]:
-    """All stored tensors by name; none where the target has no safetensors files."""
+    """All stored tensors by name; none where the target has no readable safetensors files."""
     from transformers.utils import cached_file
 
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     names = ["model.safetensors"]
-    if index := cached_file(str(path), "model.safetensors.index.json", **options):
-        names = sorted(set(read_json(index, TargetError)["weight_map"].values()))
     found: dict[str, _Stored] = {}
-    for name in names:
-        if file := cached_file(str(path), name, **options):
-            with safe_open(file, "pt") as opened:
-                found |= {key: _Stored(str(file), key) for key in opened.keys()}  # noqa: SIM118 - no dict
+    try:
+        if index := cached_file(str(path), "model.safetensors.index.json", **options):
+            names = sorted(set(read_json(index, TargetError)["weight_map"].values()))
+        for name in names:
+            if file := cached_file(str(path), name, **options):
+                with safe_open(file, "pt") as opened:
+                    found |= {key: _Stored(str(file), key) for key in opened.keys()}  # noqa: SIM118 - no dict
+    except (OSError, SafetensorError):
+        return {}
     return found
 
 

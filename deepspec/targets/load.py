@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deepspec import registry
@@ -151,7 +152,7 @@ def load_target(
     spec = load_spec(path, revision)
     try:
         model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or "auto", revision=revision)
-    except (OSError, ValueError) as problem:
+    except (OSError, ValueError, SafetensorError) as problem:
         raise _unreadable(path, problem) from None
     return Target(model.to(device), spec)  # type: ignore[arg-type]
 
