@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 import torch
 from algorithm_tools import FAMILIES, tiny_target
+from cache_tools import make_setup
 from safetensors.torch import save_file
 
+from deepspec.cache.build import build_cache
 from deepspec.cache.forward import forward_batch
+from deepspec.cache.reader import TargetCache
 from deepspec.data.chat import Rendered
 from deepspec.errors import TargetError
 from deepspec.targets import served
 from deepspec.targets.load import Target, load_target
 from deepspec.targets.served import ServedTarget, server_layers
+from deepspec.training.online import OnlineSource
 
 LAYERS = [-1, 0, 2]
 
@@ -172,3 +176,23 @@ def test_no_server_is_an_error_in_one_line(qwen: tuple[Target, FakeServer, Path]
     fake.server.server_close()
     with pytest.raises(TargetError, match=r"does not answer.*is it up"):
         ServedTarget("http://127.0.0.1:9", path, LAYERS, torch.float32)
+
+
+def test_a_cache_and_online_samples_are_those_of_the_target_in_process(tmp_path: Path) -> None:
+    setup = make_setup(tmp_path, samples=6, dtype="float32")
+    recipe = setup.load()
+    target = load_target(recipe.target.path, torch.float32)
+    (tmp_path / "states").mkdir()
+    fake = FakeServer(target, tmp_path / "states", server_layers(recipe.target.layers, target.spec))
+    here = build_cache(recipe, setup.data, tmp_path / "here")
+    there = build_cache(recipe, setup.data, tmp_path / "there", server=fake.url)
+    assert (there.fingerprint, there.samples, there.tokens) == (here.fingerprint, here.samples, here.tokens)
+    one, other = TargetCache.open(tmp_path / "here"), TargetCache.open(tmp_path / "there")
+    remote = ServedTarget(fake.url, recipe.target.path, recipe.target.layers, torch.float32)
+    online = OnlineSource(recipe.for_target(target.spec), remote, setup.data)  # type: ignore[arg-type]
+    for number in range(here.samples):
+        expected = one.sample(number)
+        for sample in (other.sample(number), online.load([number])[0]):
+            assert sample.input_ids.tolist() == expected.input_ids.tolist()
+            torch.testing.assert_close(sample.features, expected.features, atol=1e-5, rtol=1e-5)
+    fake.server.shutdown()

@@ -153,9 +153,11 @@ class ServeCheck:
             draft = export_draft(source, folder, ExportOptions(kind.format, kind.embeddings, target))
         except DraftError as refusal:
             return Row(kind.name, kind.format, "refused", note=str(refusal))
-        speculative: dict[str, Any] = {"model": str(folder.resolve())}
-        if kind.format != "speculators":  # that format says both itself
-            speculative |= {"method": method(draft), "num_speculative_tokens": draft.parsed.max_draft}
+        speculative = {
+            "model": str(folder.resolve()),
+            "method": method(draft),
+            "num_speculative_tokens": draft.parsed.max_draft,
+        }
         try:
             plain = self.plain()
             answer = self.engine(kind, speculative)
@@ -222,8 +224,8 @@ class ServeCheck:
         out.unlink(missing_ok=True)
         paths = [str(CHECKOUT)] + ([str(options.shim.resolve())] if options.shim and kind.shim else [])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(options.environment)
-        if kind.v2 and options.shim:
-            environment |= {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+        if kind.shim and options.shim:
+            environment |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": str(int(kind.v2))}
         command = [str(options.engine / "bin" / "python"), "-m", "deepspec.export.engine", str(job), str(out)]
         with open(log, "wb") as stream:
             try:
