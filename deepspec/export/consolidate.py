@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +49,6 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             return dict(states["module"])
         if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
             return weights | _read_buffers(folder)
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # deepspeed would guess, and warn about its guess
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from deepspec import registry
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import Family, Shape
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
+
+if not torch.cuda.is_available():  # transformers imports deepspeed where it is installed; that would guess, and warn
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @dataclass(frozen=True)
