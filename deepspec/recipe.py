@@ -145,7 +145,7 @@ class TrainSection:
     grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
     bucket_batches: int = 50  # length bucketing inside windows of this many optimizer steps; 0 = off
     activation_checkpointing: bool = False
-    compile: bool = False  # torch.compile of the loss also on CPU (needs a C++ compiler); CUDA always compiles it
+    compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step
     log_every: int = 10
     save_every: int = 3000
