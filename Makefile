@@ -6,13 +6,14 @@ READY := .venv/.ready
 SCALE ?= full
 TASKS ?= ../shared/eval
 
-.PHONY: help quickstart real ablate results test test-slow test-mpi lint format clean clean-all
+.PHONY: help quickstart serve-check real ablate results test test-slow test-mpi lint format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, about 6 minutes on 2 cores"
 	@echo "make real        three drafts for SmolLM2-135M-Instruct, hours; make real SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
 	@echo "make results     docs/results.md from what real and ablate have measured"
+	@echo "make serve-check the quickstart's drafts in a real engine (vLLM on CPU), compared with our decoding"
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
@@ -38,6 +39,9 @@ ablate: quickstart
 
 results: $(READY)
 	@$(BIN)/python tools/results.py
+
+serve-check: quickstart
+	@$(BIN)/python tools/serve_check.py --json build/serve-check/result.json
 
 test: $(READY)
 	@$(BIN)/python -m pytest

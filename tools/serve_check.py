@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results here too")
     given = parser.parse_args()
 
-    from deepspec.export.serve_check import CheckOptions, ServeCheck, table, to_json
+    from deepspec.export.serve_check import CheckOptions, ServeCheck, engine_version, table, to_json
     from deepspec.files import write_json
 
     options = CheckOptions(
@@ -46,7 +46,7 @@ def main() -> int:
     )
     check = ServeCheck(options)
     rows = check.run()
-    print(table(rows, check.version))
+    print(table(rows, engine_version(given.engine)))
     if given.json:
         write_json(given.json, to_json(rows, check))
     return int(any(row.status == "FAILED" for row in rows))

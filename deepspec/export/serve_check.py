@@ -38,6 +38,7 @@ UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the engine's 
 HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256)  # 16 and 24 are refused on CPU
 TOLERANCE = 0.05
 HIDDEN_STATES, HIDDEN_TOLERANCE = "hidden states", 1e-4  # the name of the check, and the largest difference it allows
+INTERPRETER = {"TRITON_INTERPRET": "1"}  # with the shim alone: without it its Triton backend cannot run a kernel
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -129,7 +130,6 @@ class ServeCheck:
         self.settings = DecodeSettings(0.0, options.max_tokens, self.stops)
         self._ours: dict[str, list[Generation]] = {}
         self._plain: list[list[int]] | None = None
-        self.version = ""
 
     def run(self) -> list[Row]:
         """Check every kind, with a line of progress each."""
@@ -183,7 +183,11 @@ class ServeCheck:
         target = str((options.quickstart / "target").resolve())
         arguments = server_arguments(target, server_layers(layers, self.target.spec), str(storage.resolve()), "cpu")
         arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
-        environment = DEFAULTS | {"PYTHONPATH": str(options.shim.resolve()), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+        environment = DEFAULTS | INTERPRETER | {
+            "PYTHONPATH": str(options.shim.resolve()),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the connector needs it
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+        }  # fmt: skip
         python, log = options.engine / "bin" / "python", options.work / "hidden-states.log"
         try:
             with serve(python, arguments, log, environment, options.timeout) as url:
@@ -201,7 +205,6 @@ class ServeCheck:
         if self._plain is None:
             answer = self.engine(Kind("plain", "", ""), None)
             self._plain = [row["tokens"] for row in answer["rows"]]
-            self.version = answer["version"]
         return self._plain
 
     def engine(self, kind: Kind, speculative: dict[str, Any] | None) -> dict[str, Any]:
@@ -225,7 +228,7 @@ class ServeCheck:
         paths = [str(CHECKOUT)] + ([str(options.shim.resolve())] if options.shim and kind.shim else [])
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | dict(options.environment)
         if kind.shim and options.shim:
-            environment |= {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": str(int(kind.v2))}
+            environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": str(int(kind.v2))}
         command = [str(options.engine / "bin" / "python"), "-m", "deepspec.export.engine", str(job), str(out)]
         with open(log, "wb") as stream:
             try:
@@ -342,6 +345,12 @@ def make_environment(folder: Path) -> None:
     ready.touch()
 
 
+def engine_version(folder: Path) -> str:
+    """Of the engine in an environment, from its metadata."""
+    found = sorted(folder.glob("lib/python*/site-packages/vllm*-*.dist-info"))
+    return found[0].name.removesuffix(".dist-info").replace("_", "-") if found else "vllm"
+
+
 def last_error(log: Path) -> str:
     """The last line of a log that names an error, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
@@ -352,7 +361,7 @@ def last_error(log: Path) -> str:
 def table(rows: Sequence[Row], version: str) -> str:
     """The rows as a Markdown table."""
     lines = [
-        f"vLLM {version or '(did not start)'}, CPU, fp32, greedy",
+        f"{version}, CPU, fp32, greedy",
         "",
         "| kind | format | verdict | lossless | ours | engine | difference | rounds equal | note |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -369,7 +378,7 @@ def to_json(rows: Sequence[Row], check: ServeCheck) -> dict[str, Any]:
     """Everything as one JSON value."""
     options = check.options
     return {
-        "engine": f"vllm {check.version}",
+        "engine": engine_version(options.engine),
         "shim": None if options.shim is None else str(options.shim),
         "prompts": len(check.prompts),
         "max_tokens": options.max_tokens,
