@@ -242,10 +242,16 @@ def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
     with pytest.raises(DraftError, match="hidden_size"):
         import_draft(tmp_path / "out", tmp_path / "never", facts=Facts(wide.spec))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["dflash_config"]["projector_type"] = "domino"
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(DraftError, match="projector_type"):
-        import_draft(tmp_path / "out", tmp_path / "never")
+    for key, value in {
+        "projector_type": "domino",
+        "attention_mode": "mla",
+        "causal": True,
+        "causal_head": True,
+    }.items():
+        changed = {**config, "dflash_config": {**config["dflash_config"], key: value}}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(DraftError, match=f"{key}: a variant of DFlash"):
+            import_draft(tmp_path / "out", tmp_path / "never")
     (tmp_path / "out" / "config.json").write_text(json.dumps({"architectures": ["Medusa"]}))
     with pytest.raises(DraftError, match="no format that we know"):
         import_draft(tmp_path / "out", tmp_path / "never")
@@ -287,3 +293,26 @@ def test_weights_are_cut_into_files_above_a_size(tmp_path: Path) -> None:
         load_draft(tmp_path / "cut", target)
     with pytest.raises(DraftError, match="is not empty"):
         export_draft(ours, tmp_path / "cut", ExportOptions("deepspec"))
+
+
+def test_a_config_as_z_lab_publishes_it(tmp_path: Path) -> None:
+    """Old rope fields, a tied flag copied from the target, code to trust, everything of drafting in dflash_config."""
+    target, model, ours = made(tmp_path, "dflash-k-1", frozen=False)
+    config = {
+        "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "attention_bias": False, "block_size": 4, "dtype": "bfloat16", "model_type": "qwen3", "head_dim": 8,
+        "dflash_config": {"mask_token_id": 95, "target_layer_ids": LAYERS, "projector_type": "dflash"},
+        "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_target_layers": 4, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "layer_types": ["full_attention"] * 2, "max_window_layers": 5, "vocab_size": 96, "use_cache": True,
+        "transformers_version": "4.57.3", "initializer_range": 0.02,
+    }  # fmt: skip
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    save_file(read_weights(ours), tmp_path / "theirs" / "model.safetensors")
+    draft, found = import_draft(tmp_path / "theirs", tmp_path / "back")
+    back = load_draft(tmp_path / "back", target)
+    assert (found, draft.algorithm.name, back.config.max_draft) == ("zlab", "dflash", 3)
+    assert back.shape.rope == model.shape.rope
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)

@@ -13,10 +13,9 @@ from deepspec.errors import DraftError
 from deepspec.export.parts import EXTRAS, Draft, Facts, Format, own_names, published, refuse
 
 ARCHITECTURE = "DFlashDraftModel"
-OTHER_MODELS = (
-    "projector_type", "conv_kernel_size", "selector_rank", "attention_sink_bias", "attention_value_scale",
-    "output_multiplier", "final_logit_softcapping",
-)  # fmt: skip
+# what may stand in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
+KNOWN = ("mask_token_id", "mask_token", "target_layer_ids", "block_size", "num_target_layers", "sample_from_anchor")
+PLAIN = {"projector_type": ("dflash",), "attention_mode": ("gqa", "mha")}  # values that change nothing
 
 
 def write(draft: Draft) -> Draft:
@@ -53,9 +52,12 @@ def read(draft: Draft, facts: Facts) -> Draft:
     """
     config = draft.config
     inner = dict(config.get("dflash_config") or {})
-    odd = [key for key in OTHER_MODELS if inner.get(key, config.get(key))]
-    if odd or inner.get("causal") or config.get("is_causal"):
-        raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd) or "causal")
+    odd = [key for key, value in inner.items() if key not in KNOWN and value and value not in PLAIN.get(key, ())]
+    odd += [
+        key for key in ("is_causal", "projector_type", "use_tree") if config.get(key) not in (None, False, "dflash")
+    ]
+    if odd:
+        raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd))
     names = ("block_size", "mask_token_id", "target_layer_ids")
     stated: dict[str, Any] = {key: inner.get(key, config.get(key)) for key in names}
     for key in ("block_size", "mask_token_id"):
