@@ -64,7 +64,7 @@ def _ablations() -> dict[str, Any]:
     found: dict[str, Any] = {
         "stages": stage_seconds(ablation.LOGS),
         "cache": {level: _sizes([path]) for level, path in caches.items() if path.exists()},
-        "measured": measured,
+        "ablation": measured,
         "training": _trainings({name: root / name / "run" for name in ablation.VARIANTS}),
     }
     for key, path in (("sts", root / ablation.BASE / "draft" / "sts.json"), ("scheduler", ablation.STUDY)):

@@ -127,7 +127,7 @@ def stages(seconds: Mapping[str, float]) -> str:
 
 def ablation_text(found: Row) -> str:
     """Tables of the ablations."""
-    measured = found["measured"]
+    measured = found["ablation"]
     about = {name: variant.about for name, variant in ablation.VARIANTS.items()}
 
     def variants(names: Sequence[str]) -> str:
@@ -162,7 +162,7 @@ def levels(found: Row) -> str:
         one = (
             "that of lossless: equal bits"
             if level == "raw"
-            else length(pick(found["measured"].get(trained[level]), 0.0))
+            else length(pick(found["ablation"].get(trained[level]), 0.0))
         )
         rows.append([level, size, one])
     return table(["level", "bytes a token", "accepted length, T=0"], rows)
@@ -198,16 +198,27 @@ def scheduler(study: Row | None) -> str:
 def provenance_text(measured: Row) -> str:
     """A line for every evaluation: when it ended, with which seed, versions and command."""
     rows = []
-    for section, key in (("real", "chat"), ("real", "exact"), ("real", "tasks"), ("ablations", "measured")):
+    for section, key in (("real", "chat"), ("real", "exact"), ("real", "tasks"), ("ablations", "ablation")):
+        trained = measured[section].get("training", {})
         for name, one in measured[section].get(key, {}).items():
             about = one["provenance"]
             versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
-            rows.append([f"{key} {name}", about["finished"], str(about["seed"]), versions, f"`{about['command']}`"])
+            origin = trained.get(name, trained.get(ablation.BASE if name.startswith("step-") else name))
+            seed = NOT_RUN if origin is None else f"{origin['provenance']['seed']}"
+            rows.append(
+                [f"{key} {name}", about["finished"], f"{seed} / {about['seed']}", versions, f"`{about['command']}`"]
+            )
     lines = [f"Recipes: {', '.join(f'`{recipe_of(name)}`' for name in ALGORITHMS)}; ablations: `{ablation.RECIPE}`."]
     for section, seconds in (("real", "The real run"), ("ablations", "The ablations")):
         spent = measured[section].get("stages", {})
         if spent:
             lines.append(f"{seconds}: {sum(spent.values()) / 3600:.2f} hours of stages, on one process or two.")
     return "\n\n".join(
-        [*lines, table(["measured", "finished (UTC)", "seed", "versions", "command"], rows or [[NOT_RUN] * 5])]
+        [
+            *lines,
+            table(
+                ["measured", "finished (UTC)", "seed of training / decoding", "versions", "command"],
+                rows or [[NOT_RUN] * 5],
+            ),
+        ]
     )
