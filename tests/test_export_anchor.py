@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,10 @@ from algorithm_tools import random_batch, tiny_draft, tiny_target
 from deepspec import registry
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.errors import RecipeError
+from deepspec.errors import CheckpointError, RecipeError
+from deepspec.export.manifest import Manifest
+from deepspec.recipe import load_recipe
+from deepspec.training.checkpoints import check_resume
 
 PROMPTS = [[1, 5, 9, 12], [7], [3, 3, 8, 20, 33, 41, 50, 6, 9, 10, 11]]
 
@@ -102,3 +106,14 @@ def test_training_raises_what_is_accepted() -> None:
     lengths = drafted.acceptance_lengths
     assert drafted.output_ids == answers[0].output_ids
     assert sum(lengths) / len(lengths) > 2.5  # of at most 4
+
+
+def test_a_run_that_began_before_the_option_goes_on() -> None:
+    recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart_dflash.yaml")
+    values = recipe.to_dict()
+    assert values["draft"].pop("sample_from_anchor") is True
+    old = Manifest(1, 2, values, {}, "digest", 1, 0, "float32", {})
+    assert check_resume(old, recipe, {}, "digest", accept=False) == []
+    other = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart_dflash.yaml", ["draft.block_size=5"])
+    with pytest.raises(CheckpointError, match=r"draft\.block_size"):
+        check_resume(old, other, {}, "digest", accept=False)

@@ -18,7 +18,7 @@ from typing import Any
 from deepspec.errors import CheckpointError
 from deepspec.export.manifest import Manifest, read_manifest, steps_of
 from deepspec.files import sync_folder, write_json
-from deepspec.recipe import Recipe, TrainSection
+from deepspec.recipe import Recipe, TrainSection, recipe_from_dict
 
 HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
     f"train.{key}" for key in ("lr", "weight_decay", "betas", "eps", "warmup_ratio", "grad_clip", "epochs", "max_steps")
@@ -144,7 +144,8 @@ def check_resume(old: Manifest, recipe: Recipe, fingerprint: Mapping[str, Any], 
         names = sorted(k for k in {*old.fingerprint, *fingerprint} if old.fingerprint.get(k) != fingerprint.get(k))
         remedy = "put the data back, or choose another output"
         raise CheckpointError("the data are not the run's", file=where, key=", ".join(names), remedy=remedy)
-    before, now = _flatten(old.recipe), _flatten(recipe.to_dict())
+    defaults = recipe_from_dict(old.recipe).to_dict()  # of keys that came after the run began
+    before, now = _flatten(defaults) | _flatten(old.recipe), _flatten(recipe.to_dict())
     honoured = []
     for key in sorted({*before, *now}):
         if before.get(key) == now.get(key) or any(key == free or key.startswith(f"{free}.") for free in FREE):
