@@ -11,8 +11,8 @@ import yaml
 from test_export_formats import made
 
 from deepspec.errors import DraftError
-from deepspec.export.convert import ExportOptions, export_draft
-from deepspec.export.hub import push_draft
+from deepspec.export.convert import ExportOptions, export_draft, import_draft
+from deepspec.export.hub import fetch_draft, push_draft
 
 SUMMARY = {
     "task": "gsm8k", "temperature": 0.0, "accepted_length": 3.25, "interval": [3.1, 3.4], "verify_rate": 0.32,
@@ -90,3 +90,23 @@ def test_a_folder_that_is_not_whole_is_not_sent(name: str, tmp_path: Path) -> No
     with pytest.raises(DraftError, match=name.replace(".", r"\.")):
         push_draft(folder, "me/draft", api=hub)
     assert not hub.calls
+
+
+def test_a_foreign_draft_comes_from_the_hub_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = exported(tmp_path)
+    asked = []
+
+    def download(repo_id: str, **options: Any) -> str:
+        asked.append((repo_id, options["allow_patterns"]))
+        if repo_id != "they/draft":
+            raise OSError("not found there\nand more")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    draft, name = import_draft("they/draft", tmp_path / "back")
+    assert (draft.algorithm.name, name) == ("dspark", "vllm")
+    assert asked == [("they/draft", ["*.json", "*.safetensors"])]
+    assert json.loads((tmp_path / "back" / "provenance.json").read_text())["import"]["source"] == "they/draft"
+    assert fetch_draft(folder) == folder
+    with pytest.raises(DraftError, match=r"neither a folder nor a model of the hub \(not found there\)"):
+        fetch_draft("they/nothing")

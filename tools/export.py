@@ -19,7 +19,7 @@ FORMATS = ("deepspec", "vllm", "sglang", "speculators", "zlab")
 def main() -> int:
     """Parse the arguments and convert."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a foreign draft's folder")
+    parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")
     way = parser.add_mutually_exclusive_group(required=True)
     way.add_argument("--format", choices=FORMATS, help="export to this")

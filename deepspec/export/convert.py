@@ -14,6 +14,7 @@ from deepspec.drafts import FROZEN, SHARD_BYTES, build_draft, check_weights, rea
 from deepspec.errors import DraftError, nearest
 from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
+from deepspec.export.hub import fetch_draft
 from deepspec.export.manifest import steps_of
 from deepspec.export.parts import Draft, Facts, Format
 from deepspec.files import read_json, write_text
@@ -145,7 +146,7 @@ def import_draft(
     """Write a draft of another format to ``output`` in ours, so that our evaluator can measure it.
 
     Args:
-        source: its folder.
+        source: its folder, or ``owner/name`` on the hub.
         output: the folder to create.
         format_name: a format's name, or ``auto``: what its config says.
         facts: what the config leaves open.
@@ -156,8 +157,9 @@ def import_draft(
     Raises:
         DraftError: unknown or missing weights, parts that our drafts have not, or a convention that is not stated.
     """
-    source, output = Path(source), Path(output)
+    output = Path(output)
     _check_free(output)
+    named, source = str(source), fetch_draft(source)
     config = read_json(source / "config.json", DraftError, "name a folder with config.json and *.safetensors")
     format_ = recognise(config, source) if format_name == "auto" else find_format(format_name)
     foreign = Draft(config, read_weights(source), source / "config.json")
@@ -168,7 +170,7 @@ def import_draft(
         model = build_draft(draft.config, source / "config.json")
     check_weights(model, {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}, source)
     provenance = _provenance(source)
-    imported = {"format": format_.name, "source": str(source), "weights": weights_sha256(source)}
+    imported = {"format": format_.name, "source": named, "weights": weights_sha256(source)}
     provenance["import"] = imported
     recipe = source / "recipe.yaml"
     save_draft(

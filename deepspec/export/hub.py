@@ -1,4 +1,4 @@
-"""Put an exported draft on the Hugging Face hub: whole, with its card, never over another draft in silence."""
+"""Drafts and the Hugging Face hub: fetch one to import; put one there, whole, never over another in silence."""
 
 from __future__ import annotations
 
@@ -8,6 +8,24 @@ from typing import Any
 from deepspec.drafts import weight_files
 from deepspec.errors import DraftError
 from deepspec.files import read_json
+
+
+def fetch_draft(source: str | Path) -> Path:
+    """The folder of a draft: ``source`` itself, or where the hub's ``owner/name`` was downloaded to.
+
+    Raises:
+        DraftError: no such folder, and no such repository or no way to it.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
+        first = str(problem).strip().splitlines()[0]
+        raise DraftError(f"neither a folder nor a model of the hub ({first})", file=source) from None
 
 
 def push_draft(folder: str | Path, repository: str, private: bool = True, update: bool = False, api: Any = None) -> str:
