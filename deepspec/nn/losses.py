@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.nn.chunk import ChunkBuffers, ChunkTerms, LossWeights, chunk_terms, compiled_chunk_terms
+from deepspec.nn.chunk import Chunk, Gradients, HeadInputs, LossWeights, whole_chunk
 from deepspec.nn.frozen import FrozenHead
-
-_W2_TILE = 4096  # rows of the sequential head's output matrix whose gradient is summed at a time
+from deepspec.nn.tiles import TileBuffers, TiledChunk
 
 
 @dataclass(frozen=True)
@@ -92,100 +91,27 @@ def head_loss(
         target_hidden_PD: the target's last hidden states; None where no term needs the target distribution.
         latent: of the sequential head: [P, M] where it depends on the position's token alone, else [R, M].
         w2_VM: the sequential head's output matrix.
-        backend: "chunked", "compiled" (torch.compile of the chunk's elementwise body) or "auto" (compiled on CUDA; the
-            environment variable DEEPSPEC_LOSS overrides).
+        backend: "tiled" (in place, tile by tile of the vocabulary), "compiled" (torch.compile of the chunk's
+            elementwise body) or "auto" (compiled on CUDA; the environment variable DEEPSPEC_LOSS overrides).
 
     Returns:
         HeadLoss; ``combined`` is fp32.
     """
     if backend == "auto":
-        backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "chunked")
+        backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "tiled")
     wanted = [x for x in (hidden_RD, latent, w2_VM) if x is not None]
     differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
-    combined, sums, accept, hit = _HeadLoss.apply(
-        hidden_RD, latent, w2_VM, target_hidden_PD, frozen, rows, weights, differentiate, backend
-    )
+    per_row = latent is not None and len(latent) == len(hidden_RD) != len(rows.starts) - 1
+    inputs = HeadInputs(hidden_RD.detach(), _data(latent), _data(w2_VM), target_hidden_PD, frozen, weights, per_row)
+    combined, sums, accept, hit = _HeadLoss.apply(hidden_RD, latent, w2_VM, inputs, rows, differentiate, backend)
     compared = target_hidden_PD is not None
     computed = {"ce": True, "soft_ce": bool(weights.soft_ce) and compared, "l1": compared}
     terms = {name: total for (name, known), total in zip(computed.items(), sums, strict=True) if known}
     return HeadLoss(combined, terms, accept if compared else None, hit)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
-    if a.dtype == torch.float32:
-        return a @ b
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-
-
-class _Gradients:
-    """Accumulators of the closed-form gradients."""
-
-    def __init__(self, hidden: Tensor, latent: Tensor | None, w2: Tensor | None) -> None:
-        self.hidden = torch.zeros_like(hidden)
-        self.latent = None if latent is None else torch.zeros_like(latent)
-        self.w2 = None if w2 is None else torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
-
-    def add(self, span: slice, d_head: Tensor, d_bias: Tensor | None, bias_span: slice, run: _Run) -> None:
-        """Gradients of one chunk from dL/d(head logits) [r, V] and dL/d(bias) [p or r, V]."""
-        head = run.frozen.head_VD
-        self.hidden[span] = (run.buffers.cast("half", d_head, head.dtype) @ head).to(self.hidden.dtype)
-        if d_bias is None or self.latent is None or self.w2 is None or run.latent is None or run.w2 is None:
-            return
-        d_bias = run.buffers.cast("half", d_bias, run.w2.dtype)
-        self.latent[bias_span] = d_bias @ run.w2
-        if d_bias.dtype == torch.float32:
-            self.w2.addmm_(d_bias.T, run.latent[bias_span])
-            return
-        latent = run.latent[bias_span]
-        for start in range(0, len(self.w2), _W2_TILE):  # tiles: the product before its fp32 sum never grows large
-            tile = slice(start, start + _W2_TILE)
-            self.w2[tile] += matmul_fp32(d_bias[:, tile].T, latent)
-
-
-@dataclass(frozen=True)
-class _Run:
-    """The inputs of one call, shared by its chunks."""
-
-    hidden: Tensor
-    latent: Tensor | None
-    w2: Tensor | None
-    target: Tensor | None
-    frozen: FrozenHead
-    rows: HeadRows
-    weights: LossWeights
-    backend: str
-    buffers: ChunkBuffers
-
-    @property
-    def latent_per_row(self) -> bool:
-        return self.latent is not None and len(self.latent) == len(self.hidden) != len(self.rows.starts) - 1
-
-    def chunk(self, positions: slice, span: slice, gradients: _Gradients | None) -> ChunkTerms:
-        head, cap, buffers = self.frozen.head_VD, self.frozen.softcap, self.buffers
-        local = self.rows.position_R[span] - positions.start
-        logits = buffers.product("draft", self.hidden[span].to(head.dtype), head)
-        slope = buffers.softcap_(logits, cap, keep_slope=gradients is not None)
-        bias_span = span if self.latent_per_row else positions
-        if self.latent is not None and self.w2 is not None:
-            bias = buffers.product("bias", self.latent[bias_span].to(self.w2.dtype), self.w2)
-            logits += bias if self.latent_per_row else buffers.rows("scratch", bias, local)
-        target = None
-        if self.target is not None:
-            target = buffers.product("target", self.target[positions].to(head.dtype), head)
-            buffers.softcap_(target, cap)
-        label, weight = self.rows.label_R[span], self.rows.weight_R[span]
-        body = compiled_chunk_terms() if self.backend == "compiled" else chunk_terms
-        terms = body(logits, target, local, label, weight, self.weights, gradients is not None, buffers)
-        if gradients is not None and terms.gradient is not None:
-            d_bias = None
-            if self.latent is not None:
-                d_bias = terms.gradient
-                if not self.latent_per_row:
-                    d_bias = buffers.take("bias", positions.stop - positions.start).zero_().index_add_(0, local, d_bias)
-            d_head = terms.gradient if slope is None else slope.mul_(terms.gradient)
-            gradients.add(span, d_head, d_bias, bias_span, self)
-        return terms
+def _data(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.detach()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -193,32 +119,37 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, target: Tensor | None, frozen: FrozenHead,
-        rows: HeadRows, weights: LossWeights, differentiate: bool, backend: str,
+        ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, inputs: HeadInputs, rows: HeadRows,
+        differentiate: bool, backend: str,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        buffers = ChunkBuffers(frozen.head_VD.shape[0], hidden.device)
-        run = _Run(hidden, latent, w2, target, frozen, rows, weights, backend, buffers)
-        gradients = _Gradients(hidden, latent, w2) if differentiate else None
+        buffers = TileBuffers(inputs.frozen.head_VD.shape[0], hidden.device)
+        gradients = Gradients(inputs) if differentiate else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         accept = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         hit = torch.zeros_like(accept)
         for positions, span in rows.chunks(buffers.max_rows):
-            terms = run.chunk(positions, span, gradients)
+            local = rows.position_R[span] - positions.start
+            chunk = Chunk(positions, span, local, rows.label_R[span], rows.weight_R[span])
+            if backend == "compiled":
+                terms = whole_chunk(inputs, chunk, gradients)
+            else:
+                terms = TiledChunk(inputs, chunk, buffers).run(gradients)
             sums += terms.sums
-            hit[span] = terms.hit
-            if terms.accept is not None:
-                accept[span] = terms.accept
+            hit[span] = terms.hit_r
+            if terms.accept_r is not None:
+                accept[span] = terms.accept_r
         if gradients is not None:
-            gradients.w2 = None if gradients.w2 is None or w2 is None else gradients.w2.to(w2.dtype)
+            gradients.w2_VM = None if gradients.w2_VM is None or w2 is None else gradients.w2_VM.to(w2.dtype)
             ctx.gradients = gradients
         ctx.mark_non_differentiable(sums, accept, hit)
+        weights = inputs.weights
         combined = (sums * sums.new_tensor([weights.ce, weights.soft_ce, weights.l1])).sum()
         return combined, sums, accept, hit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients: _Gradients = ctx.gradients
+        gradients: Gradients = ctx.gradients
         ctx.gradients = None  # scaled in place and handed over: one backward a forward, as training does
-        kept = (gradients.hidden, gradients.latent, gradients.w2)
+        kept = (gradients.hidden_RD, gradients.latent, gradients.w2_VM)
         scaled = [None if part is None else part.mul_(grad.to(part.dtype)) for part in kept]
-        return (*scaled, None, None, None, None, None, None)
+        return (*scaled, None, None, None, None)
