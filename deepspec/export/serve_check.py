@@ -62,6 +62,7 @@ KINDS = (
     Kind("dflash K-1 speculators", "dflash-k-1", "speculators", shim=True),
     Kind("dflash as dspark", "dflash", "vllm", v2=True, shim=True),
     Kind("dspark", "dspark", "vllm", v2=True, shim=True),
+    Kind("dspark K-1", "dspark-k-1", "vllm", v2=True, shim=True, embeddings=False),
     Kind("dspark speculators", "dspark", "speculators", v2=True, shim=True, embeddings=False),
 )
 
@@ -259,18 +260,18 @@ class ServeCheck:
         if name == "eagle3-reduced":
             reduce_vocabulary(self.options.quickstart / "eagle3-draft", made)
         else:
-            self._train_fill_in(made)
+            self._train_fill_in(name.removesuffix("-k-1"), made)
         return made
 
-    def _train_fill_in(self, made: Path) -> None:
-        """A DFlash draft whose anchor slot drafts nothing, from the quickstart's cache."""
-        run = self.options.work / "dflash-k-1"
-        print("training a DFlash draft with sample_from_anchor: false (about a minute)", file=sys.stderr, flush=True)
-        settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={run}")
-        command = [sys.executable, "launch/train.py", "--recipe", "recipes/quickstart_dflash.yaml"]
+    def _train_fill_in(self, algorithm: str, made: Path) -> None:
+        """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
+        run = self.options.work / f"{algorithm}-k-1"
+        print(f"training {algorithm} with sample_from_anchor: false (about a minute)", file=sys.stderr, flush=True)
+        settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={run.resolve()}")
+        command = [sys.executable, "launch/train.py", "--recipe", f"recipes/quickstart_{algorithm}.yaml"]
         command += [part for setting in settings for part in ("--set", setting)]
         self.options.work.mkdir(parents=True, exist_ok=True)
-        log = self.options.work / "train.log"
+        log = self.options.work / f"train-{algorithm}.log"
         with open(log, "wb") as stream:
             code = subprocess.run(
                 command, cwd=CHECKOUT, stdout=stream, stderr=subprocess.STDOUT, check=False
@@ -354,7 +355,8 @@ def engine_version(folder: Path) -> str:
 def last_error(log: Path) -> str:
     """The last line of a log that names an error, or its last line."""
     lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if "Error" in line or "error:" in line or "not supported" in line]
+    marks = ("Error:", "error:", "error, ", "not supported")
+    errors = [line for line in lines if any(mark in line for mark in marks)]
     return (errors or lines or ["nothing"])[-1][-300:]
 
 
