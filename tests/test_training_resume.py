@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -221,7 +222,9 @@ def start_worker(folder: Path, recipe: Path, launcher: Sequence[str] = (sys.exec
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [*launcher, str(WORKER), str(path)]
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
-        return subprocess.Popen(command, cwd=tools.ROOT, env=environment, stdout=output, stderr=output, text=True)
+        return subprocess.Popen(
+            command, cwd=tools.ROOT, env=environment, stdout=output, stderr=output, text=True, start_new_session=True
+        )
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
@@ -230,7 +233,12 @@ def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60
         time.sleep(0.005)
 
 
-def disturbed_equals_undisturbed(folder: Path, steps: int, kills: int) -> int:
+def deepspeed_command(processes: int) -> list[str]:
+    command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", str(processes)]
+    return [*command, "--master_port", str(free_port())]
+
+
+def disturbed_equals_undisturbed(folder: Path, steps: int, kills: int, processes: int = 1) -> int:
     """Kill a run that saves at every step ``kills`` times with SIGKILL at random moments; then let it end.
 
     Three of four kills come in or just after a save, the others while the run starts and reads its checkpoint.
@@ -241,7 +249,7 @@ def disturbed_equals_undisturbed(folder: Path, steps: int, kills: int) -> int:
     target = tools.make_target(folder / "target")
     settings: dict[str, Any] = {"max_steps": steps, "save_every": 1, "keep_last": 2}
     calm = tools.write_recipe(folder / "calm", target, **settings)
-    tools.run_jobs(folder, [{"recipe": str(calm)}], 1)
+    tools.run_jobs(folder, [{"recipe": str(calm)}], processes)
     rough, moments = tools.write_recipe(folder / "rough", target, **settings), random.Random(5)
     killed = in_saves = 0
     checkpoints = folder / "rough" / "run" / "checkpoints"
@@ -251,14 +259,14 @@ def disturbed_equals_undisturbed(folder: Path, steps: int, kills: int) -> int:
         before = max(steps_of(folder / "rough" / "run"), default=0)
         if before >= steps - 1:
             break
-        process = start_worker(folder, rough)
+        process = start_worker(folder, rough, deepspeed_command(processes) if processes > 1 else (sys.executable,))
         if killed % 4 == 3:
             time.sleep(moments.uniform(0.0, 3.0))
         else:  # the first save of this start has begun: kill somewhere in it or in what follows
             wait_for(lambda seen=before: (checkpoints / f".step_{seen + 1}.tmp").exists(), process)
             time.sleep(moments.uniform(0, 0.08))
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # launcher and all ranks
             killed += 1
         process.wait()
         in_saves += bool(list(checkpoints.glob(".step_*.tmp")))
@@ -266,7 +274,7 @@ def disturbed_equals_undisturbed(folder: Path, steps: int, kills: int) -> int:
             assert read_manifest(path).step == step  # whatever has a name is whole
         assert max(steps_of(folder / "rough" / "run"), default=0) >= before  # the latest is never lost
     assert killed == kills
-    tools.run_jobs(folder, [{"recipe": str(rough)}], 1)
+    tools.run_jobs(folder, [{"recipe": str(rough)}], processes)
     assert equal(weights(folder / "rough" / "run"), weights(folder / "calm" / "run"))
     assert losses(folder / "rough" / "run") == losses(folder / "calm" / "run")
     assert [row["step"] for row in tools.log_of(folder / "rough" / "run")] == list(range(1, steps + 1))
@@ -280,6 +288,11 @@ def test_killed_in_a_save_ends_in_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_twenty_times_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert disturbed_equals_undisturbed(tmp_path, steps=60, kills=20) >= 5
+
+
+@pytest.mark.slow
+def test_two_processes_killed_ends_in_the_same_bits(tmp_path: Path) -> None:
+    assert disturbed_equals_undisturbed(tmp_path, steps=20, kills=5, processes=2) >= 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
@@ -298,14 +311,17 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, number: signal.Signals, fi
 def test_a_run_whose_deepspeed_command_was_terminated_saves_and_ends(tmp_path: Path, finished: Path) -> None:
     """SIGTERM kills the command without reaching its processes."""
     recipe = tools.write_recipe(tmp_path / "a", finished.parent / "target", max_steps=100_000, epochs=100_000)
-    command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", "1"]
-    process = start_worker(tmp_path, recipe, [*command, "--master_port", str(free_port())])
+    process = start_worker(tmp_path, recipe, deepspeed_command(1))
     run = tmp_path / "a" / "run"
-    wait_for(lambda: (run / "log.jsonl").exists() and tools.log_of(run)[1:], process)
-    process.terminate()
-    assert process.wait() == -signal.SIGTERM
-    end = time.monotonic() + 60
-    while not steps_of(run) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert list(steps_of(run)) == [tools.log_of(run)[-1]["step"]]
-    assert "stopped by a signal after step" in (tmp_path / "output.txt").read_text()
+    try:
+        wait_for(lambda: (run / "log.jsonl").exists() and tools.log_of(run)[1:], process)
+        process.terminate()
+        assert process.wait() == -signal.SIGTERM
+        end = time.monotonic() + 60
+        while not steps_of(run) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert list(steps_of(run)) == [tools.log_of(run)[-1]["step"]]
+        assert "stopped by a signal after step" in (tmp_path / "output.txt").read_text()
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
