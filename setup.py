@@ -21,6 +21,10 @@ CORE = [
     "jinja2>=3.1,<4",
     "tensorboard>=2.18,<3",
     "matplotlib>=3.9,<4",
+    "huggingface-hub>=1.0,<3",
+    "tokenizers>=0.22,<1",
+    "pyarrow>=17",
+    "psutil>=5.9,<8",
 ]
 DEV = [
     "pytest>=8,<10",
