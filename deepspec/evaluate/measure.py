@@ -28,8 +28,8 @@ class PromptResult:
     equal_to_plain: bool | None = None  # greedy output equal to plain decoding, token for token
     finish: str = ""  # of the last turn: "stop" or "length"
     output_sha: str = ""  # of the token ids of all turns
-    steps: int = 0  # rounds of the batch since the row before (of the prompt, in batches of one)
-    seconds: dict[str, float] = field(default_factory=dict)  # a phase and "total", since the row before
+    steps: float = 0.0  # its share of the batch's rounds
+    seconds: dict[str, float] = field(default_factory=dict)  # its share of the time, a phase and "total"
     plain_tokens: int | None = None  # of plain decoding of the same prompt
     plain_seconds: float | None = None
     text: str = ""  # the answer to the last turn
@@ -59,7 +59,7 @@ class Summary:
     plain_tokens: int | None = None
     plain_seconds: float | None = None
     speed_up_interval: tuple[float, float] | None = None  # 95 %, bootstrap over prompts
-    steps: int = 0  # rounds of the batch
+    steps: float = 0.0  # rounds of the batch
     phases: dict[str, float] = field(default_factory=dict)  # seconds of prefill, draft, verify, head, other
     published: float | None = None  # the published accepted length of this target, algorithm and task
 

@@ -10,7 +10,7 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,7 @@ from deepspec.distributed import World
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
+from deepspec.evaluate.cost import Cost, CostMeter
 from deepspec.evaluate.log import RowLog
 from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
 from deepspec.evaluate.ranks import meeting
@@ -57,20 +58,6 @@ class Options:
     first_turn: bool = False  # of each prompt, as the published figures
     dtype: str = "auto"
     device: str = "cpu"
-
-
-@dataclass
-class Cost:
-    """What decoding took since the row before."""
-
-    steps: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def add(self, before: Cost, after: Cost) -> None:
-        """Add the difference of two readings of the clock."""
-        self.steps += after.steps - before.steps
-        for phase, seconds in after.seconds.items():
-            self.seconds[phase] += seconds - before.seconds.get(phase, 0.0)
 
 
 class Evaluation:
@@ -244,23 +231,19 @@ class Evaluation:
         if not places:
             return
         decoder = self._decoder(task, places, temperature, with_draft)
-        requests = deque(self._request(task, place, []) for place in places)
+        meter = CostMeter(decoder, [self._request(task, place, []) for place in places])
         done: dict[int, list[Generation]] = defaultdict(list)
-        costs: dict[int, Cost] = defaultdict(Cost)
         label = f"{task.name} at temperature {temperature:g}, {'drafted' if with_draft else 'plain'}"
         shown = label if self.world.size == 1 else f"{label}, rank 0 of {self.world.size}"
         progress = Progress(shown, len(places)) if self.world.is_main else None
-        before = Cost(0, decoder.clock.seconds())
-        for generation in decoder.stream(requests):
-            now = Cost(decoder.clock.rounds, decoder.clock.seconds())
+        for generation in decoder.stream(meter.waiting):
+            meter.left(generation)
             place, turn = cast(tuple[int, int], generation.request.tag)
-            costs[place].add(before, now)
-            before = now
             done[place].append(generation)
             if turn + 1 < len(task.prompts[place]):
-                requests.append(self._request(task, place, done[place]))
+                meter.submit(self._request(task, place, done[place]))
             else:
-                yield place, done.pop(place), costs.pop(place)
+                yield place, done.pop(place), meter.take(place)
             if progress:
                 progress.add(int(place not in done), len(generation.output_ids))
         if progress:
@@ -312,8 +295,7 @@ class Evaluation:
             equal_to_plain=plain["output_sha"] == digest if plain is not None and temperature == 0 else None,
             finish=generations[-1].finish,
             output_sha=digest,
-            steps=cost.steps,
-            seconds={phase: round(seconds, 7) for phase, seconds in cost.seconds.items()},
+            **cost.to_row(),
             plain_tokens=None if plain is None else plain["output_tokens"],
             plain_seconds=None if plain is None else plain["seconds"],
             text=self.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
