@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 PHASES = ("prefill", "draft", "verify", "head")
 
 
+class Turn(NamedTuple):
+    """One turn of the loop, prefill left out."""
+
+    rows: int  # that decoded
+    verified: int  # tokens sent to the target, one a row for the newest token included
+    emitted: int  # tokens that outputs grew by
+    seconds: float
+
+
 class PhaseClock:
-    """Sums the seconds of named phases and counts rounds."""
+    """Sums the seconds of named phases and counts rounds.
+
+    ``now`` may be replaced by another clock (of the process's own time), ``turns`` by a list that then fills.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -22,6 +35,8 @@ class PhaseClock:
         self.row_rounds = 0  # the same, a count a row
         self.verified = 0  # tokens sent to the target, one a row for the newest token included
         self.wall = 0.0
+        self.now: Callable[[], float] = time.perf_counter
+        self.turns: list[Turn] | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -33,9 +48,9 @@ class PhaseClock:
             end.record()
             self._events.append((name, begin, end))
         else:
-            start = time.perf_counter()
+            start = self.now()
             yield
-            self._seconds[name] += time.perf_counter() - start
+            self._seconds[name] += self.now() - start
 
     def collect(self) -> None:
         """After a synchronisation: turn finished event pairs into seconds, so that they do not pile up."""

@@ -10,7 +10,6 @@ target is the same loop without a drafter.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.decoding.clock import PhaseClock
+from deepspec.decoding.clock import PhaseClock, Turn
 from deepspec.decoding.kv import PackedTarget, Step
 from deepspec.decoding.records import DecodeSettings, Generation, Request, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
@@ -89,8 +88,6 @@ class Decoder:
         self.policy: Policy = policy or (Threshold(threshold) if threshold > 0 and drafter else FixedLength())
         self.clock = PhaseClock(target.device)
         self._slots = drafter.max_draft if drafter else 0
-        if self.policy.max_draft is not None:
-            self._slots = min(self._slots, self.policy.max_draft)
         self._stops = frozenset(settings.stop_token_ids)
         self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
@@ -103,6 +100,7 @@ class Decoder:
         self._every_row = torch.arange(batch_size, device=device)
         width = 2 * self._slots + 1 if settings.temperature > 0 else 0
         self._table = torch.zeros(batch_size, self._limit, width, dtype=torch.float64, device=device)
+        self._emitted = 0  # tokens that the host's last look added to outputs
         self._live = 0  # R: rows 0 .. R - 1 were not finished when the host last looked
         self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens that the last forward brought, unread yet
         self._packed: PackedTarget | None = None
@@ -111,12 +109,18 @@ class Decoder:
     def stream(self, requests: deque[Request]) -> Iterator[Generation]:
         """Yield generations as they finish. The caller may append to ``requests`` while it iterates (next turns)."""
         while requests or any(self._rows):
-            start = time.perf_counter()
+            start = self.clock.now()
             self._enter(requests)
+            entered = self.clock.now()
+            before = self.clock.row_rounds, self.clock.verified
             proposal = self._propose()
             finished = self._settle(proposal)
             self._verify(proposal)
-            self.clock.wall += time.perf_counter() - start
+            end = self.clock.now()
+            self.clock.wall += end - start
+            if self.clock.turns is not None:
+                rows, verified = self.clock.row_rounds - before[0], self.clock.verified - before[1]
+                self.clock.turns.append(Turn(rows, verified, self._emitted, end - entered))
             yield from finished
 
     def _enter(self, requests: deque[Request]) -> None:
@@ -212,10 +216,12 @@ class Decoder:
 
     def _propose(self) -> Proposal | None:
         """Draft for every row; rows that turn out to be finished drafted in vain."""
-        if self.drafter is None or not self._slots:
+        wanted = self.policy.max_draft
+        slots = self._slots if wanted is None else min(self._slots, wanted)
+        if self.drafter is None or not slots:
             return None
         with self.clock.phase("draft"):
-            return self.drafter.propose(self._last[: self._live], self._sample_draft, self._slots)
+            return self.drafter.propose(self._last[: self._live], self._sample_draft, slots)
 
     def _uniforms(self) -> Uniforms:
         rows = self._every_row[: self._live]
@@ -253,6 +259,7 @@ class Decoder:
     def _record(self, accepted: np.ndarray, tokens: np.ndarray) -> list[Generation]:
         """Append what the last forward committed to each row; free the rows that are finished."""
         finished = []
+        self._emitted = 0
         kept = np.zeros(self._live, dtype=np.int64)
         for number, row in enumerate(self._rows[: self._live]):
             if row is None:
@@ -287,7 +294,9 @@ class Decoder:
             if token in self._stops:
                 generation.finish = "stop"
                 break
-        return len(generation.output_ids) - before
+        added = len(generation.output_ids) - before
+        self._emitted += added
+        return added
 
     def _is_full(self, generation: Generation) -> bool:
         if self.settings.published_limit:

@@ -9,8 +9,9 @@ best total over all admissions instead would look ahead, and would bias the outp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -30,7 +31,7 @@ class Policy(Protocol):
 
     @property
     def max_draft(self) -> int | None:
-        """Slots worth drafting at all; None: all that the draft has."""
+        """Slots worth drafting in the next round; None: all that the draft has. It may know earlier rounds alone."""
         ...
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
@@ -75,22 +76,31 @@ class Threshold:
 class StepCosts:
     """Seconds of a whole round (draft, verify, head, the rest) against tokens per verify step, on one machine.
 
-    ``table[rows]`` is a pair of ascending arrays (tokens, seconds) measured with that many rows decoding together.
+    Args:
+        table: ``table[rows]`` is a pair of ascending arrays (tokens, seconds) with that many rows decoding together
+            and all slots drafted.
+        saved: ``saved[rows][d]`` are the seconds less when only d slots are drafted; empty: none.
     """
 
     table: Mapping[int, tuple[np.ndarray, np.ndarray]]
+    saved: Mapping[int, np.ndarray] = field(default_factory=dict)
 
-    def seconds(self, rows: int, tokens: np.ndarray) -> np.ndarray:
-        """Interpolated seconds of a round of ``rows`` rows for each entry of ``tokens``."""
+    def seconds(self, rows: int, tokens: np.ndarray, drafted: int | None = None) -> np.ndarray:
+        """Interpolated seconds of a round of ``rows`` rows for each entry of ``tokens``; drafted None: all slots."""
         known = np.array(sorted(self.table))
         nearest = int(known[np.abs(np.log(known) - np.log(max(rows, 1))).argmin()])
         measured, seconds = self.table[nearest]
         # Another number of rows is read off at the same tokens per row.
-        return np.interp(tokens * (nearest / max(rows, 1)), measured, seconds)
+        spent = np.interp(tokens * (nearest / max(rows, 1)), measured, seconds)
+        if drafted is None or nearest not in self.saved:
+            return spent
+        saved = self.saved[nearest]
+        return spent - saved[min(drafted, len(saved) - 1)]
 
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
-        files.write_json(path, {str(rows): [list(map(float, a)) for a in pair] for rows, pair in self.table.items()})
+        table = {str(rows): [list(map(float, a)) for a in pair] for rows, pair in self.table.items()}
+        files.write_json(path, {"table": table, "saved": {str(r): list(map(float, a)) for r, a in self.saved.items()}})
 
     @staticmethod
     def load(path: str | Path) -> StepCosts:
@@ -101,28 +111,72 @@ class StepCosts:
         """
         raw = files.read_json(path, EvaluationError, "write one with --study scheduler")
         try:
-            return StepCosts({int(rows): (np.array(pair[0]), np.array(pair[1])) for rows, pair in raw.items()})
-        except (AttributeError, TypeError, ValueError, IndexError) as problem:
+            table = {int(rows): (np.array(pair[0]), np.array(pair[1])) for rows, pair in raw["table"].items()}
+            return StepCosts(table, {int(rows): np.array(saved) for rows, saved in raw["saved"].items()})
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError) as problem:
             raise EvaluationError(f"not a table of step costs ({problem})", file=path) from None
 
 
-@dataclass(frozen=True)
 class Throughput:
-    """Algorithm 1 of the DSpark paper: admit tokens of all rows in order of survival while expected tokens/s rise."""
+    """Algorithm 1 of the DSpark paper: admit tokens of all rows in order of survival while expected tokens/s rise.
 
-    costs: StepCosts
-    needs_confidence: bool = True
-    max_draft: int | None = None
+    Slots that recent rounds would not have admitted are not drafted either; every now and then all are, to see whether
+    that has changed. Both look at earlier rounds only, so admission stays causal.
+
+    Args:
+        costs: of this machine.
+    """
+
+    needs_confidence = True
+    _EVERY = 16  # rounds between two that draft all slots
+    _KEPT = 4  # of the latter, remembered
+
+    def __init__(self, costs: StepCosts) -> None:
+        self.costs = costs
+        # of rounds that drafted all slots: by number of slots [K + 1], tokens expected and seconds
+        self._seen: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self._KEPT)
+        self._curves: dict[tuple[int, int], np.ndarray] = {}
+        self._rounds = 0
+        self._width: int | None = None
+
+    @property
+    def max_draft(self) -> int | None:
+        """All slots in the first rounds and every now and then; else those that paid in the last such rounds."""
+        return None if self._rounds < self._KEPT or self._rounds % self._EVERY == 0 else self._width
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
+        everything = self.max_draft is None
+        self._rounds += 1
+        if drafted == 0:
+            return np.zeros(rows, dtype=np.int64)
         survival = _required(confidence).cumprod(axis=1)  # [R, K], falling along a row
         order = np.argsort(-survival, axis=None, kind="stable")  # stable: on a tie the earlier token of a row is first
         committed = rows + np.concatenate(([0.0], survival.ravel()[order].cumsum()))  # one token a row comes anyway
-        rate = committed / self.costs.seconds(rows, rows + np.arange(len(committed)))
-        falls = np.flatnonzero(np.diff(rate) < 0)
+        rate = committed / self._seconds(rows, drafted)
+        falls = np.flatnonzero(rate[1:] < rate[:-1])
         admitted = order[: int(falls[0]) if len(falls) else len(order)]
-        return np.bincount(admitted // survival.shape[1], minlength=rows).astype(np.int64)
+        lengths = np.bincount(admitted // drafted, minlength=rows).astype(np.int64)
+        if everything:
+            self._width = self._best_width(survival, lengths)
+        return lengths
+
+    def _seconds(self, rows: int, drafted: int) -> np.ndarray:
+        """Seconds of a round by admitted tokens [R * K + 1]; looked up once."""
+        if (rows, drafted) not in self._curves:
+            tokens = rows + np.arange(rows * drafted + 1)
+            self._curves[rows, drafted] = self.costs.seconds(rows, tokens, drafted)
+        return self._curves[rows, drafted]
+
+    def _best_width(self, survival: np.ndarray, lengths: np.ndarray) -> int:
+        """How many slots would have given most tokens per second in this round and those remembered."""
+        rows, slots = survival.shape
+        admitted = np.arange(slots) < lengths[:, None]
+        committed = rows + np.concatenate(([0.0], (survival * admitted).sum(axis=0).cumsum()))
+        tokens = np.concatenate(([0], admitted.sum(axis=0).cumsum()))
+        spent = np.array([self._seconds(rows, width)[tokens[width]] for width in range(slots + 1)])
+        self._seen.append((committed, spent))
+        return int(np.argmax(sum(one for one, _ in self._seen) / sum(other for _, other in self._seen)))
 
 
 def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:
@@ -130,16 +184,18 @@ def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:
     rows, slots = survival.shape
     lengths = np.zeros(rows, dtype=np.int64)
     expected, tokens = float(rows), rows
-    best = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+    best = expected / float(costs.seconds(rows, np.array([tokens]), slots)[0])
     while lengths.sum() < rows * slots:
-        heads = [(-survival[row, lengths[row]], row) for row in range(rows) if lengths[row] < slots]
-        gain, row = min(heads)
+        heads = [
+            (-survival[row, lengths[row]], row * slots + lengths[row]) for row in range(rows) if lengths[row] < slots
+        ]
+        gain, place = min(heads)
         expected, tokens = expected - gain, tokens + 1
-        rate = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+        rate = expected / float(costs.seconds(rows, np.array([tokens]), slots)[0])
         if rate < best:
             break
         best = rate
-        lengths[row] += 1
+        lengths[place // slots] += 1
     return lengths
 
 

@@ -26,7 +26,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--confidence-threshold", type=float, default=0.0, help="verify as far as the draft is sure")
     parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--output", help="default: DRAFT/evaluation")
+    parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="of the study")
+    parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     return parser.parse_args()
 
@@ -40,6 +42,12 @@ def main() -> int:
     given = parse()
 
     from deepspec.distributed import pick_device, world_from_environment
+
+    if given.study:
+        from deepspec.evaluate.study import main as study
+
+        return study(given, str(pick_device()))
+
     from deepspec.evaluate.report import markdown, write_report
     from deepspec.evaluate.run import Evaluation, Options
 

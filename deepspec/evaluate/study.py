@@ -1,0 +1,360 @@
+"""The scheduler study: what each verification policy is worth under load, on the machine at hand.
+
+``python -m deepspec.evaluate --target T --draft D --study scheduler`` profiles seconds of a round against the tokens
+of its verify step, then decodes the same prompts at every concurrency with every policy: fixed lengths, a confidence
+threshold, and the scheduler that admits tokens by expected throughput. Policies take turns and every turn is repeated,
+so that what else the machine does hits all of them alike.
+
+Measured are the rounds up to where the queue runs empty, prefill left out. On a CPU with one thread the seconds are the
+process's own, since other processes would otherwise be measured too; else they are wall-clock.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepspec.algorithms.base import DraftModel
+from deepspec.data.chat import Renderer
+from deepspec.data.progress import Progress
+from deepspec.decoding.clock import Turn
+from deepspec.decoding.loop import Decoder
+from deepspec.decoding.records import DecodeSettings, Request
+from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshold, Throughput
+from deepspec.drafts import load_draft
+from deepspec.errors import EvaluationError
+from deepspec.evaluate.calibration import load_sts
+from deepspec.evaluate.report import table
+from deepspec.evaluate.results import environment
+from deepspec.evaluate.tasks import load_tasks
+from deepspec.files import write_json, write_text
+from deepspec.targets import Target, load_target, load_tokenizer
+
+SCHEDULER = "expected throughput"
+TOLERANCE = 0.02  # by which the scheduler may fall behind the best fixed length
+PROFILE_PASSES = 3
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """What the command line says."""
+
+    target: str
+    draft: str
+    output: str
+    tasks: tuple[str, ...] = ()
+    samples: int | None = None
+    seed: int = 980406
+    temperature: float = 0.0
+    max_new_tokens: int = 256
+    concurrency: tuple[int, ...] = (1, 4, 16, 64)
+    repeats: int = 5
+    threshold: float = 0.5
+    dtype: str = "auto"
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class DraftAll:
+    """Draft every slot and verify the first ``length``: a point of the scheduler's choice, for the profile."""
+
+    length: int
+    needs_confidence: bool = False
+    max_draft: int | None = None
+
+    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
+        """``length`` for every row."""
+        return np.full(rows, min(self.length, drafted), dtype=np.int64)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that stays the same between the runs of a study."""
+
+    target: Target
+    draft: DraftModel
+    settings: DecodeSettings
+    prompts: tuple[tuple[int, ...], ...]
+
+    @property
+    def slots(self) -> int:
+        """K."""
+        return int(self.draft.config.max_draft)
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """The process's own time where that is what the machine would take alone, else the wall's."""
+        alone = self.target.device.type == "cpu" and torch.get_num_threads() == 1
+        return time.process_time if alone else time.perf_counter
+
+    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
+        """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them."""
+        count = concurrency + max(24, 2 * concurrency)
+        requests = deque(Request(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
+        longest = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.slots + 2
+        drafter = self.draft.algorithm.drafter(self.draft, concurrency, longest)
+        settings = replace(self.settings, seed=self.settings.seed + attempt)  # another attempt, another sample
+        decoder = Decoder(self.target, drafter, settings, concurrency, policy)
+        decoder.clock.now, decoder.clock.turns = self.clock, []
+        for _ in decoder.stream(requests):
+            if not requests or (turns is not None and len(decoder.clock.turns) >= turns):
+                break
+        return [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+
+
+def profile(bench: Bench, concurrency: Sequence[int]) -> StepCosts:
+    """Seconds of a round by rows and verified tokens, and what drafting fewer slots saves."""
+    lengths = range(bench.slots + 1)
+    policies: list[Policy] = [DraftAll(k) for k in lengths] + [FixedLength(k) for k in lengths]
+    turns: dict[tuple[int, int], list[Turn]] = {(c, i): [] for c in concurrency for i in range(len(policies))}
+    progress = Progress("profile of step costs", PROFILE_PASSES * len(turns), "turns")
+    for _ in range(PROFILE_PASSES):
+        for c, place in turns:
+            seen = bench.run(policies[place], c, turns=max(8, 48 // c))
+            turns[c, place] += seen
+            progress.add(1, len(seen))
+    progress.finish()
+    costs, saved = {}, {}
+    for c in concurrency:
+        rows = round(float(np.mean([turn.rows for i in range(len(policies)) for turn in turns[c, i]])))
+        points = [_typical(turns[c, place], rows) for place in range(len(policies))]
+        tokens, seconds = (np.array(column) for column in zip(*points, strict=True))
+        all_drafted, fewer = slice(0, len(lengths)), slice(len(lengths), None)
+        costs[rows] = lower_envelope(tokens[all_drafted], seconds[all_drafted])
+        saved[rows] = falling(np.append((seconds[all_drafted] - seconds[fewer])[:-1], 0.0))
+    return StepCosts(costs, saved)
+
+
+def _typical(turns: Sequence[Turn], rows: int) -> tuple[float, float]:
+    """(tokens, seconds) of a round of ``rows`` rows: the mean tokens a row, the median seconds."""
+    per_row = sum(turn.verified for turn in turns) / sum(turn.rows for turn in turns)
+    return per_row * rows, float(np.median([turn.seconds for turn in turns]))
+
+
+def falling(values: np.ndarray) -> np.ndarray:
+    """Never rising and never negative values [N] between the two such sequences that enclose the measured ones."""
+    above, below = np.maximum.accumulate(values[::-1])[::-1], np.minimum.accumulate(values)
+    return np.maximum((above + below) / 2, 0.0)
+
+
+def lower_envelope(tokens: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The greatest convex, never falling function below the points, at the points ([N] each, tokens ascending).
+
+    The scheduler stops at the first token that does not pay. With convex costs and falling survival the rate has one
+    peak, so that this is the best; a single point measured too high would stop it before.
+    """
+    hull: list[int] = []
+    for new in range(len(tokens)):
+        while len(hull) > 1:
+            last, before = hull[-1], hull[-2]
+            slope = (seconds[new] - seconds[before]) / (tokens[new] - tokens[before])
+            if seconds[last] < seconds[before] + slope * (tokens[last] - tokens[before]):
+                break
+            hull.pop()
+        hull.append(new)
+    low = int(np.argmin(seconds[hull]))
+    heights = np.concatenate((np.full(low, seconds[hull[low]]), seconds[hull[low:]]))
+    return tokens, np.interp(tokens, tokens[hull], heights)
+
+
+def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[str, Any]]:
+    """Every policy at every concurrency; a row each."""
+    makers: dict[str, Callable[[], Policy]] = {
+        f"fixed {k}": lambda k=k: FixedLength(k)  # type: ignore[misc]
+        for k in range(1, bench.slots + 1)
+    }
+    makers |= {
+        f"threshold {options.threshold:g}": lambda: Threshold(options.threshold),
+        SCHEDULER: lambda: Throughput(costs),
+    }
+    runs: dict[tuple[int, str], list[list[Turn]]] = {(c, name): [] for c in options.concurrency for name in makers}
+    progress = Progress("policies", options.repeats * len(runs), "turns")
+    for repeat in range(options.repeats):
+        order = list(runs) if repeat % 2 == 0 else list(runs)[::-1]
+        for c, name in order:
+            runs[c, name].append(bench.run(makers[name](), c, attempt=repeat))
+            progress.add(1, len(runs[c, name][-1]))
+    progress.finish()
+    return [_row(c, name, attempts) for (c, name), attempts in runs.items()]
+
+
+def _row(concurrency: int, policy: str, attempts: Sequence[Sequence[Turn]]) -> dict[str, Any]:
+    rates = [sum(turn.emitted for turn in turns) / sum(turn.seconds for turn in turns) for turns in attempts]
+    turns = [turn for attempt in attempts for turn in attempt]
+    rows = sum(turn.rows for turn in turns)
+    return {
+        "concurrency": concurrency,
+        "policy": policy,
+        "tokens_per_second": float(np.median(rates)),
+        "attempts": rates,
+        "verified_per_request": sum(turn.verified for turn in turns) / rows - 1,  # drafted tokens a round
+        "accepted_length": sum(turn.emitted for turn in turns) / rows,
+        "rounds_per_second": len(turns) / sum(turn.seconds for turn in turns),
+        "mean_rows": rows / len(turns),
+    }
+
+
+def judge(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The bars: the scheduler against the best fixed length at each concurrency, and verified length against load."""
+    bars: dict[str, dict[str, Any]] = {}
+    lengths = []
+    for c in dict.fromkeys(row["concurrency"] for row in rows):
+        group = [row for row in rows if row["concurrency"] == c]
+        best = max(
+            (row for row in group if row["policy"].startswith("fixed")), key=lambda row: row["tokens_per_second"]
+        )
+        own = next(row for row in group if row["policy"] == SCHEDULER)
+        # attempt by attempt, since those two ran in the same minutes
+        ratio = float(np.median(np.array(own["attempts"]) / np.array(best["attempts"])))
+        bars[f"scheduler_of_best_fixed_at_{c}"] = {
+            "value": round(ratio, 4), "limit": 1 - TOLERANCE, "holds": ratio >= 1 - TOLERANCE, "best": best["policy"],
+        }  # fmt: skip
+        lengths.append(own["verified_per_request"])
+    rise = float(np.max(np.diff(lengths))) if len(lengths) > 1 else 0.0
+    bars["verified_length_falls_with_load"] = {"value": round(rise, 4), "limit": 0.0, "holds": rise <= 0}
+    return bars
+
+
+def markdown(study: dict[str, Any]) -> str:
+    """Tables: tokens/s, verified drafted tokens a request and round, accepted length; then the bars."""
+    rows = study["rows"]
+    loads = list(dict.fromkeys(row["concurrency"] for row in rows))
+    parts = []
+    titles = {
+        "tokens_per_second": ("Tokens/s", ",.0f"),
+        "verified_per_request": ("Verified a request and round", ".2f"),
+    }
+    titles["accepted_length"] = ("Accepted length", ".2f")
+    for key, (title, form) in titles.items():
+        cells = []
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            values = {row["concurrency"]: row[key] for row in rows if row["policy"] == policy}
+            cells.append([policy, *(format(values[c], form) for c in loads)])
+        parts.append(f"{title}, by requests decoding together\n\n" + table(["policy", *map(str, loads)], cells))
+    bars = [[name, str(bar["value"]), str(bar["limit"]), str(bar["holds"])] for name, bar in study["bars"].items()]
+    parts.append("Bars\n\n" + table(["bar", "value", "limit", "holds"], bars))
+    return "\n\n".join(parts)
+
+
+def plot(study: dict[str, Any], output: Path) -> None:
+    """``throughput.png``, ``verified.png``, ``trade.png`` and ``costs.png``."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = study["rows"]
+
+    def draw(name: str, x: str, y: str, labels: tuple[str, str]) -> None:
+        picture, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+        for policy in dict.fromkeys(row["policy"] for row in rows):
+            own = [row for row in rows if row["policy"] == policy]
+            wide = 2.5 if policy == SCHEDULER else 1.0
+            axes.plot([row[x] for row in own], [row[y] for row in own], marker="o", label=policy, linewidth=wide)
+        axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if x == "concurrency" else "linear")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        picture.savefig(output / name, dpi=110)
+        pyplot.close(picture)
+
+    load = "requests decoding together"
+    draw("throughput.png", "concurrency", "tokens_per_second", (load, "tokens/s"))
+    draw("verified.png", "concurrency", "verified_per_request", (load, "drafted tokens verified a request and round"))
+    for row in rows:
+        row["tokens_per_second_a_request"] = row["tokens_per_second"] / row["mean_rows"]
+    draw("trade.png", "tokens_per_second_a_request", "tokens_per_second", ("tokens/s of a request", "tokens/s of all"))
+    picture, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    for count, (tokens, seconds) in study["costs"]["table"].items():
+        axes.plot(tokens, 1 / np.array(seconds), marker="o", label=f"{count} rows")
+    axes.set(xlabel="tokens of a verify step", ylabel="steps/s", xscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    picture.savefig(output / "costs.png", dpi=110)
+    pyplot.close(picture)
+
+
+def run_study(options: StudyOptions) -> dict[str, Any]:
+    """Profile, compare, and write ``costs.json``, ``study.json``, ``study.md`` and the plots into the output folder.
+
+    Raises:
+        EvaluationError: the draft has no confidence head, or there are no prompts.
+    """
+    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
+    target = load_target(options.target, dtype, options.device)
+    draft = _draft(options, target)
+    renderer = Renderer(load_tokenizer(options.target), target.spec.family)
+    tasks = load_tasks(options.tasks, options.samples, options.seed)
+    turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
+    prompts = tuple(tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns)
+    sts = load_sts(Path(options.draft))
+    settings = DecodeSettings(
+        options.temperature, options.max_new_tokens, renderer.stop_token_ids, options.seed, confidence_temperatures=sts
+    )
+    bench = Bench(target, draft, settings, prompts)
+    bench.run(FixedLength(), options.concurrency[0], turns=8)  # the first forwards of a process are not like the others
+    costs = profile(bench, options.concurrency)
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    costs.save(output / "costs.json")
+    rows = compare(bench, costs, options)
+    study: dict[str, Any] = {
+        "bars": judge(rows),
+        "rows": rows,
+        "costs": {
+            "table": {n: [list(map(float, part)) for part in pair] for n, pair in costs.table.items()},
+            "saved": {n: list(map(float, part)) for n, part in costs.saved.items()},
+        },
+        "options": asdict(options),
+        "sts": sts,
+        "prompts": len(prompts),
+        "threads": torch.get_num_threads(),
+        "clock": bench.clock.__name__,
+        "environment": environment(),
+    }
+    write_json(output / "study.json", study)
+    write_text(output / "study.md", markdown(study) + "\n")
+    plot(study, output)
+    return study
+
+
+def _draft(options: StudyOptions, target: Target) -> DraftModel:
+    draft = load_draft(options.draft, target)
+    if getattr(draft, "confidence_head", None) is None:
+        raise EvaluationError(
+            "the scheduler study needs a draft with a confidence head", file=options.draft,
+            found=draft.config.algorithm, remedy="take a DSpark draft trained with confidence_head: true",
+        )  # fmt: skip
+    return draft
+
+
+def main(given: argparse.Namespace, device: str) -> int:
+    """Run the study that the command line of ``deepspec.evaluate`` asks for."""
+    output = given.output or str(Path(given.draft) / "study")
+    study = run_study(
+        StudyOptions(
+            target=given.target,
+            draft=given.draft,
+            output=output,
+            tasks=tuple(name for name in given.tasks.split(",") if name),
+            samples=given.samples,
+            seed=given.seed,
+            temperature=given.temperature[0],
+            max_new_tokens=given.max_new_tokens,
+            concurrency=tuple(given.concurrency),
+            threshold=given.confidence_threshold or StudyOptions.threshold,
+            dtype=given.dtype,
+            device=device,
+        )
+    )
+    print(markdown(study))
+    print(f"\n{output}/study.json, study.md, costs.json and plots")
+    return 0
