@@ -295,7 +295,10 @@ def test_two_processes_killed_ends_in_the_same_bits(tmp_path: Path) -> None:
     assert disturbed_equals_undisturbed(tmp_path, steps=20, kills=5, processes=2) >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+SIGNALS = [signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in (signal.SIGUSR1, signal.SIGINT))]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_saves_and_ends_well(tmp_path: Path, number: signal.Signals, finished: Path) -> None:
     recipe = tools.write_recipe(tmp_path / "a", finished.parent / "target", max_steps=100_000, epochs=100_000)
     process = start_worker(tmp_path, recipe)
@@ -308,6 +311,7 @@ def test_a_signal_saves_and_ends_well(tmp_path: Path, number: signal.Signals, fi
     assert f"stopped by a signal after step {done}/" in (tmp_path / "output.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_deepspeed_command_was_terminated_saves_and_ends(tmp_path: Path, finished: Path) -> None:
     """SIGTERM kills the command without reaching its processes."""
     recipe = tools.write_recipe(tmp_path / "a", finished.parent / "target", max_steps=100_000, epochs=100_000)
