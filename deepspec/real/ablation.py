@@ -76,7 +76,10 @@ def plan() -> list[Stage]:
         stages += _measured(f"step-{step}", checkpoint, f"train {BASE}", "[0.0]")
     draft, results = ROOT / BASE / "draft", ROOT / BASE / "results"
     fit = (PYTHON, "-m", "deepspec.evaluate.calibration", "--draft", str(draft), "--results", str(results))
-    return [*stages, Stage("sts", fit, draft / "sts.json", (f"evaluate {BASE}",))]
+    stages.append(Stage("sts", fit, draft / "sts.json", (f"evaluate {BASE}",)))
+    study: Names = (PYTHON, "-m", "deepspec.evaluate", "--study", "scheduler", "--target", str(QUICKSTART / "target"))
+    study += ("--draft", str(draft), "--tasks", str(PROMPTS), "--temperature", "0", "--max-new-tokens", "96")
+    return [*stages, Stage("scheduler", (*study, "--output", str(STUDY.parent)), STUDY, ("sts", "prompts"))]
 
 
 def _variant(name: str) -> list[Stage]:
