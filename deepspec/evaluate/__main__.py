@@ -13,7 +13,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate", description=__doc__)
     parser.add_argument("--target", required=True, help="target: a folder or hub id")
-    parser.add_argument("--draft", required=True, help="draft folder")
+    parser.add_argument("--draft", required=True, help="draft folder, or owner/name on the hub")
     parser.add_argument("--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all nine")
     parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
     parser.add_argument("--batch-size", type=int, default=1)
@@ -42,7 +42,11 @@ def main() -> int:
     given = parse()
 
     from deepspec.distributed import pick_device, world_from_environment
+    from deepspec.export.hub import fetch_draft
 
+    if not given.output and not Path(given.draft).is_dir():  # of the hub: its download is no place for results
+        given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
+    given.draft = str(fetch_draft(given.draft))
     if given.study:
         from deepspec.evaluate.study import main as study
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.log import RowLog
-from deepspec.files import read_json, sha256_file, write_json
+from deepspec.files import read_json, write_json
 
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
@@ -178,7 +179,7 @@ def load_sts(draft: Path) -> tuple[float, ...] | None:
     if not path.exists():
         return None
     values = read_json(path, EvaluationError)
-    if values["draft_sha256"] != sha256_file(draft / "model.safetensors"):
+    if values["draft_sha256"] != weights_sha256(draft):
         raise EvaluationError("fitted for other weights", file=path, remedy="fit again, or remove it")
     return tuple(values["temperatures"])
 
@@ -189,7 +190,7 @@ def calibrate(draft: Path, folder: Path, temperature: float) -> dict[str, Any]:
     Raises:
         EvaluationError: results of another draft, or without confidences.
     """
-    weights = sha256_file(draft / "model.safetensors")
+    weights = weights_sha256(draft)
     identity = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
     if identity["draft_sha256"] != weights:
         raise EvaluationError("results of another draft", file=folder / "run.json", wanted=f"those of {draft}")

@@ -142,7 +142,7 @@ def _compare_terms(terms: LossTerms, reference: dict[str, float], errors: CaseEr
     for ours, theirs in (("ce", "ce"), ("l1", "l1"), ("confidence", "confidence")):
         total, weight = reference.get(f"{theirs}_loss_num", 0.0), reference.get(f"{theirs}_loss_den", 0.0)
         if weight and ours in named:
-            errors.worst("loss", _relative(float(named[ours].value()), total / weight))
+            errors.worst("loss", _relative(float(named[ours].value().detach()), total / weight))
 
 
 def _compare_gradients(model: DraftModel, terms: LossTerms, train: dict[str, Any], errors: CaseErrors) -> None:

@@ -22,7 +22,7 @@ from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.distributed import World
-from deepspec.drafts import load_draft
+from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.cost import Cost, CostMeter
@@ -32,7 +32,7 @@ from deepspec.evaluate.ranks import meeting
 from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
 from deepspec.evaluate.tasks import Task, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
-from deepspec.files import read_json, sha256_file, sha256_json, write_json
+from deepspec.files import read_json, sha256_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
 
 WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is not like the others
@@ -110,7 +110,7 @@ class Evaluation:
         if self._given:
             rows = [[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()]
             return sha256_json(rows)
-        return sha256_file(Path(self.options.draft) / "model.safetensors")
+        return weights_sha256(self.options.draft)
 
     def run(self) -> Results | None:
         """Decode what is missing; rank 0 writes results.json and returns it, the others return None.

@@ -146,4 +146,6 @@ def _frozen_weights(recipe: Any, manifest: Manifest, kind: torch.dtype, folder: 
             wanted=manifest.target_digest,
             remedy="put the target back, or leave its embeddings out (--without-embeddings)",
         )
-    return dict(zip(FROZEN, (target.embed_weight.to(kind), target.head_weight.to(kind)), strict=True))
+    if kind != trained_on:  # as exact as the target's files have them, not as training rounded them
+        target = load_target_ends(recipe.target.path, kind, "cpu", recipe.target.revision)
+    return dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
