@@ -17,13 +17,26 @@ from deepspec.errors import run_main
 SHIM = Path(__file__).resolve().parents[2] / "shared" / "vllm_cpu" / "shim"
 
 
+def shim_folder(named: Path | None) -> Path | None:
+    """The shim to use: the named one, else the default where it exists.
+
+    Raises:
+        DraftError: the named folder is no shim; with it every kind that needs one would fail for another reason.
+    """
+    from deepspec.errors import DraftError
+
+    if named is not None and not (named / "tricpu").is_dir():
+        raise DraftError("no CPU shim", file=named, key="--shim", wanted="a folder that holds tricpu/")
+    return named or (SHIM if SHIM.is_dir() else None)
+
+
 def main() -> int:
     """Parse the arguments, check, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
     parser.add_argument("--engine", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm")))
-    parser.add_argument("--shim", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM_SHIM", SHIM)))
+    parser.add_argument("--shim", type=Path, default=os.environ.get("DEEPSPEC_VLLM_SHIM"))
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of one run of the engine")
@@ -38,7 +51,7 @@ def main() -> int:
         quickstart=given.quickstart,
         work=given.work,
         engine=given.engine,
-        shim=given.shim if given.shim.is_dir() else None,
+        shim=shim_folder(None if given.shim is None else Path(given.shim)),
         prompts=given.prompts,
         max_tokens=given.max_tokens,
         timeout=given.timeout,
