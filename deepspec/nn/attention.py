@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError, nearest
+from deepspec.nn.exponential import exp_
 
 _QUERIES_PER_CHUNK = 128  # rows of scores held at a time, per key/value head and query head of it
 
@@ -211,7 +212,7 @@ class _TwoPart(torch.autograd.Function):
         for chunk in _TwoPart.chunks(tuple(tensors), limit, ctx.scale):
             context, own = chunk.scores()
             total = lse[chunk.row, chunk.groups].view(-1, G, chunk.q.shape[2]).transpose(0, 1)[..., None]
-            p_context, p_own = _exp_(context.sub_(total)), _exp_(own.sub_(total))
+            p_context, p_own = exp_(context.sub_(total)), exp_(own.sub_(total))
             grad = heads_first(grad_out[chunk.row, chunk.groups], G)
             delta = (grad.float() * heads_first(out[chunk.row, chunk.groups], G).float()).sum(-1, keepdim=True)
             flat = grad.reshape(chunk.flat)
@@ -233,11 +234,6 @@ class _TwoPart(torch.autograd.Function):
         return d_query, d_ck.to(ck.dtype), d_cv.to(cv.dtype), d_ok, d_ov, None, None
 
 
-def _exp_(x: Tensor) -> Tensor:
-    """exp in place, by way of exp2: three times faster on the CPU."""
-    return x.mul_(1.4426950408889634).exp2_()
-
-
 def _softmax_(context: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One softmax over two parts of the scores, in place; both parts and the log of their sum [G, n, r*K, 1].
 
@@ -249,7 +245,7 @@ def _softmax_(context: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     top.masked_fill_(top == -torch.inf, 0.0)
     total = torch.zeros_like(top)
     for part in parts:
-        total += _exp_(part.sub_(top)).sum(dim=-1, keepdim=True)
+        total += exp_(part.sub_(top)).sum(dim=-1, keepdim=True)
     total.masked_fill_(total == 0.0, 1.0)
     for part in parts:
         part.div_(total)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from deepspec.nn.frozen import FrozenHead
 
+_W2_TILE = 4096  # rows of the sequential head's output matrix whose gradient is summed at a time
+
 
 @dataclass(frozen=True)
 class LossWeights:
@@ -106,8 +108,9 @@ def whole_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -
     if inputs.target_PD is not None:
         target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), head.T)
         target_pV = target_pV if cap is None else cap * (target_pV / cap).tanh()
-    terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, chunk, inputs.weights)
-    if gradients is not None:
+    rows = (chunk.local_r, chunk.label_r, chunk.weight_r)
+    terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, *rows, inputs.weights, gradients is not None)
+    if gradients is not None and gradient_rV is not None:
         _collect(inputs, chunk, gradients, gradient_rV, slope_rV)
     return terms
 
@@ -127,22 +130,26 @@ def _collect(
     d_bias = d_bias.to(w2.dtype)
     span = chunk.latent_span(inputs)
     gradients.latent[span] = (d_bias @ w2).to(gradients.latent.dtype)
-    add_product(gradients.w2_VM, d_bias.T, inputs.latent[span].to(w2.dtype))
+    latent = inputs.latent[span].to(w2.dtype)
+    for start in range(0, len(w2), _W2_TILE):  # tiles: the product before its fp32 sum never grows large
+        tile = slice(start, start + _W2_TILE)
+        add_product(gradients.w2_VM[tile], d_bias[:, tile].T, latent)
 
 
 def functional_chunk_terms(
-    logits_rV: Tensor, target_pV: Tensor | None, chunk: Chunk, weights: LossWeights
-) -> tuple[ChunkTerms, Tensor]:
+    logits_rV: Tensor, target_pV: Tensor | None, local_r: Tensor, label_r: Tensor, weight_r: Tensor,
+    weights: LossWeights, differentiate: bool,
+) -> tuple[ChunkTerms, Tensor | None]:  # fmt: skip
     """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses; the tiles' twin."""
     p = logits_rV.softmax(dim=-1)
     log_total = logits_rV.logsumexp(dim=-1)
-    label = chunk.label_r[:, None]
+    label = label_r[:, None]
     at_label = logits_rV.gather(1, label)[:, 0]
     ce = log_total - at_label
     soft_ce = distance = torch.zeros_like(ce)
     gradient = weights.ce * (p - torch.zeros_like(p).scatter(1, label, 1.0))
     if target_pV is not None:
-        q = target_pV.softmax(dim=-1)[chunk.local_r]
+        q = target_pV.softmax(dim=-1)[local_r]
         difference = p - q
         distance = difference.abs().sum(dim=-1)
         sign = difference.sign()
@@ -150,13 +157,13 @@ def functional_chunk_terms(
         if weights.soft_ce:
             soft_ce = log_total - (q * logits_rV).sum(dim=-1)
             gradient = gradient + weights.soft_ce * difference
-    sums = torch.stack([(chunk.weight_r * term).sum() for term in (ce, soft_ce, distance)])
+    sums = torch.stack([(weight_r * term).sum() for term in (ce, soft_ce, distance)])
     accept = None if target_pV is None else 1.0 - 0.5 * distance
     hit = (at_label == logits_rV.amax(dim=-1)).float()
-    return ChunkTerms(sums, accept, hit), gradient * chunk.weight_r[:, None]
+    return ChunkTerms(sums, accept, hit), gradient * weight_r[:, None] if differentiate else None
 
 
-Body = Callable[[Tensor, Tensor | None, Chunk, LossWeights], tuple[ChunkTerms, Tensor]]
+Body = Callable[..., tuple[ChunkTerms, Tensor | None]]
 _COMPILED: list[Body] = []
 
 
