@@ -18,6 +18,7 @@ class Turn(NamedTuple):
     rows: int  # that decoded
     verified: int  # tokens sent to the target, one a row for the newest token included
     emitted: int  # tokens that outputs grew by
+    drafted: int  # slots of each row
     seconds: float
 
 

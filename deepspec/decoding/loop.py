@@ -120,7 +120,8 @@ class Decoder:
             self.clock.wall += end - start
             if self.clock.turns is not None:
                 rows, verified = self.clock.row_rounds - before[0], self.clock.verified - before[1]
-                self.clock.turns.append(Turn(rows, verified, self._emitted, end - entered))
+                drafted = 0 if proposal is None else proposal.tokens.shape[1]
+                self.clock.turns.append(Turn(rows, verified, self._emitted, drafted, end - entered))
             yield from finished
 
     def _enter(self, requests: deque[Request]) -> None:
