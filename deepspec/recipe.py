@@ -137,6 +137,7 @@ class TrainSection:
     max_steps: int | None = None  # optimizer steps; stops the run earlier, the schedule ends there
     micro_batch: int = 1  # samples per process and forward
     global_batch: int = 512  # samples per optimizer step, whatever the number of processes
+    init: Literal["random", "target"] = "random"  # target: the layers start as copies of the target's last ones
     lr: float = 6.0e-4
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)

@@ -53,7 +53,7 @@ def load_target_ends(
     """
     spec = load_spec(path, revision)
     model = _skeleton(path, dtype, revision)
-    stored = None if model is None else _find_stored(model, _files(path, revision))
+    stored = None if model is None else _find_stored(model, stored_tensors(path, revision))
     if model is None or stored is None:
         return load_target(path, dtype, device, revision)
     states = model.state_dict()
@@ -70,7 +70,7 @@ def load_target_ends(
 
 
 @dataclass(frozen=True)
-class _Stored:
+class StoredTensor:
     """A tensor in a safetensors file."""
 
     file: str
@@ -101,26 +101,26 @@ def _skeleton(path: str | Path, dtype: torch.dtype, revision: str | None) -> nn.
     return model
 
 
-def _files(path: str | Path, revision: str | None) -> dict[str, _Stored]:
+def stored_tensors(path: str | Path, revision: str | None) -> dict[str, StoredTensor]:
     """All stored tensors by name; none where the target has no readable safetensors files."""
     from transformers.utils import cached_file
 
     options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
     names = ["model.safetensors"]
-    found: dict[str, _Stored] = {}
+    found: dict[str, StoredTensor] = {}
     try:
         if index := cached_file(str(path), "model.safetensors.index.json", **options):
             names = sorted(set(read_json(index, TargetError)["weight_map"].values()))
         for name in names:
             if file := cached_file(str(path), name, **options):
                 with safe_open(file, "pt") as opened:
-                    found |= {key: _Stored(str(file), key) for key in opened.keys()}  # noqa: SIM118 - no dict
+                    found |= {key: StoredTensor(str(file), key) for key in opened.keys()}  # noqa: SIM118 - no dict
     except (OSError, SafetensorError):
         return {}
     return found
 
 
-def _find_stored(model: nn.Module, files: Mapping[str, _Stored]) -> dict[str, _Stored] | None:
+def _find_stored(model: nn.Module, files: Mapping[str, StoredTensor]) -> dict[str, StoredTensor] | None:
     """The stored tensor of each name of the model's state; None where one is missing or of another shape."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     owners = {id(parameter): files[name] for name, parameter in parameters.items() if name in files}

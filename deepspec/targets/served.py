@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.ends import TargetEnds, _files, _find_stored, _skeleton, load_target_ends
+from deepspec.targets.ends import TargetEnds, stored_tensors, _find_stored, _skeleton, load_target_ends
 from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
@@ -242,7 +242,7 @@ def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None =
         TargetError: its weight is not found in the target's files under the model's own name.
     """
     model = _skeleton(path, dtype, revision)
-    stored = {} if model is None else _find_stored(model, _files(path, revision)) or {}
+    stored = {} if model is None else _find_stored(model, stored_tensors(path, revision)) or {}
     if model is not None:
         norm: nn.Module = _find_decoder(model).norm  # type: ignore[assignment]
         key = next(key for key, module in model.named_modules() if module is norm)

@@ -30,6 +30,7 @@ from deepspec.training.settings import deepspeed_settings, model_dtype, zero_sta
 from deepspec.training.sources import FeatureSource
 from deepspec.training.validation import HeldOut
 from deepspec.training.vocabulary import frequent_tokens
+from deepspec.training.warm_start import warm_start
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -159,6 +160,8 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank), quiet=not world.is_main)
     if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
         model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
+    if recipe.train.init == "target" and start.folder is None:
+        warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, kept)
     feeder = Feeder(

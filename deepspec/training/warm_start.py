@@ -1,0 +1,84 @@
+"""``train.init: target``: a draft whose layers start as copies of the target's last ones, for short trainings.
+
+A fresh draft first has to learn the language; one that starts from the target has only to learn to guess ahead. Copied
+are the last layers and the final norm, and the projection of the features starts as "the last feature as it is". The
+context keys and values of a block drafter's first layer are then exactly the target's own, where that feature is the
+input of the layer copied. What the target has no counterpart of (the heads, Eagle3's embedding half) starts at random.
+
+D hidden size, L target layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from deepspec.algorithms.base import DraftModel
+from deepspec.errors import TargetError
+from deepspec.recipe import TargetSection
+from deepspec.targets.ends import StoredTensor, stored_tensors
+from deepspec.targets.load import TargetSpec
+
+NOISE = 0.1  # of the random weights that stay in the features' projection
+
+
+@torch.no_grad()
+def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> None:
+    """Overwrite the fresh weights of ``model`` by the target's.
+
+    Raises:
+        TargetError: the target is not stored as safetensors, or its last layers have other shapes than the draft's.
+    """
+    files = stored_tensors(section.path, section.revision)
+    prefix = _decoder_prefix(files, section.path)
+    first = spec.num_layers - len(model.layers)
+    for depth, layer in enumerate(model.layers):
+        for name, weight in layer.named_parameters():
+            stored = _counterpart(name)
+            _copy(weight, files, f"{prefix}layers.{first + depth}.{stored}", section.path)
+    _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
+    for name, weight in _context_norms(model):
+        _copy(weight, files, f"{prefix}layers.{first}.{name}", section.path)
+    size = model.fc.out_features
+    model.fc.weight.mul_(NOISE)
+    model.fc.weight[:, -size:] += torch.eye(size)
+
+
+def _counterpart(name: str) -> str:
+    """The target's name of a draft layer's weight; Eagle3 norms its hidden state as the target's layer does."""
+    return "input_layernorm.weight" if name == "hidden_norm.weight" else name
+
+
+def _context_norms(model: DraftModel) -> Iterator[tuple[str, Tensor]]:
+    """The norm before a block drafter's context keys and values stands where the target's layer has its input norm."""
+    norm = getattr(model, "hidden_norm", None)
+    if norm is not None:
+        yield "input_layernorm.weight", norm.weight
+
+
+def _decoder_prefix(files: Mapping[str, StoredTensor], path: str) -> str:
+    ending = "embed_tokens.weight"
+    found = [name.removesuffix(ending) for name in files if name.endswith(ending)]
+    if not found:
+        raise TargetError(
+            "train.init: target reads the target's weights one by one", file=path, found="no safetensors with them",
+            remedy="store the target as safetensors, or set train.init: random",
+        )  # fmt: skip
+    return min(found, key=len)
+
+
+def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str) -> None:
+    """Fill ``weight`` [out, in]; of a wider one (Eagle3's [embedding | hidden]) the last columns."""
+    stored = files.get(name)
+    found = None if stored is None else stored.shape()
+    wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]
+    if stored is None or not (found == list(weight.shape) or wide):
+        raise TargetError(
+            "the draft's layers cannot start from the target's", file=path, key=name, found=found,
+            wanted=list(weight.shape), remedy="set train.init: random",
+        )  # fmt: skip
+    source = stored.read(weight.dtype)
+    weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)
