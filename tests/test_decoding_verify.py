@@ -123,8 +123,8 @@ def test_slots_that_do_not_pay_are_not_drafted() -> None:
             lengths = policy.admit(sure[:, :width] if width else None, width, 3)
             assert lengths.max() <= width
         widths.append(seen)
-    assert widths[0][:4] == [4, 4, 4, 4]
-    assert widths[0].count(4) == 4 + 2  # and again in rounds 16 and 32
+    assert set(widths[0][:22]) == {4}  # 22 rounds of 3 rows are the first to make 64
+    assert widths[0].count(4) == 22 + 1  # and again in round 32
     assert set(widths[0]) == {4, 0}  # not drafting at all is the cheapest here: 3 tokens in .2 seconds
     assert set(widths[1]) == {4}
 

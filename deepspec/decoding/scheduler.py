@@ -129,12 +129,13 @@ class Throughput:
 
     needs_confidence = True
     _EVERY = 16  # rounds between two that draft all slots
-    _KEPT = 4  # of the latter, remembered
+    _ENOUGH = 64  # drafts of rows, from as many of the latter as that takes, to tell how many slots pay
+    _GAIN = 1.01  # fewer slots are drafted only where that promises more tokens per second than this
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        # of rounds that drafted all slots: by number of slots [K + 1], tokens expected and seconds
-        self._seen: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self._KEPT)
+        # of rounds that drafted all slots: rows, and by number of slots [K + 1] tokens expected and seconds
+        self._seen: deque[tuple[int, np.ndarray, np.ndarray]] = deque()
         self._curves: dict[tuple[int, int], np.ndarray] = {}
         self._rounds = 0
         self._width: int | None = None
@@ -142,7 +143,7 @@ class Throughput:
     @property
     def max_draft(self) -> int | None:
         """All slots in the first rounds and every now and then; else those that paid in the last such rounds."""
-        return None if self._rounds < self._KEPT or self._rounds % self._EVERY == 0 else self._width
+        return None if self._rounds % self._EVERY == 0 else self._width
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
@@ -158,7 +159,7 @@ class Throughput:
         admitted = order[: int(falls[0]) if len(falls) else len(order)]
         lengths = np.bincount(admitted // drafted, minlength=rows).astype(np.int64)
         if everything:
-            self._width = self._best_width(survival, lengths)
+            self._remember(survival, lengths)
         return lengths
 
     def _seconds(self, rows: int, drafted: int) -> np.ndarray:
@@ -168,15 +169,21 @@ class Throughput:
             self._curves[rows, drafted] = self.costs.seconds(rows, tokens, drafted)
         return self._curves[rows, drafted]
 
-    def _best_width(self, survival: np.ndarray, lengths: np.ndarray) -> int:
-        """How many slots would have given most tokens per second in this round and those remembered."""
+    def _remember(self, survival: np.ndarray, lengths: np.ndarray) -> None:
+        """Add this round's tokens and seconds by number of slots, and choose how many to draft from now on."""
         rows, slots = survival.shape
         admitted = np.arange(slots) < lengths[:, None]
         committed = rows + np.concatenate(([0.0], (survival * admitted).sum(axis=0).cumsum()))
         tokens = np.concatenate(([0], admitted.sum(axis=0).cumsum()))
         spent = np.array([self._seconds(rows, width)[tokens[width]] for width in range(slots + 1)])
-        self._seen.append((committed, spent))
-        return int(np.argmax(sum(one for one, _ in self._seen) / sum(other for _, other in self._seen)))
+        self._seen.append((rows, committed, spent))
+        while sum(seen[0] for seen in self._seen) - self._seen[0][0] >= self._ENOUGH:
+            self._seen.popleft()
+        if sum(seen[0] for seen in self._seen) < self._ENOUGH:
+            return
+        rates = np.sum([seen[1] for seen in self._seen], axis=0) / np.sum([seen[2] for seen in self._seen], axis=0)
+        best = int(np.argmax(rates))
+        self._width = best if rates[best] > self._GAIN * rates[-1] else None
 
 
 def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The scheduler study: what each verification policy is worth under load, on the machine at hand.
 
-``python -m deepspec.evaluate --target T --draft D --study scheduler`` profiles seconds of a round against the tokens
-of its verify step, then decodes the same prompts at every concurrency with every policy: fixed lengths, a confidence
+``python -m deepspec.evaluate --target T --draft D --study scheduler`` profiles seconds of a round (``profile.py``),
+then decodes the same prompts at every concurrency with every policy: fixed lengths, a confidence
 threshold, and the scheduler that admits tokens by expected throughput. Policies take turns and every turn is repeated,
 so that what else the machine does hits all of them alike.
 
@@ -33,6 +33,7 @@ from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshol
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
+from deepspec.evaluate.profile import profile
 from deepspec.evaluate.report import table
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
@@ -41,7 +42,6 @@ from deepspec.targets import Target, load_target, load_tokenizer
 
 SCHEDULER = "expected throughput"
 TOLERANCE = 0.02  # by which the scheduler may fall behind the best fixed length
-PROFILE_PASSES = 3
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,10 @@ class StudyOptions:
     temperature: float = 0.0
     max_new_tokens: int = 256
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: int = 5
+    repeats: int = 10
     threshold: float = 0.5
     dtype: str = "auto"
     device: str = "cpu"
-
-
-@dataclass(frozen=True)
-class DraftAll:
-    """Draft every slot and verify the first ``length``: a point of the scheduler's choice, for the profile."""
-
-    length: int
-    needs_confidence: bool = False
-    max_draft: int | None = None
-
-    def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
-        """``length`` for every row."""
-        return np.full(rows, min(self.length, drafted), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -98,7 +85,7 @@ class Bench:
 
     def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
         """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them."""
-        count = concurrency + max(24, 2 * concurrency)
+        count = concurrency + max(8, concurrency)  # short attempts and many: what disturbs one hits its rivals too
         requests = deque(Request(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
         longest = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.slots + 2
         drafter = self.draft.algorithm.drafter(self.draft, concurrency, longest)
@@ -109,61 +96,6 @@ class Bench:
             if not requests or (turns is not None and len(decoder.clock.turns) >= turns):
                 break
         return [turn for turn in decoder.clock.turns[:turns] if turn.rows]
-
-
-def profile(bench: Bench, concurrency: Sequence[int]) -> StepCosts:
-    """Seconds of a round by rows and verified tokens, and what drafting fewer slots saves."""
-    lengths = range(bench.slots + 1)
-    policies: list[Policy] = [DraftAll(k) for k in lengths] + [FixedLength(k) for k in lengths]
-    turns: dict[tuple[int, int], list[Turn]] = {(c, i): [] for c in concurrency for i in range(len(policies))}
-    progress = Progress("profile of step costs", PROFILE_PASSES * len(turns), "turns")
-    for _ in range(PROFILE_PASSES):
-        for c, place in turns:
-            seen = bench.run(policies[place], c, turns=max(8, 48 // c))
-            turns[c, place] += seen
-            progress.add(1, len(seen))
-    progress.finish()
-    costs, saved = {}, {}
-    for c in concurrency:
-        rows = round(float(np.mean([turn.rows for i in range(len(policies)) for turn in turns[c, i]])))
-        points = [_typical(turns[c, place], rows) for place in range(len(policies))]
-        tokens, seconds = (np.array(column) for column in zip(*points, strict=True))
-        all_drafted, fewer = slice(0, len(lengths)), slice(len(lengths), None)
-        costs[rows] = lower_envelope(tokens[all_drafted], seconds[all_drafted])
-        saved[rows] = falling(np.append((seconds[all_drafted] - seconds[fewer])[:-1], 0.0))
-    return StepCosts(costs, saved)
-
-
-def _typical(turns: Sequence[Turn], rows: int) -> tuple[float, float]:
-    """(tokens, seconds) of a round of ``rows`` rows: the mean tokens a row, the median seconds."""
-    per_row = sum(turn.verified for turn in turns) / sum(turn.rows for turn in turns)
-    return per_row * rows, float(np.median([turn.seconds for turn in turns]))
-
-
-def falling(values: np.ndarray) -> np.ndarray:
-    """Never rising and never negative values [N] between the two such sequences that enclose the measured ones."""
-    above, below = np.maximum.accumulate(values[::-1])[::-1], np.minimum.accumulate(values)
-    return np.maximum((above + below) / 2, 0.0)
-
-
-def lower_envelope(tokens: np.ndarray, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The greatest convex, never falling function below the points, at the points ([N] each, tokens ascending).
-
-    The scheduler stops at the first token that does not pay. With convex costs and falling survival the rate has one
-    peak, so that this is the best; a single point measured too high would stop it before.
-    """
-    hull: list[int] = []
-    for new in range(len(tokens)):
-        while len(hull) > 1:
-            last, before = hull[-1], hull[-2]
-            slope = (seconds[new] - seconds[before]) / (tokens[new] - tokens[before])
-            if seconds[last] < seconds[before] + slope * (tokens[last] - tokens[before]):
-                break
-            hull.pop()
-        hull.append(new)
-    low = int(np.argmin(seconds[hull]))
-    heights = np.concatenate((np.full(low, seconds[hull[low]]), seconds[hull[low:]]))
-    return tokens, np.interp(tokens, tokens[hull], heights)
 
 
 def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.ends import TargetEnds, stored_tensors, _find_stored, _skeleton, load_target_ends
+from deepspec.targets.ends import TargetEnds, _find_stored, _skeleton, load_target_ends, stored_tensors
 from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
