@@ -1,0 +1,78 @@
+"""``train.init: target``: the draft's layers are the target's last ones, and read the target's states as it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from algorithm_tools import LAYERS, tiny_config, tiny_draft
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from deepspec.errors import TargetError
+from deepspec.recipe import TargetSection
+from deepspec.targets import Target, load_target
+from deepspec.training import warm_start as module
+from deepspec.training.warm_start import warm_start
+
+
+def saved(folder: Path, family: str) -> Target:
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(folder)
+    return load_target(folder, torch.float32)
+
+
+def section(folder: Path) -> TargetSection:
+    return TargetSection(path=str(folder), layers=(0, 1))
+
+
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark"])
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+def test_context_keys_and_values_are_the_targets_own(
+    tmp_path: Path, family: str, algorithm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "NOISE", 0.0)
+    target = saved(tmp_path, family)
+    draft = tiny_draft(algorithm, target, target_layers=[0, LAYERS - 3])
+    warm_start(draft, target.spec, section(tmp_path))
+    ids = torch.randint(0, 90, (1, 9))
+    own = target.model.model.layers[LAYERS - 2]
+    seen: dict[str, torch.Tensor] = {}
+    for name in ("k_proj", "v_proj"):
+        getattr(own.self_attn, name).register_forward_hook(lambda _m, _i, out, name=name: seen.update({name: out}))
+    features = target.forward(ids, (0, LAYERS - 3)).features
+    layer = draft.layers[0].self_attn
+    context = draft.context(features)
+    torch.testing.assert_close(layer.k_proj(context), seen["k_proj"], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(layer.v_proj(context), seen["v_proj"], atol=1e-5, rtol=1e-5)
+    assert torch.equal(draft.layers[1].mlp.up_proj.weight, target.model.model.layers[LAYERS - 1].mlp.up_proj.weight)
+    assert torch.equal(draft.norm.weight, target.model.model.norm.weight)
+
+
+def test_eagle3_reads_its_hidden_half_as_the_target_does(tmp_path: Path) -> None:
+    target = saved(tmp_path, "qwen3")
+    draft, fresh = tiny_draft("eagle3", target), tiny_draft("eagle3", target)
+    warm_start(draft, target.spec, section(tmp_path))
+    own, size = target.model.model.layers[LAYERS - 1], target.spec.hidden_size
+    for name in ("q_proj", "k_proj", "v_proj"):
+        wide = getattr(draft.layers[0].self_attn, name).weight
+        assert torch.equal(wide[:, size:], getattr(own.self_attn, name).weight)
+        assert torch.equal(wide[:, :size], getattr(fresh.layers[0].self_attn, name).weight[:, :size])
+    assert torch.equal(draft.layers[0].hidden_norm.weight, own.input_layernorm.weight)
+    expected = module.NOISE * fresh.fc.weight
+    expected[:, -size:] += torch.eye(size)
+    assert torch.equal(draft.fc.weight, expected)
+
+
+def test_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    target = saved(tmp_path, "llama")
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(5, 32)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(TargetError, match=r"model\.layers\.3\.mlp\.up_proj\.weight.*train\.init: random"):
+        warm_start(tiny_draft("dflash", target), target.spec, section(tmp_path))
+    path.unlink()
+    with pytest.raises(TargetError, match="no safetensors"):
+        warm_start(tiny_draft("dflash", target), target.spec, section(tmp_path))
