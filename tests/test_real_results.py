@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deepspec.errors import DeepSpecError
 from deepspec.evaluate.measure import PromptResult, summarise
 from deepspec.files import write_json
 from deepspec.real import ablation, results
@@ -70,3 +71,28 @@ def test_what_was_gathered_before_outlives_its_folder() -> None:
     after = results.write_results()
     assert "3.00 (3.00-3.00)" in before
     assert "| held-out chat | not run | 2.00 (2.00-2.00) | 3.00 (3.00-3.00) |" in after
+
+
+@pytest.mark.usefixtures("_folder")
+def test_the_readme_gets_its_table_and_keeps_the_rest() -> None:
+    before = f"# A\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\n## B\n"
+    Path("README.md").write_text(before)
+    evaluation(SCALES["full"].root / "dspark-chat", (0.0, 1.0), 3)
+    results.write_results()
+    once = Path("README.md").read_text()
+    assert "| held-out chat | not run | not run | 3.00 (3.00-3.00) |" in once
+    assert once.startswith("# A\n")
+    assert once.endswith(f"{results.MARKS[1]}\n\n## B\n")
+    assert "old" not in once
+    results.write_results()
+    assert Path("README.md").read_text() == once
+    Path("README.md").write_text("# A\n")
+    with pytest.raises(DeepSpecError, match="no place for the results"):
+        results.write_results()
+
+
+def test_the_committed_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[1]
+    real = json.loads((root / results.MEASURED).read_text())["real"]
+    readme = (root / results.README).read_text()
+    assert results.with_results(readme, real) == readme

@@ -1,4 +1,4 @@
-"""docs/results.md and docs/results.json from what `make real` and `make ablate` have measured: ``make results``."""
+"""docs/results.md, docs/results.json and the README's table from what was measured: ``make results``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ def main() -> None:
     """Parse the arguments and write the page."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-    from deepspec.real.results import MEASURED, PAGE, write_results
+    from deepspec.real.results import MEASURED, PAGE, README, write_results
 
     write_results()
-    print(f"{PAGE}, {MEASURED}")
+    print(f"{PAGE}, {MEASURED}, {README}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deepspec.errors import DeepSpecError
 from deepspec.evaluate.calibration import mean_ece
 from deepspec.files import write_text
 from deepspec.real import ablation
@@ -14,12 +15,13 @@ from deepspec.real.plan import recipe_of
 from deepspec.registry import ALGORITHMS
 
 PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
+README, MARKS = Path("README.md"), ("<!-- results: written by make results -->", "<!-- end of results -->")
 NOT_RUN = "not run"
 Row = Mapping[str, Any]
 
 
 def write_results() -> str:
-    """Gather, write the page and return it."""
+    """Gather, write the page and the table of the README, and return the page."""
     measured = gather(MEASURED)
     parts = [
         "# Results",
@@ -35,7 +37,30 @@ def write_results() -> str:
     ]
     text = "\n\n".join(parts) + "\n"
     write_text(PAGE, text)
+    if README.exists():
+        write_text(README, with_results(README.read_text(encoding="utf-8"), measured["real"]))
     return text
+
+
+def with_results(readme: str, real: Row) -> str:
+    """The README with the real run's accepted lengths and speeds between its two marks.
+
+    Raises:
+        DeepSpecError: it has no such marks.
+    """
+    begin, end = (readme.find(mark) for mark in MARKS)
+    if not 0 <= begin < end:
+        raise DeepSpecError("no place for the results", file=README, wanted=" ... ".join(MARKS))
+    sampled = ", ".join(f"{name} {length(pick(real['chat'].get(name), 1.0))}" for name in ALGORITHMS)
+    own = [
+        MARKS[0],
+        accepted_lengths(real, 0.0),
+        f"At T=1 on held-out chat: {sampled}.",
+        speeds(real["chat"]),
+        f"Every task at T=1, acceptance by position, seconds and commands: [{PAGE.name}]({PAGE}), as JSON "
+        f"[{MEASURED.name}]({MEASURED}).",
+    ]
+    return readme[:begin] + "\n\n".join(own) + "\n\n" + readme[end:]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -60,13 +85,8 @@ def pick(evaluation: Row | None, temperature: float, task: str | None = None) ->
 
 def real_text(real: Row) -> str:
     """Tables of the real run."""
-    chat, tasks = real["chat"], real["tasks"]
-    names = list(dict.fromkeys(row["task"] for one in tasks.values() for row in one["summaries"]))
-    parts = []
-    for temperature in (0.0, 1.0):
-        rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in ALGORITHMS)]]
-        rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in ALGORITHMS)] for name in names]
-        parts.append(f"Accepted length at T={temperature:g}:\n\n" + table(["task", *ALGORITHMS], rows))
+    chat = real["chat"]
+    parts = [f"Accepted length at T={t:g}:\n\n" + accepted_lengths(real, t) for t in (0.0, 1.0)]
     parts.append("Acceptance by position, given that those before were accepted, held-out chat at T=0:")
     parts.append(positions({a: pick(chat.get(a), 0.0) for a in ALGORITHMS}))
     parts.append("Speed against plain decoding of the same prompts in the same run, batch 1, held-out chat:")
@@ -79,6 +99,15 @@ def real_text(real: Row) -> str:
         parts.append(cache_line(real["cache"]["lossless"]))
     parts.append("Seconds of the stages (those of one process ran side by side):\n\n" + stages(real["stages"]))
     return "\n\n".join(parts)
+
+
+def accepted_lengths(real: Row, temperature: float) -> str:
+    """A row a task, a column an algorithm."""
+    chat, tasks = real["chat"], real["tasks"]
+    names = list(dict.fromkeys(row["task"] for one in tasks.values() for row in one["summaries"]))
+    rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in ALGORITHMS)]]
+    rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in ALGORITHMS)] for name in names]
+    return table([f"accepted length, T={temperature:g}", *ALGORITHMS], rows)
 
 
 def positions(rows: Mapping[str, Row | None]) -> str:
