@@ -20,6 +20,7 @@ from deepspec.metrics import LossTerms
 from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.layer import DraftLayer
 from deepspec.nn.parts import RMSNorm, Rotary
+from deepspec.nn.tree import Tree
 from deepspec.targets import TargetSpec
 
 Sampler = Callable[
@@ -80,6 +81,16 @@ class Drafter(Protocol):
 
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """Draft up to K tokens for the first R rows after ``last_token`` [R], the newest committed token."""
+
+
+class TreeDrafter(Drafter, Protocol):
+    """A drafter that can also propose a static tree."""
+
+    model: DraftModel
+    max_children: int  # as many distinct tokens follow a node
+
+    def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
+        """The tree's nodes behind the root for the first R rows, [R, M - 1]; the root is ``last_token`` [R]."""
 
 
 class DraftModel(nn.Module):

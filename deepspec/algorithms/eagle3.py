@@ -34,6 +34,7 @@ from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.parts import RMSNorm
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
+from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
 
@@ -254,6 +255,7 @@ class Eagle3Drafter:
 
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
         self.model, self.max_draft = model, model.config.max_draft
+        self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
         shape, like = model.shape, model.fc.weight.detach()
         capacity = max_length + self.max_draft
         self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
@@ -292,7 +294,8 @@ class Eagle3Drafter:
                 own = slots.gather(1, last)
                 joined, hidden = (x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) for x in (joined, hidden))
             queries = layer.self_attn.queries(joined, model.rotary(own))
-            hidden = self._attend(layer, cache, hidden, queries, own, R if rows is None else rows, reach)
+            visible = torch.arange(reach, device=own.device) <= own[..., None]
+            hidden = self._attend(layer, cache, hidden, queries, visible, R if rows is None else rows)
         newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
         self._newest_BD[row_R] = newest
         self._length_B[row_R] += counts
@@ -303,34 +306,61 @@ class Eagle3Drafter:
         count = min(max_draft or self.max_draft, self.max_draft)
         R = len(last_token)
         hidden = self._newest_BD[:R, None]
+        places = torch.arange(self._reach + self.max_draft, device=last_token.device)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         for k in range(count):
             if k:
-                hidden = self._step(hidden, tokens[-1][:, None], self._length_B[:R, None] + (k - 1))
+                slots = self._length_B[:R, None] + (k - 1)
+                hidden = self._step(hidden, tokens[-1][:, None], slots, slots, places <= slots[..., None])
             token, prob = sample(self.model.draft_logits(hidden)[:, 0], k)
             tokens.append(token)
             if prob is not None:
                 probs.append(prob)
         return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, None)
 
-    def _step(self, hidden: Tensor, tokens: Tensor, slots: Tensor) -> Tensor:
-        """The output [R, 1, D] for drafted ``tokens`` [R, 1] at positions ``slots``; writes their keys there."""
+    @torch.no_grad()
+    def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
+        """All nodes of a depth in one step, each from the output of its parent; its children are its likeliest tokens.
+
+        The root stands at the newest position, so node i is written i places behind it.
+        """
+        R = len(last_token)
+        root_R = self._length_B[:R] - 1
+        seen = self._reach + len(tree)
+        for cache in self._cache:
+            cache.reserve(seen)
+        hidden = self._newest_BD[:R, None]
+        tokens: list[Tensor] = []
+        for depth, children in enumerate(tree.children, 1):
+            if tokens:
+                nodes = tree.level(depth - 1)
+                slots = root_R[:, None] + torch.arange(nodes.start, nodes.stop, device=root_R.device)
+                positions = (root_R + (depth - 1))[:, None].expand_as(slots)
+                hidden = self._step(hidden, tokens[-1], positions, slots, tree.visible(root_R, nodes, seen))
+            tokens.append(self.model.draft_logits(hidden).topk(children).indices.flatten(1))
+            hidden = hidden.repeat_interleave(children, dim=1)
+        return Proposal(torch.cat(tokens, dim=1), None, None)
+
+    def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor) -> Tensor:
+        """The output [R, N, D] for drafted ``tokens`` [R, N] at ``positions``; writes their keys to ``slots`` [R, N].
+
+        ``visible`` [R, N, S]: which slots each of them sees.
+        """
         model, R = self.model, len(tokens)
-        embedded, table = model.frozen.embed(tokens), model.rotary(slots)
+        embedded, table = model.frozen.embed(tokens), model.rotary(positions)
         for layer, cache in zip(model.layers, self._cache, strict=True):
             joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
             cache.write(layer.self_attn.keys_values(joined, table), slots, self._row_B[:R])
             queries = layer.self_attn.queries(joined, table)
-            hidden = self._attend(layer, cache, hidden, queries, slots, R, self._reach + self.max_draft)
+            hidden = self._attend(layer, cache, hidden, queries, visible, R)
         return hidden
 
     def _attend(
-        self, layer: Any, cache: RaggedKV, hidden: Tensor, queries: Tensor, slots: Tensor, rows: int | Tensor, seen: int
+        self, layer: Any, cache: RaggedKV, hidden: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
     ) -> Tensor:
-        visible = torch.arange(seen, device=slots.device) <= slots[..., None]
         bias = score_bias(visible, self._groups, hidden.dtype)
-        mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.self_attn.scale)
+        mixed = attend_ragged(queries, cache.view(rows, visible.shape[-1]), bias, layer.self_attn.scale)
         return layer.finish(hidden, mixed)
 
 

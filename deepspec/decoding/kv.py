@@ -23,6 +23,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from deepspec.nn.ragged import attend_ragged, grown, score_bias
+from deepspec.nn.tree import Tree
 from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import Target
 
@@ -45,10 +46,13 @@ class Step:
     query_positions: Tensor  # [R, Q]; 0 for padding, which then sees one key and is dropped
     index: Tensor  # [R, Q] packed index of each row's tokens; padding repeats the row's last
     counts: Tensor  # [R] tokens of each row
+    tree: Tree | None = None  # of which the Q tokens of every row are the nodes; None: they follow each other
     _folded: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """Which keys each query sees, [R, 1, Q, L] bool: no later one, and with ``window`` none that far back."""
+        if self.tree is not None:  # the root is a row's first query; 0 for padding, which sees one key here too
+            return self.tree.visible(self.query_positions[:, 0], slice(None), self.longest, window)[:, None]
         keys = torch.arange(self.longest, device=self.positions.device)
         own = self.query_positions[:, None, :, None]
         visible = keys <= own
@@ -100,18 +104,18 @@ class RaggedCache(Cache):
         self._values: dict[int, Tensor] = {}
         self.step: Step | None = None
 
-    def plan(self, counts: np.ndarray, rows: np.ndarray | None = None) -> Step:
+    def plan(self, counts: np.ndarray, rows: np.ndarray | None = None, tree: Tree | None = None) -> Step:
         """Lay out a forward in which row r brings ``counts[r]`` tokens ([R] int64, at least one positive).
 
-        The rows are the first R, or ``rows`` [R] ascending.
+        The rows are the first R, or ``rows`` [R] ascending. With ``tree`` a row brings all of its nodes, or nothing.
         """
         layout = _layout(tuple(counts.tolist()))
         own = layout.rows if rows is None else rows
         lengths = self.lengths[own]
         longest = int((lengths + counts).max())
         self._reserve(longest)
-        places = lengths[:, None] + layout.slots
-        writes = places + (own * self.capacity)[:, None]
+        writes = (lengths + own * self.capacity)[:, None] + layout.slots
+        places = lengths[:, None] + (layout.slots if tree is None else tree.depths)
         if layout.rectangular:
             parts = [places.ravel(), writes.ravel(), layout.fixed, own]
         else:
@@ -133,12 +137,24 @@ class RaggedCache(Cache):
             query_positions=(pieces[0] if layout.rectangular else pieces[6]).view(-1, queries),
             index=pieces[3].view(-1, queries),
             counts=pieces[4],
+            tree=tree,
         )
         return self.step
 
     def commit(self, counts: np.ndarray) -> None:
         """Keep the first ``counts[r]`` positions that the last forward wrote for each of the first R rows."""
         self.lengths[: len(counts)] += counts
+
+    def keep_path(self, path: Tensor) -> None:
+        """Move what the last forward wrote for the nodes ``path`` [R, n] of each of the first R rows to the front."""
+        if self.step is None:
+            raise RuntimeError("RaggedCache.plan comes before keep_path")
+        row = torch.arange(len(path), device=path.device)[:, None]
+        root = self.step.query_positions[:, :1]
+        target = root + torch.arange(path.shape[1], device=path.device)
+        for buffers in (self._keys, self._values):
+            for buffer in buffers.values():
+                buffer[row, target] = buffer[row, root + path]
 
     def clear(self, row: int) -> None:
         """Forget a row: the next prompt starts at position 0."""

@@ -23,6 +23,7 @@ from deepspec.decoding.clock import PhaseClock, Turn
 from deepspec.decoding.kv import PackedTarget, Step
 from deepspec.decoding.records import DecodeSettings, Generation, Request, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
+from deepspec.decoding.tree import path_tokens, tree_of, walk
 from deepspec.decoding.verify import Uniforms, Verdict, sample, verify_greedy, verify_sampled
 from deepspec.errors import DataError
 from deepspec.targets.load import Target
@@ -47,6 +48,7 @@ def generate(
 
     Raises:
         DataError: an empty prompt.
+        EvaluationError: a draft tree that cannot be used.
     """
     decoder = Decoder(target, drafter, settings, batch_size, policy)
     requests = deque(Request(tuple(prompt), number) for number, prompt in enumerate(prompts))
@@ -73,6 +75,9 @@ class Decoder:
         settings: temperature, limits, seed.
         batch_size: B.
         policy: how many drafted tokens to verify; None: by ``settings.confidence_threshold``, or all.
+
+    Raises:
+        EvaluationError: ``settings.tree`` cannot be used with these.
     """
 
     def __init__(
@@ -87,13 +92,14 @@ class Decoder:
         threshold = settings.confidence_threshold
         self.policy: Policy = policy or (Threshold(threshold) if threshold > 0 and drafter else FixedLength())
         self.clock = PhaseClock(target.device)
-        self._slots = drafter.max_draft if drafter else 0
+        self._tree = tree_of(settings, drafter, policy is not None)
+        self._slots = len(self._tree) - 1 if self._tree else drafter.max_draft if drafter else 0
         self._stops = frozenset(settings.stop_token_ids)
         self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
         self._limit = settings.max_new_tokens + 2  # rows of the table of random numbers
         device = target.device
-        # [B, 2]: drafted tokens that the last forward accepted, and the newest committed token
+        # [B, 2]: drafted tokens that the last forward accepted (of a tree the last one's node), and the newest token
         self._outcome = torch.zeros(batch_size, 2, dtype=torch.long, device=device)
         self._last = self._outcome[:, 1]
         self._round = torch.zeros(batch_size, dtype=torch.long, device=device)  # [B] rounds of the row so far
@@ -222,7 +228,10 @@ class Decoder:
         if self.drafter is None or not slots:
             return None
         with self.clock.phase("draft"):
-            return self.drafter.propose(self._last[: self._live], self._sample_draft, slots)
+            last = self._last[: self._live]
+            if self._tree is not None:
+                return self.drafter.propose_tree(last, self._tree)  # type: ignore[attr-defined]
+            return self.drafter.propose(last, self._sample_draft, slots)
 
     def _uniforms(self) -> Uniforms:
         rows = self._every_row[: self._live]
@@ -268,9 +277,9 @@ class Decoder:
             if row.sent is None:
                 self._append(row.generation, [int(tokens[number])])
             else:
-                count = int(accepted[number])
+                committed = self._accepted(row.sent, int(accepted[number]))
+                count = len(committed)
                 kept[number] = count + 1
-                committed = list(row.sent[:count])
                 if not (committed and committed[-1] in self._stops):
                     committed.append(int(tokens[number]))
                 emitted = self._append(row.generation, committed)
@@ -284,6 +293,10 @@ class Decoder:
         self._target.cache.commit(kept)
         self._in_flight[:] = 0
         return finished
+
+    def _accepted(self, sent: tuple[int, ...], last: int) -> list[int]:
+        """The accepted ones of the drafted tokens: the first ``last``, or a tree's path to the node ``last``."""
+        return list(sent[:last]) if self._tree is None else path_tokens(self._tree, last, sent, self._stops)
 
     def _append(self, generation: Generation, tokens: list[int]) -> int:
         """Add tokens up to the limit and the first stop token; the number added."""
@@ -317,7 +330,7 @@ class Decoder:
         for number, length, tokens in zip(numbers, lengths, own.tolist(), strict=True):
             row = self._rows[number]
             sent = tuple(tokens[:length])
-            if not self._stops.isdisjoint(sent):
+            if self._tree is None and not self._stops.isdisjoint(sent):
                 length = next(place for place, token in enumerate(sent, 1) if token in self._stops)
             row.sent, row.length = sent, length  # type: ignore[union-attr]
             row.confidence = () if logits is None else tuple(logits[number].tolist())  # type: ignore[union-attr]
@@ -329,7 +342,7 @@ class Decoder:
         if not counts.any():
             return
         cache = self._target.cache
-        step = cache.plan(counts)
+        step = cache.plan(counts, tree=self._tree)
         tokens = self._last[:live, None]
         if proposal is not None:
             tokens = torch.cat((tokens, proposal.tokens), dim=1)[:, : step.queries]
@@ -342,19 +355,32 @@ class Decoder:
         torch.stack((verdict.accepted, verdict.token), dim=1, out=self._outcome[:live])
         self._round += 1
         if self.drafter is not None:
-            kept = torch.minimum(verdict.accepted + 1, step.counts)  # none of a row that is finished
-            after = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-            after.scatter_(1, verdict.accepted[:, None], verdict.token[:, None])
-            reach = int(cache.lengths[:live].max()) + step.queries
-            features = output.features[step.index]
-            with self.clock.phase("draft"):
-                self.drafter.extend(features, after, kept, reach)
+            self._extend(output.features, tokens, step, verdict)
         self._in_flight[:live] = counts
         self.clock.rounds += 1
         self.clock.row_rounds += int((counts > 0).sum())
         self.clock.verified += int(counts.sum())
 
+    def _extend(self, features: Tensor, tokens: Tensor, step: Step, verdict: Verdict) -> None:
+        """Hand the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
+
+        ``features`` are packed, ``tokens`` [R, Q] are those of the step.
+        """
+        index, accepted = step.index, verdict.accepted
+        if self._tree is not None:
+            path, accepted = self._tree.path[accepted], self._tree.depth[accepted]
+            index, tokens = index.gather(1, path), tokens.gather(1, path)
+            self._target.cache.keep_path(path)
+        kept = torch.minimum(accepted + 1, step.counts)  # none of a row that is finished
+        after = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
+        after.scatter_(1, accepted[:, None], verdict.token[:, None])
+        reach = int(self._target.cache.lengths[: self._live].max()) + index.shape[1]
+        with self.clock.phase("draft"):
+            self.drafter.extend(features[index], after, kept, reach)  # type: ignore[union-attr]
+
     def _judge(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, step: Step) -> Verdict:
+        if self._tree is not None:
+            return walk(self._tree, logits.argmax(-1)[step.index], torch.nn.functional.pad(drafts, (1, 0)))
         lengths = (step.counts - 1).clamp_min_(0)
         if self.settings.temperature <= 0:
             return verify_greedy(logits, drafts, step.index, lengths)

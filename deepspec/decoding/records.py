@@ -17,6 +17,7 @@ class DecodeSettings:
         seed: with a request's sample id the key of all its random numbers, so that they do not depend on the batch.
         confidence_threshold: verify only the drafted prefix whose confidences reach it; 0 verifies all.
         confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
+        tree: draft this static tree, children of every node by depth; empty: a chain. At temperature 0 alone.
         published_limit: go on until the rounds alone reach the limit, as the published loop does: where a round ends
             exactly at the limit it runs one more, all of it past the limit. Only to compare with published results.
     """
@@ -28,6 +29,7 @@ class DecodeSettings:
     confidence_threshold: float = 0.0
     confidence_temperatures: tuple[float, ...] | None = None
     published_limit: bool = False
+    tree: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ class Request:
 class Round(NamedTuple):
     """One draft-verify round of one row."""
 
-    sent: tuple[int, ...]  # drafted tokens that the policy admitted
-    length: int  # of them, those up to and with the first stop token: what verification could accept
+    sent: tuple[int, ...]  # drafted tokens that the policy admitted; of a tree all nodes, depth by depth
+    length: int  # of them, those verified: up to and with the first stop token; of a tree all
     accepted: int
     committed: int  # accepted + 1, without the 1 when the last accepted token is a stop token (the published counting)
     emitted: int  # of the committed tokens, those inside the output limit and before the end

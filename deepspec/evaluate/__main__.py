@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deepspec.errors import run_main
+from deepspec.errors import EvaluationError, run_main
 
 
 def parse() -> argparse.Namespace:
@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--system-prompt")
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as published")
     parser.add_argument("--confidence-threshold", type=float, default=0.0, help="verify as far as the draft is sure")
+    parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
     parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
@@ -47,11 +48,16 @@ def main() -> int:
     if not given.output and not Path(given.draft).is_dir():  # of the hub: its download is no place for results
         given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
     given.draft = str(fetch_draft(given.draft))
+    if given.study and given.tree:
+        raise EvaluationError(
+            "the study compares policies of chains", key="--tree", remedy="leave --tree or --study out"
+        )
     if given.study:
         from deepspec.evaluate.study import main as study
 
         return study(given, str(pick_device()))
 
+    from deepspec.decoding.tree import parse_tree
     from deepspec.evaluate.report import markdown, write_report
     from deepspec.evaluate.run import Evaluation, Options
 
@@ -70,6 +76,7 @@ def main() -> int:
         thinking=given.thinking,
         system_prompt=given.system_prompt,
         confidence_threshold=given.confidence_threshold,
+        tree=parse_tree(given.tree),
         plain=not given.no_plain,
         first_turn=given.first_turn,
         dtype=given.dtype,

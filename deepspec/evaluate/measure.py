@@ -25,6 +25,7 @@ class PromptResult:
     proposed: list[int]  # drafted tokens that each round verified
     accepted: list[int]  # of them, accepted
     confidence: list[list[float]] = field(default_factory=list)  # logits of each round's slots
+    tree_depth: int | None = None  # the longest path of a draft tree, all of whose nodes are verified; None: a chain
     equal_to_plain: bool | None = None  # greedy output equal to plain decoding, token for token
     finish: str = ""  # of the last turn: "stop" or "length"
     output_sha: str = ""  # of the token ids of all turns
@@ -103,7 +104,8 @@ def summarise(task: str, temperature: float, results: Sequence[PromptResult], se
     rounds = np.array([len(result.committed) for result in results], dtype=float)
     proposed = [count for result in results for count in result.proposed]
     accepted = [count for result in results for count in result.accepted]
-    conditional, prefix = by_position(proposed, accepted)
+    slots = [count for result in results for count in _verified_slots(result)]
+    conditional, prefix = by_position(slots, accepted)
     known = [result.equal_to_plain for result in results if result.equal_to_plain is not None]
     summary = Summary(
         task=task,
@@ -185,8 +187,16 @@ def _positions(lists: Sequence[Sequence[float]]) -> list[float]:
     return [_mean([one[k] for one in lists if len(one) > k]) for k in range(longest)]
 
 
+def _verified_slots(result: PromptResult) -> Sequence[int]:
+    """Slots (of a tree: depths) of each round that could have been accepted; none behind an accepted stop token."""
+    if result.tree_depth is None:
+        return result.proposed
+    rounds = zip(result.committed, result.accepted, strict=True)
+    return [accepted if committed == accepted else result.tree_depth for committed, accepted in rounds]
+
+
 def by_position(proposed: Sequence[int], accepted: Sequence[int]) -> tuple[list[float], list[float]]:
-    """(conditional, prefix) acceptance of every slot over rounds; a slot counts where it was verified."""
+    """(conditional, prefix) acceptance of every slot (of a tree: depth) over rounds that verified it."""
     conditional, prefix = [], []
     pairs = list(zip(proposed, accepted, strict=True))
     for slot in range(1, max(proposed, default=0) + 1):

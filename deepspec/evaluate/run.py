@@ -21,6 +21,7 @@ from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
+from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World
 from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
@@ -54,6 +55,7 @@ class Options:
     thinking: bool = False
     system_prompt: str | None = None
     confidence_threshold: float = 0.0
+    tree: tuple[int, ...] = ()  # static draft tree: children of every node by depth; empty: a chain
     plain: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
     first_turn: bool = False  # of each prompt, as the published figures
     dtype: str = "auto"
@@ -70,7 +72,7 @@ class Evaluation:
         draft: in memory, already attached to the target; None loads ``options.draft``.
 
     Raises:
-        DeepSpecError: a target, draft or task that cannot be loaded, or an output folder of another run.
+        DeepSpecError: a target, draft or task that cannot be loaded, or a draft tree that these options cannot use.
     """
 
     def __init__(
@@ -94,10 +96,14 @@ class Evaluation:
         self.sts = None if self._given else load_sts(Path(options.draft))
         self.output = Path(options.output)
         self.identity = self._identity()
+        if options.tree:  # before anything is written
+            tree_of(self._settings(max(options.temperatures)), self._drafter(1))
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
         settings = {key: value for key, value in asdict(self.options).items() if key not in ("output", "device")}
+        if not self.options.tree:  # runs of before there were trees go on
+            del settings["tree"]
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
         return settings | {
@@ -173,7 +179,8 @@ class Evaluation:
                     "holds another run", file=self.output, key=", ".join(changed), remedy="name another --output"
                 )
             return
-        tokens = self.options.batch_size * (self.draft.config.max_draft + 1)
+        drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
+        tokens = self.options.batch_size * (drafted + 1)
         threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
         write_json(path, {"digest": digest, "identity": self.identity, "threads": threads})
 
@@ -191,7 +198,8 @@ class Evaluation:
     def _warm_up(self) -> None:
         """Decode a few tokens that are not measured, with the draft and without it."""
         prompt = tuple(self.renderer.prompt([{"role": "user", "content": "Hello"}]))
-        settings = DecodeSettings(max(self.options.temperatures), WARM_UP_TOKENS, (), self.options.seed)
+        temperature = max(self.options.temperatures)
+        settings = DecodeSettings(temperature, WARM_UP_TOKENS, (), self.options.seed, tree=self.options.tree)
         rows = self.options.batch_size
         for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
             requests = deque(Request(prompt, number) for number in range(rows))
@@ -250,17 +258,20 @@ class Evaluation:
             progress.finish()
 
     def _decoder(self, task: Task, places: Sequence[int], temperature: float, with_draft: bool) -> Decoder:
+        drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
+        return Decoder(self.target, drafter, self._settings(temperature), self.options.batch_size)
+
+    def _settings(self, temperature: float) -> DecodeSettings:
         options = self.options
-        settings = DecodeSettings(
+        return DecodeSettings(
             temperature,
             options.max_new_tokens,
             self.renderer.stop_token_ids,
             options.seed,
             options.confidence_threshold,
             self.sts,
+            tree=options.tree,
         )
-        drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
-        return Decoder(self.target, drafter, settings, options.batch_size)
 
     def _longest(self, turns: Sequence[str]) -> int:
         """Positions that a conversation can take; an answer can come back as more tokens than it was decoded as."""
@@ -291,6 +302,7 @@ class Evaluation:
             committed=[one.committed for one in rounds],
             proposed=[one.length for one in rounds],
             accepted=[one.accepted for one in rounds],
+            tree_depth=len(self.options.tree) or None,
             confidence=[[round(x, 4) for x in one.confidence] for one in rounds],
             equal_to_plain=plain["output_sha"] == digest if plain is not None and temperature == 0 else None,
             finish=generations[-1].finish,
