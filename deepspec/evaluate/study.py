@@ -57,7 +57,7 @@ class StudyOptions:
     temperature: float = 0.0
     max_new_tokens: int = 256
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: int = 10
+    repeats: int = 6
     threshold: float = 0.5
     dtype: str = "auto"
     device: str = "cpu"
