@@ -10,7 +10,7 @@ D hidden size, L target layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -40,8 +40,9 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
             stored = _counterpart(name)
             _copy(weight, files, f"{prefix}layers.{first + depth}.{stored}", section.path)
     _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
-    for name, weight in _context_norms(model):
-        _copy(weight, files, f"{prefix}layers.{first}.{name}", section.path)
+    if (norm := getattr(model, "hidden_norm", None)) is not None:
+        # what a block drafter norms before its context keys and values, the target's layer norms on its way in
+        _copy(norm.weight, files, f"{prefix}layers.{first}.input_layernorm.weight", section.path)
     size = model.fc.out_features
     model.fc.weight.mul_(NOISE)
     model.fc.weight[:, -size:] += torch.eye(size)
@@ -50,13 +51,6 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
 def _counterpart(name: str) -> str:
     """The target's name of a draft layer's weight; Eagle3 norms its hidden state as the target's layer does."""
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
-
-
-def _context_norms(model: DraftModel) -> Iterator[tuple[str, Tensor]]:
-    """The norm before a block drafter's context keys and values stands where the target's layer has its input norm."""
-    norm = getattr(model, "hidden_norm", None)
-    if norm is not None:
-        yield "input_layernorm.weight", norm.weight
 
 
 def _decoder_prefix(files: Mapping[str, StoredTensor], path: str) -> str:
