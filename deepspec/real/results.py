@@ -139,7 +139,7 @@ def speeds(chat: Mapping[str, Row]) -> str:
 def exactness(exact: Mapping[str, Row]) -> str:
     """Why greedy outputs differ in bfloat16, and how many do not in float32."""
     shares = "; ".join(f"{name} {equality(pick(exact.get(name), 0.0))}" for name in ALGORITHMS)
-    return f"Greedy output in float32 (bfloat16 rounds a check of many tokens otherwise than of one) is equal: {shares}."
+    return f"Greedy output in float32 (bfloat16 rounds a check of many tokens otherwise than of one) equal: {shares}."
 
 
 def equality(row: Row | None) -> str:
