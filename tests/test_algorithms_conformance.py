@@ -158,16 +158,17 @@ def test_gemma4_config_fields_of_old_and_new_transformers() -> None:
     assert family.read_shape(new).head_dim == 16
 
 
-def test_reduced_vocabulary_drafts_within_it_and_stays_lossless(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["eagle3", "dflash", "dspark"])
+def test_reduced_vocabulary_drafts_within_it_and_stays_lossless(algorithm: str, tmp_path: Path) -> None:
     target = tiny_target("qwen3")
-    model = tiny_draft("eagle3", target, draft_vocab_size=20)
+    model = tiny_draft(algorithm, target, draft_vocab_size=20)
     kept = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values
     model.set_vocabulary(kept)
     batch = random_batch([30])
     model(batch).loss().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
     with torch.no_grad():
-        logits = model.draft_logits(torch.randn(3, 32))
+        logits = model.whole_logits(model.head.logits(torch.randn(3, 32)))
     assert logits.isfinite().nonzero()[:, 1].unique().tolist() == kept.tolist()
     config = model.algorithm.config_json(model.config, target.spec)
     save_draft(tmp_path / "draft", model.state_dict(), config, {})

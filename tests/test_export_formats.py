@@ -21,7 +21,9 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3-reduced": ("eagle3", {"draft_vocab_size": 20}),
     "dflash": ("dflash", {}),
     "dflash-k-1": ("dflash", {"sample_from_anchor": False}),
+    "dflash-reduced": ("dflash", {"draft_vocab_size": 20}),
     "dspark": ("dspark", {}),
+    "dspark-reduced": ("dspark", {"draft_vocab_size": 20}),
     "dspark-k-1": ("dspark", {"sample_from_anchor": False}),
     "dspark-gated": ("dspark", {"markov_head": "gated"}),
     "dspark-no-markov": ("dspark", {"markov_rank": 0, "confidence_with_markov": False}),
@@ -33,6 +35,8 @@ REFUSED = {
     ("sglang", "eagle3", "qwen3"): "norms of the heads",
     ("sglang", "eagle3-reduced", "qwen3"): "norms of the heads",
     ("sglang", "dspark-k-1", "qwen3"): "anchor's slot too",
+    ("sglang", "dflash-reduced", "qwen3"): "whole vocabulary",
+    ("sglang", "dspark-reduced", "qwen3"): "whole vocabulary",
     ("sglang", "dspark-no-markov", "qwen3"): "Markov features",
     ("speculators", "dspark-gated", "qwen3"): "vanilla heads alone",
     ("vllm", "eagle3", "gemma4"): "no Eagle3 class",
@@ -58,7 +62,7 @@ def made(folder: Path, kind: str, family: str = "qwen3", frozen: bool = True) ->
     target = tiny_target(family)
     algorithm, changes = KINDS[kind]
     model = tiny_draft(algorithm, target, target_layers=LAYERS, **changes).eval()
-    if kind == "eagle3-reduced":
+    if model.config.draft_vocab_size:
         model.set_vocabulary(torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values)
     state = dict(model.state_dict())
     if frozen:
@@ -77,7 +81,7 @@ def logits(model: Any) -> torch.Tensor:
         hidden = model.train_hidden(batch.features, batch.input_ids, slots, model.config.ttt_length, 9)
         return model.draft_logits(hidden)
     hidden = model.train_slots(batch.features, batch.input_ids, torch.tensor([[2, 5], [1, 4]]), 6)
-    base = model.frozen.logits(hidden)
+    base = model.head.logits(hidden)
     if model.markov_head is None:
         return base
     previous = batch.input_ids[:, None, : hidden.shape[2]].expand(-1, 2, -1)
@@ -98,7 +102,9 @@ def test_round_trip_gives_equal_weights_config_and_logits(
     _, found = import_draft(tmp_path / "out", tmp_path / "back", format_name)
     back = load_draft(tmp_path / "back", target)
     written, kept = read_weights(ours), read_weights(tmp_path / "back")
-    if kind == "eagle3-reduced" and format_name != "deepspec":  # engines hold 20 rows of the head; the target has all
+    if (
+        model.config.draft_vocab_size and format_name != "deepspec"
+    ):  # engines hold 20 rows of the head; the target has all
         written = {name: tensor for name, tensor in written.items() if name not in FROZEN}
     assert found == format_name
     assert sorted(kept) == sorted(written)
@@ -120,8 +126,10 @@ def test_a_format_refuses_what_its_engine_has_no_class_for(
 
 
 FOREIGN = [
-    ("vllm", "eagle3"), ("vllm", "eagle3-reduced"), ("vllm", "dflash"), ("vllm", "dspark"), ("vllm", "dflash-k-1"),
-    ("speculators", "eagle3-reduced"), ("speculators", "dflash-k-1"), ("speculators", "dspark"), ("zlab", "dflash-k-1"),
+    ("vllm", "eagle3"), ("vllm", "eagle3-reduced"), ("vllm", "dflash"), ("vllm", "dspark"), ("vllm", "dspark-reduced"),
+    ("vllm", "dflash-k-1"),
+    ("speculators", "eagle3-reduced"), ("speculators", "dspark-reduced"), ("speculators", "dflash-k-1"),
+    ("speculators", "dspark"), ("zlab", "dflash-k-1"),
 ]  # fmt: skip
 
 
@@ -140,7 +148,9 @@ def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, k
     state = load_file(tmp_path / "out" / "model.safetensors")
     renamed = {n if n in ("d2t", "t2d", "lm_head.weight") else f"model.{n}": t for n, t in state.items()}
     save_file(renamed, tmp_path / "out" / "model.safetensors")
-    origin = format_name if kind in ("dflash", "dspark") else "auto"  # flat DSpark is the released layout, too
+    origin = (
+        format_name if kind in ("dflash", "dspark", "dspark-reduced") else "auto"
+    )  # flat DSpark is the released one
     with pytest.raises(DraftError, match=r"num_target_layers.*--target|ttt_length.*--max-draft"):
         import_draft(tmp_path / "out", tmp_path / "back", origin)
     length = model.config.max_draft if "eagle3" in kind else None

@@ -45,6 +45,7 @@ def test_where_nothing_has_run_every_table_says_so() -> None:
 def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
     root = SCALES["full"].root
     evaluation(root / "dspark-chat", (0.0, 1.0), 3)
+    evaluation(root / "dspark-speed", (0.0, 1.0), 3)
     evaluation(root / "dspark-tasks", (0.0, 1.0), 2, "gsm8k")
     evaluation(ablation.ROOT / "layers-1" / "results", (0.0,), 4)
     part = {"parts": [{"tokens": 10}], "coded_bytes": 670, "raw_bytes": 1000}

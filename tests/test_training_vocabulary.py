@@ -18,10 +18,12 @@ from deepspec.targets import load_target
 from deepspec.training.vocabulary import frequent_tokens
 
 
-@pytest.mark.parametrize("zero", ["zero1_bf16", "zero2_fp32"])
-def test_vocabulary_is_counted_trained_and_exported(zero: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "zero"), [("eagle3", "zero1_bf16"), ("eagle3", "zero2_fp32"), ("dspark", "zero1_bf16")]
+)
+def test_vocabulary_is_counted_trained_and_exported(algorithm: str, zero: str, tmp_path: Path) -> None:
     target = tools.make_target(tmp_path / "target")
-    path = tools.write_recipe(tmp_path / zero, target, "eagle3", zero, max_steps=3, save_every=3)
+    path = tools.write_recipe(tmp_path / zero, target, algorithm, zero, max_steps=3, save_every=3)
     recipe = yaml.safe_load(path.read_text())
     recipe["draft"]["draft_vocab_size"] = 20
     path.write_text(yaml.safe_dump(recipe))

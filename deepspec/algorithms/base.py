@@ -1,6 +1,7 @@
 """What the three algorithms share: a config, a draft model with the target's frozen head, an objective, a drafter.
 
-B batch, S sequence, L target layers read, D hidden size, V vocabulary, K tokens drafted a round.
+B batch, S sequence, L target layers read, D hidden size, V vocabulary, V' what the draft says of it, K tokens drafted a
+round.
 """
 
 from __future__ import annotations
@@ -42,6 +43,10 @@ class DraftConfig(Protocol):
     @property
     def num_layers(self) -> int:
         """Layers of the draft."""
+
+    @property
+    def draft_vocab_size(self) -> int | None:
+        """V' of a reduced vocabulary (the most frequent answer tokens), or None."""
 
     @property
     def max_draft(self) -> int:
@@ -106,6 +111,8 @@ class DraftModel(nn.Module):
 
     config: Any  # the algorithm's own DraftConfig
     layers: Any  # ModuleList of DraftLayer
+    d2t: Tensor  # only with a reduced vocabulary
+    t2d: Tensor
 
     def __init__(
         self, algorithm: Algorithm, config: DraftConfig, shape: Shape, family: Family, input_size: int
@@ -120,6 +127,10 @@ class DraftModel(nn.Module):
         self.loss = "auto"  # backend of deepspec.nn.losses.head_loss
         self.activation_checkpointing = False
         self._frozen: FrozenHead | None = None
+        self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (whole, reduced): the copy of V' rows is made once
+        if config.draft_vocab_size is not None:  # until set_vocabulary or a checkpoint says which: the first V' tokens
+            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
+            self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
     def attach(self, embed_weight: Tensor, head_weight: Tensor) -> None:
         """Take the target's embedding [V, D] and head [V, D], without copying, as this draft's frozen head.
@@ -152,6 +163,48 @@ class DraftModel(nn.Module):
         if (self._frozen.head_VD.device, self._frozen.head_VD.dtype) != (self.device, self.dtype):
             self._frozen = self._frozen.to(self.device, self.dtype)
         return self._frozen
+
+    def set_vocabulary(self, kept: Tensor) -> None:
+        """Draft over the tokens ``kept`` [V'] int64 alone, ascending; the target verifies over all of V.
+
+        Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the kept.
+        """
+        size = self.config.draft_vocab_size
+        require(len(kept) == size, "draft_vocab_size", len(kept), f"{size} distinct tokens")
+        self.d2t.copy_(kept - torch.arange(len(kept)))
+        self.t2d.zero_()[kept] = True
+        self._reduced = None
+
+    @property
+    def kept_tokens(self) -> Tensor | None:
+        """The reduced vocabulary [V'] int64, or None."""
+        if self.config.draft_vocab_size is None:
+            return None
+        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
+
+    @property
+    def head(self) -> FrozenHead:
+        """The target's head over the draft's vocabulary."""
+        whole, kept = self.frozen, self.kept_tokens
+        if kept is None:
+            return whole
+        if self._reduced is None or self._reduced[0] is not whole:
+            self._reduced = whole, whole.reduced(kept)
+        return self._reduced[1]
+
+    def draft_ids(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(draft ids, which of them the draft can say) of ``tokens`` [..]; an unsayable one has some id; None: all."""
+        if self.config.draft_vocab_size is None:
+            return tokens, None
+        ids = (self.t2d.cumsum(0) - 1).clamp_min(0)
+        return ids[tokens], self.t2d[tokens]
+
+    def whole_logits(self, logits: Tensor) -> Tensor:
+        """Logits [.., V] from those over the draft's vocabulary [.., V']: -inf outside it."""
+        kept = self.kept_tokens
+        if kept is None:
+            return logits
+        return logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf).index_copy(-1, kept, logits)
 
     @property
     def device(self) -> torch.device:
@@ -257,6 +310,19 @@ def require(holds: bool, key: str, found: object, wanted: str) -> None:
     """Raise a :class:`RecipeError` that names ``key`` unless ``holds``."""
     if not holds:
         raise RecipeError("value out of range", key=key, found=found, wanted=wanted)
+
+
+def check_vocabulary(config: DraftConfig, target: TargetSpec | None) -> None:
+    """Check that a reduced vocabulary is one.
+
+    Raises:
+        RecipeError: it holds nothing, or more than the target's.
+    """
+    size = config.draft_vocab_size
+    require(size is None or size >= 1, "draft.draft_vocab_size", size, "at least 1, or null")
+    if target is not None and size is not None and size > target.vocab_size:
+        wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
+        raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
 
 
 def initialise(model: nn.Module, std: float, seed: int) -> None:

@@ -91,7 +91,10 @@ class BlockDraft(DraftModel):
         super().__init__(algorithm, config, shape, family, input_size=shape.hidden_size)
         self.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         rank = getattr(config, "markov_rank", 0)
-        self.markov_head = MarkovHead(config.markov_head, shape.vocab_size, rank, shape.hidden_size) if rank else None
+        said = config.draft_vocab_size or shape.vocab_size
+        self.markov_head = (
+            MarkovHead(config.markov_head, shape.vocab_size, rank, shape.hidden_size, said) if rank else None
+        )
         self.confidence_head = None
         if getattr(config, "confidence_head", False):
             self.confidence_head = ConfidenceHead(shape.hidden_size, rank if config.confidence_with_markov else 0)
@@ -210,7 +213,7 @@ class BlockDrafter:
         count = min(max_draft or self.max_draft, self.max_draft)
         model = self.model
         hidden = self._slots(last_token, count)
-        logits = model.frozen.logits(hidden).float()  # [R, K, V]
+        logits = model.head.logits(hidden).float()  # [R, K, V']
         tokens, probs, embeddings = [], [], []
         previous, state = last_token, None
         for k in range(count):
@@ -220,7 +223,7 @@ class BlockDrafter:
                 latent, state = model.markov_head.step(embedded, hidden[:, k], state)
                 slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
                 embeddings.append(embedded)
-            previous, prob = sample(slot_logits, k)
+            previous, prob = sample(model.whole_logits(slot_logits), k)
             tokens.append(previous)
             if prob is not None:
                 probs.append(prob)

@@ -7,12 +7,12 @@ The target's features are injected as keys and values into every layer; one pass
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from deepspec.algorithms.base import Algorithm, Drafter, require, target_states
+from deepspec.algorithms.base import Algorithm, Drafter, check_vocabulary, require, target_states
 from deepspec.algorithms.block import (
     BlockDraft,
     BlockDrafter,
@@ -43,6 +43,7 @@ class DFlashConfig:
     num_anchors: int = 512
     loss_decay_gamma: float = 4.0  # draft k of a block weighs exp(-k / gamma)
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
+    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "block_size", "num_anchors"):
@@ -103,7 +104,11 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: l
     hidden_BNKD = model.train_slots(batch.features, batch.input_ids, anchor_BN, reach)
     hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, slot_R)
     tokens = batch.input_ids.flatten()
-    rows = plan.rows.with_labels(tokens[plan.label_R.to(device)])
+    label_R, sayable_R = model.draft_ids(tokens[plan.label_R.to(device)])
+    rows = plan.rows.with_labels(label_R)
+    weight = rows.weight_R.sum()
+    if sayable_R is not None:  # a token outside the draft's vocabulary teaches nothing, and no draft of it is accepted
+        rows = replace(rows, weight_R=rows.weight_R * sayable_R)
     target = target_states(batch, position_P, model.dtype) if weights.needs_target else None
     latent = w2 = previous_RM = None
     if model.markov_head is not None:
@@ -112,8 +117,11 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: l
         latent, w2 = embedded_PM, model.markov_head.markov_w2(None)
         if model.markov_head.depends_on_hidden:
             latent = _latents(model.markov_head, batch, hidden_BNKD, anchor_BN).flatten(0, 2).index_select(0, slot_R)
-    head = head_loss(hidden_RD, model.frozen, rows, weights, target, latent, w2, model.loss)
-    return SlotLoss(head, plan, hidden_RD, previous_RM, rows.weight_R.sum())
+    head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss)
+    if sayable_R is not None:
+        accept_R = None if head.accept_R is None else head.accept_R * sayable_R
+        head = replace(head, accept_R=accept_R, hit_R=head.hit_R * sayable_R)
+    return SlotLoss(head, plan, hidden_RD, previous_RM, weight)
 
 
 def _latents(head: MarkovHead, batch: Batch, hidden_BNKD: Tensor, anchor_BN: Tensor) -> Tensor:
@@ -135,6 +143,7 @@ class DFlash(Algorithm):
         """See :meth:`Algorithm.parse`."""
         config = parse_section(self.config_class, section, "draft")
         check_mask_token(config, target)
+        check_vocabulary(config, target)
         return config
 
     def build_model(self, config: Any, shape: Shape, family: Family) -> BlockDraft:
@@ -150,6 +159,7 @@ class DFlash(Algorithm):
             "block_size": published["block_size"],
             "num_anchors": published["num_anchors"],
             "sample_from_anchor": published.get("sample_from_anchor", True),  # released drafts do not say: they do
+            "draft_vocab_size": published.get("draft_vocab_size"),
         }
 
     def read_config(self, published: Mapping[str, Any]) -> Any:
@@ -166,6 +176,8 @@ class DFlash(Algorithm):
             markov_rank=0,
             enable_confidence_head=False,
         )
+        if config.draft_vocab_size is not None:
+            published["draft_vocab_size"] = config.draft_vocab_size
 
     def needs_last_hidden(self, config: Any) -> bool:
         """Cross-entropy needs only the tokens."""

@@ -22,15 +22,22 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepspec.algorithms.base import Algorithm, Drafter, DraftModel, Proposal, Sampler, require, target_states
+from deepspec.algorithms.base import (
+    Algorithm,
+    Drafter,
+    DraftModel,
+    Proposal,
+    Sampler,
+    check_vocabulary,
+    require,
+    target_states,
+)
 from deepspec.algorithms.block import acceptance_metrics
 from deepspec.batch import Batch, Supervision
-from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, Ratio
 from deepspec.nn.attention import attend, no_own_keys
 from deepspec.nn.chunk import LossWeights
-from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.parts import RMSNorm
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
@@ -52,8 +59,6 @@ class Eagle3Config:
     def __post_init__(self) -> None:
         for key in ("num_layers", "ttt_length"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        if self.draft_vocab_size is not None:
-            require(self.draft_vocab_size >= 1, "draft_vocab_size", self.draft_vocab_size, "at least 1, or null")
         require(0 < self.step_loss_decay <= 1, "step_loss_decay", self.step_loss_decay, "above 0, at most 1")
 
     @property
@@ -112,53 +117,14 @@ class TTTPlan:
 class Eagle3Draft(DraftModel):
     """Layers over [embedding | hidden state], each normed, 2D wide; the residual is the hidden state."""
 
-    d2t: Tensor
-    t2d: Tensor
-
     def __init__(self, algorithm: Algorithm, config: Eagle3Config, shape: Shape, family: Family) -> None:
         super().__init__(algorithm, config, shape, family, input_size=2 * shape.hidden_size)
-        self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (whole, reduced): the copy of V' rows is made once
         for layer in self.layers:
             layer.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        if config.draft_vocab_size is not None:  # until set_vocabulary or a checkpoint says which: the first V' tokens
-            self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
-            self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
-
-    def set_vocabulary(self, kept: Tensor) -> None:
-        """Draft over the tokens ``kept`` [V'] int64 alone, ascending; the target verifies over all of V.
-
-        Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the kept.
-        """
-        size = self.config.draft_vocab_size
-        require(len(kept) == size, "draft_vocab_size", len(kept), f"{size} distinct tokens")
-        self.d2t.copy_(kept - torch.arange(len(kept)))
-        self.t2d.zero_()[kept] = True
-        self._reduced = None
-
-    @property
-    def kept_tokens(self) -> Tensor | None:
-        """The reduced vocabulary [V'] int64, or None."""
-        if self.config.draft_vocab_size is None:
-            return None
-        return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
-
-    @property
-    def head(self) -> FrozenHead:
-        """The target's head over the draft's vocabulary."""
-        whole, kept = self.frozen, self.kept_tokens
-        if kept is None:
-            return whole
-        if self._reduced is None or self._reduced[0] is not whole:
-            self._reduced = whole, whole.reduced(kept)
-        return self._reduced[1]
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [.., V] of hidden states before the final norm; -inf outside the reduced vocabulary."""
-        kept = self.kept_tokens
-        logits = self.head.logits(self.norm(hidden)).float()
-        if kept is None:
-            return logits
-        return logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf).index_copy(-1, kept, logits)
+        return self.whole_logits(self.head.logits(self.norm(hidden)).float())
 
     def start(self, features: Tensor) -> Tensor:
         """g [.., D] = fc(features [.., L*D]), without a norm."""
@@ -372,10 +338,7 @@ class Eagle3(Algorithm):
     def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Eagle3Config:
         """See :meth:`Algorithm.parse`."""
         config = parse_section(Eagle3Config, section, "draft")
-        size = config.draft_vocab_size
-        if target is not None and size is not None and size > target.vocab_size:
-            wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
-            raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+        check_vocabulary(config, target)
         return config
 
     def build_model(self, config: Eagle3Config, shape: Shape, family: Family) -> Eagle3Draft:

@@ -115,6 +115,18 @@ def missing(draft: Draft, key: str, remedy: str) -> DraftError:
     return DraftError("does not say", file=draft.file, key=key, wanted=f"{key} stated", remedy=remedy)
 
 
+def whole_vocabulary(format_: str, draft: Draft) -> None:
+    """Refuse a reduced vocabulary where the engine's class takes the target's head as it is.
+
+    Raises:
+        DraftError: the draft has one.
+    """
+    size = draft.parsed.draft_vocab_size
+    if size is not None:
+        remedy = "train with draft.draft_vocab_size: null, or export DSpark's form (vllm)"
+        raise refuse(format_, "its class drafts over the whole vocabulary", draft, remedy, draft_vocab_size=size)
+
+
 def with_head_rows(draft: Draft) -> dict[str, Tensor]:
     """The tensors with ``lm_head`` cut to the rows of a reduced vocabulary, which engines want in the file.
 
@@ -138,7 +150,7 @@ def zero_markov(draft: Draft) -> dict[str, Tensor]:
     vocabulary, like = draft.shape.vocab_size, draft.state["fc.weight"]
     return {
         "markov_head.markov_w1.weight": like.new_zeros(vocabulary, 1),
-        "markov_head.markov_w2.weight": like.new_zeros(vocabulary, 1),
+        "markov_head.markov_w2.weight": like.new_zeros(draft.parsed.draft_vocab_size or vocabulary, 1),
     }
 
 

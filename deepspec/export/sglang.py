@@ -17,7 +17,16 @@ from typing import Any
 
 from deepspec.errors import DraftError
 from deepspec.export import vllm, zlab
-from deepspec.export.parts import EXTRAS, Draft, Facts, Format, refuse, with_head_rows, zero_markov
+from deepspec.export.parts import (
+    EXTRAS,
+    Draft,
+    Facts,
+    Format,
+    refuse,
+    whole_vocabulary,
+    with_head_rows,
+    zero_markov,
+)
 
 EAGLE3 = "LlamaForCausalLMEagle3"
 DSPARK = "Qwen3DSparkModel"
@@ -70,6 +79,7 @@ def _write_dspark(draft: Draft) -> Draft:
     if config.get("enable_confidence_head") and not config.get("confidence_head_with_markov"):
         remedy = "train with draft.confidence_with_markov: true"
         raise refuse(NAME, "its confidence head reads the Markov features", draft, remedy)
+    whole_vocabulary(NAME, draft)
     if not config.get("markov_rank"):
         config |= {"markov_rank": 1, "markov_head_type": "vanilla", "confidence_head_with_markov": False}
         state |= zero_markov(draft)

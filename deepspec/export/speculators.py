@@ -22,6 +22,7 @@ from deepspec.export.parts import (
     own_names,
     published,
     refuse,
+    whole_vocabulary,
     with_head_rows,
     zero_markov,
 )
@@ -61,12 +62,14 @@ def write(draft: Draft) -> Draft:
         EXTRAS: draft.extras,
     }
     layers = [layer + 1 for layer in parsed.target_layers]
+    if kind == "dflash":
+        whole_vocabulary(NAME, draft)
     if kind == "eagle3":
         if parsed.num_layers != 1:
             raise refuse(NAME, "its Eagle3 has exactly one layer", draft, num_hidden_layers=parsed.num_layers)
         config |= {"eagle_aux_hidden_state_layer_ids": layers, "norm_before_residual": False}
         return Draft(config, with_head_rows(draft), draft.file)
-    state = dict(draft.state)
+    state = with_head_rows(draft)
     config |= {
         "aux_hidden_state_layer_ids": layers,
         "block_size": parsed.block_size,
@@ -113,10 +116,8 @@ def read(draft: Draft, facts: Facts) -> Draft:
     if config.get("projector_type", "dflash") != "dflash" or config.get("shift_label"):
         raise DraftError("a variant of DFlash that we do not have", file=draft.file, key="projector_type / shift_label")
     state = own_names(draft, (*TRAINING_ONLY, "t2d"))
-    if "d2t" in state:
-        if config["draft_vocab_size"] != transformer.get("vocab_size"):
-            raise DraftError("a block drafter of a reduced vocabulary is not one of ours", file=draft.file, key="d2t")
-        del state["d2t"]
+    if config.get("draft_vocab_size") == transformer.get("vocab_size"):
+        state.pop("d2t", None)  # of every token: no reduced vocabulary
     # DSpark: published drafts were converted without a word of their convention, so silence says nothing there
     stated = config.get("sample_from_anchor", False if kind == "dflash" else None)
     heads = kind == "dspark" and not drop_zero_markov(state)
@@ -129,6 +130,8 @@ def read(draft: Draft, facts: Facts) -> Draft:
         "markov_rank": rank,
         "enable_confidence_head": bool(kind == "dspark" and config.get("enable_confidence_head")),
     }
+    if "d2t" in state:
+        fields["draft_vocab_size"] = int(state["d2t"].shape[0])
     if rank or fields["enable_confidence_head"]:
         fields["markov_head_type"] = config.get("markov_head_type", "vanilla")
         fields["confidence_head_with_markov"] = bool(rank and config.get("confidence_head_with_markov"))

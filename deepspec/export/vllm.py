@@ -72,7 +72,7 @@ def write_dspark(draft: Draft) -> Draft:
         raise refuse(NAME, "its block drafters norm every head", draft, model_type=draft.config["model_type"])
     if draft.family.name == "gemma4" and not draft.shape.k_eq_v:
         raise refuse(NAME, "its Gemma4 drafts take keys as values", draft, attention_k_eq_v=False)
-    config, state = draft.config | {EXTRAS: draft.extras}, dict(draft.state)
+    config, state = draft.config | {EXTRAS: draft.extras}, with_head_rows(draft)
     rank = config.get("markov_rank") or 0
     if rank and config.get("markov_head_type", "vanilla") != "vanilla":
         remedy = "train draft.markov_head: vanilla"
@@ -149,8 +149,6 @@ def read_dspark(draft: Draft, facts: Facts) -> Draft:
     """A flat DSpark config; a Markov head of rank 1 that is zero means DFlash."""
     config = draft.config
     state = own_names(draft, ("t2d",))
-    if "d2t" in state:
-        raise DraftError("a block drafter of a reduced vocabulary is not one of ours", file=draft.file, key="d2t")
     if drop_zero_markov(state):
         config = config | {"markov_rank": 0}
     fields = {
@@ -161,11 +159,13 @@ def read_dspark(draft: Draft, facts: Facts) -> Draft:
         "markov_rank": int(config.get("markov_rank") or 0),
         "enable_confidence_head": bool(config.get("enable_confidence_head", False)),
     }
+    if "d2t" in state:
+        fields["draft_vocab_size"] = int(state["d2t"].shape[0])
     if fields["markov_rank"] or fields["enable_confidence_head"]:
         fields["markov_head_type"] = config.get("markov_head_type", "vanilla")
         fields["confidence_head_with_markov"] = bool(config.get("confidence_head_with_markov", False))
     ours = (*fields, "architectures", "target_layer_ids", "num_target_layers", "dspark_bonus_anchor",
-            "markov_head_type", "confidence_head_with_markov")  # fmt: skip
+            "markov_head_type", "confidence_head_with_markov", "draft_vocab_size")  # fmt: skip
     transformer = {key: value for key, value in config.items() if key not in ours}
     algorithm = "dspark" if fields["markov_rank"] or fields["enable_confidence_head"] else "dflash"
     return published(draft, algorithm, transformer, state, tuple(config["target_layer_ids"]), facts, fields)

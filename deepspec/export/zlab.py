@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspec.errors import DraftError
-from deepspec.export.parts import EXTRAS, Draft, Facts, Format, own_names, published, refuse
+from deepspec.export.parts import EXTRAS, Draft, Facts, Format, own_names, published, refuse, whole_vocabulary
 
 ARCHITECTURE = "DFlashDraftModel"
 # what may stand in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
@@ -29,6 +29,7 @@ def write(draft: Draft) -> Draft:
         raise refuse("zlab", "its K slots give K - 1 drafts, and it has no heads", draft, remedy)
     if draft.family.name != "qwen3":
         raise refuse("zlab", "its layers are Qwen3's", draft, model_type=draft.config["model_type"])
+    whole_vocabulary("zlab", draft)
     parsed = draft.parsed
     config = draft.transformer | {
         "architectures": [ARCHITECTURE],

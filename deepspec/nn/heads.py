@@ -4,7 +4,8 @@ A sequential head gives a *latent* per slot; the correction of the logits is ``m
 token before each slot is known (teacher forcing), so the latents of all slots are computed at once, except the rnn's
 state, which runs over the K slots of a block.
 
-D hidden size, R markov rank, V vocabulary; [..] any leading shape, K slots of a block.
+D hidden size, R markov rank, V vocabulary (W2 has a row for each token that the draft can say); [..] any leading shape,
+K slots of a block.
 """
 
 from __future__ import annotations
@@ -34,11 +35,11 @@ class MarkovHead(nn.Module):
     0
     """
 
-    def __init__(self, kind: str, vocab_size: int, rank: int, hidden_size: int) -> None:
+    def __init__(self, kind: str, vocab_size: int, rank: int, hidden_size: int, said: int | None = None) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = OutputMatrix(rank, vocab_size, bias=False)
+        self.markov_w2 = OutputMatrix(rank, said or vocab_size, bias=False)
         if kind == "gated":
             self.gate_proj = nn.Linear(hidden_size + rank, rank)
         elif kind == "rnn":

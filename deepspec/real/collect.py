@@ -14,7 +14,7 @@ from typing import Any
 from deepspec.files import read_json, write_json
 from deepspec.quickstart.runner import stage_seconds
 from deepspec.real import ablation
-from deepspec.real.plan import SCALES
+from deepspec.real.plan import EVALUATIONS, SCALES
 from deepspec.registry import ALGORITHMS
 
 FORMAT = "deepspec.measured/1"
@@ -46,7 +46,7 @@ def _real() -> dict[str, Any]:
     shards = [scale.root / f"cache-{shard}" / "manifest.json" for shard in range(scale.shards)]
     if all(path.exists() for path in shards):
         found["cache"] = {"lossless": _sizes(shards)}
-    for kind in ("chat", "exact", "tasks"):
+    for kind in EVALUATIONS:
         found[kind] = {
             name: evaluation
             for name in ALGORITHMS

@@ -10,7 +10,8 @@ from deepspec.registry import ALGORITHMS
 
 SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
 TARGET, SITE = SHARED / "target", SHARED / "site"
-BATCH = 8  # prompts that the tasks decode at a time, where no speed is measured
+BATCH = 8  # prompts decoded at a time where no speed is measured
+EVALUATIONS = ("chat", "speed", "exact", "tasks")  # of every draft
 EXACT = 16  # chat prompts decoded in float32: bfloat16 rounds a verification of many tokens otherwise than of one
 
 
@@ -21,7 +22,8 @@ class Scale:
     root: Path
     shards: int  # of the prompts, each answered and cached by itself: as many processes can work side by side
     each: int  # prompts a shard
-    chat: int  # held-out prompts, decoded with and without the draft, one at a time
+    chat: int  # held-out prompts
+    timed: int  # of these, decoded one at a time with and without the draft: the speed-up
     samples: int  # prompts of every evaluation task
     answering: Names = ()  # overrides of the recipes, by what they change
     training: Names = ()
@@ -33,9 +35,10 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(SHARED, shards=4, each=500, chat=64, samples=12),
+    "full": Scale(SHARED, shards=6, each=1000, chat=64, timed=16, samples=12),
     "smoke": Scale(
-        Path("build/real-smoke"), shards=2, each=12, chat=4, samples=1, answering=("regenerate.max_tokens=24",),
+        Path("build/real-smoke"), shards=2, each=12, chat=4, timed=2, samples=1,
+        answering=("regenerate.max_tokens=24",),
         training=("train.max_steps=6", "train.save_every=2"), decoding=("evaluate.max_new_tokens=24",),
     ),
 }  # fmt: skip
@@ -86,14 +89,15 @@ def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -
         train(f"train {algorithm}", recipe, needs, min(cores, 2), overrides),
         export(exported, run, draft, (f"train {algorithm}",)),
     ]
-    batched = ("--no-plain", "--batch-size", str(BATCH), "--samples", str(scale.samples))
-    exact = ("--dtype", "float32", "--samples", str(EXACT))
+    batched = ("--no-plain", "--batch-size", str(BATCH))
+    timed, exact = ("--samples", str(scale.timed)), ("--dtype", "float32", "--samples", str(EXACT))
     greedy = (*scale.decoding, "evaluate.temperature=[0.0]")
     chat = [root / "prompts" / "chat.jsonl"]
     for kind, files, more, decoding in (
-        ("chat", chat, (), scale.decoding),
+        ("chat", chat, batched, scale.decoding),
+        ("speed", chat, timed, scale.decoding),
         ("exact", chat, exact, greedy),
-        ("tasks", tasks, batched, scale.decoding),
+        ("tasks", tasks, (*batched, "--samples", str(scale.samples)), scale.decoding),
     ):
         if files:
             name, place = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"

@@ -11,7 +11,7 @@ from deepspec.evaluate.calibration import mean_ece
 from deepspec.files import write_text
 from deepspec.real import ablation
 from deepspec.real.collect import gather
-from deepspec.real.plan import recipe_of
+from deepspec.real.plan import EVALUATIONS, recipe_of
 from deepspec.registry import ALGORITHMS
 
 PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
@@ -56,7 +56,7 @@ def with_results(readme: str, real: Row) -> str:
         MARKS[0],
         accepted_lengths(real, 0.0),
         f"At T=1 on held-out chat: {sampled}.",
-        speeds(real["chat"]),
+        speeds(real.get("speed", {})),
         exactness(real["exact"]),
         f"Every task at T=1, acceptance by position, seconds and commands: [{PAGE.name}]({PAGE}), as JSON "
         f"[{MEASURED.name}]({MEASURED}).",
@@ -90,8 +90,8 @@ def real_text(real: Row) -> str:
     parts = [f"Accepted length at T={t:g}:\n\n" + accepted_lengths(real, t) for t in (0.0, 1.0)]
     parts.append("Acceptance by position, given that those before were accepted, held-out chat at T=0:")
     parts.append(positions({a: pick(chat.get(a), 0.0) for a in ALGORITHMS}))
-    parts.append("Speed against plain decoding of the same prompts in the same run, batch 1, held-out chat:")
-    parts.append(speeds(chat))
+    parts.append("Speed against plain decoding of the same prompts in the same run, one at a time, on held-out chat:")
+    parts.append(speeds(real.get("speed", {})))
     parts.append(exactness(real["exact"]))
     if "cache" in real:
         parts.append(cache_line(real["cache"]["lossless"]))
@@ -121,12 +121,12 @@ def positions(rows: Mapping[str, Row | None]) -> str:
     return table(["draft", *(str(k) for k in range(1, most + 1))], lines)
 
 
-def speeds(chat: Mapping[str, Row]) -> str:
+def speeds(timed: Mapping[str, Row]) -> str:
     """Speed-up and equality of every draft."""
     rows = []
     for name in ALGORITHMS:
         for temperature in (0.0, 1.0):
-            row = pick(chat.get(name), temperature)
+            row = pick(timed.get(name), temperature)
             if row is None or row["speed_up"] is None:
                 rows.append([name, f"{temperature:g}", NOT_RUN, "", "", ""])
                 continue
@@ -231,7 +231,7 @@ def scheduler(study: Row | None) -> str:
 def provenance_text(measured: Row) -> str:
     """A line for every evaluation: when it ended, with which seed, versions and command."""
     rows = []
-    for section, key in (("real", "chat"), ("real", "exact"), ("real", "tasks"), ("ablations", "ablation")):
+    for section, key in (*(("real", kind) for kind in EVALUATIONS), ("ablations", "ablation")):
         trained = measured[section].get("training", {})
         for name, one in measured[section].get(key, {}).items():
             about = one["provenance"]

@@ -1,4 +1,4 @@
-"""The reduced vocabulary of an Eagle3 draft: the most frequent answer tokens of the training data."""
+"""The reduced vocabulary of a draft: the most frequent answer tokens of the training data."""
 
 from __future__ import annotations
 
