@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec.targets.load import cache_keyword
+
 
 class Sampling(Protocol):
     """How a token is drawn (``deepspec.recipe.RegenerateSection`` is one)."""
@@ -132,10 +134,10 @@ class LocalSampler:
         rows = np.arange(len(requests))  # request of each row still in the batch
         live = np.ones(len(requests), dtype=bool)  # rows whose answer goes on
         answers: list[list[int]] = [[] for _ in requests]
+        cached = {cache_keyword(self.model): cache}
         for step in range(limit):
-            logits = self.model(
-                input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, logits_to_keep=1
-            ).logits[:, -1]  # [B, V]
+            output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **cached)
+            logits = output.logits[:, -1]  # [B, V]
             token = sample(logits, self.sampling, random[:, step])
             ended = torch.isin(token, self.stop).cpu().numpy()
             for place, value in enumerate(token.tolist()):

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +219,8 @@ class Target:
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=past_key_values is not None,
+                **{cache_keyword(self.decoder): past_key_values},
             )
         return TargetOutput(
             capture.features() if layers else output.last_hidden_state[..., :0], output.last_hidden_state
@@ -235,6 +236,11 @@ class Target:
     def weights_digest(self) -> str:
         """SHA-256 over every tensor's name, shape, dtype and a sample of its values; costs milliseconds."""
         return tensors_digest(sorted(self.model.state_dict().items()))
+
+
+def cache_keyword(model: nn.Module) -> str:
+    """What ``forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
+    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
