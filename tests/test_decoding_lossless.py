@@ -17,12 +17,14 @@ from deepspec.decoding.scheduler import Policy, StepCosts, Threshold, Throughput
 VOCAB, SAMPLES, ROWS, LENGTH = 5, 4_000, 200, 3
 PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))}, {ROWS: np.array([0.2, 0.1, 0.0])})
+EVEN = StepCosts(COSTS.table, COSTS.saved, {ROWS: 0.2})  # soon all that is drafted is verified
 CASES: dict[str, tuple[str, Policy | None]] = {
     "eagle3": ("eagle3", None),
     "dflash": ("dflash", None),
     "dspark": ("dspark", None),
     "dspark, threshold": ("dspark", Threshold(0.5)),
     "dspark, scheduler": ("dspark", Throughput(COSTS)),
+    "dspark, scheduler, even rows": ("dspark", Throughput(EVEN)),
 }
 
 

@@ -80,15 +80,21 @@ class StepCosts:
         table: ``table[rows]`` is a pair of ascending arrays (tokens, seconds) with that many rows decoding together
             and all slots drafted.
         saved: ``saved[rows][d]`` are the seconds less when only d slots are drafted; empty: none.
+        even: ``even[rows]`` are the seconds less when every drafted token is verified, since rows of one length need no
+            unpacking; empty: none.
     """
 
     table: Mapping[int, tuple[np.ndarray, np.ndarray]]
     saved: Mapping[int, np.ndarray] = field(default_factory=dict)
+    even: Mapping[int, float] = field(default_factory=dict)
+
+    def _nearest(self, rows: int) -> int:
+        known = np.array(sorted(self.table))
+        return int(known[np.abs(np.log(known) - np.log(max(rows, 1))).argmin()])
 
     def seconds(self, rows: int, tokens: np.ndarray, drafted: int | None = None) -> np.ndarray:
         """Interpolated seconds of a round of ``rows`` rows for each entry of ``tokens``; drafted None: all slots."""
-        known = np.array(sorted(self.table))
-        nearest = int(known[np.abs(np.log(known) - np.log(max(rows, 1))).argmin()])
+        nearest = self._nearest(rows)
         measured, seconds = self.table[nearest]
         # Another number of rows is read off at the same tokens per row.
         spent = np.interp(tokens * (nearest / max(rows, 1)), measured, seconds)
@@ -97,10 +103,17 @@ class StepCosts:
         saved = self.saved[nearest]
         return spent - saved[min(drafted, len(saved) - 1)]
 
+    def even_seconds(self, rows: int, drafted: int) -> float:
+        """Seconds of a round that verifies all of ``drafted`` tokens a row."""
+        spent = float(self.seconds(rows, np.array([rows * (1 + drafted)]), drafted)[0])
+        return spent - self.even.get(self._nearest(rows), 0.0)
+
     def save(self, path: str | Path) -> None:
         """Write the table as JSON."""
         table = {str(rows): [list(map(float, a)) for a in pair] for rows, pair in self.table.items()}
-        files.write_json(path, {"table": table, "saved": {str(r): list(map(float, a)) for r, a in self.saved.items()}})
+        saved = {str(rows): list(map(float, values)) for rows, values in self.saved.items()}
+        even = {str(rows): value for rows, value in self.even.items()}
+        files.write_json(path, {"table": table, "saved": saved, "even": even})
 
     @staticmethod
     def load(path: str | Path) -> StepCosts:
@@ -112,7 +125,8 @@ class StepCosts:
         raw = files.read_json(path, EvaluationError, "write one with --study scheduler")
         try:
             table = {int(rows): (np.array(pair[0]), np.array(pair[1])) for rows, pair in raw["table"].items()}
-            return StepCosts(table, {int(rows): np.array(saved) for rows, saved in raw["saved"].items()})
+            saved = {int(rows): np.array(values) for rows, values in raw["saved"].items()}
+            return StepCosts(table, saved, {int(rows): float(value) for rows, value in raw["even"].items()})
         except (AttributeError, KeyError, TypeError, ValueError, IndexError) as problem:
             raise EvaluationError(f"not a table of step costs ({problem})", file=path) from None
 
@@ -120,8 +134,10 @@ class StepCosts:
 class Throughput:
     """Algorithm 1 of the DSpark paper: admit tokens of all rows in order of survival while expected tokens/s rise.
 
-    Slots that recent rounds would not have admitted are not drafted either; every now and then all are, to see whether
-    that has changed. Both look at earlier rounds only, so admission stays causal.
+    Slots that recent rounds would not have admitted are not drafted either. Where recent rounds say that choosing
+    gains less than rows of one length do, all that is drafted is verified. Every now and then all slots
+    are drafted and chosen from, to see whether that has changed. All this looks at earlier rounds only, so admission
+    stays causal.
 
     Args:
         costs: of this machine.
@@ -130,27 +146,33 @@ class Throughput:
     needs_confidence = True
     _EVERY = 16  # rounds between two that draft all slots
     _ENOUGH = 64  # drafts of rows, from as many of the latter as that takes, to tell how many slots pay
-    _GAIN = 1.01  # fewer slots are drafted only where that promises more tokens per second than this
+    _GAIN = 1.01  # another way than choosing among all slots must promise more tokens per second than this
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        # of rounds that drafted all slots: rows, and by number of slots [K + 1] tokens expected and seconds
+        # of rounds that chose among all slots: rows, and by (choosing, verifying all) and number of slots [2, K + 1]
+        # tokens expected and seconds
         self._seen: deque[tuple[int, np.ndarray, np.ndarray]] = deque()
         self._curves: dict[tuple[int, int], np.ndarray] = {}
         self._rounds = 0
         self._width: int | None = None
+        self._even = False
 
     @property
     def max_draft(self) -> int | None:
         """All slots in the first rounds and every now and then; else those that paid in the last such rounds."""
-        return None if self._rounds % self._EVERY == 0 else self._width
+        return None if self._looks else self._width
+
+    @property
+    def _looks(self) -> bool:
+        return self._rounds % self._EVERY == 0
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
-        everything = self.max_draft is None
+        even, everything = self._even and not self._looks, self.max_draft is None
         self._rounds += 1
-        if drafted == 0:
-            return np.zeros(rows, dtype=np.int64)
+        if drafted == 0 or even:
+            return np.full(rows, drafted, dtype=np.int64)
         survival = _required(confidence).cumprod(axis=1)  # [R, K], falling along a row
         order = np.argsort(-survival, axis=None, kind="stable")  # stable: on a tie the earlier token of a row is first
         committed = rows + np.concatenate(([0.0], survival.ravel()[order].cumsum()))  # one token a row comes anyway
@@ -170,20 +192,23 @@ class Throughput:
         return self._curves[rows, drafted]
 
     def _remember(self, survival: np.ndarray, lengths: np.ndarray) -> None:
-        """Add this round's tokens and seconds by number of slots, and choose how many to draft from now on."""
+        """Add this round's tokens and seconds by number of slots, and choose what to do from now on."""
         rows, slots = survival.shape
         admitted = np.arange(slots) < lengths[:, None]
-        committed = rows + np.concatenate(([0.0], (survival * admitted).sum(axis=0).cumsum()))
+        expected = np.stack(((survival * admitted).sum(axis=0), survival.sum(axis=0)))
+        committed = rows + np.pad(expected.cumsum(axis=1), ((0, 0), (1, 0)))
         tokens = np.concatenate(([0], admitted.sum(axis=0).cumsum()))
-        spent = np.array([self._seconds(rows, width)[tokens[width]] for width in range(slots + 1)])
+        chosen = [self._seconds(rows, width)[tokens[width]] for width in range(slots + 1)]
+        spent = np.array([chosen, [self.costs.even_seconds(rows, width) for width in range(slots + 1)]])
         self._seen.append((rows, committed, spent))
         while sum(seen[0] for seen in self._seen) - self._seen[0][0] >= self._ENOUGH:
             self._seen.popleft()
         if sum(seen[0] for seen in self._seen) < self._ENOUGH:
             return
         rates = np.sum([seen[1] for seen in self._seen], axis=0) / np.sum([seen[2] for seen in self._seen], axis=0)
-        best = int(np.argmax(rates))
-        self._width = best if rates[best] > self._GAIN * rates[-1] else None
+        even, width = np.unravel_index(int(np.argmax(rates)), rates.shape)
+        gains = rates[even, width] > self._GAIN * rates[0, -1]
+        self._even, self._width = bool(gains and even), int(width) if gains and width < slots else None
 
 
 def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:
