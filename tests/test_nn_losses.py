@@ -98,7 +98,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = problem.fused(weights)
     gradients = torch.autograd.grad(whole.combined, problem.leaves)
     monkeypatch.setattr(tiles, "_CHUNK_BYTES", {"cpu": 0})
-    monkeypatch.setattr(tiles, "_MIN_ROWS", 7)
+    monkeypatch.setattr(tiles, "_GRAIN", 7)
     monkeypatch.setattr(tiles, "_TILE_COLUMNS", 13)
     pieces = problem.fused(weights)
     torch.testing.assert_close(pieces.combined, whole.combined)

@@ -21,6 +21,7 @@ from deepspec.metrics import LossTerms
 from deepspec.nn.frozen import FrozenHead
 from deepspec.nn.layer import DraftLayer
 from deepspec.nn.parts import RMSNorm, Rotary
+from deepspec.nn.products import Linear
 from deepspec.nn.tree import Tree
 from deepspec.targets import TargetSpec
 
@@ -119,7 +120,7 @@ class DraftModel(nn.Module):
     ) -> None:
         super().__init__()
         self.algorithm, self.config, self.shape, self.family = algorithm, config, shape, family
-        self.fc = nn.Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
+        self.fc = Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
         self.layers = nn.ModuleList(DraftLayer(shape, family, input_size) for _ in range(config.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.rotary = Rotary(shape)

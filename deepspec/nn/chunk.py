@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepspec.nn.frozen import FrozenHead
+from deepspec.nn.products import is_fast, product
 
 _W2_TILE = 4096  # rows of the sequential head's output matrix whose gradient is summed at a time
 
@@ -81,13 +82,13 @@ class Gradients:
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
     """a @ b accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
     if a.dtype == torch.float32:
-        return a @ b
+        return product(a, b.T)
     return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in fp32."""
-    if a.dtype == torch.float32:
+    if a.dtype == torch.float32 and not is_fast(a, b.T):
         total.addmm_(a, b)
     else:
         total.add_(matmul_fp32(a, b))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspec.nn.products import product
+
 
 @dataclass(frozen=True)
 class FrozenHead:
@@ -46,5 +48,5 @@ class FrozenHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> softcapped logits [.., V]."""
-        logits = hidden.to(self.head_VD.dtype) @ self.head_VD.T
+        logits = product(hidden.to(self.head_VD.dtype), self.head_VD)
         return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()

@@ -13,10 +13,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from deepspec.nn.products import Linear
+
 MARKOV_KINDS = ("vanilla", "gated", "rnn")
 
 
-class OutputMatrix(nn.Linear):
+class OutputMatrix(Linear):
     """A linear map that also hands out its weight through ``forward``, where ZeRO-3's hooks see it and gather it."""
 
     def forward(self, x: Tensor | None) -> Tensor:
@@ -41,9 +43,9 @@ class MarkovHead(nn.Module):
         self.markov_w1 = nn.Embedding(vocab_size, rank)
         self.markov_w2 = OutputMatrix(rank, said or vocab_size, bias=False)
         if kind == "gated":
-            self.gate_proj = nn.Linear(hidden_size + rank, rank)
+            self.gate_proj = Linear(hidden_size + rank, rank)
         elif kind == "rnn":
-            self.joint_proj = nn.Linear(hidden_size + 2 * rank, 3 * rank)
+            self.joint_proj = Linear(hidden_size + 2 * rank, 3 * rank)
 
     @property
     def depends_on_hidden(self) -> bool:
@@ -77,7 +79,7 @@ class ConfidenceHead(nn.Module):
 
     def __init__(self, hidden_size: int, markov_rank: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(hidden_size + markov_rank, 1)
+        self.proj = Linear(hidden_size + markov_rank, 1)
 
     def forward(self, hidden: Tensor, embedded: Tensor | None) -> Tensor:
         """[.., D] and W1[x] [.., R] (None without Markov features) -> logits [..], fp32."""

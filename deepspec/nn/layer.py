@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from deepspec.families.base import Family, Shape
 from deepspec.nn.parts import GatedMLP, RMSNorm, rotate
+from deepspec.nn.products import Linear
 
 Table = tuple[Tensor, Tensor]
 
@@ -30,10 +31,10 @@ class DraftAttention(nn.Module):
         super().__init__()
         self.head_dim, bias = shape.head_dim, shape.attention_bias
         query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(input_size, query_size, bias=bias)
-        self.k_proj = nn.Linear(input_size, kv_size, bias=bias)
-        self.v_proj = None if shape.k_eq_v else nn.Linear(input_size, kv_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, shape.hidden_size, bias=bias)
+        self.q_proj = Linear(input_size, query_size, bias=bias)
+        self.k_proj = Linear(input_size, kv_size, bias=bias)
+        self.v_proj = None if shape.k_eq_v else Linear(input_size, kv_size, bias=bias)
+        self.o_proj = Linear(query_size, shape.hidden_size, bias=bias)
         self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if family.head_norm else None
         self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if family.head_norm else None
         self.v_norm = RMSNorm(shape.head_dim, shape.norm_eps, scale=False) if family.value_norm else None

@@ -138,6 +138,7 @@ class _HeadLoss(torch.autograd.Function):
             hit[span] = terms.hit_r
             if terms.accept_r is not None:
                 accept[span] = terms.accept_r
+        del buffers  # before the last copies
         if gradients is not None:
             gradients.w2_VM = None if gradients.w2_VM is None or w2 is None else gradients.w2_VM.to(w2.dtype)
             ctx.gradients = gradients

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
 from deepspec.families.base import Rope, Shape
+from deepspec.nn.products import Linear
 
 
 class _Normalise(torch.autograd.Function):
@@ -57,21 +58,21 @@ class GatedMLP(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
         self.act = ACT2FN[shape.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., D] -> [.., D]."""
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
-            return self.down_proj(self.act(gate) * up)
-        # act(gate) is the layer's widest activation and costs nothing to compute again in backward
-        return self.down_proj(checkpoint(self._gated, gate, up, use_reentrant=False, preserve_rng_state=False))
+            return self._down(gate, up)
+        # act(gate) and its product are the layer's widest activations and cost little to compute again in backward
+        return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
 
-    def _gated(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.act(gate) * up
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(self.act(gate) * up)
 
 
 def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:

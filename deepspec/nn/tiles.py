@@ -21,9 +21,11 @@ from torch import Tensor
 
 from deepspec.nn.chunk import Chunk, ChunkTerms, Gradients, HeadInputs, add_product
 from deepspec.nn.exponential import exp_
+from deepspec.nn.products import is_fast, product
 
-_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 256 << 20}  # of one fp32 buffer [r, V]
-_MIN_ROWS, _MAX_ROWS = 32, 1024
+_GRAIN = 32  # rows come in multiples: oneDNN keeps code, a megabyte or two, for every shape that it meets
+_CHUNK_BYTES = {"cpu": 20 << 20, "cuda": 256 << 20}  # of one fp32 buffer [r, V]
+_MAX_ROWS = 1024
 _TILE_COLUMNS = 2048  # 1.5 MB at 192 rows; a GPU has no use for tiles
 
 
@@ -32,10 +34,12 @@ class TileBuffers:
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
         kind = "cuda" if device.type == "cuda" else "cpu"
-        self.max_rows = max(_MIN_ROWS, min(_MAX_ROWS, _CHUNK_BYTES[kind] // (4 * vocab_size)))
+        rows = min(_MAX_ROWS, _CHUNK_BYTES[kind] // (4 * vocab_size))
+        self.max_rows = max(_GRAIN, rows // _GRAIN * _GRAIN)
         self.device, self.vocab_size = device, vocab_size
         self.columns = vocab_size if kind == "cuda" else min(vocab_size, _TILE_COLUMNS)
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._own: dict[tuple[str, int], Tensor] = {}  # tiles that oneDNN has made, by their first column
 
     def spans(self) -> Iterator[slice]:
         """Columns of each tile."""
@@ -51,6 +55,8 @@ class TileBuffers:
 
     def tile(self, name: str, rows: int, span: slice) -> Tensor:
         """[rows, w]: columns ``span`` of buffer ``name``."""
+        if (name, span.start) in self._own:
+            return self._own[name, span.start]
         flat = self._flat(name, rows * self.vocab_size, min(self.max_rows, rows + rows // 4) * self.vocab_size, _FP32)
         return flat[span.start * rows : span.stop * rows].view(rows, -1)
 
@@ -58,8 +64,21 @@ class TileBuffers:
         """[rows, columns] for what lives no longer than a tile; contents undefined."""
         return self._flat(name, rows * columns, self.max_rows * self.columns, dtype).view(rows, columns)
 
-    def product(self, a: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-        """a @ weight.T into the fp32 tile ``out``."""
+    def logits(self, name: str, a: Tensor, weight: Tensor, span: slice) -> Tensor:
+        """a @ weight.T as the fp32 tile ``span`` of buffer ``name``."""
+        self._own.pop((name, span.start), None)
+        if is_fast(a, weight):
+            self._own[name, span.start] = tile = product(a, weight)
+            return tile
+        return self._product(a, weight, self.tile(name, len(a), span))
+
+    def product(self, a: Tensor, weight: Tensor, name: str) -> Tensor:
+        """a @ weight.T in fp32 for what lives no longer than a tile, in scratch ``name`` where it has a place to go."""
+        if is_fast(a, weight):
+            return product(a, weight)
+        return self._product(a, weight, self.scratch(name, len(a), len(weight)))
+
+    def _product(self, a: Tensor, weight: Tensor, out: Tensor) -> Tensor:
         if a.dtype == torch.float32:
             return torch.mm(a, weight.T, out=out)
         if a.is_cuda:
@@ -105,15 +124,17 @@ class TiledChunk:
     """The three walks; :meth:`run` is all that is called."""
 
     def __init__(self, inputs: HeadInputs, chunk: Chunk, buffers: TileBuffers) -> None:
-        self.inputs, self.chunk, self.buffers = inputs, chunk, buffers
-        self.rows = chunk.rows.stop - chunk.rows.start
-        self.positions = chunk.positions.stop - chunk.positions.start
         head, w2 = inputs.frozen.head_VD, inputs.w2_VM
-        self.hidden = inputs.hidden_RD[chunk.rows].to(head.dtype)
-        self.target = None if inputs.target_PD is None else inputs.target_PD[chunk.positions].to(head.dtype)
+        self.inputs, self.buffers, self.last = inputs, buffers, chunk.rows.stop - chunk.rows.start
+        self.hidden = _padded(inputs.hidden_RD[chunk.rows].to(head.dtype))
+        self.target = None if inputs.target_PD is None else _padded(inputs.target_PD[chunk.positions].to(head.dtype))
         self.latent = None
         if inputs.latent is not None and w2 is not None:
-            self.latent = inputs.latent[chunk.latent_span(inputs)].to(w2.dtype)
+            self.latent = _padded(inputs.latent[chunk.latent_span(inputs)].to(w2.dtype))
+        per_row = [_padded(part) for part in (chunk.local_r, chunk.label_r, chunk.weight_r)]  # padding weighs nothing
+        self.chunk = Chunk(chunk.positions, chunk.rows, *per_row)
+        self.rows = len(self.hidden)
+        self.positions = -(-(chunk.positions.stop - chunk.positions.start) // _GRAIN) * _GRAIN
         self.draft_exp = _Exponentials(self.rows, buffers)
         self.target_exp = _Exponentials(self.positions, buffers)
         self.reference = torch.zeros(self.rows, 1, device=buffers.device)
@@ -137,7 +158,8 @@ class TiledChunk:
         sums = torch.stack(
             [(self.chunk.weight_r * term).sum() for term in (log_total + behind, soft_ce, self.distance)]
         )
-        return ChunkTerms(sums, None if self.target is None else 1.0 - 0.5 * self.distance, (behind == 0).float())
+        accept = None if self.target is None else 1.0 - 0.5 * self.distance[: self.last]
+        return ChunkTerms(sums, accept, (behind[: self.last] == 0).float())
 
     def _at_label(self, span: slice) -> tuple[Tensor, Tensor]:
         """(each row's label as a column of the tile, whether it stands there)."""
@@ -149,17 +171,17 @@ class TiledChunk:
         """The first walk. Logits count from the first tile's maximum where <q, logits> is wanted: a smaller sum."""
         buffers, frozen, w2, soft = self.buffers, self.inputs.frozen, self.inputs.w2_VM, self.inputs.weights.soft_ce
         head, cap = frozen.head_VD[span], frozen.softcap
-        draft = buffers.product(self.hidden, head, buffers.tile("draft", self.rows, span))
+        draft = buffers.logits("draft", self.hidden, head, span)
         if cap is not None:
             _softcap_(draft, cap, buffers.tile("slope", self.rows, span) if keep_slope else None)
         if self.latent is not None and w2 is not None:
-            bias = buffers.product(self.latent, w2[span], buffers.scratch("bias", len(self.latent), len(head)))
+            bias = buffers.product(self.latent, w2[span], "bias")
             draft += bias if self.inputs.latent_per_row else buffers.spread(bias, self.chunk.local_r)
         if soft:
             self.reference = draft.amax(dim=-1, keepdim=True) if span.start == 0 else self.reference
             draft.sub_(self.reference)
         if self.target is not None:
-            target = buffers.product(self.target, head, buffers.tile("target", self.positions, span))
+            target = buffers.logits("target", self.target, head, span)
             if cap is not None:
                 _softcap_(target, cap, None)
             shrink = self.target_exp.add_(target)
@@ -206,9 +228,10 @@ class TiledChunk:
             if inputs.frozen.softcap is not None:
                 gradient.mul_(buffers.tile("slope", self.rows, span))
             add_product(d_hidden, buffers.cast(gradient, head.dtype), head[span])
-        gradients.hidden_RD[chunk.rows] = d_hidden.to(gradients.hidden_RD.dtype)
+        gradients.hidden_RD[chunk.rows] = d_hidden[: self.last].to(gradients.hidden_RD.dtype)
         if gradients.latent is not None and d_latent is not None:
-            gradients.latent[chunk.latent_span(inputs)] = d_latent.to(gradients.latent.dtype)
+            whole = gradients.latent[chunk.latent_span(inputs)]
+            whole.copy_(d_latent[: len(whole)])
 
     def _gradient(self, span: slice) -> Tensor:
         """d(combined)/d(logits) of a tile [r, w], in place of p."""
@@ -230,6 +253,12 @@ class TiledChunk:
             here = torch.where(inside, -weights.ce * self.chunk.weight_r, 0.0)
             p.scatter_add_(1, column, here[:, None])
         return p
+
+
+def _padded(x: Tensor) -> Tensor:
+    """``x`` [r, ..] with rows of zeros up to the next multiple of _GRAIN."""
+    missing = -len(x) % _GRAIN
+    return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 
 
 def _sizes(tile: Tensor) -> tuple[int, int]:
