@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -63,7 +64,7 @@ def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
     results.mkdir()
     (draft / "model.safetensors").write_bytes(b"weights")
     digest = sha256_file(draft / "model.safetensors")
-    identity = {"draft_sha256": digest, "confidence_threshold": threshold, "tasks": {}}
+    identity = {"draft_sha256": digest, "confidence_threshold": threshold, "tasks": {}, "seed": 7}
     (results / "run.json").write_text(json.dumps({"identity": identity}))
     rounds, lines = overconfident(400, 3), []
     for index in range(4):
@@ -77,25 +78,39 @@ def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
 def test_saved_and_used_only_with_the_weights_it_was_fitted_for(tmp_path: Path) -> None:
     draft, results = write_run(tmp_path)
     assert load_sts(draft) is None
-    saved = calibrate(draft, results, 1.0)
+    saved = calibrate(draft, [results], 1.0)
     assert load_sts(draft) == tuple(saved["temperatures"])
     assert saved["rounds"] == {"fitted": 200, "assessed": 200}
     (draft / "model.safetensors").write_bytes(b"other")
     with pytest.raises(EvaluationError, match="fitted for other weights"):
         load_sts(draft)
     with pytest.raises(EvaluationError, match="results of another draft"):
-        calibrate(draft, results, 1.0)
+        calibrate(draft, [results], 1.0)
+
+
+def test_several_runs_of_the_same_prompts_are_read_together(tmp_path: Path) -> None:
+    draft, results = write_run(tmp_path)
+    shutil.copytree(results, tmp_path / "again")
+    both = calibrate(draft, [results, tmp_path / "again"], 1.0)
+    assert both["rounds"] == {"fitted": 400, "assessed": 400}
+    assert both["seeds"] == [7, 7]
+    assert both["temperatures"] == calibrate(draft, [results], 1.0)["temperatures"]
+    other = json.loads((results / "run.json").read_text())
+    other["identity"]["tasks"] = {"t": "other"}
+    (tmp_path / "again" / "run.json").write_text(json.dumps(other))
+    with pytest.raises(EvaluationError, match=r"again.*other tasks"):
+        calibrate(draft, [results, tmp_path / "again"], 1.0)
 
 
 def test_unusable_results_are_named(tmp_path: Path) -> None:
     draft, results = write_run(tmp_path, threshold=0.5)
     with pytest.raises(EvaluationError, match="confidence_threshold"):
-        calibrate(draft, results, 1.0)
+        calibrate(draft, [results], 1.0)
     identity = json.loads((results / "run.json").read_text())
     identity["identity"]["confidence_threshold"] = 0.0
     (results / "run.json").write_text(json.dumps(identity))
     with pytest.raises(EvaluationError, match="no confidences at temperature 0"):
-        calibrate(draft, results, 0.0)
+        calibrate(draft, [results], 0.0)
 
 
 def test_a_perfect_head_measures_what_is_said_beside_it() -> None:

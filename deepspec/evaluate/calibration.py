@@ -1,8 +1,9 @@
 """Confidence against what happened: reliability, ECE, AUC, Brier; Sequential Temperature Scaling fitted and saved.
 
-``python -m deepspec.evaluate.calibration --draft D --results FOLDER`` reads the rounds of a finished evaluation that
-verified everything, fits one temperature a position on every other prompt, prints ECE before and after on the prompts
-in between, and saves ``sts.json`` into the draft folder, from where later evaluations take it.
+``python -m deepspec.evaluate.calibration --draft D --results FOLDER ...`` reads the rounds of finished evaluations that
+verified everything (of the same prompts, say, with other seeds), fits one temperature a position on every other prompt,
+prints ECE before and after on the prompts in between, and saves ``sts.json`` into the draft folder, from where later
+evaluations take it.
 
 Measured ECE is biased upwards: with finitely many samples even a perfect head misses the observed rates a little. What
 such a head would measure with the same predictions is reported beside it.
@@ -143,30 +144,36 @@ def mean_ece(rows: Sequence[dict[str, Any]], key: str = "ece") -> float:
     return float(np.mean([row[key] for row in rows if row["rounds"]]))
 
 
-def read_rounds(folder: Path, temperature: float) -> tuple[Rounds, Rounds]:
-    """The rounds of a results folder at one temperature: of the prompts at even places, and at odd ones.
+def read_rounds(folders: Sequence[Path], temperature: float) -> tuple[Rounds, Rounds]:
+    """The rounds of results folders at one temperature: of the prompts at even places, and at odd ones.
 
     Raises:
         EvaluationError: no such rounds, or a run that did not verify everything.
     """
-    identity = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
-    if identity["confidence_threshold"]:
-        raise EvaluationError(
-            "what a threshold cut was not verified", file=folder / "run.json", key="confidence_threshold",
-            found=identity["confidence_threshold"], wanted=0, remedy="evaluate once without a threshold",
-        )  # fmt: skip
     halves: tuple[list[tuple[list[float], int, int]], ...] = ([], [])
-    for row in RowLog(folder, "results").rows.values():
-        if row["temperature"] == temperature:
-            own = zip(row["confidence"], row["proposed"], row["accepted"], strict=True)
-            halves[row["index"] % 2].extend(one for one in own if one[0])
+    for folder in folders:
+        identity = _identity(folder)
+        if identity["confidence_threshold"]:
+            raise EvaluationError(
+                "what a threshold cut was not verified", file=folder / "run.json", key="confidence_threshold",
+                found=identity["confidence_threshold"], wanted=0, remedy="evaluate once without a threshold",
+            )  # fmt: skip
+        for row in RowLog(folder, "results").rows.values():
+            if row["temperature"] == temperature:
+                own = zip(row["confidence"], row["proposed"], row["accepted"], strict=True)
+                halves[row["index"] % 2].extend(one for one in own if one[0])
     if not halves[0] or not halves[1]:
         raise EvaluationError(
-            f"no confidences at temperature {temperature:g} in both halves", file=folder / "results.jsonl",
+            f"no confidences at temperature {temperature:g} in both halves", file=folders[0] / "results.jsonl",
             wanted="two prompts or more, decoded with a draft that has a confidence head",
         )  # fmt: skip
     even, odd = (Rounds(*(np.array(column) for column in zip(*half, strict=True))) for half in halves)
     return even, odd
+
+
+def _identity(folder: Path) -> dict[str, Any]:
+    identity: dict[str, Any] = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
+    return identity
 
 
 def load_sts(draft: Path) -> tuple[float, ...] | None:
@@ -184,23 +191,30 @@ def load_sts(draft: Path) -> tuple[float, ...] | None:
     return tuple(values["temperatures"])
 
 
-def calibrate(draft: Path, folder: Path, temperature: float) -> dict[str, Any]:
+def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[str, Any]:
     """Fit on even prompts, assess on odd ones, save ``sts.json``; returns its content.
 
     Raises:
-        EvaluationError: results of another draft, or without confidences.
+        EvaluationError: results of another draft, of other tasks than the first folder's (an even place of one could be
+            an odd one of the other), or without confidences.
     """
-    weights = weights_sha256(draft)
-    identity = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
-    if identity["draft_sha256"] != weights:
-        raise EvaluationError("results of another draft", file=folder / "run.json", wanted=f"those of {draft}")
-    even, odd = read_rounds(folder, temperature)
+    weights, tasks = weights_sha256(draft), _identity(folders[0])["tasks"]
+    for folder in folders:
+        identity = _identity(folder)
+        if identity["draft_sha256"] != weights:
+            raise EvaluationError("results of another draft", file=folder / "run.json", wanted=f"those of {draft}")
+        if identity["tasks"] != tasks:
+            raise EvaluationError(
+                "results of other tasks", file=folder / "run.json", key="tasks", found=identity["tasks"], wanted=tasks
+            )
+    even, odd = read_rounds(folders, temperature)
     temperatures = fit(even)
     result = {
         "temperatures": temperatures,
         "sampling_temperature": temperature,
         "draft_sha256": weights,
-        "tasks": identity["tasks"],
+        "tasks": tasks,
+        "seeds": [_identity(folder)["seed"] for folder in folders],
         "rounds": {"fitted": len(even.logits), "assessed": len(odd.logits)},
         "before": assess(odd, [1.0] * odd.slots),
         "after": assess(odd, temperatures),
@@ -228,7 +242,7 @@ def main() -> None:
     """Parse the arguments, fit and print."""
     parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate.calibration", description=__doc__)
     parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
-    parser.add_argument("--results", required=True, type=Path, help="folder of an evaluation of that draft")
+    parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
     parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of the rounds to use")
     given = parser.parse_args()
     print(markdown(calibrate(given.draft, given.results, given.temperature)))
