@@ -3,19 +3,23 @@
 PyTorch hands float32 products on a CPU to MKL, which uses half of the vector width of other makers' processors:
 110 against 250 GFLOP/s on one Zen 5 core. oneDNN comes with PyTorch, but by itself takes bfloat16 products alone.
 The operator called here is the one that ``torch.compile`` calls; where a PyTorch lacks it, nothing is lost but speed.
+The environment variable DEEPSPEC_PRODUCTS overrides: ``onednn`` for products of any size, ``torch`` for none.
 
 M, N rows of the factors, K what is summed over; R rows of a linear map, I its inputs, O its outputs.
 """
 
 from __future__ import annotations
 
+import os
+import sys
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-_LEAST = 1 << 22  # multiplications: smaller products gain little, and MKL rounds them half as much
+# multiplications: smaller products gain little, and MKL rounds them half as much
+_LEAST = {"onednn": 0, "torch": sys.maxsize}.get(os.environ.get("DEEPSPEC_PRODUCTS", ""), 1 << 22)
 _LEAST_ROWS = 4  # below, a product is bound by reading the matrix
 
 
