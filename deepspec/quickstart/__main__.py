@@ -13,7 +13,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m deepspec.quickstart", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     prompts = stages.add_parser("prompts", help="write training and held-out prompts")
-    prompts.add_argument("--train", type=int, default=1500, help="prompts to train on")
+    prompts.add_argument("--train", type=int, default=4000, help="prompts to train on")
     prompts.add_argument("--held-out", type=int, default=32, help="prompts to evaluate on")
     prompts.add_argument("--output", type=Path, required=True)
     target = stages.add_parser("target", help="train the tiny target")

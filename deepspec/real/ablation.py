@@ -20,6 +20,7 @@ RECIPE = recipe_of("dspark")
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 HELD_OUT = 256  # prompts
 BASE = "base"
+STEPS = 500  # of every variant: half of the quickstart's
 CURVE = (100, 200, 300, 400)  # optimizer steps of the base whose drafts are measured too
 DECODE = ("--batch-size", "16", "--no-plain")
 
@@ -84,7 +85,12 @@ def plan() -> list[Stage]:
 
 def _variant(name: str) -> list[Stage]:
     variant, run = VARIANTS[name], ROOT / name / "run"
-    overrides = (*variant.overrides, f"cache.level={variant.level}", f"data.cache=[{cache_of(variant.level)}]")
+    overrides = (
+        *variant.overrides,
+        f"train.max_steps={STEPS}",
+        f"cache.level={variant.level}",
+        f"data.cache=[{cache_of(variant.level)}]",
+    )
     overrides += (f"output={run}", *((f"train.keep_every={CURVE[0]}", "train.save_every=100") if name == BASE else ()))
     needs = () if variant.level == "lossless" else (f"recode {variant.level}",)
     training = train(f"train {name}", RECIPE, needs, processes=1, overrides=overrides)
