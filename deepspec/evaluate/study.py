@@ -244,6 +244,7 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
         "costs": {
             "table": {n: [list(map(float, part)) for part in pair] for n, pair in costs.table.items()},
             "saved": {n: list(map(float, part)) for n, part in costs.saved.items()},
+            "even": dict(costs.even),
         },
         "options": asdict(options),
         "sts": sts,
