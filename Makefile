@@ -10,7 +10,7 @@ TASKS ?= ../shared/eval
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, about 6 minutes on 2 cores"
-	@echo "make real        three drafts for SmolLM2-135M-Instruct, hours; make real SCALE=smoke  minutes"
+	@echo "make real        three drafts for SmolLM2-135M-Instruct, two hours; make real SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
 	@echo "make results     docs/results.md from what real and ablate have measured"
 	@echo "make serve-check the quickstart's drafts in a real engine (vLLM on CPU), compared with our decoding"
