@@ -80,8 +80,8 @@ class StepCosts:
         table: ``table[rows]`` is a pair of ascending arrays (tokens, seconds) with that many rows decoding together
             and all slots drafted.
         saved: ``saved[rows][d]`` are the seconds less when only d slots are drafted; empty: none.
-        even: ``even[rows]`` are the seconds less when every drafted token is verified, since rows of one length need no
-            unpacking; empty: none.
+        even: ``even[rows]`` are the seconds less when every drafted token is verified, since nothing is chosen and rows
+            of one length need no unpacking; empty: none.
     """
 
     table: Mapping[int, tuple[np.ndarray, np.ndarray]]
@@ -169,20 +169,29 @@ class Throughput:
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
-        even, everything = self._even and not self._looks, self.max_draft is None
+        even, learns = self._even and not self._looks, self.max_draft is None and (self._looks or not self._knows)
         self._rounds += 1
         if drafted == 0 or even:
             return np.full(rows, drafted, dtype=np.int64)
-        survival = _required(confidence).cumprod(axis=1)  # [R, K], falling along a row
+        survival, lengths = self.choose(_required(confidence))
+        if learns:
+            self._remember(survival, lengths)
+        return lengths
+
+    def choose(self, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Survival [R, K] of tokens with ``confidence`` [R, K], and how many of each row pay, [R]."""
+        rows, drafted = confidence.shape
+        survival = confidence.cumprod(axis=1)  # falling along a row
         order = np.argsort(-survival, axis=None, kind="stable")  # stable: on a tie the earlier token of a row is first
         committed = rows + np.concatenate(([0.0], survival.ravel()[order].cumsum()))  # one token a row comes anyway
         rate = committed / self._seconds(rows, drafted)
         falls = np.flatnonzero(rate[1:] < rate[:-1])
         admitted = order[: int(falls[0]) if len(falls) else len(order)]
-        lengths = np.bincount(admitted // drafted, minlength=rows).astype(np.int64)
-        if everything:
-            self._remember(survival, lengths)
-        return lengths
+        return survival, np.bincount(admitted // drafted, minlength=rows).astype(np.int64)
+
+    @property
+    def _knows(self) -> bool:
+        return sum(seen[0] for seen in self._seen) >= self._ENOUGH
 
     def _seconds(self, rows: int, drafted: int) -> np.ndarray:
         """Seconds of a round by admitted tokens [R * K + 1]; looked up once."""
@@ -203,7 +212,7 @@ class Throughput:
         self._seen.append((rows, committed, spent))
         while sum(seen[0] for seen in self._seen) - self._seen[0][0] >= self._ENOUGH:
             self._seen.popleft()
-        if sum(seen[0] for seen in self._seen) < self._ENOUGH:
+        if not self._knows:
             return
         rates = np.sum([seen[1] for seen in self._seen], axis=0) / np.sum([seen[2] for seen in self._seen], axis=0)
         even, width = np.unravel_index(int(np.argmax(rates)), rates.shape)

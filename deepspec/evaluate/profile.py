@@ -2,11 +2,13 @@
 
 One decoding run a concurrency, every round of it with another number of slots and other lengths, so that a slow moment
 of the machine spoils no single point of the table; then a convex, never falling function of the tokens is fitted to all
-rounds. The lengths of the rows differ, as the scheduler's do, or are all that was drafted, which costs less.
+rounds. The lengths of the rows differ, as the scheduler's do. Rounds that always verify all they draft are measured apart:
+they cost less, since rows of one length need no unpacking, and the same shapes come again and again.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,11 +16,11 @@ import numpy as np
 
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import Turn
-from deepspec.decoding.scheduler import Policy, StepCosts
+from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
 
 PASSES = 2  # over all concurrencies, so that a slow minute does not fall on one of them alone
 KNOTS = (0.25, 0.5, 0.75)  # where the fitted costs may bend, of the way from the fewest tokens to the most
-EVEN = 0.25  # share of the rounds that verify all that was drafted
+CHOICES = 100  # of the scheduler, to time it
 OUTLIER = 4.0  # rounds slower than the fit by so many median deviations are left out: another process ran
 
 
@@ -36,7 +38,7 @@ class Runs(Protocol):
 
 
 class Probe:
-    """Every round another number of drafted slots, and rows of other lengths: binomial with a share drawn anew, or all.
+    """Every round another number of drafted slots, and rows of other lengths: binomial with a share drawn anew.
 
     Args:
         slots: K; half of the rounds draft them all.
@@ -54,47 +56,63 @@ class Probe:
         """Random lengths, whatever the confidence."""
         fewer = self._random.random() < 0.5
         self.max_draft = int(self._random.integers(0, self._slots)) if fewer else None
-        share = 1.0 if self._random.random() < EVEN else self._random.random()
-        return self._random.binomial(drafted, share, size=rows).astype(np.int64)
+        return self._random.binomial(drafted, self._random.random(), size=rows).astype(np.int64)
 
 
 def profile(bench: Runs, concurrency: Sequence[int]) -> StepCosts:
     """Measure and fit the costs of a round at each concurrency."""
-    turns: dict[int, list[Turn]] = {c: [] for c in concurrency}
-    progress = Progress("profile of step costs", PASSES * len(turns), "turns")
+    ragged: dict[int, list[Turn]] = {c: [] for c in concurrency}
+    even: dict[int, list[Turn]] = {c: [] for c in concurrency}
+    progress = Progress("profile of step costs", PASSES * len(ragged), "turns")
     for attempt in range(PASSES):
-        for c in turns:
-            seen = bench.run(Probe(bench.slots, attempt), c, turns=120 + 360 // c, attempt=attempt)
-            turns[c] += seen
-            progress.add(1, len(seen))
+        for c in ragged:
+            ragged[c] += bench.run(Probe(bench.slots, attempt), c, turns=120 + 360 // c, attempt=attempt)
+            even[c] += bench.run(FixedLength(), c, turns=40 + 120 // c, attempt=attempt)
+            progress.add(1, len(ragged[c]) + len(even[c]))
     progress.finish()
-    table, saved, even = {}, {}, {}
-    for seen in turns.values():
+    table, saved, less = {}, {}, {}
+    for c, seen in ragged.items():
         rows = round(float(np.mean([turn.rows for turn in seen])))
-        table[rows], saved[rows], even[rows] = fit(seen, rows, bench.slots)
-    return StepCosts(table, saved, even)
+        table[rows], saved[rows] = fit(seen, rows, bench.slots)
+        costs = StepCosts(table, saved)
+        less[rows] = saving(costs, even[c]) + choosing(costs, rows, bench.slots)
+    return StepCosts(table, saved, less)
 
 
-def fit(turns: Sequence[Turn], rows: int, slots: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray, float]:
+def saving(costs: StepCosts, even: Sequence[Turn]) -> float:
+    """Seconds by which rounds that always verify all they draft undercut ``costs``; 0 where they do not."""
+    expected = [float(costs.seconds(turn.rows, np.array([turn.verified]), turn.drafted)[0]) for turn in even]
+    return max(0.0, float(np.median(np.array(expected) - np.array([turn.seconds for turn in even]))))
+
+
+def choosing(costs: StepCosts, rows: int, slots: int) -> float:
+    """Seconds that the scheduler itself takes to choose among the drafted tokens of ``rows`` rows."""
+    policy, spent = Throughput(costs), []
+    for confidence in np.random.default_rng(0).random((CHOICES, rows, slots)):
+        start = time.perf_counter()
+        policy.choose(confidence)
+        spent.append(time.perf_counter() - start)
+    return float(np.median(spent))
+
+
+def fit(turns: Sequence[Turn], rows: int, slots: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     """Least squares of a round's seconds, without outliers.
 
         seconds = base + convex, never falling part of the tokens - saving a slot left out - saving of no draft at all
-                  - saving where all that was drafted is verified
 
     The scheduler stops at the first token that does not pay. With convex costs and falling survival the rate has one
     peak, so that this is the best place to stop.
 
     Returns:
-        (tokens, seconds) at the knots with all slots drafted, the seconds saved by the number of slots [K + 1], and
-        those that rows of one length save.
+        (tokens, seconds) at the knots with all slots drafted, and the seconds saved by the number of slots [K + 1].
     """
     verified, drafted, seconds, own = (
         np.array([getattr(turn, key) for turn in turns], dtype=float) for key in _COLUMNS
     )
-    tokens, even = verified * (rows / own), verified == own * (1 + drafted)
+    tokens = verified * (rows / own)
     knots = rows * (1 + slots * np.array((0.0, *KNOTS)))
     bends = np.maximum(tokens[:, None] - knots, 0.0)
-    inputs = np.column_stack((bends, drafted - slots, -(drafted == 0).astype(float), -even.astype(float)))
+    inputs = np.column_stack((bends, drafted - slots, -(drafted == 0).astype(float)))
     kept = np.ones(len(turns), dtype=bool)
     for _ in range(3):
         base, weights = nonnegative_fit(inputs[kept], seconds[kept])
@@ -102,10 +120,10 @@ def fit(turns: Sequence[Turn], rows: int, slots: int) -> tuple[tuple[np.ndarray,
         kept = residual <= OUTLIER * np.median(np.abs(residual[kept])) + 1e-12
     grid = np.append(knots, rows * (1.0 + slots))
     fitted = base + np.maximum(grid[:, None] - knots, 0.0) @ weights[: len(knots)]
-    *_, slot, undrafted, together = map(float, weights)
+    *_, slot, undrafted = map(float, weights)
     saved = slot * (slots - np.arange(slots + 1.0))
     saved[0] += undrafted
-    return (grid, fitted), saved, together
+    return (grid, fitted), saved
 
 
 _COLUMNS = ("verified", "drafted", "seconds", "rows")
