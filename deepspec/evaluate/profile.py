@@ -2,7 +2,7 @@
 
 One decoding run a concurrency, every round of it with another number of slots and other lengths, so that a slow moment
 of the machine spoils no single point of the table; then a convex, never falling function of the tokens is fitted to all
-rounds. The lengths of the rows differ, as the scheduler's do. Rounds that always verify all they draft are measured apart:
+rounds. The lengths of the rows differ, as the scheduler's do. Rounds that verify all they draft are measured apart:
 they cost less, since rows of one length need no unpacking, and the same shapes come again and again.
 """
 
