@@ -153,7 +153,9 @@ class Throughput:
         # of rounds that chose among all slots: rows, and by (choosing, verifying all) and number of slots [2, K + 1]
         # tokens expected and seconds
         self._seen: deque[tuple[int, np.ndarray, np.ndarray]] = deque()
+        self._evidence = 0  # rows of these rounds
         self._curves: dict[tuple[int, int], np.ndarray] = {}
+        self._ways: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._rounds = 0
         self._width: int | None = None
         self._even = False
@@ -191,7 +193,7 @@ class Throughput:
 
     @property
     def _knows(self) -> bool:
-        return sum(seen[0] for seen in self._seen) >= self._ENOUGH
+        return self._evidence >= self._ENOUGH
 
     def _seconds(self, rows: int, drafted: int) -> np.ndarray:
         """Seconds of a round by admitted tokens [R * K + 1]; looked up once."""
@@ -200,18 +202,28 @@ class Throughput:
             self._curves[rows, drafted] = self.costs.seconds(rows, tokens, drafted)
         return self._curves[rows, drafted]
 
+    def _seconds_of_ways(self, rows: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
+        """Seconds by number of slots: choosing, by admitted tokens [K + 1, R * K + 1]; verifying all, [K + 1]."""
+        if rows not in self._ways:
+            tokens, widths = rows + np.arange(rows * slots + 1), range(slots + 1)
+            chosen = np.stack([self.costs.seconds(rows, tokens, width) for width in widths])
+            self._ways[rows] = chosen, np.array([self.costs.even_seconds(rows, width) for width in widths])
+        return self._ways[rows]
+
     def _remember(self, survival: np.ndarray, lengths: np.ndarray) -> None:
         """Add this round's tokens and seconds by number of slots, and choose what to do from now on."""
         rows, slots = survival.shape
+        chosen, even_K1 = self._seconds_of_ways(rows, slots)
         admitted = np.arange(slots) < lengths[:, None]
-        expected = np.stack(((survival * admitted).sum(axis=0), survival.sum(axis=0)))
-        committed = rows + np.pad(expected.cumsum(axis=1), ((0, 0), (1, 0)))
-        tokens = np.concatenate(([0], admitted.sum(axis=0).cumsum()))
-        chosen = [self._seconds(rows, width)[tokens[width]] for width in range(slots + 1)]
-        spent = np.array([chosen, [self.costs.even_seconds(rows, width) for width in range(slots + 1)]])
-        self._seen.append((rows, committed, spent))
-        while sum(seen[0] for seen in self._seen) - self._seen[0][0] >= self._ENOUGH:
-            self._seen.popleft()
+        committed = np.full((2, slots + 1), float(rows))
+        committed[0, 1:] += (survival * admitted).sum(axis=0).cumsum()
+        committed[1, 1:] += survival.sum(axis=0).cumsum()
+        tokens = np.zeros(slots + 1, dtype=np.int64)
+        admitted.sum(axis=0).cumsum(out=tokens[1:])
+        self._seen.append((rows, committed, np.stack((chosen[np.arange(slots + 1), tokens], even_K1))))
+        self._evidence += rows
+        while self._evidence - self._seen[0][0] >= self._ENOUGH:
+            self._evidence -= self._seen.popleft()[0]
         if not self._knows:
             return
         rates = np.sum([seen[1] for seen in self._seen], axis=0) / np.sum([seen[2] for seen in self._seen], axis=0)
