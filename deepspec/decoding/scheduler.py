@@ -135,9 +135,8 @@ class Throughput:
     """Algorithm 1 of the DSpark paper: admit tokens of all rows in order of survival while expected tokens/s rise.
 
     Slots that recent rounds would not have admitted are not drafted either. Where recent rounds say that choosing
-    gains less than rows of one length do, all that is drafted is verified. Every now and then all slots
-    are drafted and chosen from, to see whether that has changed. All this looks at earlier rounds only, so admission
-    stays causal.
+    gains less than rows of one length do, all that is drafted is verified. Every now and then all slots are drafted, to
+    see whether that has changed. All this looks at earlier rounds only, so admission stays causal.
 
     Args:
         costs: of this machine.
@@ -158,7 +157,7 @@ class Throughput:
         self._ways: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._rounds = 0
         self._width: int | None = None
-        self._even = False
+        self._even = bool(costs.even)  # until it knows better, where that is the cheaper way
 
     @property
     def max_draft(self) -> int | None:
@@ -171,14 +170,15 @@ class Throughput:
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
-        even, learns = self._even and not self._looks, self.max_draft is None and (self._looks or not self._knows)
+        even, learns = self._even, self.max_draft is None and (self._looks or not self._knows)
         self._rounds += 1
-        if drafted == 0 or even:
-            return np.full(rows, drafted, dtype=np.int64)
+        everything = np.full(rows, drafted, dtype=np.int64)
+        if drafted == 0 or (even and not learns):
+            return everything
         survival, lengths = self.choose(_required(confidence))
         if learns:
             self._remember(survival, lengths)
-        return lengths
+        return everything if even else lengths
 
     def choose(self, confidence: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Survival [R, K] of tokens with ``confidence`` [R, K], and how many of each row pay, [R]."""
