@@ -136,11 +136,11 @@ def test_where_rows_of_one_length_cost_less_all_is_verified() -> None:
     for even, wanted in ({2: 0.1}, [2, 2]), ({2: 1e-6}, [2, 1]), ({}, [2, 1]):
         policy = Throughput(StepCosts(table, {}, even))
         lengths = []
-        for _ in range(49):
+        for _ in range(160):
             assert policy.max_draft is None  # every slot pays
             lengths.append(policy.admit(sure, 2, 2).tolist())
-        assert lengths[:32] == [[2, 2] if even else [2, 1]] * 32  # 32 rounds of 2 rows are the first to make 64
-        assert lengths[32:] == [wanted] * 17
+        assert lengths[:125] == [[2, 2] if even else [2, 1]] * 125  # 32 rounds, every fourth, of 2 rows make 64
+        assert lengths[125:] == [wanted] * 35
 
 
 def test_costs_are_read_back_as_written(tmp_path) -> None:

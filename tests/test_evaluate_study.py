@@ -76,7 +76,8 @@ def made_up(scheduler: dict[int, float]) -> list[dict]:
     rows = []
     for load, rate in scheduler.items():
         own = {"attempts": [rate, rate, rate], "tokens_per_second": rate, "verified_per_request": 6 - load / 16}
-        rows.append({"concurrency": load, "policy": "fixed 3", "attempts": [100.0] * 3, "tokens_per_second": 100.0})
+        fixed = {"attempts": [100.0] * 3, "tokens_per_second": 100.0, "verified_per_request": 6.0}
+        rows.append({"concurrency": load, "policy": "fixed 3", **fixed})
         rows.append({"concurrency": load, "policy": SCHEDULER, **own})
     return rows
 
