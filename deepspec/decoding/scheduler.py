@@ -80,8 +80,8 @@ class StepCosts:
         table: ``table[rows]`` is a pair of ascending arrays (tokens, seconds) with that many rows decoding together
             and all slots drafted.
         saved: ``saved[rows][d]`` are the seconds less when only d slots are drafted; empty: none.
-        even: ``even[rows]`` are the seconds less when every drafted token is verified, since nothing is chosen and rows
-            of one length need no unpacking; empty: none.
+        even: ``even[rows]`` are the seconds less when all slots are drafted and verified, since nothing is chosen and
+            rows of one length need no unpacking; empty: none.
     """
 
     table: Mapping[int, tuple[np.ndarray, np.ndarray]]
@@ -150,12 +150,12 @@ class Throughput:
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs
-        # of rounds that chose among all slots: rows, and by (choosing, verifying all) and number of slots [2, K + 1]
-        # tokens expected and seconds
+        # of rounds that drafted all slots: rows, and by way (choosing among 0 .. K slots, verifying all) [K + 2] tokens
+        # expected and seconds
         self._seen: deque[tuple[int, np.ndarray, np.ndarray]] = deque()
         self._evidence = 0  # rows of these rounds
         self._curves: dict[tuple[int, int], np.ndarray] = {}
-        self._ways: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._ways: dict[int, tuple[np.ndarray, float]] = {}
         self._rounds = 0
         self._width: int | None = None
         self._even = bool(costs.even)  # until it knows better, where that is the cheaper way
@@ -204,34 +204,33 @@ class Throughput:
             self._curves[rows, drafted] = self.costs.seconds(rows, tokens, drafted)
         return self._curves[rows, drafted]
 
-    def _seconds_of_ways(self, rows: int, slots: int) -> tuple[np.ndarray, np.ndarray]:
-        """Seconds by number of slots: choosing, by admitted tokens [K + 1, R * K + 1]; verifying all, [K + 1]."""
+    def _seconds_of_ways(self, rows: int, slots: int) -> tuple[np.ndarray, float]:
+        """Seconds of choosing, by slots drafted and tokens admitted [K + 1, R * K + 1], and of verifying all."""
         if rows not in self._ways:
             tokens, widths = rows + np.arange(rows * slots + 1), range(slots + 1)
             chosen = np.stack([self.costs.seconds(rows, tokens, width) for width in widths])
-            self._ways[rows] = chosen, np.array([self.costs.even_seconds(rows, width) for width in widths])
+            self._ways[rows] = chosen, self.costs.even_seconds(rows, slots)
         return self._ways[rows]
 
     def _remember(self, survival: np.ndarray, lengths: np.ndarray) -> None:
         """Add this round's tokens and seconds by number of slots, and choose what to do from now on."""
         rows, slots = survival.shape
-        chosen, even_K1 = self._seconds_of_ways(rows, slots)
+        chosen, even = self._seconds_of_ways(rows, slots)
         admitted = np.arange(slots) < lengths[:, None]
-        committed = np.full((2, slots + 1), float(rows))
-        committed[0, 1:] += (survival * admitted).sum(axis=0).cumsum()
-        committed[1, 1:] += survival.sum(axis=0).cumsum()
-        tokens = np.zeros(slots + 1, dtype=np.int64)
+        committed, tokens = np.full(slots + 2, float(rows)), np.zeros(slots + 1, dtype=np.int64)
+        committed[1:-1] += (survival * admitted).sum(axis=0).cumsum()
+        committed[-1] += survival.sum()
         admitted.sum(axis=0).cumsum(out=tokens[1:])
-        self._seen.append((rows, committed, np.stack((chosen[np.arange(slots + 1), tokens], even_K1))))
+        self._seen.append((rows, committed, np.append(chosen[np.arange(slots + 1), tokens], even)))
         self._evidence += rows
         while self._evidence - self._seen[0][0] >= self._ENOUGH:
             self._evidence -= self._seen.popleft()[0]
         if not self._knows:
             return
         rates = np.sum([seen[1] for seen in self._seen], axis=0) / np.sum([seen[2] for seen in self._seen], axis=0)
-        even, width = np.unravel_index(int(np.argmax(rates)), rates.shape)
-        gains = rates[even, width] > self._GAIN * rates[0, -1]
-        self._even, self._width = bool(gains and even), int(width) if gains and width < slots else None
+        best = int(np.argmax(rates))
+        gains = bool(rates[best] > self._GAIN * rates[slots])
+        self._even, self._width = gains and best > slots, best if gains and best < slots else None
 
 
 def admit_plain(survival: np.ndarray, costs: StepCosts) -> np.ndarray:

@@ -75,12 +75,22 @@ def plan() -> list[Stage]:
     for step in CURVE:
         checkpoint = ROOT / BASE / "run" / "checkpoints" / f"step_{step}"
         stages += _measured(f"step-{step}", checkpoint, f"train {BASE}", "[0.0]")
-    draft, results = ROOT / BASE / "draft", ROOT / BASE / "results"
-    fit = (PYTHON, "-m", "deepspec.evaluate.calibration", "--draft", str(draft), "--results", str(results))
-    stages.append(Stage("sts", fit, draft / "sts.json", (f"evaluate {BASE}",)))
+    return [*stages, *_confidence()]
+
+
+def _confidence() -> list[Stage]:
+    """The base's confidence scaled at T=1, and the scheduler over a copy of it that is scaled for greedy decoding."""
+    draft, greedy, measured = ROOT / BASE / "draft", ROOT / "greedy-draft", (f"evaluate {BASE}",)
+    fit = (PYTHON, "-m", "deepspec.evaluate.calibration", "--results", str(ROOT / BASE / "results"))
     study: Names = (PYTHON, "-m", "deepspec.evaluate", "--study", "scheduler", "--target", str(QUICKSTART / "target"))
-    study += ("--draft", str(draft), "--tasks", str(PROMPTS), "--temperature", "0", "--max-new-tokens", "96")
-    return [*stages, Stage("scheduler", (*study, "--output", str(STUDY.parent)), STUDY, ("sts", "prompts"))]
+    study += ("--draft", str(greedy), "--tasks", str(PROMPTS), "--temperature", "0", "--max-new-tokens", "96")
+    return [
+        Stage("sts", (*fit, "--draft", str(draft), "--temperature", "1"), draft / "sts.json", measured),
+        export("export greedy", ROOT / BASE / "run", greedy, (f"train {BASE}",)),
+        Stage("sts greedy", (*fit, "--draft", str(greedy), "--temperature", "0"), greedy / "sts.json",
+              (*measured, "export greedy")),
+        Stage("scheduler", (*study, "--output", str(STUDY.parent)), STUDY, ("sts greedy", "prompts")),
+    ]  # fmt: skip
 
 
 def _variant(name: str) -> list[Stage]:
