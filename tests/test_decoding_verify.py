@@ -136,11 +136,11 @@ def test_where_rows_of_one_length_cost_less_all_is_verified() -> None:
     for even, wanted in ({2: 0.1}, [2, 2]), ({2: 1e-6}, [2, 1]), ({}, [2, 1]):
         policy = Throughput(StepCosts(table, {}, even))
         lengths = []
-        for _ in range(160):
+        for _ in range(300):
             assert policy.max_draft is None  # every slot pays
             lengths.append(policy.admit(sure, 2, 2).tolist())
-        assert lengths[:125] == [[2, 2] if even else [2, 1]] * 125  # 32 rounds, every fourth, of 2 rows make 64
-        assert lengths[125:] == [wanted] * 35
+        assert lengths[:249] == [[2, 2] if even else [2, 1]] * 249  # 32 rounds, every eighth, of 2 rows make 64
+        assert lengths[249:] == [wanted] * 51
 
 
 def test_costs_are_read_back_as_written(tmp_path) -> None:

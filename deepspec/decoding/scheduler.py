@@ -142,9 +142,8 @@ class Throughput:
         costs: of this machine.
     """
 
-    needs_confidence = True
     _EVERY = 16  # rounds between two that draft all slots
-    _PAUSE = 4  # rounds between two that learn while all is verified: only to learn, choosing costs time
+    _PAUSE = 8  # rounds between two that learn while all is verified: only to learn, choosing costs time
     _ENOUGH = 64  # drafts of rows, from as many of the latter as that takes, to tell how many slots pay
     _GAIN = 1.01  # another way than choosing among all slots must promise more tokens per second than this
 
@@ -166,13 +165,22 @@ class Throughput:
         return None if self._looks else self._width
 
     @property
+    def needs_confidence(self) -> bool:
+        """Not where everything is verified and nothing learned."""
+        return not self._even or self._learns
+
+    @property
     def _looks(self) -> bool:
         return self._rounds % self._EVERY == 0
 
+    @property
+    def _learns(self) -> bool:
+        wants = self._looks or not self._knows
+        return wants and self.max_draft is None and (not self._even or self._rounds % self._PAUSE == 0)
+
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """One pass over all rows' tokens, likeliest first; stops at the first that lowers tokens per second."""
-        even, learns = self._even, self.max_draft is None and (self._looks or not self._knows)
-        learns = learns and (not even or self._rounds % self._PAUSE == 0)
+        even, learns = self._even, self._learns
         self._rounds += 1
         everything = np.full(rows, drafted, dtype=np.int64)
         if drafted == 0 or (even and not learns):
