@@ -102,9 +102,7 @@ def test_round_trip_gives_equal_weights_config_and_logits(
     _, found = import_draft(tmp_path / "out", tmp_path / "back", format_name)
     back = load_draft(tmp_path / "back", target)
     written, kept = read_weights(ours), read_weights(tmp_path / "back")
-    if (
-        model.config.draft_vocab_size and format_name != "deepspec"
-    ):  # engines hold 20 rows of the head; the target has all
+    if model.config.draft_vocab_size and format_name != "deepspec":  # engines hold 20 rows of the head
         written = {name: tensor for name, tensor in written.items() if name not in FROZEN}
     assert found == format_name
     assert sorted(kept) == sorted(written)
@@ -148,9 +146,8 @@ def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, k
     state = load_file(tmp_path / "out" / "model.safetensors")
     renamed = {n if n in ("d2t", "t2d", "lm_head.weight") else f"model.{n}": t for n, t in state.items()}
     save_file(renamed, tmp_path / "out" / "model.safetensors")
-    origin = (
-        format_name if kind in ("dflash", "dspark", "dspark-reduced") else "auto"
-    )  # flat DSpark is the released one
+    flat = kind in ("dflash", "dspark", "dspark-reduced")  # the released layout of DSpark, too
+    origin = format_name if flat else "auto"
     with pytest.raises(DraftError, match=r"num_target_layers.*--target|ttt_length.*--max-draft"):
         import_draft(tmp_path / "out", tmp_path / "back", origin)
     length = model.config.max_draft if "eagle3" in kind else None

@@ -186,11 +186,11 @@ class DraftModel(nn.Module):
     @property
     def head(self) -> FrozenHead:
         """The target's head over the draft's vocabulary."""
-        whole, kept = self.frozen, self.kept_tokens
-        if kept is None:
+        whole = self.frozen
+        if self.config.draft_vocab_size is None:
             return whole
         if self._reduced is None or self._reduced[0] is not whole:
-            self._reduced = whole, whole.reduced(kept)
+            self._reduced = whole, whole.reduced(self.kept_tokens)
         return self._reduced[1]
 
     def draft_ids(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:

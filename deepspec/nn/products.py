@@ -39,7 +39,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def is_fast(a: Tensor, b: Tensor) -> bool:
     """Whether ``a @ b.T`` goes to oneDNN."""
-    fitting = a.dtype == b.dtype == torch.float32 and not a.is_cuda and a.device.type == b.device.type == "cpu"
+    fitting = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
     enough = a.numel() * len(b) >= _LEAST and a.numel() >= _LEAST_ROWS * a.shape[-1]
     return fitting and enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,12 @@ class Target:
 
 def cache_keyword(model: nn.Module) -> str:
     """What ``forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
-    return "cache" if "cache" in signature(type(model).forward).parameters else "past_key_values"
+    return _cache_keyword(type(model))
+
+
+@cache
+def _cache_keyword(kind: type[nn.Module]) -> str:  # every forward asks
+    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
