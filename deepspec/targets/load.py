@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from inspect import signature
@@ -241,12 +241,12 @@ class Target:
 
 def cache_keyword(model: nn.Module) -> str:
     """What ``forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
-    return _cache_keyword(type(model))
+    return _cache_keyword(type(model).forward)
 
 
 @cache
-def _cache_keyword(kind: type[nn.Module]) -> str:  # every forward asks
-    return "cache" if "cache" in signature(kind.forward).parameters else "past_key_values"
+def _cache_keyword(forward: Callable[..., Any]) -> str:  # every forward of the target asks
+    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
 def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
