@@ -7,6 +7,7 @@ carries the resolved recipe beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -18,6 +19,11 @@ from deepspec import registry
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import sha256_json, write_text
 from deepspec.sections import parse_section, relocate, section_to_dict
+
+log = logging.getLogger(__name__)
+RETIRED = {  # keys of earlier releases, and why they mean nothing today
+    ("train", "bucket_batches"): "a step's samples are a random draw, whatever their lengths",
+}
 
 
 def _require(condition: bool, key: str, found: object, wanted: str, problem: str = "value out of range") -> None:
@@ -135,7 +141,8 @@ class TrainSection:
     deepspeed: str = "deepspeed_configs/zero1_bf16.json"  # sharding, offload and precision
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; stops the run earlier, the schedule ends there
-    micro_batch: int = 1  # samples per process and forward
+    micro_batch: int = 1  # samples per process and forward, where `micro_tokens` is null
+    micro_tokens: int | None = None  # tokens per process and forward, padding included; balanced over the processes
     global_batch: int = 512  # samples per optimizer step, whatever the number of processes
     init: Literal["random", "target"] = "random"  # target: the layers start as copies of the target's last ones
     lr: float = 6.0e-4
@@ -144,7 +151,6 @@ class TrainSection:
     eps: float = 1.0e-8
     warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
     grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
-    bucket_batches: int = 50  # length bucketing inside windows of this many optimizer steps; 0 = off
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step
@@ -169,15 +175,15 @@ class TrainSection:
             "online_micro_batch",
         ):
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
-        for name in ("max_steps", "keep_every"):
+        for name in ("max_steps", "keep_every", "micro_tokens"):
             value = getattr(self, name)
             _require(value is None or value > 0, name, value, "1 or more, or null")
-        for name in ("weight_decay", "grad_clip", "bucket_batches", "workers"):
+        for name in ("weight_decay", "grad_clip", "workers"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "a share in [0, 1)")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two in [0, 1)")
-        if self.global_batch % self.micro_batch:
+        if self.micro_tokens is None and self.global_batch % self.micro_batch:
             wanted = f"a multiple of train.micro_batch ({self.micro_batch})"
             raise RecipeError("global batch not divisible", key="global_batch", found=self.global_batch, wanted=wanted)
         if self.keep_best and self.validation is None:
@@ -293,12 +299,12 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain values (what :meth:`Recipe.to_dict` gives).
+    """A recipe from plain values (what :meth:`Recipe.to_dict` gives, or gave in an earlier release).
 
     Raises:
         RecipeError: as :func:`load_recipe`, without a file name.
     """
-    file = parse_section(_File, values, "")
+    file = parse_section(_File, _without_retired(values), "")
     if file.algorithm not in registry.ALGORITHMS:
         remedy = nearest(file.algorithm, registry.ALGORITHMS)
         raise RecipeError("unknown algorithm", key="algorithm", found=file.algorithm, remedy=remedy)
@@ -312,6 +318,16 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
         output=file.output or f"runs/{file.name}",
         **sections,
     )
+
+
+def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without keys that an earlier release had, each named in the log."""
+    kept = dict(values)
+    for (section, key), why in RETIRED.items():
+        if isinstance(kept.get(section), Mapping) and key in kept[section]:
+            kept[section] = {name: value for name, value in kept[section].items() if name != key}
+            log.warning("recipe key %s.%s is ignored: %s", section, key, why)
+    return kept
 
 
 def _parse_draft(algorithm: str, section: Mapping[str, Any], layers: tuple[int, ...], spec: Any) -> Any:

@@ -47,9 +47,9 @@ def train(recipe: Path, world: World, *overrides: str, profile: bool = False) ->
 
 def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path, target: Path, world: World) -> None:
     trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=6, save_every=1), world)
-    numbers = trainer.feeder.plan.step(2).micro_batches.flatten()
+    numbers = trainer.feeder.plan.step(2).samples
     bad = int(numbers[1])
-    first = next(s for s in range(6) if bad in trainer.feeder.plan.step(s).micro_batches)
+    first = next(s for s in range(6) if bad in trainer.feeder.plan.step(s).samples)
     trainer.feeder.source.samples[bad].features[:] = float("nan")  # type: ignore[attr-defined]
     with pytest.raises(NonFiniteLoss, match=rf"optimizer step {first + 1}, sample ids \[{100 + bad}\]"):
         trainer.run(0)
@@ -95,10 +95,9 @@ def test_nothing_depends_on_workers_or_checkpointed_activations(
 
 def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, target: Path, world: World) -> None:
     losses = []
-    for micro in (1, 2, 4):
-        recipe = tools.write_recipe(
-            tmp_path / str(micro), target, max_steps=6, micro_batch=micro, bucket_batches=0, lr=1e-3
-        )
+    cuts = [{"micro_batch": size} for size in (1, 2, 4)] + [{"micro_tokens": tokens} for tokens in (1, 40, 70, 10_000)]
+    for number, cut in enumerate(cuts):
+        recipe = tools.write_recipe(tmp_path / str(number), target, max_steps=6, lr=1e-3, **cut)
         losses.append([row["loss"] for row in train(recipe, world)])
     for other in losses[1:]:
         assert other == pytest.approx(losses[0], abs=2e-5)
@@ -113,7 +112,7 @@ def test_a_gradient_is_that_of_one_large_batch(tmp_path: Path, target: Path, wor
     plain = algorithm.build(trainer.recipe.draft, run.load_spec(str(target)), trainer.recipe.seed)
     frozen = model.frozen  # type: ignore[attr-defined]
     plain.attach(frozen.embed_VD, frozen.head_VD)
-    batch = trainer.feeder.batch(plan.micro_batches.flatten().tolist(), 0)
+    batch = trainer.feeder.batch(plan.samples.tolist(), 0)
     loss = plain(batch).loss()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])

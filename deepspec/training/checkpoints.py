@@ -21,14 +21,25 @@ from deepspec.files import sync_folder, write_json
 from deepspec.recipe import Recipe, TrainSection, recipe_from_dict
 
 HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
-    f"train.{key}" for key in ("lr", "weight_decay", "betas", "eps", "warmup_ratio", "grad_clip", "epochs", "max_steps")
+    f"train.{key}"
+    for key in (
+        "lr",
+        "weight_decay",
+        "betas",
+        "eps",
+        "warmup_ratio",
+        "grad_clip",
+        "epochs",
+        "max_steps",
+        "bucket_batches",
+    )
 )
 FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
     *("name", "output", "evaluate", "regenerate", "cache", "target.path", "target.revision", "target.family"),
     *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source"),
     *(f"train.{key}" for key in ("deepspeed", "log_every", "save_every", "keep_last", "keep_every", "keep_best")),
     *(f"train.{key}" for key in ("workers", "tensorboard", "wandb_project", "online_micro_batch", "validation")),
-    *(f"train.{key}" for key in ("activation_checkpointing", "compile")),
+    *(f"train.{key}" for key in ("activation_checkpointing", "compile", "micro_batch", "micro_tokens")),
 )
 
 

@@ -92,6 +92,10 @@ class Engine:
             self.engine.clip_fp32_gradients = self._clip
         self.control = dist.new_group(backend="gloo")  # host-side agreement without a device synchronisation
 
+    def begin_micro_batch(self, last: bool) -> None:
+        """Say whether this micro-batch is the step's last: steps may differ in their number (`train.micro_tokens`)."""
+        self.engine.set_gradient_accumulation_boundary(last)
+
     def forward(self, batch: Batch) -> LossTerms:
         """The loss terms of a micro-batch, which is moved to the device and the model's dtype (its masks stay)."""
         moved = replace(batch.to(self.device, self.dtype), supervision=batch.supervision)
@@ -101,8 +105,8 @@ class Engine:
     def backward(self, terms: LossTerms, step_weight: float) -> Tensor:
         """Add the micro-batch's share of the step's gradient; returns its share of the step's loss (detached scalar).
 
-        DeepSpeed averages over ranks and accumulation steps; the loss of a step is a sum over both, divided by the
-        weight of the whole step, so that it does not depend on how the step was cut.
+        DeepSpeed averages over ranks and divides by the accumulation steps of its configuration; the loss of a step is
+        a sum over ranks and micro-batches, divided by the weight of the whole step: it does not depend on the cut.
         """
         share = terms.weighted_sum() / step_weight
         self.engine.backward(share * (self.world.size * self.accumulation))

@@ -12,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from deepspec.batch import Batch, Supervision
@@ -27,6 +28,7 @@ class Step:
     number: int
     epoch: int
     weight: torch.Tensor  # scalar fp64: this rank's share of the step's loss weight
+    count: int  # of its micro-batches, the same on every rank
     batches: Iterator[Batch] = field(repr=False)
 
 
@@ -59,14 +61,15 @@ class Feeder:
         self.workers = workers if source.reads_ahead else 0
         self.wait_seconds = 0.0  # time that the step spent waiting for data, to be read and reset by the loop
 
-    def _weigh(self, step: StepPlan) -> torch.Tensor:
+    def _weigh(self, step: StepPlan) -> tuple[torch.Tensor, int]:
+        """This rank's share of the step's loss weight, and the number of its micro-batches."""
         share = step.share(self.world.rank, self.world.size)
-        self.source.announce(share.flatten().tolist())
+        self.source.announce(np.concatenate(share).tolist())
         weights = [
             self.loss_weight(supervision(self.source, numbers.tolist(), self.seed, step.epoch)).double()
             for numbers in share
         ]
-        return torch.stack(weights).sum()
+        return torch.stack(weights).sum(), len(share)
 
     def batch(self, numbers: list[int], epoch: int) -> Batch:
         """One micro-batch, read now."""
@@ -108,12 +111,11 @@ class Feeder:
     def steps(self, start: int, stop: int) -> Iterator[Step]:
         """The steps in order; each one's batches must be consumed before the next step is taken."""
         results = self._results(start, stop)
-        micro_batches = self.plan.global_batch // self.plan.micro_batch // self.world.size
         try:
             for number in range(start, stop):
-                weight = next(results)
-                batches = (next(results) for _ in range(micro_batches))
-                yield Step(number, number // self.plan.steps_per_epoch, weight, batches)
+                weight, count = next(results)
+                batches = (next(results) for _ in range(count))
+                yield Step(number, number // self.plan.steps_per_epoch, weight, count, batches)
         finally:
             results.close()  # type: ignore[attr-defined]
 

@@ -92,7 +92,8 @@ class Trainer:
 
     def _optimize(self, step: Step, weight: float) -> None:
         lr = self.train.lr * lr_factor(step.number, self.total_steps, self.train.warmup_ratio)
-        for batch in step.batches:
+        for number, batch in enumerate(step.batches):
+            self.engine.begin_micro_batch(last=number + 1 == step.count)
             terms = self.engine.forward(batch)
             share = self.engine.backward(terms, max(weight, 1e-12))
             self.engine.step(lr)

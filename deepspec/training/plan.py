@@ -1,12 +1,9 @@
 """The plan of a run: which samples make optimizer step s, in which micro-batches.
 
-A pure function of (seed, epoch, sample lengths, global batch, micro batch, bucketing, cache weights). Ranks,
-accumulation steps and workers only cut its lists, so the same samples meet in the same step whatever the machine, and a
-resumed run needs nothing but its step number.
-
-Length bucketing: the epoch is shuffled and cut into windows of ``bucket_batches`` steps; inside a window samples are
-sorted by length into micro-batches of near-equal length, and the micro-batches are shuffled over the window's steps. A
-step therefore still mixes all lengths.
+A pure function of (seed, epoch, sample lengths, global batch, cache weights). A step's samples are an unbiased draw:
+their lengths say nothing about which step they come in. Lengths only decide how a step's own samples are cut into
+micro-batches (by count, or by a budget of tokens) and dealt to ranks; the loss of a step does not depend on the cut. So
+the same samples meet in the same step whatever the machine, and a resumed run needs nothing but its step number.
 """
 
 from __future__ import annotations
@@ -25,14 +22,30 @@ class StepPlan:
     """One optimizer step."""
 
     epoch: int
-    micro_batches: np.ndarray  # [global_batch / micro_batch, micro_batch] int64 sample numbers
+    samples: np.ndarray  # [global_batch] int64 sample numbers, the longest first
+    lengths: np.ndarray  # [global_batch] int64, their tokens
+    micro_batch: int  # samples of a micro-batch, where `micro_tokens` is None
+    micro_tokens: int | None  # tokens of a micro-batch, padding included
 
-    def share(self, rank: int, world_size: int) -> np.ndarray:
-        """[accumulation, micro_batch]: the micro-batches of one rank.
+    def micro_batches(self, world_size: int) -> list[np.ndarray]:
+        """The step's samples in micro-batches of neighbours in length; their number is a multiple of ``world_size``."""
+        if self.micro_tokens is None:
+            edges = list(range(0, len(self.samples), self.micro_batch))
+        else:
+            edges = balanced_edges(self.lengths, self.micro_tokens, world_size)
+        return np.split(self.samples, edges[1:])
+
+    def share(self, rank: int, world_size: int) -> list[np.ndarray]:
+        """The micro-batches of one rank, as many as every other rank's.
 
         Neighbours in length run at the same time on different ranks, so that no rank waits long for another.
         """
-        return self.micro_batches.reshape(-1, world_size, self.micro_batches.shape[1])[:, rank]
+        return self.micro_batches(world_size)[rank::world_size]
+
+    def padded_tokens(self, world_size: int = 1) -> int:
+        """Tokens that the step computes, padding included."""
+        edges = np.cumsum([0, *(len(numbers) for numbers in self.micro_batches(world_size))])
+        return int((self.lengths[edges[:-1]] * np.diff(edges)).sum())
 
 
 class Plan:
@@ -44,7 +57,7 @@ class Plan:
         seed: of the recipe.
         global_batch: samples per step.
         micro_batch: samples per micro-batch.
-        bucket_batches: steps per bucketing window; 0 = no bucketing.
+        micro_tokens: tokens per micro-batch, padding included, instead of ``micro_batch``; a longer sample runs alone.
         group_weights: share of each group in an epoch; None: by its size.
 
     Raises:
@@ -58,12 +71,12 @@ class Plan:
         *,
         seed: int,
         global_batch: int,
-        micro_batch: int,
-        bucket_batches: int,
+        micro_batch: int = 1,
+        micro_tokens: int | None = None,
         group_weights: Sequence[float] | None = None,
     ) -> None:
         self.lengths, self.group_sizes, self.seed = np.asarray(lengths), tuple(group_sizes), seed
-        self.global_batch, self.micro_batch, self.bucket_batches = global_batch, micro_batch, bucket_batches
+        self.global_batch, self.micro_batch, self.micro_tokens = global_batch, micro_batch, micro_tokens
         self.group_weights = tuple(group_weights or group_sizes)
         self.steps_per_epoch = len(self.lengths) // global_batch
         if self.steps_per_epoch == 0:
@@ -73,15 +86,18 @@ class Plan:
                 wanted=f"at least train.global_batch = {global_batch}",
                 remedy="add conversations, or lower train.global_batch",
             )
-        self._epoch = lru_cache(maxsize=2)(self._plan_epoch)
+        self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def step(self, number: int) -> StepPlan:
         """Optimizer step ``number`` (0-based over the whole run)."""
         epoch, inside = divmod(number, self.steps_per_epoch)
-        return StepPlan(epoch, self._epoch(epoch)[inside])
+        drawn = self._epoch(epoch)[inside * self.global_batch :][: self.global_batch]
+        samples = drawn[np.argsort(-self.lengths[drawn], kind="stable")]
+        return StepPlan(epoch, samples, self.lengths[samples], self.micro_batch, self.micro_tokens)
 
-    def _draw(self, epoch: int, random: np.random.Generator) -> np.ndarray:
+    def _draw(self, epoch: int) -> np.ndarray:
         """The epoch's sample numbers in random order; no sample of a group repeats before all of them came."""
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         total = len(self.lengths)
         weights = np.asarray(self.group_weights, dtype=np.float64)
         edges = np.rint(np.cumsum(weights) / weights.sum() * total).astype(np.int64)
@@ -94,28 +110,41 @@ class Plan:
             start += size
         return random.permutation(np.concatenate(drawn).astype(np.int64))
 
-    def _plan_epoch(self, epoch: int) -> np.ndarray:
-        """[steps_per_epoch, global_batch / micro_batch, micro_batch]"""
-        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        samples = self._draw(epoch, random)[: self.steps_per_epoch * self.global_batch]
-        per_step = self.global_batch // self.micro_batch
-        if not self.bucket_batches:
-            return samples.reshape(self.steps_per_epoch, per_step, self.micro_batch)
-        window = self.bucket_batches * self.global_batch
-        parts = [self._bucket(samples[i : i + window], random) for i in range(0, len(samples), window)]
-        return np.concatenate(parts).reshape(self.steps_per_epoch, per_step, self.micro_batch)
-
-    def _bucket(self, window: np.ndarray, random: np.random.Generator) -> np.ndarray:
-        by_length = window[np.argsort(self.lengths[window], kind="stable")].reshape(-1, self.micro_batch)
-        steps = random.permutation(by_length).reshape(-1, self.global_batch // self.micro_batch, self.micro_batch)
-        longest_first = np.argsort(-self.lengths[steps].max(axis=2), axis=1, kind="stable")
-        return np.take_along_axis(steps, longest_first[:, :, None], axis=1)
-
-    def padding_share(self, steps: int) -> float:
+    def padding_share(self, steps: int, world_size: int = 1) -> float:
         """Share of padding in all tokens computed over the first ``steps`` steps."""
-        real = padded = 0
-        for number in range(steps):
-            lengths = self.lengths[self.step(number).micro_batches]
-            real += int(lengths.sum())
-            padded += int(lengths.max(axis=1).sum()) * lengths.shape[1]
-        return 1.0 - real / padded
+        plans = [self.step(number) for number in range(steps)]
+        real = sum(int(plan.lengths.sum()) for plan in plans)
+        return 1.0 - real / sum(plan.padded_tokens(world_size) for plan in plans)
+
+
+def balanced_edges(lengths: np.ndarray, micro_tokens: int, world_size: int) -> list[int]:
+    """Where micro-batches begin, so that each costs about as many tokens and all ranks get as many of them.
+
+    The smallest number of micro-batches that ``micro_tokens`` allows, rounded up to a multiple of ``world_size``; for
+    that number the smallest budget that suffices.
+
+    Args:
+        lengths: [N] tokens of a step's samples, the longest first; N is a multiple of ``world_size``.
+        micro_tokens: tokens of one micro-batch, padding included; a sample longer than that runs alone.
+        world_size: ranks.
+    """
+    wanted = -(-len(_edges_within(lengths, micro_tokens)) // world_size) * world_size
+    low, high = 0, max(micro_tokens, int(lengths[0]))  # `high` suffices, `low` does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_edges_within(lengths, middle)) <= wanted else (middle, high)
+    edges = _edges_within(lengths, high)
+    while len(edges) < wanted:  # halve the dearest micro-batch that has two samples
+        counts = np.diff([*edges, len(lengths)])
+        dearest = int(np.argmax(np.where(counts > 1, lengths[edges] * counts, 0)))
+        edges.insert(dearest + 1, edges[dearest] + (int(counts[dearest]) + 1) // 2)
+    return edges
+
+
+def _edges_within(lengths: np.ndarray, budget: int) -> list[int]:
+    """Beginnings of the longest runs whose padded tokens stay within ``budget``; one sample is always allowed."""
+    edges, begin = [], 0
+    while begin < len(lengths):
+        edges.append(begin)
+        begin += max(1, budget // int(lengths[begin]))
+    return edges

@@ -189,7 +189,7 @@ def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:
         seed=recipe.seed,
         global_batch=train.global_batch,
         micro_batch=train.micro_batch,
-        bucket_batches=train.bucket_batches,
+        micro_tokens=train.micro_tokens,
         group_weights=recipe.data.cache_weights,
     )
 

@@ -30,23 +30,32 @@ FROM_RECIPE = {
 
 
 def accumulation_steps(train: TrainSection, world_size: int) -> int:
-    """Micro-batches per process and optimizer step, so that the global batch is the recipe's.
+    """Micro-batches per process and optimizer step that DeepSpeed is told of, so that the global batch is the recipe's.
+
+    With `train.micro_tokens` steps differ in their number, and it is told of single samples; see
+    :meth:`deepspec.training.engine.Engine.begin_micro_batch`.
 
     Raises:
         RecipeError: the global batch cannot be cut into equal shares for this many processes.
     """
-    share = train.micro_batch * world_size
+    micro_batch = _counted_micro_batch(train)
+    share = micro_batch * world_size
     if train.global_batch % share:
-        groups = train.global_batch // train.micro_batch
+        groups = train.global_batch // micro_batch
         sizes = [size for size in range(1, min(groups, 4096) + 1) if groups % size == 0]
         raise RecipeError(
             f"global batch cannot be shared by {world_size} processes",
             key="train.global_batch",
             found=train.global_batch,
-            wanted=f"a multiple of micro_batch x processes = {train.micro_batch} x {world_size} = {share}",
+            wanted=f"a multiple of micro_batch x processes = {micro_batch} x {world_size} = {share}",
             remedy=f"with this recipe the number of processes can be one of {', '.join(map(str, sizes))}",
         )
     return train.global_batch // share
+
+
+def _counted_micro_batch(train: TrainSection) -> int:
+    """Samples of a micro-batch as DeepSpeed counts them."""
+    return train.micro_batch if train.micro_tokens is None else 1
 
 
 def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
@@ -66,7 +75,7 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
         raise RecipeError("fp16 is not supported", file=path, key="fp16", remedy="use bf16, or neither for fp32")
     settings |= {
         "train_batch_size": train.global_batch,
-        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "train_micro_batch_size_per_gpu": _counted_micro_batch(train),
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
         "gradient_clipping": train.grad_clip,
         "steps_per_print": 2**31,
