@@ -1,14 +1,15 @@
-"""Training throughput from a cache and online, bucketed and padded; the wait for data; what padding wastes.
+"""Training throughput from a cache and online, cut by samples and by tokens; the wait for data; what padding wastes.
 
     make quickstart
     python benchmarks/bench_training.py [--json FILE]                          # one process
     deepspeed --num_gpus 2 benchmarks/bench_training.py [--json FILE]          # as the quickstart trains
 
 All four ways run in turn within one process group, several rounds, so that a busy machine disturbs them alike; medians
-count. "bucketed" is the recipe's length bucketing (deepspec packs no two conversations into one row), "padded" is plain
-shuffling. Tokens are those of conversations: padding does not count as work. "wait" is the share of the step time in
-which the slowest rank waited for its batches; online it holds the target's own passes. The second table is the share of
-padding in all computed tokens over an epoch, from the plan alone.
+count. A step's samples are a random draw, sorted and cut into micro-batches: "samples" cuts by the recipe's
+`train.micro_batch`, "tokens" by `train.micro_tokens` (no two conversations share a row). Tokens are those of
+conversations: padding does not count as work. "wait" is the share of the step time in which the slowest rank waited for
+its batches; online it holds the target's own passes. The second table, from the plan alone: the share of padding in all
+computed tokens over an epoch, and the tokens of the rank with most of them at a time against the mean.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from deepspec.training.run import assemble, prepare
 
 WORK = Path("build/bench_training")
 WAYS = {  # name -> overrides of the recipe
-    "cache, bucketed": [],
-    "cache, padded": ["train.bucket_batches=0"],
-    "online, bucketed": ["data.source=online"],
-    "online, padded": ["data.source=online", "train.bucket_batches=0"],
+    "cache, samples": [],
+    "cache, tokens": ["train.micro_tokens=1024"],
+    "online, samples": ["data.source=online"],
+    "online, tokens": ["data.source=online", "train.micro_tokens=1024"],
 }
-LIMIT = 0.05
+LIMIT = 0.02
 
 
 def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[str, float]:
@@ -60,7 +61,7 @@ def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[s
     cpu = torch.tensor(time.process_time() - begun)
     dist.all_reduce(cpu)
     plan = trainer.feeder.plan
-    tokens = sum(int(plan.lengths[plan.step(number).micro_batches].sum()) for number in range(steps))
+    tokens = sum(int(plan.step(number).lengths.sum()) for number in range(steps))
     trainer.engine.close()
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()][1:]
     means = {key: statistics.mean(row[key] for row in rows) for key in ("tokens_per_second", "data_wait", "padding")}
@@ -78,26 +79,36 @@ def throughput(recipe: str, world: World, steps: int, rounds: int) -> dict[str, 
     return {name: {key: statistics.median(one[key] for one in all_) for key in all_[0]} for name, all_ in seen.items()}
 
 
-def padding(lengths: np.ndarray, global_batch: int, window: int, micro_batch: int) -> float:
-    """Share of padding over an epoch."""
-    plan = Plan(
-        lengths, (len(lengths),), seed=42, global_batch=global_batch, micro_batch=micro_batch, bucket_batches=window
-    )
-    return plan.padding_share(plan.steps_per_epoch)
+def padding(lengths: np.ndarray, global_batch: int, cut: dict[str, int], world_size: int) -> tuple[float, float]:
+    """(share of padding over an epoch, padded tokens of the fullest rank at a time against the mean)."""
+    plan = Plan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
+    slowest = 0
+    for number in range(plan.steps_per_epoch):
+        step = plan.step(number)
+        costs = [
+            [int(lengths[part].max()) * len(part) for part in step.share(r, world_size)] for r in range(world_size)
+        ]
+        slowest += world_size * sum(map(max, zip(*costs, strict=True)))
+    padded = sum(plan.step(number).padded_tokens(world_size) for number in range(plan.steps_per_epoch))
+    return plan.padding_share(plan.steps_per_epoch, world_size), slowest / padded
 
 
 def padding_table(recipe: str, world: World, bars: Bars) -> list[str]:
     """Rows of the padding table: the recipe's own samples, and a wide spread of lengths."""
     prepared = prepare(recipe, [f"output={WORK / 'none'}"], world, False)
-    train_section = prepared.recipe.train
     wide = np.clip(np.random.default_rng(0).lognormal(6.3, 0.8, 40_000), 16, 4096).astype(np.int64)
-    own = (prepared.recipe.name, prepared.source.lengths)
+    cuts = [{"micro_batch": 1}, {"micro_batch": 4}, {"micro_batch": 8}, {"micro_tokens": 4096}, {"micro_tokens": 8192}]
     rows = []
-    for (name, lengths), batch in ((own, 8), (("16 to 4,096 tokens", wide), 8), (("16 to 4,096 tokens", wide), 64)):
-        for micro in (1, 4, 8):
-            bucketed = padding(lengths, batch, train_section.bucket_batches, micro)
-            rows.append(f"| {name} | {batch} | {micro} | {padding(lengths, batch, 0, micro):.1%} | {bucketed:.2%} |")
-            bars[f"padding: {name}, micro batch {micro}, global batch {batch}"] = at_most(bucketed, LIMIT)
+    for name, lengths in ((prepared.recipe.name, prepared.source.lengths), ("16 to 4,096 tokens", wide)):
+        for batch, ranks in ((8, 2), (64, 8), (512, 8)):
+            for cut in cuts:
+                (key, value), *_ = cut.items()
+                if batch % (cut.get("micro_batch", 1) * ranks) or len(lengths) < batch:
+                    continue
+                share, busiest = padding(lengths, batch, cut, ranks)
+                rows.append(f"| {name} | {batch} | {ranks} | {key} {value:,} | {share:.2%} | {busiest:.2f}x |")
+                if batch == 512 and value == 4:
+                    bars[f"padding: {name}, global batch 512, {key} {value}"] = at_most(share, LIMIT)
     return rows
 
 
@@ -128,12 +139,14 @@ def main() -> None:
     world = start_processes()
     try:
         measured: dict[str, Any] = throughput(given.recipe, world, given.steps, given.rounds)
-        bars: Bars = {"share of step time waiting for data": at_most(measured["cache, bucketed"]["data_wait"], LIMIT)}
+        bars: Bars = {"share of step time waiting for data": at_most(measured["cache, samples"]["data_wait"], 0.05)}
         rows = padding_table(given.recipe, world, bars)
         if world.is_main:
             report(measured, world)
             print(
-                "\n| lengths | global batch | micro batch | padded | bucketed |\n|---|---|---|---|---|", *rows, sep="\n"
+                "\n| lengths | global batch | ranks | cut by | padding | fullest rank |\n|---|---|---|---|---|---|",
+                *rows,
+                sep="\n",
             )
             write_bars(given.json, bars)
             shutil.rmtree(WORK)

@@ -8,14 +8,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from deepspec.distributed import multiplies_bfloat16
+
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5  # quintic coefficients: all singular values end near 1
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Replace the singular values of each matrix by about 1: [N, rows, columns] -> the same shape, in bfloat16."""
+    """Replace the singular values of each matrix by about 1: [N, rows, columns] -> the same shape.
+
+    In bfloat16 where the CPU multiplies it: the iteration forgives the rounding.
+    """
     wide = matrices.shape[1] <= matrices.shape[2]
     x = matrices if wide else matrices.mT
-    x = (x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)).bfloat16()  # the iteration forgives the rounding
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
+    x = x.bfloat16() if multiplies_bfloat16() else x
     for a, b, c in NEWTON_SCHULZ:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x

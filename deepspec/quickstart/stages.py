@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspec.distributed import multiplies_bfloat16
 from deepspec.recipe import load_recipe
 
 PYTHON = "python"  # what a user types; the runner puts its own interpreter there
@@ -32,20 +33,32 @@ def settings(overrides: Sequence[str]) -> Names:
     return tuple(word for text in overrides for word in ("--set", text))
 
 
+def native(recipe: str, overrides: Names = ()) -> Names:
+    """The overrides, and float32 in place of bfloat16 where this CPU would take many times as long in bfloat16."""
+    if multiplies_bfloat16():
+        return overrides
+    read = load_recipe(recipe, overrides)
+    changed: Names = ("target.dtype=float32",) if read.target.dtype == "bfloat16" else ()
+    if "bf16" in Path(read.train.deepspeed).stem:
+        changed += (f"train.deepspeed={read.train.deepspeed.replace('bf16', 'fp32')}",)
+    return overrides + changed
+
+
 def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
     """The target answers ``prompts`` in this process."""
     command = (PYTHON, "tools/regenerate.py", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
-    return Stage(name, command + settings(overrides), Path(f"{output}.manifest.json"), needs)
+    return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
 
 
 def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
     """The target's hidden states over ``data``."""
     command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
-    return Stage(name, command + settings(overrides), output / "manifest.json", needs)
+    return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs)
 
 
 def train(name: str, recipe: str, needs: Names, processes: int = 2, overrides: Names = ()) -> Stage:
     """A draft, trained by so many processes under DeepSpeed's launcher; the recipe states ``train.max_steps``."""
+    overrides = native(recipe, overrides)
     read = load_recipe(recipe, overrides)
     command = ("deepspeed", "-q", "--num_gpus", str(processes), "launch/train.py", "--recipe", recipe)
     checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
@@ -68,4 +81,6 @@ def evaluate(
     command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output))
     command += ("--temperature", *(f"{t:g}" for t in read.evaluate.temperature))
     command += ("--max-new-tokens", str(read.evaluate.max_new_tokens), *more)
+    if not multiplies_bfloat16() and "--dtype" not in more:
+        command += ("--dtype", "float32")
     return Stage(name, command, output / "results.json", needs)

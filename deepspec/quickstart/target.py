@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
+from deepspec.distributed import multiplies_bfloat16
 from deepspec.files import write_json
 from deepspec.quickstart.muon import Muon
 from deepspec.quickstart.text import Conversation, conversations
@@ -58,7 +59,7 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: list[Conversation]) -> tup
 
 def losses(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean cross-entropy, and the share of answer tokens predicted first: ids and weights [B, S]."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
     labels, weights = ids[:, 1:].flatten(), weights[:, 1:].flatten()
     entropy = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
