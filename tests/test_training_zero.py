@@ -31,11 +31,12 @@ class Runs:
         before = shared_memory()
         for processes in (1, 2):
             jobs = []
+            cut = {} if processes == 1 else {"micro_tokens": 60}  # steps then differ in their number of micro-batches
             for algorithm in algorithms:
                 for zero in configurations:
                     place = folder / f"{algorithm}_{zero}_{processes}"
                     recipe = tools.write_recipe(
-                        place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4
+                        place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4, **cut
                     )
                     jobs.append({"recipe": str(recipe), "gather": str(place / "live.pt")})
             tools.run_jobs(folder, jobs, processes)
