@@ -71,8 +71,8 @@ def test_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
     tensors = load_file(path)
     tensors["model.layers.3.mlp.up_proj.weight"] = torch.zeros(5, 32)
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(TargetError, match=r"model\.layers\.3\.mlp\.up_proj\.weight.*train\.init: random"):
+    with pytest.raises(TargetError, match=r"another size: model\.layers\.3\.mlp\.up_proj\.weight"):
         warm_start(tiny_draft("dflash", target), target.spec, section(tmp_path))
     path.unlink()
-    with pytest.raises(TargetError, match="no safetensors"):
+    with pytest.raises(TargetError, match=r"store the target as safetensors.*train\.init: random"):
         warm_start(tiny_draft("dflash", target), target.spec, section(tmp_path))

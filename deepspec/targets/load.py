@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -19,6 +20,7 @@ from deepspec import registry
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import Family, Shape
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
+from deepspec.targets.stored import check_fit, silent
 
 if not torch.cuda.is_available():  # transformers imports deepspeed where it is installed; that would guess, and warn
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -151,16 +153,37 @@ def load_target(
         revision: of the hub id.
 
     Raises:
-        TargetError: nothing to load there, or an unknown family.
+        TargetError: nothing to load there, an unknown family, or tensors that are not those of its config.
     """
     from transformers import AutoModelForCausalLM
 
     spec = load_spec(path, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype or "auto", revision=revision)
-    except (OSError, ValueError, SafetensorError) as problem:
+        with silent():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                str(path), dtype=dtype or "auto", revision=revision, output_loading_info=True,
+                ignore_mismatched_sizes=True,  # check_fit refuses them, by name
+            )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
         raise _unreadable(path, problem) from None
-    return Target(model.to(device), spec)  # type: ignore[arg-type]
+    check_fit(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
+    say_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+    return Target(model.to(device), spec)
+
+
+def say_untied(spec: TargetSpec, tied: bool) -> None:
+    """Say that the files hold a head of their own although the config ties it: transformers keeps it, engines may not.
+
+    Args:
+        spec: the target.
+        tied: whether embedding and head are one tensor.
+    """
+    if spec.config.get("tie_word_embeddings") and not tied:
+        print(
+            f"note: {spec.path}: tie_word_embeddings is true, but the files hold another lm_head; it is the head here, "
+            "as in transformers; set it to false in config.json, or a serving engine may take the embedding instead",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
 
 def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:

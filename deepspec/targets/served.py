@@ -26,8 +26,9 @@ from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.ends import TargetEnds, _find_stored, _skeleton, load_target_ends, stored_tensors
+from deepspec.targets.ends import TargetEnds, load_target_ends
 from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
+from deepspec.targets.stored import open_stored
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
 POLL = 0.002  # seconds between two looks at a lock
@@ -239,15 +240,13 @@ def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None =
     """The target's own final norm, alone.
 
     Raises:
-        TargetError: its weight is not found in the target's files under the model's own name.
+        TargetError: the target is quantized, not stored as safetensors, or not whole.
     """
-    model = _skeleton(path, dtype, revision)
-    stored = {} if model is None else _find_stored(model, stored_tensors(path, revision)) or {}
-    if model is not None:
-        norm: nn.Module = _find_decoder(model).norm  # type: ignore[assignment]
-        key = next(key for key, module in model.named_modules() if module is norm)
-        if all(f"{key}.{name}" in stored for name in norm.state_dict()):
-            weights = {name: stored[f"{key}.{name}"].read(dtype) for name in norm.state_dict()}
-            norm.load_state_dict(weights, assign=True)
-            return norm.eval().requires_grad_(False)
-    raise TargetError("its final norm cannot be read alone", file=path, remedy="serve a target with safetensors files")
+    stored = open_stored(path, dtype, revision)
+    if stored is None:
+        raise TargetError("its final norm cannot be read alone", file=path,
+                          remedy="serve a target with safetensors files")  # fmt: skip
+    norm: nn.Module = _find_decoder(stored.model).norm  # type: ignore[assignment]
+    name = next(name for name, module in stored.model.named_modules() if module is norm)
+    norm.load_state_dict({key: stored.read(f"{name}.{key}") for key in norm.state_dict()}, assign=True)
+    return norm.eval().requires_grad_(False)

@@ -19,8 +19,8 @@ from torch import Tensor
 from deepspec.algorithms.base import DraftModel
 from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
-from deepspec.targets.ends import StoredTensor, stored_tensors
 from deepspec.targets.load import TargetSpec
+from deepspec.targets.stored import StoredTensor, open_stored
 
 NOISE = 0.1  # of the random weights that stay in the features' projection
 
@@ -32,13 +32,17 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     Raises:
         TargetError: the target is not stored as safetensors, or its last layers have other shapes than the draft's.
     """
-    files = stored_tensors(section.path, section.revision)
-    prefix = _decoder_prefix(files, section.path)
+    stored = open_stored(section.path, model.fc.weight.dtype, section.revision)
+    if stored is None:
+        raise TargetError(
+            "train.init: target reads the target's weights one by one", file=section.path,
+            remedy="store the target as safetensors, not quantized, or set train.init: random",
+        )  # fmt: skip
+    files, prefix = stored.found, stored.weight_name(stored.ends()[0]).removesuffix("embed_tokens.weight")
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.named_parameters():
-            stored = _counterpart(name)
-            _copy(weight, files, f"{prefix}layers.{first + depth}.{stored}", section.path)
+            _copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}", section.path)
     _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
     if (norm := getattr(model, "hidden_norm", None)) is not None:
         # what a block drafter norms before its context keys and values, the target's layer norms on its way in
@@ -53,26 +57,15 @@ def _counterpart(name: str) -> str:
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 
-def _decoder_prefix(files: Mapping[str, StoredTensor], path: str) -> str:
-    ending = "embed_tokens.weight"
-    found = [name.removesuffix(ending) for name in files if name.endswith(ending)]
-    if not found:
-        raise TargetError(
-            "train.init: target reads the target's weights one by one", file=path, found="no safetensors with them",
-            remedy="store the target as safetensors, or set train.init: random",
-        )  # fmt: skip
-    return min(found, key=len)
-
-
 def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str) -> None:
     """Fill ``weight`` [out, in]; of a wider one (Eagle3's [embedding | hidden]) the last columns."""
     stored = files.get(name)
-    found = None if stored is None else stored.shape()
+    found = None if stored is None else stored.shape
     wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]
-    if stored is None or not (found == list(weight.shape) or wide):
+    if stored is None or not (found == tuple(weight.shape) or wide):
         raise TargetError(
             "the draft's layers cannot start from the target's", file=path, key=name, found=found,
-            wanted=list(weight.shape), remedy="set train.init: random",
+            wanted=tuple(weight.shape), remedy="set train.init: random",
         )  # fmt: skip
     source = stored.read(weight.dtype)
     weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)

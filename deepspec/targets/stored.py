@@ -1,0 +1,226 @@
+"""A target's files, read as transformers would read them, without a value in memory until one is asked for.
+
+transformers decides which file is read, how its names become the model's (prefixes; experts that are stored one by one
+and held together), what is tied, and what is missing or left over. Its own loader therefore runs here over tensors
+without storage: what it finds there is what it would find while it loads the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from deepspec.errors import TargetError
+from deepspec.files import read_json
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHOWN = 8  # names of one kind in an error
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors file."""
+
+    file: str
+    name: str
+    shape: tuple[int, ...]
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor; the file is mapped anew for each, so that no more than one of them stays in memory."""
+        with safe_open(self.file, "pt") as opened:
+            tensor: Tensor = opened.get_tensor(self.name)
+        return tensor.to(dtype)
+
+
+@dataclass(frozen=True)
+class StoredTarget:
+    """A model on ``meta`` and where its tensors are stored."""
+
+    model: Any  # of transformers
+    found: Mapping[str, StoredTensor]  # by the model's name: what is stored as the model holds it
+    transforms: list[Any] = field(repr=False)  # of names and values, as transformers has them for this model
+    parts: Mapping[str, list[StoredTensor]] = field(repr=False, default_factory=dict)  # what it is put together from
+
+    def weight_name(self, module: nn.Module) -> str:
+        """The model's name of a module's weight."""
+        return next(name for name, one in self.model.named_modules() if one is module) + ".weight"
+
+    def holds(self, name: str) -> bool:
+        """Whether the files hold the model's tensor ``name``; a tied one is stored under one of its names."""
+        return name in self.found or name in self.parts
+
+    def read(self, name: str) -> Tensor:
+        """The model's tensor ``name``, in the dtype that it is loaded in."""
+        dtype = self.model.state_dict()[name].dtype
+        if name in self.found:
+            return self.found[name].read(dtype)
+        run_loader(self.model, {part.name: part.read(dtype) for part in self.parts[name]}, self.transforms, "cpu")
+        loaded: Tensor = self.model.get_parameter_or_buffer(name).detach()
+        owner, _, leaf = name.rpartition(".")
+        setattr(self.model.get_submodule(owner), leaf, nn.Parameter(loaded.to("meta"), requires_grad=False))
+        return loaded
+
+    def tied(self) -> bool:
+        """Whether embedding and head are one tensor where both may be stored: transformers' rule.
+
+        They are where the config says so, unless the files hold two with different values.
+        """
+        embed, head = (self.weight_name(end) for end in self.ends())
+        if not {embed, head} & set(self.model.all_tied_weights_keys):
+            return False
+        return not (self.holds(embed) and self.holds(head)) or torch.equal(self.read(embed), self.read(head))
+
+    def ends(self) -> tuple[nn.Module, nn.Module]:
+        """The modules of embedding and head."""
+        return self.model.get_input_embeddings(), self.model.get_output_embeddings()
+
+
+def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> StoredTarget | None:
+    """A target whose tensors can be read one by one; None for one that is quantized or not stored as safetensors.
+
+    Raises:
+        TargetError: tensors that are missing, left over or of another size than the config's.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+
+    config = AutoConfig.from_pretrained(str(path), revision=revision)
+    stored = stored_tensors(path, revision, config)
+    if not stored or getattr(config, "quantization_config", None) is not None:
+        return None
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    transforms = get_model_conversion_mapping(model)
+    shells = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in stored.items()}
+    info = run_loader(model, shells, transforms, "meta")
+    model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
+    model._adjust_missing_and_unexpected_keys(info)
+    check_fit(path, info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors)
+    found, parts = _places(model, stored, transforms)
+    return StoredTarget(model, found, transforms, parts)
+
+
+def stored_tensors(path: str | Path, revision: str | None, config: Any) -> dict[str, StoredTensor]:
+    """All stored tensors by stored name; none where the target has no readable safetensors files.
+
+    A single file comes before an index, as in transformers.
+
+    Raises:
+        TargetError: a file that the index names is missing.
+    """
+    from transformers.utils import cached_file
+
+    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
+    if getattr(config, "transformers_weights", None):  # files under a name of its own
+        return {}
+    found: dict[str, StoredTensor] = {}
+    try:
+        names = [WEIGHTS]
+        if not cached_file(str(path), WEIGHTS, **options):
+            index = cached_file(str(path), INDEX, **options)
+            names = sorted(set(read_json(index, TargetError)["weight_map"].values())) if index else []
+        for name in names:
+            file = cached_file(str(path), name, **options)
+            if file is None:
+                raise TargetError("no such file", file=path, key=name, remedy=f"{INDEX} names it; fetch it")
+            with safe_open(file, "pt") as opened:
+                for key in opened.keys():  # noqa: SIM118 - no dict
+                    found[key] = StoredTensor(str(file), key, tuple(opened.get_slice(key).get_shape()))
+    except (OSError, SafetensorError):
+        return {}
+    return found
+
+
+def run_loader(model: Any, tensors: Mapping[str, Tensor], transforms: list[Any], device: str) -> Any:
+    """What transformers' loader makes of stored tensors; it puts them into ``model``. Returns its loading info."""
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model
+    from transformers.modeling_utils import LoadStateDictConfig
+
+    dtype = next(iter(tensors.values())).dtype
+    plan = model._get_dtype_plan(dtype)
+    config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, dtype_plan=plan, weight_mapping=transforms)
+    with silent(bars=False):
+        info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
+    return info
+
+
+def _places(
+    model: Any, stored: Mapping[str, StoredTensor], transforms: list[Any]
+) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]]]:
+    """By the model's names: what is stored as it is, and what is put together from parts."""
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
+    converters = [one for one in transforms if isinstance(one, WeightConverter)]
+    states = model.state_dict()
+    found: dict[str, StoredTensor] = {}
+    parts: dict[str, list[StoredTensor]] = {}
+    for key, tensor in stored.items():
+        name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, states)
+        if name not in states and key in states:  # the loader's own second thought
+            name, pattern = rename_source_key(key, [], [], model.base_model_prefix, states)
+        if name not in states:
+            continue
+        if pattern is None:
+            found[name] = tensor
+        else:
+            parts.setdefault(name, []).append(tensor)
+    return found, parts
+
+
+def check_fit(
+    path: str | Path,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    mismatched: Iterable[tuple[str, Any, Any]],
+    unreadable: Iterable[str] = (),
+) -> None:
+    """Refuse a target whose files and config do not belong together.
+
+    Args:
+        path: the target.
+        missing: tensors that would be drawn at random.
+        unexpected: tensors that no part of the model takes; those that transformers knows to be harmless are left out.
+        mismatched: (name, stored shape, shape by the config).
+        unreadable: tensors that transformers failed to put together.
+
+    Raises:
+        TargetError: there is one of these.
+    """
+    sizes = [f"{name} {tuple(found)} for {tuple(wanted)}" for name, found, wanted in mismatched]
+    kinds = {"missing": missing, "unexpected": unexpected, "of another size": sizes, "unreadable": unreadable}
+    lines = [f"{kind}: {_listed(names)}" for kind, names in kinds.items() if names]
+    if lines:
+        raise TargetError(
+            f"its tensors are not those of its config.json: {'; '.join(lines)}", file=path,
+            wanted="every tensor of the model, none left over", remedy="fetch the whole model, or mend its config.json",
+        )  # fmt: skip
+
+
+def _listed(names: Iterable[str]) -> str:
+    known = sorted(names)
+    return ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN} more" if len(known) > SHOWN else "")
+
+
+@contextmanager
+def silent(bars: bool = True) -> Iterator[None]:
+    """Within it transformers only logs errors (what does not fit is ours to say), and shows bars only if ``bars``."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if shown and not bars:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown and not bars:
+            logging.enable_progress_bar()
