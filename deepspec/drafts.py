@@ -24,7 +24,7 @@ from deepspec.algorithms.base import Algorithm, DraftModel
 from deepspec.errors import DraftError, RecipeError
 from deepspec.files import read_json, sha256_file, sha256_json, sync_folder, write_json, write_text
 from deepspec.targets import Target, TargetSpec
-from deepspec.targets.load import family_of
+from deepspec.targets.load import check_rope, family_of
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -187,6 +187,7 @@ def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
     if "model_type" not in config:
         raise DraftError("missing field", file=file, key="model_type")
     family = family_of(config["model_type"], file)
+    check_rope(config, file, DraftError)
     spec = TargetSpec(str(file.parent), family, config, config["model_type"])
     return algorithm.build_model(_read_config(algorithm, config, file), spec.shape, family)
 

@@ -16,7 +16,7 @@ from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
 from deepspec.export.hub import fetch_draft
 from deepspec.export.manifest import steps_of
-from deepspec.export.parts import Draft, Facts, Format
+from deepspec.export.parts import Draft, Facts, Format, ascending
 from deepspec.files import read_json, write_text
 from deepspec.targets import load_spec, load_target
 
@@ -72,7 +72,7 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
     """Write ``source``, a draft folder, a checkpoint or a run, to ``output`` in another format.
 
     Returns:
-        The draft in our layout, as it was read.
+        The draft in our layout, its target layers in rising order.
 
     Raises:
         DraftError: the format cannot carry this draft, ``output`` holds one already, or the source is broken.
@@ -93,7 +93,7 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
 
 
 def _export_folder(source: Path, output: Path, format_: Format, options: ExportOptions) -> Draft:
-    draft = read_draft(source)
+    draft = ascending(read_draft(source))
     format_.write(_on_meta(draft))  # refuses before the target is loaded
     written = format_.write(_with_frozen(draft, options))
     if not options.embeddings:

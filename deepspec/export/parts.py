@@ -115,6 +115,21 @@ def missing(draft: Draft, key: str, remedy: str) -> DraftError:
     return DraftError("does not say", file=draft.file, key=key, wanted=f"{key} stated", remedy=remedy)
 
 
+def ascending(draft: Draft) -> Draft:
+    """The draft with its target layers in rising order, the columns of ``fc`` moved with them.
+
+    Engines hand features out layer by layer, whatever the order of the list.
+    """
+    layers = draft.parsed.target_layers
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    if order == list(range(len(layers))):
+        return draft
+    weight = draft.state["fc.weight"]  # [D, L*D]
+    moved = weight.unflatten(1, (len(layers), -1))[:, order].flatten(1)
+    config = draft.config | {"target_layer_ids": [layers[place] for place in order]}
+    return Draft(config, draft.state | {"fc.weight": moved}, draft.file)
+
+
 def whole_vocabulary(format_: str, draft: Draft) -> None:
     """Refuse a reduced vocabulary where the engine's class takes the target's head as it is.
 
@@ -208,9 +223,7 @@ def published(
         if facts.target is None:
             raise missing(draft, "num_target_layers", "name the target (--target)")
         depth = facts.target.num_layers
-    layers = facts.target_layers or layers
-    if layers is None:
-        raise missing(draft, "target_layer_ids", "state the layers whose outputs it reads (--target-layers 1,9,17)")
+    layers = _stated_layers(draft, layers, facts)
     if facts.target is not None:
         extras.setdefault("target_model_name_or_path", facts.target.path)
         extras.setdefault("target_model_type", facts.target.model_type)
@@ -219,6 +232,23 @@ def published(
     config |= _frozen_fields(draft, config, state)
     config["architectures"] = [f"{family.class_prefix}{kind}Model"]
     return Draft(config, state, draft.file)
+
+
+def _stated_layers(draft: Draft, layers: tuple[int, ...] | None, facts: Facts) -> tuple[int, ...]:
+    """The layers in the order in which the columns of ``fc`` take them: the user's word before the file's.
+
+    Raises:
+        DraftError: nobody says, or a foreign file's list does not rise: engines hand features out layer by layer
+            whatever its order, while trainers may have followed it.
+    """
+    remedy = "state the layers whose outputs it reads, in the order in which fc takes them (--target-layers 1,9,17)"
+    stated = facts.target_layers or layers
+    if stated is None:
+        raise missing(draft, "target_layer_ids", remedy)
+    if not facts.target_layers and EXTRAS not in draft.config and list(stated) != sorted(stated):
+        problem = "its layers do not rise: engines hand features out in rising order, trainers may in the list's"
+        raise DraftError(problem, file=draft.file, key="target_layer_ids", found=list(stated), remedy=remedy)
+    return stated
 
 
 def _whole_transformer(draft: Draft, transformer: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deepspec import registry
 from deepspec.errors import DeepSpecError, TargetError
-from deepspec.families.base import Family, Shape
+from deepspec.families.base import Family, Shape, length_dependent_rope
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
 from deepspec.targets.stored import check_fit, silent
 
@@ -106,17 +106,36 @@ def family_of(model_type: str, file: str | Path | None = None) -> Family:
 
 
 def spec_from_config(config: Any, path: str, revision: str | None = None) -> TargetSpec:
-    """A :class:`TargetSpec` from a transformers config object."""
-    text = config.get_text_config()
-    flat = text.to_dict()
+    """A :class:`TargetSpec` from a transformers config object.
+
+    Raises:
+        TargetError: a model type of no known family, or a RoPE that depends on the batch.
+    """
+    flat = config.get_text_config().to_dict()
+    check_rope(flat, path, TargetError)
     return TargetSpec(path, family_of(config.model_type, path), flat, config.model_type, revision)
+
+
+def check_rope(config: Mapping[str, Any], file: str | Path, error: type[DeepSpecError]) -> None:
+    """Refuse a RoPE whose frequencies depend on the longest sequence of a forward: batches and caches share forwards.
+
+    Raises:
+        DeepSpecError: of the type ``error``.
+    """
+    if kind := length_dependent_rope(config):
+        raise error(
+            "its rotary frequencies change with the longest sequence of a batch: hidden states would depend on what "
+            "shares the forward", file=file, key="rope_type", found=kind,
+            wanted="one with fixed frequencies: default, linear, yarn, llama3, proportional",
+            remedy="set a fixed one in config.json; within the original length 'dynamic' is 'default'",
+        )  # fmt: skip
 
 
 def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
     """Read a target's config (a folder or a hub id); no weights.
 
     Raises:
-        TargetError: no config there, or a model type of no known family.
+        TargetError: no config there, a model type of no known family, or a RoPE that depends on the batch.
     """
     from transformers import AutoConfig
 
