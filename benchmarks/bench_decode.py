@@ -47,7 +47,7 @@ def main() -> None:
 
     target = load_target(given.target, device=pick_device())
     draft = load_draft(given.draft, target)
-    renderer = Renderer(load_tokenizer(given.target), target.spec.family)
+    renderer = Renderer(load_tokenizer(given.target), target.spec)
     rows = [json.loads(line) for line in Path(given.tasks).read_text(encoding="utf-8").splitlines() if line.strip()]
     prompts = [tuple(renderer.prompt([{"role": "user", "content": row["turns"][0]}])) for row in rows]
     prompts = list(islice(cycle(prompts), given.samples))

@@ -109,17 +109,15 @@ def test_layers_that_do_not_rise_are_sorted_and_the_columns_of_fc_with_them(tmp_
 
 
 def test_a_foreign_list_that_does_not_rise_is_refused_unless_its_order_is_stated(tmp_path: Path) -> None:
-    target, model = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {})
+    target, _ = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {})
     export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("vllm"))
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
     import_draft(tmp_path / "out", tmp_path / "old")  # an older export of ours: in the list's order
     assert load_draft(tmp_path / "old", target).config.target_layers == (3, 0, 1)
-    path.write_text(json.dumps({**config, "eagle_aux_hidden_state_layer_ids": [4, 1, 2], "deepspec": None}))
-    ours = json.loads(path.read_text())
-    del ours["deepspec"]
-    path.write_text(json.dumps(ours))
+    foreign = {key: value for key, value in config.items() if key != "deepspec"}
+    path.write_text(json.dumps(foreign | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
     facts = {"target": target.spec, "max_draft": 3}
     with pytest.raises(DraftError, match=r"layers do not rise.*found \[3, 0, 1\].*--target-layers"):
         import_draft(tmp_path / "out", tmp_path / "back", facts=Facts(**facts))

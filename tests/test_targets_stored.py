@@ -99,7 +99,9 @@ def test_the_single_file_comes_before_an_old_index(tmp_path: Path) -> None:
 def test_a_file_that_the_index_names_and_that_is_missing_is_named(tmp_path: Path) -> None:
     path = saved(tmp_path, tiny_config("llama"))
     (path / "model.safetensors").unlink()
-    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {HEAD: "model-7.safetensors"}}))
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": {HEAD: "model-7.safetensors"}})
+    )
     for load in LOADS:
         with pytest.raises(TargetError, match=r"model-7\.safetensors"):
             load(path, torch.float32)
@@ -179,3 +181,9 @@ def test_a_draft_of_a_target_with_experts_has_dense_layers(tmp_path: Path) -> No
     with pytest.raises(TargetError, match=r"layers\.3\.mlp\..*train\.init: random"):
         warm_start(model, spec, section)
 
+
+def test_a_config_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    path = saved(tmp_path, tiny_config("llama")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"hidden_size": 33}))
+    with pytest.raises(TargetError, match=r"hidden size \(33\) is not a multiple"):
+        load_spec(tmp_path)

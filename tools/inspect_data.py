@@ -26,8 +26,7 @@ def main() -> int:
     if path is None:
         raise DataError("no target named", wanted="--recipe or --target")
     data = recipe.data if recipe else DataSection()
-    family = load_spec(path).family
-    renderer = Renderer(load_tokenizer(path), family, data.system_prompt, data.thinking, data.max_length)
+    renderer = Renderer(load_tokenizer(path), load_spec(path), data.system_prompt, data.thinking, data.max_length)
     rows = first_rows(read_conversations(args.data), args.limit)
     print(inspect(renderer, rows, data.min_supervised, args.show, args.html, args.histogram))
     return 0

@@ -22,7 +22,7 @@ def load_renderer(recipe: Recipe, spec: TargetSpec) -> Renderer:
     """The recipe's rendering of conversations."""
     return Renderer(
         load_tokenizer(recipe.target.path, recipe.target.revision),
-        spec.family,
+        spec,
         system_prompt=recipe.data.system_prompt,
         thinking=recipe.data.thinking,
         max_length=recipe.data.max_length,

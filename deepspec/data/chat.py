@@ -20,6 +20,7 @@ from deepspec import registry
 from deepspec.data.conversations import Message
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.families.base import Family
+from deepspec.targets.load import TargetSpec
 
 _MARK = "\ue000\uf8ff\ue000"  # private use: in no real text
 
@@ -58,7 +59,8 @@ class Renderer:
 
     Args:
         tokenizer: the target's (fast) tokenizer, with its chat template.
-        family: the target's family or its name; it knows the template's thinking switch.
+        target: whose prompts they are. Of a family alone (or its name) only the template's thinking switch is known;
+            a spec also says where the target stops and how many tokens it has.
         system_prompt: put before conversations that have no system message of their own.
         thinking: render for the thinking mode of the target.
         max_length: tokens; longer conversations are cut at the end.
@@ -70,13 +72,17 @@ class Renderer:
     def __init__(
         self,
         tokenizer: Any,
-        family: Family | str,
+        target: TargetSpec | Family | str,
         system_prompt: str | None = None,
         thinking: bool = False,
         max_length: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.family = registry.family(family) if isinstance(family, str) else family
+        self._target_stops: tuple[int, ...] = ()
+        self._rows: int | None = None  # of the target's embedding
+        if isinstance(target, TargetSpec):
+            self._target_stops, self._rows, target = target.stop_token_ids, target.vocab_size, target.family
+        self.family: Family = registry.family(target) if isinstance(target, str) else target
         self.system_prompt, self.thinking, self.max_length = system_prompt, thinking, max_length
         self.template_kwargs = self.family.chat_template_kwargs(thinking)
         if not tokenizer.chat_template:
@@ -102,9 +108,10 @@ class Renderer:
         """Token ids that the target is given to answer ``messages`` (never cut).
 
         Raises:
-            DataError: no messages, an assistant message at the end, or messages that the template refuses.
+            DataError: no messages, an assistant message at the end, messages that the template refuses, or a token
+                that the target does not have.
         """
-        return self._encode(self.prompt_text(messages, tools))
+        return self._known(self._encode(self.prompt_text(messages, tools)))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as template and servers get them: system prompt in front, no reasoning unless thinking."""
@@ -123,8 +130,11 @@ class Renderer:
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids at which generation stops: the template's end of turn and the tokenizer's end of text."""
-        ends = {self._end_of_turn, self.tokenizer.eos_token_id}
+        """Ids at which generation stops, ascending: the target's own, the template's end of turn, the end of text.
+
+        The only answer to this question: decoding, evaluation, regeneration, validation and the served check ask here.
+        """
+        ends = {*self._target_stops, self._end_of_turn, self.tokenizer.eos_token_id}
         return tuple(sorted(end for end in ends if end is not None))
 
     # -- conversations ------------------------------------------------------------------------------------------------
@@ -138,7 +148,8 @@ class Renderer:
 
         Raises:
             NoSupervision: no supervised token (none at all, or none within ``max_length``).
-            DataError: a template that refuses the messages, or a token that is half prompt and half answer.
+            DataError: a template that refuses the messages, a token that is half prompt and half answer, or one that
+                the target does not have.
         """
         last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
         if last is None or last == 0:
@@ -149,7 +160,7 @@ class Renderer:
         ids, bounds = self._encode_with_bounds(text, answers)
         ids, mask = self._join(self._encode(prompt), ids, bounds, answers)
         limit = self.max_length or len(ids)
-        rendered = Rendered(ids[:limit], mask[:limit])
+        rendered = Rendered(self._known(ids[:limit]), mask[:limit])
         if not rendered.supervised:
             raise NoSupervision(
                 "no supervised token" + (f" within max_length {limit}" if any(mask) else ""),
@@ -258,6 +269,21 @@ class Renderer:
         begin, end = bounds[-1][0] + shift, bounds[-1][1] + shift
         mask[begin:end] = [int(answers[-1].supervised)] * (end - begin)
         return ids, mask
+
+    def _known(self, ids: list[int]) -> list[int]:
+        """The ids, all of which have a row in the target's embedding.
+
+        Raises:
+            DataError: one has none: the tokenizer has more tokens than the model.
+        """
+        if self._rows is None or max(ids, default=0) < self._rows:
+            return ids
+        token = self.tokenizer.convert_ids_to_tokens(max(ids))
+        raise DataError(
+            "a token beyond the target's embedding", file=self.tokenizer.name_or_path, key="messages",
+            found=f"{token} ({max(ids)})", wanted=f"ids below {self._rows}, the rows of its embedding",
+            remedy="leave the text out, or use the tokenizer that belongs to the target",
+        )  # fmt: skip
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

@@ -253,8 +253,8 @@ class Plan:
         """
         from deepspec.targets.load import load_spec, load_tokenizer
 
-        family = load_spec(self.target, self.revision).family
-        return Renderer(load_tokenizer(self.target, self.revision), family, self.system_prompt, self.thinking)
+        spec = load_spec(self.target, self.revision)
+        return Renderer(load_tokenizer(self.target, self.revision), spec, self.system_prompt, self.thinking)
 
     def local_engine(self) -> LocalEngine:
         """The target loaded into this process.

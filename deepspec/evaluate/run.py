@@ -91,7 +91,7 @@ class Evaluation:
         self.draft: DraftModel = draft or load_draft(options.draft, self.target)
         self._given = draft is not None
         tokenizer = load_tokenizer(options.target)
-        self.renderer = Renderer(tokenizer, self.target.spec.family, options.system_prompt, options.thinking)
+        self.renderer = Renderer(tokenizer, self.target.spec, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
         self.sts = None if self._given else load_sts(Path(options.draft))
         self.output = Path(options.output)

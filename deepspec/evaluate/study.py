@@ -224,7 +224,7 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     target = load_target(options.target, dtype, options.device)
     draft = _draft(options, target)
-    renderer = Renderer(load_tokenizer(options.target), target.spec.family)
+    renderer = Renderer(load_tokenizer(options.target), target.spec)
     tasks = load_tasks(options.tasks, options.samples, options.seed)
     turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
     prompts = tuple(tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns)

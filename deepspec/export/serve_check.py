@@ -123,7 +123,7 @@ class ServeCheck:
             raise DraftError(
                 "the engine's CPU kernels refuse this head size", file=target, found=head_dim, wanted=wanted
             )
-        renderer = Renderer(load_tokenizer(target), self.target.spec.family)
+        renderer = Renderer(load_tokenizer(target), self.target.spec)
         lines = (options.quickstart / "prompts" / "held_out.jsonl").read_text(encoding="utf-8").split("\n")
         texts = [json.loads(line)["turns"][0] for line in lines[: options.prompts] if line.strip()]
         self.prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]

@@ -82,7 +82,7 @@ def read_rope(parameters: Mapping[str, Any] | None, default_theta: float) -> Rop
 
 
 def length_dependent_rope(config: Mapping[str, Any]) -> str | None:
-    """The kind of a (text) config's RoPE whose frequencies depend on the longest sequence of a forward; None: none does.
+    """The kind of a config's RoPE whose frequencies depend on the longest sequence of a forward; None: none does.
 
     What such a model computes for a sequence depends on those beside it and, with a key/value cache, on when it came.
     """

@@ -1,4 +1,4 @@
-"""Qwen3: q_norm and k_norm on each head, SwiGLU. Of a target with experts a draft has dense layers of the same width."""
+"""Qwen3: q_norm and k_norm on each head, SwiGLU. The draft of a target with experts has dense layers."""
 
 from __future__ import annotations
 

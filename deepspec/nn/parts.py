@@ -79,7 +79,7 @@ def inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[
     """(inv_freq [head_dim / 2] fp32, attention scaling) of a rotary embedding.
 
     "proportional" (Gemma4) rotates only the first ``partial_factor`` of the pairs; the rest have frequency 0. Other
-    kinds come from transformers. Computed on the CPU also where a draft is built on ``meta``: they are values, no state.
+    kinds come from transformers. They are made on the CPU also where a draft is built on ``meta``: values, no state.
     """
     with torch.device("cpu"):
         return _inverse_frequencies(rope, head_dim, max_positions)

@@ -6,19 +6,22 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from deepspec import registry
+from deepspec.distributed import world_from_environment
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import Family, Shape, length_dependent_rope
+from deepspec.files import read_json
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
 from deepspec.targets.stored import check_fit, silent
 
@@ -35,6 +38,7 @@ class TargetSpec:
     config: Mapping[str, Any] = field(repr=False, hash=False)  # the text config, flat
     model_type: str  # of the whole model (gemma4), where the text config has its own
     revision: str | None = None
+    stop_token_ids: tuple[int, ...] = ()  # where its generation ends by its own configs, ascending
 
     @property
     def shape(self) -> Shape:
@@ -113,7 +117,17 @@ def spec_from_config(config: Any, path: str, revision: str | None = None) -> Tar
     """
     flat = config.get_text_config().to_dict()
     check_rope(flat, path, TargetError)
-    return TargetSpec(path, family_of(config.model_type, path), flat, config.model_type, revision)
+    stops = read_stops(config.to_dict(), flat)
+    return TargetSpec(path, family_of(config.model_type, path), flat, config.model_type, revision, stops)
+
+
+def read_stops(*configs: Mapping[str, Any]) -> tuple[int, ...]:
+    """The ids of every ``eos_token_id`` of some configs, each one id, a list of ids or nothing; ascending."""
+    found: set[int] = set()
+    for config in configs:
+        ids = config.get("eos_token_id")
+        found |= set(ids if isinstance(ids, list | tuple) else [] if ids is None else [ids])
+    return tuple(sorted(found))
 
 
 def check_rope(config: Mapping[str, Any], file: str | Path, error: type[DeepSpecError]) -> None:
@@ -141,9 +155,23 @@ def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
 
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision)
-    except (OSError, ValueError) as problem:
+        own, generation = (_stored_json(path, name, revision) for name in ("config.json", "generation_config.json"))
+    except (OSError, ValueError, StrictDataclassError) as problem:
         raise _unreadable(path, problem) from None
-    return spec_from_config(config, str(path), revision)
+    spec = spec_from_config(config, str(path), revision)
+    stops = read_stops(own, own.get("text_config") or {}, generation)  # as stated: a class's default is no statement
+    return replace(spec, stop_token_ids=stops or spec.stop_token_ids)
+
+
+def _stored_json(path: str | Path, name: str, revision: str | None) -> dict[str, Any]:
+    """A JSON file of a target as it is stored; empty where the target has none."""
+    from transformers.utils import cached_file
+
+    file = cached_file(
+        str(path), name, revision=revision, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )  # fmt: skip
+    return dict(read_json(file, TargetError)) if file else {}
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
@@ -179,12 +207,13 @@ def load_target(
     spec = load_spec(path, revision)
     try:
         with silent():
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype or "auto", revision=revision, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_fit refuses them, by name
             )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as problem:
         raise _unreadable(path, problem) from None
+    model, info = loaded
     check_fit(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     say_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
     return Target(model.to(device), spec)
@@ -197,7 +226,7 @@ def say_untied(spec: TargetSpec, tied: bool) -> None:
         spec: the target.
         tied: whether embedding and head are one tensor.
     """
-    if spec.config.get("tie_word_embeddings") and not tied:
+    if spec.config.get("tie_word_embeddings") and not tied and world_from_environment().is_main:
         print(
             f"note: {spec.path}: tie_word_embeddings is true, but the files hold another lm_head; it is the head here, "
             "as in transformers; set it to false in config.json, or a serving engine may take the embedding instead",
@@ -206,6 +235,8 @@ def say_untied(spec: TargetSpec, tied: bool) -> None:
 
 
 def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:
+    if isinstance(problem, StrictDataclassError) and problem.__cause__ is not None:  # a config that contradicts itself
+        problem = Exception(problem.__cause__)
     first_line = str(problem).strip().splitlines()[0]
     return TargetError(
         f"cannot load the target ({first_line})",

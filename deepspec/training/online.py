@@ -12,6 +12,7 @@ from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import load_renderer
 from deepspec.cache.plan import read_rows, render, scan
 from deepspec.cache.reader import Sample
+from deepspec.distributed import world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
 from deepspec.targets import Target
@@ -56,6 +57,9 @@ class OnlineSource:
         if not self._ids:
             raise DataError("no usable conversation in the file", file=path, found=reasons)
         self.rejected = reasons
+        if reasons and world_from_environment().is_main:
+            counted = ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))
+            print(f"online: {sum(reasons.values())} of {found.rows} conversations left out: {counted}", flush=True)
         self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         self.group_sizes: tuple[int, ...] = (len(self._ids),)
         self._fingerprint = fingerprint_of(recipe, target, renderer.tokenizer, [found.entry()])
