@@ -84,13 +84,13 @@ def _shared(a: Tensor, b: Tensor | None) -> bool:
 
 
 def weight_files(folder: str | Path) -> list[Path]:
-    """The files of a draft's weights, in a fixed order.
+    """The files of a draft's weights, in a fixed order: the single one, else those of the index, as in transformers.
 
     Raises:
         DraftError: there is none.
     """
     folder = Path(folder)
-    if (folder / INDEX).is_file():
+    if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         index = read_json(folder / INDEX, DraftError)
         return [folder / name for name in sorted(set(index["weight_map"].values()))]
     if not (folder / WEIGHTS).is_file():

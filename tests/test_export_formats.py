@@ -295,6 +295,12 @@ def test_weights_are_cut_into_files_above_a_size(tmp_path: Path) -> None:
     index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
     assert sorted(index["weight_map"]) == sorted(read_weights(ours))
     torch.testing.assert_close(logits(load_draft(tmp_path / "cut", target)), logits(model), rtol=0, atol=0)
+    single = read_weights(tmp_path / "cut")
+    save_file({name: tensor + 1 for name, tensor in single.items()}, tmp_path / "cut" / "model.safetensors")
+    assert torch.equal(
+        read_weights(tmp_path / "cut")["fc.weight"], single["fc.weight"] + 1
+    )  # before an index beside it
+    (tmp_path / "cut" / "model.safetensors").unlink()
     (tmp_path / "cut" / files[1]).unlink()
     with pytest.raises(DraftError, match="no such file"):
         load_draft(tmp_path / "cut", target)

@@ -148,6 +148,15 @@ def test_names_without_their_prefix_are_read_as_transformers_reads_them(tmp_path
     assert torch.equal(load_final_norm(path, torch.float32).weight, load_target(path).decoder.norm.weight)  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma4"])
+def test_frequencies_of_a_bf16_target_are_not_rounded(tmp_path: Path, kind: str) -> None:
+    path = saved(tmp_path, tiny_config(kind))
+    exact, half = (dict(load_target(path, dtype).model.named_buffers()) for dtype in (torch.float32, torch.bfloat16))
+    names = [name for name in exact if name.endswith("inv_freq")]
+    assert names
+    assert all(torch.equal(half[name], exact[name]) for name in names)
+
+
 def test_a_target_with_experts_is_read_by_its_ends_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = saved(tmp_path, Qwen3MoeConfig(**EXPERTS))
     assert any("experts.3.up_proj" in name for name in load_file(path / "model.safetensors"))  # stored one by one

@@ -56,7 +56,7 @@ def write(draft: Draft) -> Draft:
             "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": parsed.max_draft}],
             "verifier": {
                 "name_or_path": draft.config.get("target_model_name_or_path"),
-                "architectures": [f"{draft.family.class_prefix}ForCausalLM"],
+                "architectures": [_verifier_class(draft)],
             },
         },
         EXTRAS: draft.extras,
@@ -79,6 +79,14 @@ def write(draft: Draft) -> Draft:
     if kind == "dspark":
         config |= _heads(draft, state)
     return Draft(config, state, draft.file)
+
+
+def _verifier_class(draft: Draft) -> str:
+    """The target's class by its model type: one family holds dense targets and those with experts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return known.get(str(draft.config.get("target_model_type")), f"{draft.family.class_prefix}ForCausalLM")
 
 
 def _heads(draft: Draft, state: dict[str, Any]) -> dict[str, Any]:
