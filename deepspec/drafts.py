@@ -189,7 +189,12 @@ def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
     family = family_of(config["model_type"], file)
     check_rope(config, file, DraftError)
     spec = TargetSpec(str(file.parent), family, config, config["model_type"])
-    return algorithm.build_model(_read_config(algorithm, config, file), spec.shape, family)
+    parsed = _read_config(algorithm, config, file)
+    mask = getattr(parsed, "mask_token_id", 0)  # of block drafters
+    if mask >= spec.vocab_size:
+        wanted = f"an id below {spec.vocab_size}, the rows of the embedding"
+        raise DraftError("no such token", file=file, key="mask_token_id", found=mask, wanted=wanted)
+    return algorithm.build_model(parsed, spec.shape, family)
 
 
 def _read_config(algorithm: Algorithm, config: Mapping[str, Any], file: Path) -> Any:

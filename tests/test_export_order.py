@@ -83,6 +83,14 @@ def test_frequencies_that_depend_on_the_batch_are_refused_by_name(kind: str, tmp
         load_draft(tmp_path)
 
 
+def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
+    made(tmp_path, "qwen3", "dflash", [0, 1, 3], {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 96}))
+    with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted an id below 96"):
+        load_draft(tmp_path)
+
+
 @torch.no_grad()
 def test_layers_that_do_not_rise_are_sorted_and_the_columns_of_fc_with_them(tmp_path: Path) -> None:
     for number, (family, algorithm, changes, formats) in enumerate(DRAFTS):
