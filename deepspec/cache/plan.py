@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ from typing import Any
 from deepspec.cache.folders import Folder
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
 from deepspec.data.chat import Rendered, Renderer, render_row
-from deepspec.data.conversations import row_problem
+from deepspec.data.conversations import WANTED, usable_row
+from deepspec.data.lines import is_blank, numbered_lines, parse_line
 from deepspec.errors import CacheError, DataError
 
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
@@ -86,18 +86,12 @@ def scan(path: str | Path) -> Source:
         DataError: missing or empty, or a line that is not JSON, named by its number (before anything is computed).
     """
     path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
-    try:
-        with open(path, "rb") as handle:
-            for line in handle:
-                offsets.append(offset)
-                offset += len(line)
-                digest.update(line)
-                json.loads(line)
-    except ValueError as problem:
-        wanted = 'one JSON object a line: {"id": "...", "messages": [...]}'
-        raise DataError(f"not JSON ({problem})", file=path, key=f"line {len(offsets)}", wanted=wanted) from None
-    except OSError as problem:
-        raise DataError(f"cannot read conversations ({problem.strerror})", file=path) from None
+    for number, line in numbered_lines(path):
+        digest.update(line)
+        if not is_blank(line):
+            parse_line(line, path, number, DataError, WANTED)
+            offsets.append(offset)
+        offset += len(line)
     if not offsets:
         raise DataError("no conversation in the file", file=path)
     return Source(path, digest.hexdigest(), offsets)
@@ -107,10 +101,9 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
     """(row number, row or what is wrong with it) of a run of rows."""
     with open(path, "rb") as handle:
         handle.seek(offset)
-        for number in range(first, first + rows):
-            row = json.loads(handle.readline())
-            fault = row_problem(row)
-            yield number, row if fault is None else fault[0]
+        lines = (line for line in handle if not is_blank(line))
+        for number, line in zip(range(first, first + rows), lines, strict=False):
+            yield number, usable_row(line)
 
 
 def render(renderer: Renderer, row: dict[str, Any] | str, min_supervised: int) -> Rendered | str:
