@@ -182,6 +182,8 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
             progress.add(1, sum(len(message["content"]) for message in row["messages"]))
             if report.train + report.held_out == options.limit:
                 break
+        if not report.train:
+            raise DataError("nothing is left to train on", file=output, found="; ".join(map(str.strip, report.lines())))
     progress.finish()
     if held_out is None:
         _remove_earlier(output / "held_out.jsonl")
@@ -215,7 +217,7 @@ def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: R
         raise Unusable(f"in an evaluation task ({overlap})")
     seen.add(duplicate_key)
     report.left_out.update(notes)
-    read = columns_read(raw)
+    read = {"id", *columns_read(raw)}
     report.unread.update(key for key, value in raw.items() if value not in (None, "", []) and key not in read)
     row: dict[str, Any] = {"id": f"{duplicate_key:016x}", "messages": messages, "source": source}
     return row | ({"tools": tools} if tools else {}), key_of(f"split\0{texts[0]}") / 2**64
