@@ -71,6 +71,24 @@ def test_a_cut_or_calling_turn_ends_the_conversation_and_holds_what_is_whole(tmp
     assert b"\xef\xbf\xbd" not in (tmp_path / "o.jsonl").read_bytes()
 
 
+def test_calls_of_the_source_are_sent_as_text_and_kept_as_objects(tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    messages = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "rain"},
+    ]
+    write_conversations(tmp_path / "p.jsonl", [{"id": "a", "messages": messages}], {})
+    case, server = tools.small_case("reasoning"), Scripted({"rain": ({"content": "Rain."}, "stop")})
+    engine = server_engine(server.url)
+    engine.renderer = Renderer(case.tokenizer, case.family)
+    regenerate(tmp_path / "p.jsonl", tmp_path / "o.jsonl", engine, {})
+    server.stop()
+    assert server.bodies[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == '{"city": "Oslo"}'
+    (row,) = read_conversations(tmp_path / "o.jsonl")
+    assert row["messages"][1]["tool_calls"] == [call]
+
+
 def test_thoughts_move_out_of_the_text_and_the_conversation_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

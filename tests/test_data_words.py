@@ -7,9 +7,12 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepspec.data.conversations import read_conversations
-from deepspec.data.prepare import Contamination, PrepareOptions, normal, prepare
+from deepspec.data.prepare import Contamination, PrepareOptions, prepare
+from deepspec.data.words import any_words, normal, words_of
 
 SAME = [
     ("Question   3!", "question 3"),
@@ -61,6 +64,12 @@ def test_white_space_case_and_the_punctuation_of_sentences_do_not_count(one: str
 def test_signs_and_marks_keep_texts_apart(one: str, other: str) -> None:
     assert normal(one) != normal(other)
     assert normal(one) == normal(unicodedata.normalize("NFD", one))
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.text(st.sampled_from("aB1_0 .,:;!?'\"`()[]{}+-*/=^<>|~#%&@$\\\n"), max_size=30))
+def test_plain_text_has_the_words_of_the_general_way(text: str) -> None:
+    assert words_of(text) == any_words(text)
 
 
 LONG = {

@@ -218,6 +218,7 @@ def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: R
     seen.add(duplicate_key)
     report.left_out.update(notes)
     read = {"id", *columns_read(raw)}
-    report.unread.update(key for key, value in raw.items() if value not in (None, "", []) and key not in read)
+    empty = {key for key, value in raw.items() if value is None or (isinstance(value, str | list) and not value)}
+    report.unread.update(raw.keys() - read - empty)
     row: dict[str, Any] = {"id": f"{duplicate_key:016x}", "messages": messages, "source": source}
     return row | ({"tools": tools} if tools else {}), key_of(f"split\0{texts[0]}") / 2**64

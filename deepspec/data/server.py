@@ -142,7 +142,7 @@ class ServerEngine:
         sampling, limit = self.sampling, self.sampling.max_tokens
         body: dict[str, Any] = {
             "model": self.options.model,
-            "messages": self.renderer.with_system(dialogue.messages),
+            "messages": [_sent(message) for message in self.renderer.with_system(dialogue.messages)],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": limit,
@@ -230,6 +230,16 @@ class ServerEngine:
             return *read_answer(content, thought, calls, reason, opened), tokens
         except Unusable as problem:
             raise _Refused(str(problem)) from None
+
+
+def _sent(message: Message) -> Message:
+    """A message in OpenAI's form: arguments as JSON text, which servers check and parse before their template."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        arguments = call["function"].get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 def _post(url: str, path: str, body: bytes, options: ServerOptions) -> tuple[int, Mapping[str, str], bytes]:

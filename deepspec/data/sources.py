@@ -159,10 +159,14 @@ def _message(given: Any, notes: Counter[str]) -> Message:
     role = _SHAREGPT_ROLES.get(name)
     if role is None:
         raise Unusable("unknown role")
-    content = _text(given["content"] if "content" in given else given.get("value"), notes)
+    content = _text(
+        given["value"] if given.get("content") is None and "value" in given else given.get("content"), notes
+    )
     full = normal_message({**given, "role": role, "content": content})
     message: Message = {"role": role, "content": (content or "").strip()}
     message |= {key: full[key] for key in _KEPT if key in full}
+    if not isinstance(message.get("finish_reason", ""), str):
+        del message["finish_reason"]
     if name == "function_call" and "tool_calls" not in message:  # ShareGPT's: the calls are the text
         message |= {"content": "", "tool_calls": normal_calls(content)}
     if not isinstance(message.get("reasoning_content", ""), str):

@@ -7,6 +7,7 @@ Words are lower case and in Unicode's composed form (NFC), so that the two spell
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterator, Sequence
 
@@ -19,16 +20,14 @@ _FULL = GRAM * _WORD
 _FEW = 3 * _WORD  # a name, an id or a date holds fewer
 _HANS = r"\p{Han}\p{Hiragana}\p{Katakana}\u3005-\u3007\u30fc\uff70"
 _THAIS = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
+_LETTER = rf"[[\w\p{{M}}\p{{N}}]--[{_HANS}{_THAIS}]]"
+# Words, numbers with what stands between their digits (3.14, 12:30), the point of .5, the ! of 5!/3 and !=, f'(x).
+_INNER = r"{0}+(?:(?<=\d)[.,:](?=\d){0}+)*|\.(?=\d)|!(?=\)*\s*[-+*/=^×÷])|(?<=[\w'])'(?='*\()"
+_SIGNS = r"#%&()*/@\\\[\]{}\-"
 _TOKEN = regex.compile(
-    rf"""(?V1x)
-      [[{_HANS}{_THAIS}]--\p{{P}}]\p{{M}}*
-    | (?: [[\w\p{{M}}\p{{N}}]--[{_HANS}{_THAIS}]] | (?<=\d)[.,:](?=\d) )+    # a word; a number, 3.14 in one
-    | \.(?=\d)                                                        # of .5
-    | !(?=\)*\s*[-+*/=^×÷])                                           # a factorial or !=, no exclamation
-    | (?<=[\w'])'(?='*\()                                             # f'(x)
-    | [[\p{{S}}\#%&()*/@\\\[\]{{}}\-′″‰·]--[`]]
-    """
+    rf"(?V1)[[{_HANS}{_THAIS}]--\p{{P}}]\p{{M}}*|{_INNER.format(_LETTER)}|[[\p{{S}}{_SIGNS}′″‰·]--[`]]"
 )
+_ASCII_TOKEN = re.compile(_INNER.format(r"\w") + rf"|[$+<=>^|~{_SIGNS}]", re.ASCII)  # the same for plain text, faster
 _THAI_FIRST = regex.compile(rf"(?V1)[{_THAIS}]")
 _HAN_FIRST = regex.compile(rf"(?V1)[{_HANS}]")
 # Full-width ASCII is ASCII; the mathematical minus is the hyphen; variation selectors choose a picture, not a word.
@@ -37,10 +36,14 @@ _FOLDED = {0xFF01 + i: 0x21 + i for i in range(94)} | {0x2212: ord("-")} | dict.
 
 def words_of(text: str) -> list[str]:
     """The words and signs of a text."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFC", text.translate(_FOLDED))
-    lower = text.lower()
-    return _TOKEN.findall(lower if lower.isascii() else unicodedata.normalize("NFC", lower))
+    if text.isascii():
+        return _ASCII_TOKEN.findall(text.lower())
+    return any_words(unicodedata.normalize("NFC", text.translate(_FOLDED)))
+
+
+def any_words(text: str) -> list[str]:
+    """The words and signs of a composed text in any script."""
+    return _TOKEN.findall(unicodedata.normalize("NFC", text.lower()))
 
 
 def normal(text: str) -> str:
