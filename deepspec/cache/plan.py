@@ -12,7 +12,7 @@ from typing import Any
 from deepspec.cache.folders import Folder
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
 from deepspec.data.chat import Rendered, Renderer, render_row
-from deepspec.data.conversations import WANTED, usable_row
+from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
 from deepspec.data.lines import is_blank, numbered_lines, parse_line
 from deepspec.errors import CacheError, DataError
 
@@ -80,20 +80,23 @@ class Source:
 
 
 def scan(path: str | Path) -> Source:
-    """Digest a conversation file and note where its rows begin.
+    """Digest a conversation file, note where its rows begin, and compare it with its manifest where it has one.
 
     Raises:
-        DataError: missing or empty, or a line that is not JSON, named by its number (before anything is computed).
+        DataError: missing or empty, a line that is not JSON, an id that comes twice, or a file that differs from its
+            manifest (before anything is computed).
     """
     path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
+    seen = set[str]()
     for number, line in numbered_lines(path):
         digest.update(line)
         if not is_blank(line):
-            parse_line(line, path, number, DataError, WANTED)
+            note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
             offsets.append(offset)
         offset += len(line)
     if not offsets:
         raise DataError("no conversation in the file", file=path)
+    check_manifest(path, len(offsets), digest.hexdigest())
     return Source(path, digest.hexdigest(), offsets)
 
 

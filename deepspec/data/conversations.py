@@ -79,21 +79,17 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
             file that differs from its manifest.
     """
     path = Path(path)
-    manifest = read_json(manifest_path(path), DataError) if manifest_path(path).exists() else None
     digest, seen = hashlib.sha256(), set[str]()
     for number, line in numbered_lines(path):
         digest.update(line)
         if is_blank(line):
             continue
         row = _row(line, path, number)
-        if row["id"] in seen:
-            raise DataError("the same id twice", file=path, key=f"line {number}", found=row["id"])
-        seen.add(row["id"])
+        note_id(seen, row, path, number)
         yield row
     if not seen:
         raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
-    if manifest is not None:
-        _check_manifest(manifest, path, len(seen), digest.hexdigest())
+    check_manifest(path, len(seen), digest.hexdigest())
 
 
 def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
@@ -108,7 +104,30 @@ def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise DataError(str(problem), file=path, key=f"line {number}") from None
 
 
-def _check_manifest(manifest: Any, path: Path, rows: int, sha256: str) -> None:
+def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
+    """Add a row's id to ``seen``; a row without one is no conversation, and is refused or counted as that.
+
+    Raises:
+        DataError: the id came before.
+    """
+    name = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(name, str):
+        return
+    if name in seen:
+        remedy = "give every conversation an id of its own (prepare_data does)"
+        raise DataError("the same id twice", file=path, key=f"line {number}", found=name, remedy=remedy)
+    seen.add(name)
+
+
+def check_manifest(path: Path, rows: int, sha256: str) -> None:
+    """Compare a file that has been read whole with its manifest; a file without one is taken as it is.
+
+    Raises:
+        DataError: the file has other rows or other bytes than its manifest says.
+    """
+    if not manifest_path(path).exists():
+        return
+    manifest = read_json(manifest_path(path), DataError)
     wanted = {"format": FORMAT, "rows": rows, "sha256": sha256}
     for key, value in wanted.items():
         found = manifest.get(key) if isinstance(manifest, dict) else None

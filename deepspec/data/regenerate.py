@@ -95,9 +95,7 @@ class LocalEngine:
         if mark and mark in decode(ids, skip_special_tokens=False):
             if mark not in text:  # its marks are special tokens, which no text holds
                 raise Unusable("the target called a tool, which only --engine server can read")
-            reason = (
-                "tool_calls" if reason == "stop" else reason
-            )  # the call stays text: the template renders it as such
+            reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
         opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools))
         dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
 
