@@ -53,7 +53,7 @@ def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, reme
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error("no such file", file=path, remedy=remedy) from None
-    except (ValueError, RecursionError) as problem:
+    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
         raise error(f"not a JSON file ({problem})", file=path, remedy=remedy) from None
 
 
