@@ -25,6 +25,7 @@ CORE = [
     "tokenizers>=0.22,<1",
     "pyarrow>=17",
     "psutil>=5.9,<8",
+    "regex>=2024.11.6",
 ]
 DEV = [
     "pytest>=8,<10",

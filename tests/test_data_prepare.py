@@ -107,6 +107,13 @@ def test_prepare_drops_and_splits_without_a_leak(tmp_path: Path) -> None:
     assert not list((tmp_path / "again").glob("held_out*")), "an earlier run's held-out rows are training rows now"
 
 
+def test_a_run_that_keeps_nothing_says_why_and_leaves_no_file(tmp_path: Path) -> None:
+    write_lines(tmp_path / "in.jsonl", [{"text": "a"}, "{broken"])
+    with pytest.raises(DataError, match=r"nothing is left to train on.*no messages: 1 \(first: .*in.jsonl: row 1\)"):
+        prepare(PrepareOptions({str(tmp_path / "in.jsonl"): 1.0}, 0.0), tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_mixing_follows_the_weights_until_a_source_ends() -> None:
     from itertools import islice
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,7 +12,8 @@ from typing import Any
 from deepspec.cache.folders import Folder
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
 from deepspec.data.chat import Rendered, Renderer, render_row
-from deepspec.data.conversations import row_problem
+from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
+from deepspec.data.lines import is_blank, numbered_lines, parse_line
 from deepspec.errors import CacheError, DataError
 
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
@@ -80,26 +80,23 @@ class Source:
 
 
 def scan(path: str | Path) -> Source:
-    """Digest a conversation file and note where its rows begin.
+    """Digest a conversation file, note where its rows begin, and compare it with its manifest where it has one.
 
     Raises:
-        DataError: missing or empty, or a line that is not JSON, named by its number (before anything is computed).
+        DataError: missing or empty, a line that is not JSON, an id that comes twice, or a file that differs from its
+            manifest (before anything is computed).
     """
     path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
-    try:
-        with open(path, "rb") as handle:
-            for line in handle:
-                offsets.append(offset)
-                offset += len(line)
-                digest.update(line)
-                json.loads(line)
-    except ValueError as problem:
-        wanted = 'one JSON object a line: {"id": "...", "messages": [...]}'
-        raise DataError(f"not JSON ({problem})", file=path, key=f"line {len(offsets)}", wanted=wanted) from None
-    except OSError as problem:
-        raise DataError(f"cannot read conversations ({problem.strerror})", file=path) from None
+    seen = set[str]()
+    for number, line in numbered_lines(path):
+        digest.update(line)
+        if not is_blank(line):
+            note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
+            offsets.append(offset)
+        offset += len(line)
     if not offsets:
         raise DataError("no conversation in the file", file=path)
+    check_manifest(path, len(offsets), digest.hexdigest())
     return Source(path, digest.hexdigest(), offsets)
 
 
@@ -107,10 +104,9 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
     """(row number, row or what is wrong with it) of a run of rows."""
     with open(path, "rb") as handle:
         handle.seek(offset)
-        for number in range(first, first + rows):
-            row = json.loads(handle.readline())
-            fault = row_problem(row)
-            yield number, row if fault is None else fault[0]
+        lines = (line for line in handle if not is_blank(line))
+        for number, line in zip(range(first, first + rows), lines, strict=False):
+            yield number, usable_row(line)
 
 
 def render(renderer: Renderer, row: dict[str, Any] | str, min_supervised: int) -> Rendered | str:

@@ -2,7 +2,8 @@
 
 A row is ``{"id": str, "messages": [{"role", "content", ...}, ...], ...}`` in OpenAI's form. Besides ``role`` and
 ``content`` a message may carry ``tool_calls``, ``reasoning_content``, ``finish_reason`` (how the target's answer ended;
-``"length"``: it was cut) and ``weight`` (0: this answer is context only, never supervised).
+``"length"``: it was cut; with ``content`` "" and ``reasoning_content``: inside its reasoning) and ``weight`` (0: this
+answer is context only, never supervised). Readers get every row as :func:`deepspec.data.messages.normal_row` makes it.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, parse_line, value_problem
+from deepspec.data.messages import Message as Message
+from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
 from deepspec.files import read_json, sync_folder, write_json
 
 FORMAT = "deepspec.conversations/1"
 ROLES = ("system", "developer", "user", "assistant", "tool")
-Message = dict[str, Any]
+WANTED = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "content": "..."}, ...]}'
 
 
 def manifest_path(path: str | Path) -> Path:
@@ -30,7 +34,8 @@ def manifest_path(path: str | Path) -> Path:
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of the file: compact UTF-8 JSON and a newline."""
-    return json.dumps(row, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
 
 
 def row_problem(row: Any) -> tuple[str, object] | None:
@@ -47,9 +52,23 @@ def row_problem(row: Any) -> tuple[str, object] | None:
             found = message.get("role") if isinstance(message, dict) else message
             return f"a message needs a `role`, one of {', '.join(ROLES)}", found
         content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            return "a message needs `content`, a string (it may be null beside tool_calls)", content
+        beside = message.get("tool_calls") or message.get("function_call") or message.get("reasoning_content")
+        if not isinstance(content, str) and not (content is None and beside):
+            return (
+                "a message needs `content`, a string (or null beside tool_calls or reasoning_content)",
+                content,
+            )
     return None
+
+
+def usable_row(line: bytes) -> dict[str, Any] | str:
+    """The row of a line in its normal form, or why it cannot be used."""
+    try:
+        row = parse_json(line)
+        fault = row_problem(row)
+        return normal_row(row) if fault is None else fault[0]
+    except (NotJSON, Unusable) as problem:
+        return str(problem)
 
 
 def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
@@ -60,41 +79,55 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
             file that differs from its manifest.
     """
     path = Path(path)
-    manifest = read_json(manifest_path(path), DataError) if manifest_path(path).exists() else None
     digest, seen = hashlib.sha256(), set[str]()
-    try:
-        handle = open(path, "rb")  # noqa: SIM115 (closed by the `with` below; only opening is inside the `try`)
-    except OSError as problem:
-        raise DataError(f"cannot read conversations ({problem.strerror})", file=path) from None
-    with handle:
-        for number, line in enumerate(handle, 1):
-            digest.update(line)
-            row = _parse_line(line, path, number)
-            if row["id"] in seen:
-                raise DataError("the same id twice", file=path, key=f"line {number}", found=row["id"])
-            seen.add(row["id"])
-            yield row
+    for number, line in numbered_lines(path):
+        digest.update(line)
+        if is_blank(line):
+            continue
+        row = _row(line, path, number)
+        note_id(seen, row, path, number)
+        yield row
     if not seen:
         raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
-    if manifest is not None:
-        _check_manifest(manifest, path, len(seen), digest.hexdigest())
+    check_manifest(path, len(seen), digest.hexdigest())
 
 
-def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    wanted = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "content": "..."}, ...]}'
-    try:
-        row = json.loads(line)
-    except ValueError as problem:
-        raise DataError(f"not JSON ({problem})", file=path, key=f"line {number}", wanted=wanted) from None
+def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    row = parse_line(line, path, number, DataError, WANTED)
     fault = row_problem(row)
     if fault is not None:
         found = fault[1] if fault[1] is None or len(repr(fault[1])) < 200 else repr(fault[1])[:200]
-        raise DataError(fault[0], file=path, key=f"line {number}", found=found, wanted=wanted)
-    result: dict[str, Any] = row
-    return result
+        raise DataError(fault[0], file=path, key=f"line {number}", found=found, wanted=WANTED)
+    try:
+        return normal_row(row)
+    except Unusable as problem:
+        raise DataError(str(problem), file=path, key=f"line {number}") from None
 
 
-def _check_manifest(manifest: Any, path: Path, rows: int, sha256: str) -> None:
+def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
+    """Add a row's id to ``seen``; a row without one is no conversation, and is refused or counted as that.
+
+    Raises:
+        DataError: the id came before.
+    """
+    name = row.get("id") if isinstance(row, dict) else None
+    if not isinstance(name, str):
+        return
+    if name in seen:
+        remedy = "give every conversation an id of its own (prepare_data does)"
+        raise DataError("the same id twice", file=path, key=f"line {number}", found=name, remedy=remedy)
+    seen.add(name)
+
+
+def check_manifest(path: Path, rows: int, sha256: str) -> None:
+    """Compare a file that has been read whole with its manifest; a file without one is taken as it is.
+
+    Raises:
+        DataError: the file has other rows or other bytes than its manifest says.
+    """
+    if not manifest_path(path).exists():
+        return
+    manifest = read_json(manifest_path(path), DataError)
     wanted = {"format": FORMAT, "rows": rows, "sha256": sha256}
     for key, value in wanted.items():
         found = manifest.get(key) if isinstance(manifest, dict) else None
@@ -128,7 +161,8 @@ class ConversationWriter:
         Raises:
             DataError: the row is not a conversation.
         """
-        fault = row_problem(row)
+        problem = value_problem(dict(row))
+        fault = (problem, None) if problem is not None else row_problem(row)
         if fault is not None:
             raise DataError(fault[0], file=self.path, key=row.get("id"), found=fault[1])
         line = dump_row(row)

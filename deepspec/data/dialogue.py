@@ -55,10 +55,13 @@ class Dialogue:
         return f"{self.id}#{self.turn}"
 
     def answer(self, message: Mapping[str, Any], finish_reason: str, tokens: int) -> None:
-        """Add the target's answer to the open turn: ``content`` and, where it has them, reasoning and tool calls."""
+        """Add the target's answer to the open turn: ``content`` and, where it has them, reasoning and tool calls.
+
+        Calls end the conversation, whatever the server says of the reason: their results are not known.
+        """
         self.messages.append({"role": "assistant", **message, "finish_reason": finish_reason})
         self.tokens += tokens
-        self._cut = finish_reason in ("length", "tool_calls")
+        self._cut = finish_reason in ("length", "tool_calls") or bool(message.get("tool_calls"))
         self.turn += 1
         self._give()
 

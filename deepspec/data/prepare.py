@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,19 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.conversations import ConversationWriter, Message
+from deepspec.data.conversations import ConversationWriter
+from deepspec.data.messages import Message, Unusable
 from deepspec.data.progress import Progress
-from deepspec.data.sources import Unusable, read_source, to_messages
+from deepspec.data.sources import columns_read, read_source, row_tools, to_messages
+from deepspec.data.words import grams, normal, says_something
 from deepspec.errors import DataError
 from deepspec.files import write_json
 
-_WORD = re.compile(r"\w+")
-GRAM = 13  # words; the length that GPT-3's and most later contamination studies use
-
-
-def normal(text: str) -> str:
-    """Lower-case words without punctuation: what duplicates and overlaps are judged by."""
-    return " ".join(_WORD.findall(text.lower()))
+# columns that hold prompts, however short these are
+_ASKED = ("turns", "prompt", "prompts", "question", "instruction", "problem", "query")
 
 
 def key_of(text: str) -> int:
@@ -36,11 +32,11 @@ def key_of(text: str) -> int:
 def user_text(messages: Iterable[Message]) -> list[str]:
     """The normal form of every user turn."""
     texts = [message["content"] for message in messages if message["role"] == "user"]
-    return [normal(text) or text for text in texts]  # a text of signs alone stays as it is
+    return [normal(text) or text for text in texts]  # a text of punctuation alone stays as it is
 
 
 class Contamination:
-    """The prompts of the evaluation tasks: whole, and every run of :data:`GRAM` words of them."""
+    """The prompts of the evaluation tasks: whole, and every run of 13 words of them."""
 
     def __init__(self) -> None:
         self.whole: set[int] = set()
@@ -51,16 +47,18 @@ class Contamination:
         words = normal(text).split()
         if words:
             self.whole.add(key_of(" ".join(words)))
-        self.grams.update(_grams(words))
+        self.grams.update(grams(words))
 
     def add_file(self, path: str | Path) -> None:
         """Add every prompt of a JSONL or Parquet file: its messages, or all of its text columns.
 
         Raises:
-            DataError: no such file, or no text in it.
+            DataError: no such file, a line that cannot be read, or no text in it.
         """
         before = len(self.whole)
         for row in read_source(str(path)):
+            if isinstance(row, Unusable):
+                raise DataError(str(row), file=path, key=row.place, wanted="a JSON object with an evaluation prompt")
             for text in _texts(row):
                 self.add(text)
         if len(self.whole) == before:
@@ -70,26 +68,24 @@ class Contamination:
         """ "exact" or "n-gram" where a user turn (in normal form) is in the tasks, else None."""
         if any(key_of(text) in self.whole for text in texts):
             return "exact"
-        if self.grams and any(gram in self.grams for text in texts for gram in _grams(text.split())):
+        if self.grams and any(gram in self.grams for text in texts for gram in grams(text.split())):
             return "n-gram"
         return None
 
 
-def _grams(words: Sequence[str]) -> Iterator[int]:
-    return (hash(tuple(words[i : i + GRAM])) for i in range(len(words) - GRAM + 1))
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Every text in a row that may be (part of) a prompt."""
+def _texts(value: Any, asked: bool = False) -> Iterator[str]:
+    """Every text in a row that may be (part of) a prompt; ``asked``: it is one, however short."""
     if isinstance(value, str):
-        if len(value.split()) > 2:  # names, ids and dates are no prompts
+        if asked or says_something(value):  # names, ids and dates are no prompts
             yield value
     elif isinstance(value, Mapping):
-        for one in value.values():
-            yield from _texts(one)
+        role = value.get("role") or value.get("from")
+        for key, one in value.items():
+            user = role in ("user", "human") and key in ("content", "value")
+            yield from _texts(one, user or (asked and role is None) or key in _ASKED)
     elif isinstance(value, list):
         for one in value:
-            yield from _texts(one)
+            yield from _texts(one, asked)
 
 
 def mix(sources: Mapping[str, Iterable[Any]], weights: Mapping[str, float], seed: int) -> Iterator[tuple[str, Any]]:
@@ -112,13 +108,27 @@ class Report:
     read: dict[str, int] = field(default_factory=dict)  # source -> rows
     kept: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
+    first: dict[str, str] = field(default_factory=dict)  # reason -> where its first row stands
+    left_out: Counter[str] = field(default_factory=Counter)  # of rows that are kept: what -> how many
+    unread: Counter[str] = field(default_factory=Counter)  # column that nothing is made of -> kept rows that fill it
     train: int = 0
     held_out: int = 0
+
+    def drop(self, reason: Unusable, source: str) -> None:
+        """Count a row that cannot be used."""
+        self.dropped[str(reason)] += 1
+        self.first.setdefault(str(reason), f"{source}: {reason.place or f'row {self.read[source]}'}")
 
     def lines(self) -> list[str]:
         """For the terminal."""
         shares = [f"  {name}: {self.kept.get(name, 0)} of {rows} rows kept" for name, rows in self.read.items()]
-        reasons = [f"  dropped, {reason}: {count}" for reason, count in self.dropped.most_common()]
+        reasons = [
+            f"  dropped, {reason}: {count} (first: {self.first[reason]})"
+            for reason, count in self.dropped.most_common()
+        ]
+        reasons += [f"  left out of rows that are kept, {what}: {count}" for what, count in self.left_out.most_common()]
+        columns = ", ".join(f"{name} ({count} rows)" for name, count in self.unread.most_common(12))
+        reasons += [f"  columns that are not read: {columns}"] * bool(columns)
         return [f"{self.train} conversations to train on, {self.held_out} held out", *shares, *reasons]
 
 
@@ -157,9 +167,9 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
         for source, raw in mix(sources, options.sources, options.seed):
             report.read[source] = report.read.get(source, 0) + 1
             try:
-                row, border = _keep(raw, source, tasks, seen)
+                row, border = _keep(raw, source, tasks, seen, report)
             except Unusable as reason:
-                report.dropped[str(reason)] += 1
+                report.drop(reason, source)
                 continue
             report.kept[source] = report.kept.get(source, 0) + 1
             if border < options.held_out:
@@ -172,11 +182,12 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
             progress.add(1, sum(len(message["content"]) for message in row["messages"]))
             if report.train + report.held_out == options.limit:
                 break
+        if not report.train:
+            raise DataError("nothing is left to train on", file=output, found="; ".join(map(str.strip, report.lines())))
     progress.finish()
     if held_out is None:
         _remove_earlier(output / "held_out.jsonl")
-    values = {"read": report.read, "kept": report.kept, "dropped": report.dropped}
-    write_json(output / "report.json", values | {"train": report.train, "held_out": report.held_out})
+    write_json(output / "report.json", vars(report))
     return report
 
 
@@ -188,13 +199,15 @@ def _remove_earlier(path: Path) -> None:
             print(f"prepare: removed {one} of an earlier run; this one holds nothing out", file=sys.stderr)
 
 
-def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int]) -> tuple[dict[str, Any], float]:
+def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: Report) -> tuple[dict[str, Any], float]:
     """(the row to write, its place in [0, 1) by which it is split).
 
     Raises:
         Unusable: it is to be dropped.
     """
-    messages = to_messages(raw)
+    notes = Counter[str]()
+    messages = to_messages(raw, notes)
+    tools = row_tools(raw)
     texts = user_text(messages)
     duplicate_key = key_of("\n".join(texts))
     if duplicate_key in seen:
@@ -203,7 +216,9 @@ def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int]) -> tuple[
     if overlap is not None:
         raise Unusable(f"in an evaluation task ({overlap})")
     seen.add(duplicate_key)
+    report.left_out.update(notes)
+    read = {"id", *columns_read(raw)}
+    empty = {key for key, value in raw.items() if value is None or (isinstance(value, str | list) and not value)}
+    report.unread.update(raw.keys() - read - empty)
     row: dict[str, Any] = {"id": f"{duplicate_key:016x}", "messages": messages, "source": source}
-    if isinstance(raw.get("tools"), list) and raw["tools"]:
-        row["tools"] = raw["tools"]
-    return row, key_of(f"split\0{texts[0]}") / 2**64
+    return row | ({"tools": tools} if tools else {}), key_of(f"split\0{texts[0]}") / 2**64

@@ -8,15 +8,19 @@ stands in ``<output>.failures.jsonl``.
 from __future__ import annotations
 
 import json
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from deepspec.data.answer import call_mark, opens_reasoning, read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
-from deepspec.data.local import LocalSampler, Request, Sampling
+from deepspec.data.local import Generated, LocalSampler, Request, Sampling
+from deepspec.data.messages import Unusable
 from deepspec.data.outcome import Outcome
 from deepspec.data.partial import Partial
 from deepspec.data.progress import Progress
@@ -25,6 +29,8 @@ from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import read_json, sha256_file
 from deepspec.recipe import Recipe, RegenerateSection
+
+_REASONED = "with reasoning"  # counted beside the finish reasons
 
 
 class Engine(Protocol):
@@ -66,19 +72,32 @@ class LocalEngine:
             waiting = []
             for generated in self.sampler.answer(requests):
                 dialogue = by_key[generated.request.key]
-                message = self._message(generated.token_ids)
-                if not message["content"]:
-                    yield Outcome(dialogue, "the target answered nothing")
+                try:
+                    self._add(dialogue, generated)
+                except Unusable as problem:
+                    yield Outcome(dialogue, str(problem))
                     continue
-                dialogue.answer(message, generated.finish_reason, len(generated.token_ids) + 1)
                 if dialogue.open:
                     waiting.append(dialogue)
                 else:
                     yield Outcome(dialogue)
 
-    def _message(self, token_ids: list[int]) -> dict[str, str]:
-        text = self.renderer.tokenizer.decode(token_ids, skip_special_tokens=True)
-        return {"content": text.lstrip()}
+    def _add(self, dialogue: Dialogue, generated: Generated) -> None:
+        """Give a dialogue its answer.
+
+        Raises:
+            Unusable: there is nothing to train on.
+        """
+        decode = self.renderer.tokenizer.decode
+        ids, reason = generated.token_ids, generated.finish_reason
+        text = decode(ids, skip_special_tokens=True)
+        mark = call_mark(self.renderer, dialogue.tools) if dialogue.tools else None
+        if mark and mark in decode(ids, skip_special_tokens=False):
+            if mark not in text:  # its marks are special tokens, which no text holds
+                raise Unusable("the target called a tool, which only --engine server can read")
+            reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
+        opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools))
+        dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,23 @@ class Summary:
     tokens: int  # of the answers of this start
     seconds: float  # of this start
     finish_reasons: Mapping[str, int]
+    reasoned: int = 0  # answers with reasoning
+
+    def lines(self, settings: Mapping[str, Any]) -> list[str]:
+        """What the user should know beside the numbers."""
+        lines, answers = [], sum(self.finish_reasons.values())
+        cut = self.finish_reasons.get("length", 0)
+        if 2 * cut > answers:
+            lines.append(
+                f"warning: {cut} of {answers} answers ({cut / answers:.0%}) were cut at regenerate.max_tokens "
+                f"({settings.get('max_tokens', 'not said')}): raise it, or the draft hardly learns how answers end"
+            )
+        if self.reasoned and settings.get("thinking") is False:
+            lines.append(
+                f"warning: {self.reasoned} of {answers} answers hold reasoning, and data.thinking is false, which "
+                "leaves it out of training: set data.thinking: true, or serve the target without reasoning"
+            )
+        return lines
 
 
 def regenerate(
@@ -116,25 +152,37 @@ def regenerate(
     partial_path = output.with_name(output.name + ".partial")
     if manifest_path(output).exists():
         partial_path.unlink(missing_ok=True)  # a kill between the manifest and the end of the job left it
-        return _finished(output, settings)
+        return _told(_finished(output, settings), settings)
     total = sum(1 for _ in read_conversations(prompts))
     partial = Partial(partial_path, settings)
     try:
-        tokens, seconds, failed = _answer_rest(prompts, output, engine, partial, total)
+        tokens, seconds, failed, first = _answer_rest(prompts, output, engine, partial, total)
         if failed > max_failed * total or not partial.places:
             raise DataError(
-                f"{failed} of {total} conversations failed",
+                f"{failed} of {total} conversations failed; the first, {first}",
                 file=failures_path(output),
                 wanted=f"at most {max_failed:.1%}",
                 remedy="run the same command again to retry them, or allow more with --max-failed",
             )
-        reasons: dict[str, int] = {}
-        rows = _in_order(prompts, partial, reasons)
+        ends = Counter[str]()
+        rows = _counted(_in_order(prompts, partial), ends)
         count = write_conversations(output, rows, {"made_by": "regenerate", "failed": failed, **settings})
     finally:
         partial.close()
     partial.path.unlink()
-    return Summary(count, failed, tokens, seconds, reasons)
+    return _told(_summary(count, failed, tokens, seconds, ends), settings)
+
+
+def _told(summary: Summary, settings: Mapping[str, Any]) -> Summary:
+    """The summary, its warnings said on screen."""
+    for line in summary.lines(settings):
+        print(line, file=sys.stderr, flush=True)
+    return summary
+
+
+def _summary(rows: int, failed: int, tokens: int, seconds: float, ends: Counter[str]) -> Summary:
+    reasoned = ends.pop(_REASONED, 0)
+    return Summary(rows, failed, tokens, seconds, dict(ends), reasoned)
 
 
 def failures_path(output: Path) -> Path:
@@ -150,9 +198,9 @@ def _readable(path: str | Path) -> Path:
 
 def _answer_rest(
     prompts: str | Path, output: Path, engine: Engine, partial: Partial, total: int
-) -> tuple[int, float, int]:
-    """Run the engine over what is not done; returns tokens, seconds and failures."""
-    done, failed, tokens = len(partial.places), 0, 0
+) -> tuple[int, float, int, str]:
+    """Run the engine over what is not done; returns tokens, seconds, failures and the first of them."""
+    done, failed, tokens, first = len(partial.places), 0, 0, ""
     if done:
         print(f"resuming: {done} of {total} conversations are there")
     progress = Progress("regenerate", total - done)
@@ -165,6 +213,9 @@ def _answer_rest(
                 partial.append(outcome.dialogue.result())
             else:
                 failed += 1
+                if failed == 1:
+                    first = f"{outcome.dialogue.id}: {outcome.error}"
+                    print(f"regenerate: a failure, {first}", file=sys.stderr, flush=True)
                 failures.write(dump_row({"id": outcome.dialogue.id, "error": outcome.error}))
                 failures.flush()
             tokens += outcome.dialogue.tokens
@@ -172,22 +223,25 @@ def _answer_rest(
     progress.finish()
     if not failed:
         failures_path(output).unlink()
-    return tokens, progress.seconds, failed
+    return tokens, progress.seconds, failed, first
 
 
 def _open_dialogues(rows: Iterable[Mapping[str, Any]]) -> Iterator[Dialogue]:
     return (Dialogue(row) for row in rows)
 
 
-def _in_order(prompts: str | Path, partial: Partial, reasons: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """The finished rows in the order of the prompts; counts finish reasons on the way."""
-    for prompt in read_conversations(prompts):
-        if prompt["id"] not in partial.places:
-            continue
-        row = partial.row(prompt["id"])
+def _in_order(prompts: str | Path, partial: Partial) -> Iterator[dict[str, Any]]:
+    """The finished rows in the order of the prompts."""
+    return (partial.row(prompt["id"]) for prompt in read_conversations(prompts) if prompt["id"] in partial.places)
+
+
+def _counted(rows: Iterable[dict[str, Any]], ends: Counter[str]) -> Iterator[dict[str, Any]]:
+    """The rows; counts how the target's answers ended, and those with reasoning, on the way."""
+    for row in rows:
         for message in row["messages"]:
-            if "finish_reason" in message:
-                reasons[message["finish_reason"]] = reasons.get(message["finish_reason"], 0) + 1
+            if message["role"] == "assistant" and "weight" not in message and "finish_reason" in message:
+                ends[message["finish_reason"]] += 1
+                ends[_REASONED] += bool(message.get("reasoning_content"))
         yield row
 
 
@@ -208,9 +262,10 @@ def _finished(output: Path, settings: Mapping[str, Any]) -> Summary:
                 wanted=value,
                 remedy="name another output, or delete it and its manifest",
             )
-    rows = sum(1 for _ in read_conversations(output))
+    ends = Counter[str]()
+    rows = sum(1 for _ in _counted(read_conversations(output), ends))
     print(f"{output}: already whole, {rows} conversations")
-    return Summary(rows, int(provenance.get("failed", 0)), 0, 0.0, {})
+    return _summary(rows, int(provenance.get("failed", 0)), 0, 0.0, ends)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ servers, back-off where one fails. A request that failed is asked again with the
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import json
 import queue
@@ -14,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
+from deepspec.data.answer import opens_reasoning, read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Sampling, draw_seed
+from deepspec.data.messages import Message, Unusable
 from deepspec.data.outcome import Outcome
 from deepspec.data.pool import Pool, Server
 from deepspec.errors import DataError, DeepSpecError
@@ -115,6 +116,7 @@ class ServerEngine:
         """
         try:
             prompt_length = len(self.renderer.prompt(dialogue.messages, dialogue.tools))
+            opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools))
         except DataError as problem:
             raise _Refused(str(problem)) from None
         attempts = 0
@@ -122,7 +124,7 @@ class ServerEngine:
             server = self.pool.acquire()
             try:
                 reply = self._ask(server, dialogue)
-                message, reason, tokens = self._read_reply(server, dialogue, reply, prompt_length)
+                message, reason, tokens = self._read_reply(server, dialogue, reply, prompt_length, opened)
             except _Retry as problem:
                 attempts += problem.counted
                 self.pool.release(server, str(problem), problem.rest)
@@ -140,7 +142,7 @@ class ServerEngine:
         sampling, limit = self.sampling, self.sampling.max_tokens
         body: dict[str, Any] = {
             "model": self.options.model,
-            "messages": self.renderer.with_system(dialogue.messages),
+            "messages": [_sent(message) for message in self.renderer.with_system(dialogue.messages)],
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": limit,
@@ -187,29 +189,32 @@ class ServerEngine:
             raise _Retry(f"{server.url}: {status} {excerpt}")
         try:
             reply = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Retry(f"{server.url}: broken JSON {excerpt!r}") from None
         if not isinstance(reply, dict):
             raise _Retry(f"{server.url}: not a completion: {excerpt!r}")
         return reply
 
     def _read_reply(
-        self, server: Server, dialogue: Dialogue, reply: Mapping[str, Any], prompt_length: int
-    ) -> tuple[dict[str, Any], str, int]:
+        self, server: Server, dialogue: Dialogue, reply: Mapping[str, Any], prompt_length: int, opened: bool
+    ) -> tuple[Message, str, int]:
         """(message, finish reason, completion tokens) of a completion.
 
         Raises:
             _Retry: it is not whole.
-            _Refused: the target answered nothing.
+            _Refused: the target answered nothing that can be trained on.
             DataError: the server's prompt is not ours.
         """
         try:
             choice, usage = reply["choices"][0], reply.get("usage") or {}
             given, reason = choice["message"], choice["finish_reason"]
-            message = {"content": (given.get("content") or "").lstrip()}
+            content, thought = given.get("content") or "", given.get("reasoning_content") or given.get("reasoning")
+            calls = [{"type": "function", "function": one["function"]} for one in given.get("tool_calls") or []]
             tokens, prompt_tokens = int(usage.get("completion_tokens") or 0), usage.get("prompt_tokens")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise _Retry(f"{server.url}: not a completion: {str(reply)[:300]}") from None
+        if not isinstance(content, str) or not isinstance(thought, str | None):
+            raise _Retry(f"{server.url}: not a completion: {str(reply)[:300]}")
         if reason not in ("stop", "length", "tool_calls"):
             raise _Retry(f"{server.url}: finish_reason {reason!r}")
         if prompt_tokens not in (None, prompt_length) and not dialogue.tools:  # tools: servers normalise the schemas
@@ -221,22 +226,20 @@ class ServerEngine:
                 wanted=f"{prompt_length}",
                 remedy="serve the recipe's target with its own chat template, and set data.thinking as it is served",
             )
-        thought = given.get("reasoning_content") or given.get("reasoning")
-        if thought and self.renderer.thinking:
-            message["reasoning_content"] = thought
-        if given.get("tool_calls"):
-            message["tool_calls"] = [{"type": "function", "function": _call(one)} for one in given["tool_calls"]]
-        elif not message["content"]:
-            raise _Refused("the target answered nothing")
-        return message, reason, tokens
+        try:
+            return *read_answer(content, thought, calls, reason, opened), tokens
+        except Unusable as problem:
+            raise _Refused(str(problem)) from None
 
 
-def _call(call: Mapping[str, Any]) -> dict[str, Any]:
-    """A tool call's function with its arguments parsed, as chat templates want them."""
-    function = dict(call["function"])
-    with contextlib.suppress(TypeError, ValueError, KeyError):  # parsed already, or no JSON: then the text as it is
-        function["arguments"] = json.loads(function["arguments"])
-    return function
+def _sent(message: Message) -> Message:
+    """A message in OpenAI's form: arguments as JSON text, which servers check and parse before their template."""
+    calls = []
+    for call in message.get("tool_calls", []):
+        arguments = call["function"].get("arguments", {})
+        text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        calls.append({**call, "function": {**call["function"], "arguments": text}})
+    return message | ({"tool_calls": calls} if calls else {})
 
 
 def _post(url: str, path: str, body: bytes, options: ServerOptions) -> tuple[int, Mapping[str, str], bytes]:

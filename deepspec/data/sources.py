@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.conversations import ROLES, Message
+from deepspec.data.conversations import ROLES, check_manifest
+from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, value_problem
+from deepspec.data.messages import (
+    SYSTEM_COLUMNS,
+    Message,
+    Unusable,
+    arguments_are_objects,
+    normal_calls,
+    normal_message,
+    normal_tools,
+    split_reasoning,
+    with_system_columns,
+)
 from deepspec.errors import DataError
 
 _SHAREGPT_ROLES = {
@@ -22,18 +35,18 @@ _SHAREGPT_ROLES = {
     "function": "tool",
     "tool_response": "tool",
 } | {role: role for role in ROLES}
-_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "weight")
+_CHATS = ("messages", "conversations", "conversation")
+_PROMPTS = ("prompt", "instruction", "question")
+_TOOLS = ("tools", "functions")
+_KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "finish_reason", "weight")
 
 
-class Unusable(Exception):
-    """A row that cannot be used; the text is the reason it is counted under."""
-
-
-def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] | None]:
-    """The raw rows of a local ``.jsonl``/``.json``/``.parquet`` file or a hub dataset; None for a line that is no JSON.
+def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] | Unusable]:
+    """The raw rows of a local ``.jsonl``/``.json``/``.parquet`` file or a hub dataset; for a line that cannot be
+    read, the reason why.
 
     Raises:
-        DataError: no such file or dataset.
+        DataError: no such file or dataset, or one that breaks off.
     """
     path = Path(name)
     if path.suffix in (".jsonl", ".json", ".parquet"):
@@ -44,22 +57,27 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
     import datasets
 
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=True)
+        yield from datasets.load_dataset(name, split=split, streaming=True)
     except Exception as problem:  # datasets raises many kinds, its own and those of the network below
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         remedy = "check the id, the split and the network, or give a local JSONL or Parquet file"
         raise DataError(f"cannot read the dataset ({first})", file=name, key=split, remedy=remedy) from None
-    yield from rows
 
 
-def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | None]:
-    with open(path, "rb") as handle:
-        for line in handle:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                row = None
-            yield row if isinstance(row, dict) else None
+def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
+    digest, rows = hashlib.sha256(), 0
+    for number, line in numbered_lines(path):
+        digest.update(line)
+        if is_blank(line):
+            continue
+        rows += 1
+        try:
+            row = parse_json(line)
+        except NotJSON as problem:
+            yield Unusable(problem.reason, f"line {number}")
+        else:
+            yield row if isinstance(row, dict) else Unusable("not a JSON object", f"line {number}")
+    check_manifest(path, rows, digest.hexdigest())  # of conversations that an earlier command wrote
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -70,24 +88,49 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=256):
                 yield from batch.to_pylist()
-    except pyarrow.ArrowInvalid as problem:
-        raise DataError(f"not a Parquet file ({problem})", file=path) from None
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as problem:
+        raise DataError(f"cannot read the Parquet file ({problem})", file=path) from None
 
 
-def to_messages(row: Mapping[str, Any] | None) -> list[Message]:
+def columns_read(row: Mapping[str, Any]) -> set[str]:
+    """The columns of a row whose content is kept in one form or another."""
+    chat = next((key for key in _CHATS if row.get(key)), None)
+    prompt = next((key for key in _PROMPTS if isinstance(row.get(key), str)), None)
+    first = {chat} if chat else {prompt, "input"} if prompt else set()
+    tools = next((key for key in _TOOLS if row.get(key)), None)
+    return {key for key in (*first, tools, *SYSTEM_COLUMNS) if key}
+
+
+def row_tools(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The tools of a row's ``tools`` (or ``functions``) column.
+
+    Raises:
+        Unusable: they cannot be read.
+    """
+    return normal_tools(next((row[key] for key in _TOOLS if row.get(key)), None))
+
+
+def to_messages(row: Mapping[str, Any] | Unusable | None, notes: Counter[str] | None = None) -> list[Message]:
     """A raw row as clean OpenAI messages: known roles, text without white space at its ends, a user turn first.
+
+    Args:
+        row: of :func:`read_source`.
+        notes: counts what was left out of rows that are kept.
 
     Raises:
         Unusable: it is none; the reason is one of a few words, to be counted.
     """
+    if isinstance(row, Unusable):
+        raise row
     if row is None:
         raise Unusable("not a JSON object")
-    given = row.get("messages") or row.get("conversations") or row.get("conversation")
+    given = next((row[key] for key in _CHATS if row.get(key)), None)
     if given is None:
         given = _single_prompt(row)
     if not isinstance(given, list) or not given:
         raise Unusable("no messages")
-    messages = [_message(one) for one in given]
+    found = Counter[str]()
+    messages = with_system_columns(row, [_message(one, found) for one in given])
     head = [one for one in messages[:1] if one["role"] in ("system", "developer")]
     rest = messages[len(head) :]
     while rest and rest[0]["role"] != "user":  # ShareGPT rows that begin with an answer to nothing
@@ -99,12 +142,14 @@ def to_messages(row: Mapping[str, Any] | None) -> list[Message]:
             raise Unusable("two turns of one role in a row")
         if following["role"] in ("system", "developer"):
             raise Unusable("a system message in the middle")
+    if notes is not None:
+        notes.update(found)
     return head + rest
 
 
 def _single_prompt(row: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     """Rows with one prompt in a column (Alpaca's ``instruction`` and ``input``, ``prompt``, ``question``)."""
-    for key in ("prompt", "instruction", "question"):
+    for key in _PROMPTS:
         if isinstance(row.get(key), str):
             extra = row.get("input")
             text = row[key] + (f"\n\n{extra}" if isinstance(extra, str) and extra.strip() else "")
@@ -112,25 +157,64 @@ def _single_prompt(row: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     return None
 
 
-def _message(given: Any) -> Message:
+def _message(given: Any, notes: Counter[str]) -> Message:
     if not isinstance(given, Mapping):
         raise Unusable("a message is not an object")
-    role = _SHAREGPT_ROLES.get(str(given.get("role") or given.get("from")))
+    name = str(given.get("role") or given.get("from"))
+    role = _SHAREGPT_ROLES.get(name)
     if role is None:
         raise Unusable("unknown role")
-    content = given["content"] if "content" in given else given.get("value")
-    if isinstance(content, list):  # OpenAI's content parts
-        if any(not isinstance(part, Mapping) or part.get("type") != "text" for part in content):
-            raise Unusable("content other than text")
-        content = "".join(str(part.get("text", "")) for part in content)
-    message = {key: given[key] for key in _KEPT if given.get(key) is not None}
-    if content is None and "tool_calls" in message:
-        content = ""
-    if not isinstance(content, str):
+    content = _text(
+        given["value"] if given.get("content") is None and "value" in given else given.get("content"), notes
+    )
+    full = normal_message({**given, "role": role, "content": content})
+    message: Message = {"role": role, "content": (content or "").strip()}
+    message |= {key: full[key] for key in _KEPT if key in full}
+    if not isinstance(message.get("finish_reason", ""), str):
+        del message["finish_reason"]
+    if name == "function_call" and "tool_calls" not in message:  # ShareGPT's: the calls are the text
+        message |= {"content": "", "tool_calls": normal_calls(content)}
+    if not isinstance(message.get("reasoning_content", ""), str):
+        raise Unusable("reasoning other than text")
+    calls = message.get("tool_calls", [])
+    if content is None and not calls and not message.get("reasoning_content"):
         raise Unusable("content other than text")
-    content = content.strip()
-    if not content and role == "user":
-        raise Unusable("an empty user turn")
-    if not content and role == "assistant" and "tool_calls" not in message:
+    if not arguments_are_objects(calls):
+        raise Unusable("tool arguments that are not a JSON object")
+    problem = value_problem(message)
+    if problem is not None:
+        raise Unusable(problem)
+    return _answer(message) if role == "assistant" else _nonempty(message)
+
+
+def _answer(message: Message) -> Message:
+    """An assistant's message with its reasoning apart, cut inside it or with an answer after it."""
+    message = split_reasoning(message)
+    for key in ("content", "reasoning_content"):
+        if isinstance(message.get(key), str):
+            message[key] = message[key].strip()
+    cut = message.get("finish_reason") == "length" and message.get("reasoning_content")
+    if not message["content"] and not message.get("tool_calls") and not cut:
         raise Unusable("an empty answer")
-    return {"role": role, "content": content, **message}
+    return message
+
+
+def _nonempty(message: Message) -> Message:
+    if not message["content"] and message["role"] == "user":
+        raise Unusable("an empty user turn")
+    return message
+
+
+def _text(content: Any, notes: Counter[str]) -> str | None:
+    """A message's text, OpenAI's content parts joined; None where there is none at all."""
+    if content is None or isinstance(content, str):
+        return content
+    if not isinstance(content, list) or any(
+        not isinstance(part, Mapping) or part.get("type") != "text" for part in content
+    ):
+        raise Unusable("content other than text")
+    texts = [part.get("text") for part in content]
+    if any(not isinstance(text, str | None) for text in texts):
+        raise Unusable("content other than text")
+    notes.update("a text part that is null" for text in texts if text is None)
+    return "".join(text for text in texts if text is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from deepspec.data.lines import read_jsonl
 from deepspec.errors import EvaluationError, nearest
 from deepspec.files import sha256_json
 
@@ -107,21 +107,15 @@ def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int
 def _local(path: Path, samples: int | None, seed: int) -> Task:
     if not path.exists():
         raise EvaluationError("no such file", file=path, wanted='a JSONL of {"turns": [...]}')
-    rows = []
-    # not str.splitlines, which also cuts at U+2028 inside a text
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
-        if line.strip():
-            rows.append(_turns(path, number, line))
+    wanted = '{"turns": ["...", ...]}'
+    rows = [_turns(path, number, row) for number, row in read_jsonl(path, EvaluationError, wanted)]
     if not rows:
         raise EvaluationError("empty file", file=path, wanted='rows of {"turns": [...]}')
     return _take(path.stem, rows, samples, seed, str(path))
 
 
-def _turns(path: Path, number: int, line: str) -> tuple[str, ...]:
-    try:
-        turns = json.loads(line)["turns"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        turns = None
+def _turns(path: Path, number: int, row: Any) -> tuple[str, ...]:
+    turns = row.get("turns") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise EvaluationError("malformed line", file=path, key=f"line {number}", wanted='{"turns": ["...", ...]}')
     return tuple(turns)
@@ -142,8 +136,8 @@ def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
         from huggingface_hub import hf_hub_download
 
         for file in row["jsonl"]:
-            with open(hf_hub_download(row["path"], file, repo_type="dataset"), encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines)
+            path = hf_hub_download(row["path"], file, repo_type="dataset")
+            yield from (item for _, item in read_jsonl(path, EvaluationError))
         return
     import datasets
 
