@@ -1,0 +1,201 @@
+"""One form for what data sets and servers write in many: tools, tool calls, reasoning, system columns.
+
+Ingestion (``prepare_data``, ``regenerate``) and every reader of conversations go through here, so that a template is
+given the same values whoever wrote the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from deepspec.data.lines import NotJSON, parse_json, value_problem
+
+Message = dict[str, Any]
+THINK, UNTHINK = "<think>", "</think>"  # how Qwen3, DeepSeek-R1 and their like mark reasoning inside an answer
+SYSTEM_COLUMNS = ("system", "system_prompt")
+_STAY = ("properties", "parameters", "arguments")  # objects that may be empty, and mean something then
+
+
+class Unusable(Exception):
+    """A row that cannot be used; the text is the reason it is counted under, ``place`` where it stands in its file."""
+
+    def __init__(self, reason: str, place: str | None = None) -> None:
+        super().__init__(reason)
+        self.place = place
+
+
+def without_nulls(value: Any) -> Any:
+    """A value without the nulls of its objects; None for an object that held nothing else.
+
+    Arrow gives every object of a column the fields of all its rows, null where a row had none; a null that was written
+    on purpose looks the same. Nulls in lists (an ``enum``) stay: Arrow adds none there.
+    """
+    if isinstance(value, Mapping):
+        pruned = {key: without_nulls(one) for key, one in value.items()}
+        for key in _STAY:
+            if pruned.get(key) is None and isinstance(value.get(key), Mapping):
+                pruned[key] = {}
+        kept = {key: one for key, one in pruned.items() if one is not None}
+        return kept if kept or not value else None
+    if isinstance(value, list):
+        return [({} if one is not None and new is None else new) for one, new in ((v, without_nulls(v)) for v in value)]
+    return value
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """JSON text as its value, exactly; anything else without Arrow's nulls."""
+    if isinstance(value, str):
+        try:
+            return parse_json(value)
+        except NotJSON:
+            raise Unusable(f"{what} that are not JSON") from None
+    problem = value_problem(value)
+    if problem is not None:
+        raise Unusable(f"{what} with {problem}")
+    return without_nulls(value)
+
+
+def normal_tools(given: Any) -> list[dict[str, Any]]:
+    """Tools in OpenAI's form, from such, from bare functions, and from either as JSON text (whole or one by one).
+
+    Raises:
+        Unusable: they cannot be read.
+    """
+    if given is None or (isinstance(given, str) and not given.strip()):
+        return []
+    tools = _parsed(given, "tools")
+    tools = [tools] if isinstance(tools, Mapping) else tools or []
+    if not isinstance(tools, list):
+        raise Unusable("tools that are no list")
+    return [_tool(_parsed(one, "tools") if isinstance(one, str) else one) for one in tools]
+
+
+def _tool(tool: Any) -> dict[str, Any]:
+    if not isinstance(tool, Mapping):
+        raise Unusable("a tool that is no object")
+    if "function" not in tool and "name" in tool and tool.get("type", "function") == "function":
+        tool = {"type": "function", "function": {key: one for key, one in tool.items() if key != "type"}}
+    function = tool.get("function")
+    function = _parsed(function, "tools") if isinstance(function, str) else function
+    if function is None:
+        return dict(tool)  # a tool of another type, which is the template's affair
+    if not isinstance(function, Mapping):
+        raise Unusable("a tool that is no object")
+    function = dict(function)
+    if isinstance(function.get("parameters"), str):
+        function["parameters"] = _parsed(function["parameters"], "tools")
+    return {**tool, "function": function}
+
+
+def normal_calls(given: Any) -> list[dict[str, Any]]:
+    """Tool calls in OpenAI's form with their arguments as objects; arguments that are not JSON stay text.
+
+    Raises:
+        Unusable: they cannot be read.
+    """
+    calls = _parsed(given, "tool calls") if given else []
+    calls = [calls] if isinstance(calls, Mapping) else calls or []
+    if not isinstance(calls, list):
+        raise Unusable("tool calls that are no list")
+    return [_call(one) for one in calls]
+
+
+def _call(call: Any) -> dict[str, Any]:
+    if not isinstance(call, Mapping):
+        raise Unusable("a tool call that is no object")
+    if "function" not in call and "name" in call:
+        call = {"type": "function", "function": dict(call)}
+    function = call.get("function")
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise Unusable("a tool call without a name")
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = parse_json(arguments) if arguments.strip() else {}
+        except NotJSON:
+            return {**call, "function": dict(function)}
+    return {**call, "function": {**function, "arguments": {} if arguments is None else arguments}}
+
+
+def arguments_are_objects(calls: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether every call's arguments are an object, as chat templates want them."""
+    return all(isinstance(call["function"].get("arguments"), Mapping) for call in calls)
+
+
+def normal_message(message: Mapping[str, Any]) -> Message:
+    """A message without Arrow's nulls, its calls in one form, its reasoning under ``reasoning_content``.
+
+    Raises:
+        Unusable: its tool calls cannot be read.
+    """
+    new = {"role": message["role"], "content": ""} | {key: one for key, one in message.items() if one is not None}
+    legacy = new.pop("function_call", None)
+    calls = normal_calls(new.pop("tool_calls", None) or legacy)
+    reasoning = new.pop("reasoning", None)
+    if isinstance(reasoning, str) and reasoning and not new.get("reasoning_content"):
+        new["reasoning_content"] = reasoning
+    return new | ({"tool_calls": calls} if calls else {})
+
+
+def with_system_columns(row: Mapping[str, Any], messages: list[Message]) -> list[Message]:
+    """The messages, the text of the row's ``system`` or ``system_prompt`` column in front as their system message.
+
+    Raises:
+        Unusable: the columns and the messages name different ones.
+    """
+    texts = {row[key].strip() for key in SYSTEM_COLUMNS if isinstance(row.get(key), str)} - {""}
+    own = messages[0]["content"] if messages and messages[0].get("role") in ("system", "developer") else None
+    if isinstance(own, str):
+        texts.discard(own.strip())
+        if texts:
+            raise Unusable("two different system messages")
+        return messages
+    if len(texts) > 1:
+        raise Unusable("two different system messages")
+    return [*({"role": "system", "content": text} for text in texts), *messages]
+
+
+def normal_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of a conversations file as every stage is given it.
+
+    Raises:
+        Unusable: its tools, calls or system columns cannot be read.
+    """
+    new = {**row, "messages": with_system_columns(row, [normal_message(one) for one in row["messages"]])}
+    tools = normal_tools(new.pop("tools", None))
+    return new | ({"tools": tools} if tools else {})
+
+
+def split_reasoning(message: Message, opened: bool = False) -> Message:
+    """An answer with the ``<think>...</think>`` of its text moved to ``reasoning_content``.
+
+    An answer that ends inside its reasoning gets ``content`` "" and ``finish_reason`` "length": there is no answer yet,
+    and no end of turn to learn. A ``</think>`` without its beginning counts where the prompt opened the reasoning, or
+    alone on its line.
+
+    Args:
+        message: an assistant's, ``content`` a string.
+        opened: the prompt ends with ``<think>``, so that the text begins inside the reasoning.
+
+    Raises:
+        Unusable: the message has other reasoning already.
+    """
+    head, end, rest = message["content"].partition(UNTHINK)
+    given = message.get("reasoning_content")
+    if head.lstrip().startswith(THINK):
+        head = head.lstrip().removeprefix(THINK)
+    elif THINK in head or (end and not opened and not _alone(head, rest)) or (not end and (given or not opened)):
+        return message
+    reasoning = head.strip("\n") if end else head.lstrip("\n")
+    if given and reasoning.strip() and reasoning.strip() != str(given).strip():
+        raise Unusable("reasoning twice, and not the same")
+    new = message | {"content": rest.lstrip(), "reasoning_content": reasoning if reasoning.strip() else given}
+    if not new["reasoning_content"]:
+        del new["reasoning_content"]
+    return new if end else new | {"finish_reason": "length"}
+
+
+def _alone(before: str, after: str) -> bool:
+    """Whether what stands between has a line of its own."""
+    return (not before or before.endswith("\n")) and (not after or after.startswith("\n"))
