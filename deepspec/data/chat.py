@@ -19,7 +19,7 @@ from jinja2.exceptions import TemplateError
 from deepspec import registry
 from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefixes
 from deepspec.data.conversations import Message
-from deepspec.data.marks import Reading, mark
+from deepspec.data.marks import Field, Reading, mark
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.data.places import MARK, Place, PlaceFinder
 from deepspec.data.refusals import (
@@ -105,7 +105,7 @@ class Renderer:
         if messages[-1]["role"] == "assistant":
             raise DataError("a prompt ends with a user or tool message", found="assistant", key="messages")
         text = self._render(messages, tools, generation_prompt=True)
-        self._refuse_left_out(messages, self._marked(messages, tools, text, generation_prompt=True))
+        self._refuse_left_out(messages, self._marked(messages, tools, text, generation_prompt=True).missing())
         return text
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
@@ -183,7 +183,12 @@ class Renderer:
         full = self._render(shown, tools)
         prompt = self._render(shown[:-1], tools, generation_prompt=True)
         reading = self._marked(shown, tools, full)
-        self._refuse_left_out(shown, reading)
+        missing = list(reading.missing())
+        if not full.startswith(prompt):  # then the text has the prompt's history
+            missing = [*self._marked(shown[:-1], tools, prompt, generation_prompt=True).missing()] + [
+                field for field in missing if field.message == len(shown) - 1
+            ]
+        self._refuse_left_out(shown, missing)
         find = self._generations if self._has_marks else self._places.find
         places = find(shown, tools, full, reading)
         cut = stops_in_reasoning(shown[-1])
@@ -249,9 +254,9 @@ class Renderer:
             text = None  # then the plain text is searched
         return Reading(fields, text, plain)
 
-    def _refuse_left_out(self, messages: list[Message], reading: Reading) -> None:
-        """Raise where the rendering lacks a message's text, a tool or a call; reasoning is looked at elsewhere."""
-        for field in reading.missing():
+    def _refuse_left_out(self, messages: list[Message], missing: Iterable[Field]) -> None:
+        """Raise where a rendering lacks a message's text, a tool or a call; reasoning is looked at elsewhere."""
+        for field in missing:
             if field.part != "reasoning_content":
                 part = messages[field.message]["role"] if field.part == "content" else field.part
                 remedy = "the target is never told it: leave such rows out, or take a target whose template knows it"

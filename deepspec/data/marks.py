@@ -56,9 +56,9 @@ class _Marker:
         return value
 
     def message(self, message: Message, number: int) -> Message:
-        """A message with marks; an empty answer gets none, for templates ask whether there is a text beside calls."""
+        """A message with marks. Empty texts get none (templates ask for them), unless they are a user's or a tool's."""
         new = dict(message)
-        if message["content"] or message["role"] != "assistant":
+        if message["content"] or message["role"] in ("user", "tool"):
             new["content"] = self.text(message["content"], number, "content")
         if message.get("reasoning_content"):
             new["reasoning_content"] = self.text(message["reasoning_content"], number, "reasoning_content")
