@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from typing import Any
 
 import data_tools as tools
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from deepspec.data.bounds import Answer, bounds_from_prefixes
 from deepspec.data.chat import NoSupervision, RenderCounts, Renderer, render_row, render_rows
@@ -169,6 +172,55 @@ def test_marks_that_stand_in_the_texts_themselves_do_no_harm() -> None:
     one = renderer(tools.CHATML)
     messages = [user("Qj7vo0x a Qj7vc0x"), answer("Qj7vo1x b"), user("c"), answer("d Qj7vc3x")]
     assert shown(one, messages)[1] == "Qj7vo1x b<|im_end|>d Qj7vc3x<|im_end|>"
+
+
+TEMPLATES = {
+    "roles": ROLES,
+    "no system": NO_SYSTEM,
+    "strict": STRICT,
+    "late system": LATE_SYSTEM,
+    "braces": BRACES,
+    "chatml": tools.CHATML,
+    "marked": tools.MARKED,
+    "reasoning": tools.REASONING,
+    "channel": tools.CHANNEL,
+    "headers": tools.HEADERS,
+}
+HEADS: tuple[tuple[str, ...], ...] = ((), ("system",), ("developer",), ("system", "developer"))
+
+
+@st.composite
+def any_messages(draw: Any) -> tools.Messages:
+    """All roles, every text of its own."""
+    messages = [{"role": role, "content": f"{role} 0"} for role in draw(st.sampled_from(HEADS))]
+    for turn in range(draw(st.integers(1, 3))):
+        messages.append(user(f"user {turn}"))
+        if draw(st.booleans()):
+            text = draw(st.sampled_from(("", f"calling {turn}")))
+            messages.append(answer(text, tool_calls=[call({"a": f"arg {turn}"})]))
+            messages.append({"role": "tool", "content": f"tool {turn}"})
+        messages.append(answer(f"answer {turn}"))
+    return messages
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(sorted(TEMPLATES)), any_messages(), st.sampled_from([None, "recipe 0"]))
+def test_a_row_is_whole_in_the_text_or_refused(name: str, messages: tools.Messages, system_prompt: str | None) -> None:
+    """Every text once, the answers and only they supervised, whatever the template."""
+    one = renderer(TEMPLATES[name], system_prompt=system_prompt)
+    found = render_row(one, {"id": "x", "messages": messages}, 1)
+    plain = {message["role"] for message in messages} == {"user", "assistant"}
+    if isinstance(found, str):
+        assert found.startswith("the chat template")
+        assert not plain or name in ("no system", "strict")
+        return
+    text, supervised = shown(one, messages)
+    own = any(message["role"] == "system" for message in messages)
+    texts = [message["content"] for message in messages] + ([system_prompt] if system_prompt and not own else [])
+    texts += [f"arg {turn}" for turn in range(3) if f'"arg {turn}"' in json.dumps(messages)]
+    assert all(text.count(one) == 1 for one in texts if one)
+    assert all(message["content"] in supervised for message in messages if message["role"] == "assistant")
+    assert not any(word in supervised for word in ("user", "system", "developer", "tool ", "recipe"))
 
 
 # -- reasoning --------------------------------------------------------------------------------------------------------
