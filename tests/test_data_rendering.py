@@ -237,6 +237,12 @@ def test_an_answer_behind_an_open_thought_or_without_its_own_is_refused(last: di
     assert reason(renderer(THINKER, "qwen3", thinking=True), messages) == lacks
     assert reason(renderer(tools.CHATML, thinking=True), [user("a"), answer("4", reasoning_content=THOUGHT)]) == lacks
     assert reason(renderer(THINKER, "qwen3", thinking=True), [user("2+2?"), answer("4")]) == opens
+    assert reason(renderer(THINKER, "qwen3", thinking=True), [user("2+2?"), answer("<think>Two and")]) == lacks
+
+
+def test_a_last_answer_that_is_context_may_lack_its_reasoning() -> None:
+    messages = [user("a"), answer("b"), user("2+2?"), answer("4", reasoning_content=THOUGHT, weight=0)]
+    assert shown(renderer(tools.CHATML, thinking=True), messages)[1] == "b<|im_end|>"
 
 
 def test_an_open_thought_before_an_answer_with_reasoning_is_supervised_from_there() -> None:

@@ -195,7 +195,8 @@ class Renderer:
         if cut:
             thought = reading.span(len(shown) - 1, "reasoning_content")
             if thought is None:
-                raise DataError(NO_PLACE, key="messages")
+                found = reading.has(len(shown) - 1, "reasoning_content")
+                raise DataError(NO_PLACE if found else left_out("reasoning_content"), key="messages")
             places[-1] = (places[-1][0], thought[1])
         text, places = self._after_prompt(full, prompt, places)
         text = text[: places[-1][1]] if cut else text
@@ -206,7 +207,9 @@ class Renderer:
             prompt,
             text,
             [
-                self._answer(text, *place, turn, self._is_written(shown, i, reading, opened))
+                self._answer(
+                    text, *place, turn, turn.get("weight", 1) != 0 and self._is_written(shown, i, reading, opened)
+                )
                 for place, turn, i in zip(places, turns, numbers, strict=True)
             ],
         )
@@ -291,10 +294,10 @@ class Renderer:
             places.append((start, inside if last_words else end))
         return places
 
-    def _answer(self, text: str, start: int, end: int, message: Message, written: bool) -> Answer:
+    def _answer(self, text: str, start: int, end: int, message: Message, supervised: bool) -> Answer:
         cut = message.get("finish_reason") == "length" and not message.get("tool_calls")
         has_end = text.startswith(self._ending, end) and not cut
-        return Answer(start, end + len(self._ending) if has_end else end, written and message.get("weight", 1) != 0)
+        return Answer(start, end + len(self._ending) if has_end else end, supervised)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
