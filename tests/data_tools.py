@@ -70,6 +70,7 @@ REASONING = """
 # As Gemma4: trimmed, `model` for assistant, an empty channel in the generation prompt that the history does not have;
 # a tool's result stands inside the model's turn, so a calling turn has no end of its own
 CHANNEL = """{{ bos_token }}
+{%- for t in tools or [] %}{{ '<|turn>system\\n' + (t | tojson) + '<turn|>\\n' }}{% endfor %}
 {%- for m in messages %}
 {%- if m.role == 'tool' %}{{ '<result>' + m.content + '</result>' }}
 {%- else %}

@@ -35,8 +35,10 @@ def fault(case: Case, messages: Messages, ids: list[int], mask: list[int], think
     normal = (lambda text: unicodedata.normalize("NFC", text)) if case.name == "qwen3" else str
     found = [case.tokenizer.decode(run, skip_special_tokens=False) for run in runs(ids, mask)]
     wanted = []
+    last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
     for i, message in enumerate(messages):
-        if message["role"] == "assistant":
+        stripped = thinking and i < last_user and message.get("reasoning_content")  # not as the target wrote it
+        if message["role"] == "assistant" and not stripped:
             ends = not (case.name == "channel" and message.get("tool_calls"))
             wanted.append(normal(case.shown(messages, i, thinking)) + (case.ending if ends else ""))
     wanted = [one for one in wanted if one]

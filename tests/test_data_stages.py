@@ -9,9 +9,11 @@ import data_tools as tools
 import pytest
 import torch
 
+from deepspec.cache.build import build_cache
 from deepspec.cache.forward import load_renderer
 from deepspec.cache.plan import render
 from deepspec.data.conversations import read_conversations, write_conversations
+from deepspec.data.inspect import inspect
 from deepspec.data.local import Generated, LocalSampler
 from deepspec.data.regenerate import Plan, regenerate
 from deepspec.data.server import ServerOptions
@@ -87,3 +89,40 @@ def test_prompt_ids_agree_in_all_four_stages(
     assert cached.input_ids == trained
     assert sum(cached.loss_mask[: len(prompt)]) == 0
     assert cached.loss_mask[len(prompt)] == 1
+
+
+def test_refused_rows_have_the_same_reasons_in_build_online_and_inspect(
+    target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what is refused is counted, not passed over."""
+    values: dict[str, Any] = {
+        "name": "reasons",
+        "algorithm": "eagle3",
+        "target": {"path": str(target_folder), "layers": [0], "dtype": "float32"},
+        "data": {"thinking": True, "min_supervised": 4},
+    }
+    call = {"type": "function", "function": {"name": "f", "arguments": "{"}}
+    answers: list[dict[str, Any]] = [
+        {"role": "assistant", "content": "seven words", "reasoning_content": "a thought of some words"},
+        {"role": "assistant", "content": "seven \ufffd words", "finish_reason": "stop"},
+        {"role": "assistant", "content": "", "tool_calls": [call], "finish_reason": "length"},
+        {"role": "assistant", "content": "a", "weight": 0},
+    ]
+    rows = [{"id": f"row {n}", "messages": [*QUESTION, answer]} for n, answer in enumerate(answers)]
+    write_conversations(tmp_path / "a.jsonl", rows, {})
+    recipe = recipe_from_dict(values)
+    manifest = build_cache(recipe, tmp_path / "a.jsonl", tmp_path / "cache")
+    target = load_target(str(target_folder), torch.float32)
+    online = OnlineSource(recipe, target, tmp_path / "a.jsonl")
+    printed = capsys.readouterr().out
+    shown = inspect(load_renderer(recipe, target.spec), rows, 4, 0)
+    assert manifest.samples == len(online.lengths) == 1
+    assert manifest.rejected == dict(sorted(online.rejected.items()))
+    assert sorted(manifest.rejected) == [
+        "an answer cut inside a tool call",
+        "an answer with U+FFFD in it: bytes that its text does not tell",
+        "no supervised token",
+    ]
+    for reason in manifest.rejected:
+        assert f"dropped, {reason}: 1 (first: row" in printed
+        assert f"dropped, {reason}: 1 (first: row" in shown

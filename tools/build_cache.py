@@ -11,6 +11,7 @@ import argparse
 
 from deepspec.cache.build import BuildStopped, build_cache
 from deepspec.cache.ranks import connect
+from deepspec.data.refusals import refusal_lines
 from deepspec.errors import DataError, run_main
 from deepspec.recipe import load_recipe
 
@@ -41,7 +42,7 @@ def main() -> int:
             print(
                 f"{options.output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
                 f"{manifest.coded_bytes / 1e9:.3f} GB ({manifest.coded_bytes / manifest.raw_bytes:.3f} of raw), "
-                f"{rejected} rejected" + "".join(f"\n  {n} x {reason}" for reason, n in manifest.rejected.items())
+                f"{rejected} rejected" + "".join(f"\n  {line}" for line in refusal_lines(manifest.rejected))
             )
     return 0
 

@@ -2,31 +2,50 @@
 
 Regeneration, cache, training and evaluation all go through :class:`Renderer`, so that system prompt, template and
 thinking flag cannot differ between them. A conversation is rendered whole and tokenised once; where an answer begins
-and ends is found by comparing whole renderings (or from the template's ``{% generation %}`` marks), never by
-tokenising pieces of text.
+and ends is told by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by tokenising
+pieces of text. The same marks tell what the template leaves out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from jinja2.exceptions import TemplateError
 
 from deepspec import registry
+from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefixes
 from deepspec.data.conversations import Message
-from deepspec.errors import DataError, DeepSpecError
+from deepspec.data.marks import Field, Reading, mark
+from deepspec.data.messages import Unusable, normal_row
+from deepspec.data.places import MARK, Place, PlaceFinder
+from deepspec.data.refusals import (
+    NO_PLACE,
+    NO_SUPERVISION,
+    OPEN_THOUGHT,
+    OTHER_HISTORY,
+    OTHER_TOKENS,
+    left_out,
+    reason_of,
+    template_refuses,
+    too_little,
+)
+from deepspec.data.refusals import NoSupervision as NoSupervision
+from deepspec.data.refusals import RenderCounts as RenderCounts
+from deepspec.data.shown import (
+    developer_as_system,
+    for_template,
+    opens_reasoning,
+    read_message,
+    read_tools,
+    stops_in_reasoning,
+)
+from deepspec.errors import DataError
 from deepspec.families.base import Family
 from deepspec.targets.load import TargetSpec
-
-_MARK = "\ue000\uf8ff\ue000"  # private use: in no real text
-
-
-class NoSupervision(DataError):
-    """A conversation none of whose tokens is supervised."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +59,6 @@ class Rendered:
     def supervised(self) -> int:
         """Number of supervised tokens."""
         return sum(self.loss_mask)
-
-
-@dataclass(frozen=True)
-class _Answer:
-    """The characters of one assistant turn in the rendered text, its end of turn included where it has one."""
-
-    start: int
-    stop: int
-    supervised: bool
-
-
-_Place = tuple[int, int]  # first character of an answer's text, and the one after its last; without the end of turn
 
 
 class Renderer:
@@ -93,40 +100,48 @@ class Renderer:
             )
         if not tokenizer.is_fast:
             raise DataError("a fast tokenizer is needed", file=tokenizer.name_or_path, found=type(tokenizer).__name__)
-        self._tail, self._ending, self._end_of_turn = self._probe_end_of_turn()
+        tail, self._ending, self._end_of_turn = self._probe_end_of_turn()
+        self._places = PlaceFinder(self._render, tail)
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The rendered prompt, generation prompt included."""
-        messages = self.with_system(messages)
+        messages, tools = self.with_system(messages), read_tools(tools)
         if messages[-1]["role"] == "assistant":
             raise DataError("a prompt ends with a user or tool message", found="assistant", key="messages")
-        return self._render(messages, tools, generation_prompt=True)
+        text = self._render(messages, tools, generation_prompt=True)
+        self._refuse_left_out(messages, self._marked(messages, tools, text, generation_prompt=True).missing())
+        return text
 
     def prompt(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> list[int]:
         """Token ids that the target is given to answer ``messages`` (never cut).
 
         Raises:
-            DataError: no messages, an assistant message at the end, messages that the template refuses, or a token
-                that the target does not have.
+            DataError: no messages, an assistant message at the end, messages that the template refuses or omits, or a
+                token that the target does not have.
         """
         return self._known(self._encode(self.prompt_text(messages, tools)))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
-        """The messages as template and servers get them: system prompt in front, no reasoning unless thinking."""
+        """The messages as template and servers get them: system prompt in front, no reasoning unless thinking.
+
+        Where the template knows no developer, a developer message becomes (the end of) the system message.
+        """
+        return self._shown(self._read(messages))
+
+    def _read(self, messages: Sequence[Message]) -> list[Message]:
         if not messages:
             raise DataError("no messages", key="messages", found=[], wanted="at least one")
-        given = [self._plain(message) for message in messages]
-        own = messages[0]["role"] in ("system", "developer")
-        if self.system_prompt is None or own:
-            return given
-        return [{"role": "system", "content": self.system_prompt}, *given]
+        opened = self.thinking and self._opens_reasoning
+        return [read_message(message, opened) for message in messages]
 
-    def _plain(self, message: Message) -> Message:
-        hidden = {"weight", "finish_reason"} | (set() if self.thinking else {"reasoning_content", "reasoning"})
-        plain = {key: value for key, value in message.items() if key not in hidden}
-        return plain | {"content": message.get("content") or ""}
+    def _shown(self, messages: Sequence[Message]) -> list[Message]:
+        shown = [for_template(message, self.thinking) for message in messages]
+        if self.system_prompt is not None and shown[0]["role"] != "system":
+            shown.insert(0, {"role": "system", "content": self.system_prompt})
+        named = any(message["role"] == "developer" for message in shown)
+        return developer_as_system(shown) if named and not self._knows_developer else shown
 
     @property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -146,73 +161,123 @@ class Renderer:
         the last answer are left out. Answers with ``weight`` 0 are not supervised; answers with ``finish_reason``
         "length" are supervised without an end of turn.
 
+        In thinking mode an answer that stops inside its reasoning ends there, text and all, and earlier answers whose
+        reasoning the template drops are not supervised.
+
         Raises:
             NoSupervision: no supervised token (none at all, or none within ``max_length``).
-            DataError: a template that refuses the messages, a token that is half prompt and half answer, or one that
-                the target does not have.
+            DataError: a template that refuses the messages or leaves out some of them, a token that is half prompt and
+                half answer, or one that the target does not have.
         """
-        last = max((i for i, message in enumerate(messages) if message["role"] == "assistant"), default=None)
+        given, tools = self._read(messages) if messages else [], read_tools(tools)
+        last = max((i for i, message in enumerate(given) if message["role"] == "assistant"), default=None)
         if last is None or last == 0:
             raise NoSupervision("no assistant message that answers something", key="messages")
-        turns = [message for message in messages[: last + 1] if message["role"] == "assistant"]
-        prompt, text, places = self._text_and_places(self.with_system(messages[: last + 1]), tools)
-        answers = [self._answer(text, *place, turn) for place, turn in zip(places, turns, strict=True)]
+        prompt, text, answers = self._text_and_answers(given[: last + 1], tools)
         ids, bounds = self._encode_with_bounds(text, answers)
         ids, mask = self._join(self._encode(prompt), ids, bounds, answers)
         limit = self.max_length or len(ids)
         rendered = Rendered(self._known(ids[:limit]), mask[:limit])
         if not rendered.supervised:
             raise NoSupervision(
-                "no supervised token" + (f" within max_length {limit}" if any(mask) else ""),
+                NO_SUPERVISION + (f" within max_length {limit}" if any(mask) else ""),
                 key="messages",
                 found=f"{len(ids)} tokens",
                 remedy="raise data.max_length, or drop the conversation",
             )
         return rendered
 
-    def _text_and_places(self, messages: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[_Place]]:
-        """The prompt of the last answer, the whole text (it begins with that prompt), the answers' places in it."""
-        full = self._render(messages, tools)
-        prompt = self._render(messages[:-1], tools, generation_prompt=True)
-        places = self._marked(messages, tools) if self._has_marks else self._compared(messages, tools, full)
+    def _text_and_answers(self, given: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[Answer]]:
+        """The prompt of the last answer, the whole text (it begins with that prompt), the answers in it."""
+        shown = self._shown(given)
+        full = self._render(shown, tools)
+        prompt = self._render(shown[:-1], tools, generation_prompt=True)
+        reading = self._marked(shown, tools, full)
+        missing = list(reading.missing())
+        if not full.startswith(prompt):  # then the text has the prompt's history
+            missing = [*self._marked(shown[:-1], tools, prompt, generation_prompt=True).missing()] + [
+                field for field in missing if field.message == len(shown) - 1
+            ]
+        self._refuse_left_out(shown, missing)
+        find = self._generations if self._has_marks else self._places.find
+        places = find(shown, tools, full, reading)
+        cut = stops_in_reasoning(shown[-1])
+        if cut:
+            thought = reading.span(len(shown) - 1, "reasoning_content")
+            if thought is None:
+                found = reading.has(len(shown) - 1, "reasoning_content")
+                raise DataError(NO_PLACE if found else left_out("reasoning_content"), key="messages")
+            places[-1] = (places[-1][0], thought[1])
+        text, places = self._after_prompt(full, prompt, places)
+        text = text[: places[-1][1]] if cut else text
+        turns = [message for message in given if message["role"] == "assistant"]
+        numbers = [i for i, message in enumerate(shown) if message["role"] == "assistant"]
+        opened = opens_reasoning(prompt)
+        return (
+            prompt,
+            text,
+            [
+                self._answer(
+                    text, *place, turn, turn.get("weight", 1) != 0 and self._is_written(shown, i, reading, opened)
+                )
+                for place, turn, i in zip(places, turns, numbers, strict=True)
+            ],
+        )
+
+    def _is_written(self, shown: list[Message], i: int, reading: Reading, opened: bool) -> bool:
+        """Whether the text has answer ``i`` as the target wrote it.
+
+        Raises:
+            DataError: it is the last answer, and the text has not.
+        """
+        message, last = shown[i], i == len(shown) - 1
+        thought = message.get("reasoning_content")
+        if not thought and not message["content"] and not message.get("tool_calls"):
+            return False
+        if thought and reading.has(i, "reasoning_content"):
+            return last or not stops_in_reasoning(message)
+        if last and (thought or opened):
+            raise DataError(
+                left_out("reasoning_content") if thought else OPEN_THOUGHT,
+                key="messages",
+                remedy=None if thought else "set data.thinking and give answers with their reasoning_content",
+            )
+        return not thought and not opened
+
+    def _after_prompt(self, full: str, prompt: str, places: list[Place]) -> tuple[str, list[Place]]:
+        """The text that begins with the prompt of the last answer, and the answers' places in it."""
         start, end = places[-1]
         if full.startswith(prompt):  # the marks may include what the generation prompt already says
-            return prompt, full, [*places[:-1], (max(start, len(prompt)), end)]
+            return full, [*places[:-1], (max(start, len(prompt)), end)]
         # The template renders a finished answer otherwise than a prompt and its answer (Gemma4 leaves out the empty
         # thinking channel that its generation prompt has): the target saw the prompt, so the prompt it is.
         shared = _shared(full, prompt)
         if any(place[1] + len(self._ending) > shared for place in places[:-1]):
-            raise DataError("the chat template renders the history otherwise in a prompt", key="messages")
-        return prompt, prompt + full[start:], [*places[:-1], (len(prompt), end + len(prompt) - start)]
+            raise DataError(OTHER_HISTORY, key="messages")
+        return prompt + full[start:], [*places[:-1], (len(prompt), end + len(prompt) - start)]
 
-    def _compared(self, messages: list[Message], tools: Sequence[Any] | None, full: str) -> list[_Place]:
-        """The answers' places by comparing growing renderings, else renderings with the answer replaced by a mark."""
-        places = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            grown = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
-            prompt = self._render(messages[:i], tools, generation_prompt=True)
-            start = len(prompt) if full.startswith(prompt) else None
-            end = None
-            if full.startswith(grown):
-                end = len(grown) - (len(self._tail) if grown.endswith(self._tail, start or 0) else 0)
-            if start is None or end is None:
-                before, after = self._around(messages, tools, i)
-                start = len(before) if start is None and full.startswith(before) else start
-                end = len(full) - len(after) if end is None and full.endswith(after) else end
-            if start is None or end is None or start > end:
-                raise DataError("cannot tell the answer from the rest of the rendering", key=f"messages[{i}]")
-            places.append((start, end))
-        return places
+    def _marked(
+        self, messages: list[Message], tools: Sequence[Any] | None, plain: str, generation_prompt: bool = False
+    ) -> Reading:
+        """What of the messages is in their rendering ``plain``, and where."""
+        marked, marked_tools, fields = mark(messages, tools)
+        try:
+            text = self._render(marked, marked_tools, generation_prompt)
+        except DataError:
+            text = None  # then the plain text is searched
+        return Reading(fields, text, plain)
 
-    def _around(self, messages: list[Message], tools: Sequence[Any] | None, i: int) -> tuple[str, str]:
-        """What stands before and after answer ``i``: the text that stays when it alone is replaced."""
-        marked = [*messages[:i], {"role": "assistant", "content": _MARK}, *messages[i + 1 :]]
-        before, _, after = self._render(marked, tools).partition(_MARK)
-        return before, after
+    def _refuse_left_out(self, messages: list[Message], missing: Iterable[Field]) -> None:
+        """Raise where a rendering lacks a message's text, a tool or a call; reasoning is looked at elsewhere."""
+        for field in missing:
+            if field.part != "reasoning_content":
+                part = messages[field.message]["role"] if field.part == "content" else field.part
+                remedy = "the target is never told it: leave such rows out, or take a target whose template knows it"
+                raise DataError(left_out(part), key="messages", found=field.core[:80], remedy=remedy)
 
-    def _marked(self, messages: list[Message], tools: Sequence[Any] | None) -> list[_Place]:
+    def _generations(
+        self, messages: list[Message], tools: Sequence[Any] | None, _full: str, _reading: Reading
+    ) -> list[Place]:
         """The answers' places from the template's generation marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -239,13 +304,14 @@ class Renderer:
             places.append((start, inside if last_words else end))
         return places
 
-    def _answer(self, text: str, start: int, end: int, message: Message) -> _Answer:
-        has_end = text.startswith(self._ending, end) and message.get("finish_reason") != "length"
-        return _Answer(start, end + len(self._ending) if has_end else end, message.get("weight", 1) != 0)
+    def _answer(self, text: str, start: int, end: int, message: Message, supervised: bool) -> Answer:
+        cut = message.get("finish_reason") == "length" and not message.get("tool_calls")
+        has_end = text.startswith(self._ending, end) and not cut
+        return Answer(start, end + len(self._ending) if has_end else end, supervised)
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
-    def _encode_with_bounds(self, text: str, answers: list[_Answer]) -> tuple[list[int], list[tuple[int, int]]]:
+    def _encode_with_bounds(self, text: str, answers: list[Answer]) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of ``text``, and [first, last) token of every answer."""
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
@@ -255,13 +321,13 @@ class Renderer:
         return ids, bounds
 
     def _join(
-        self, prompt: list[int], ids: list[int], bounds: list[tuple[int, int]], answers: list[_Answer]
+        self, prompt: list[int], ids: list[int], bounds: list[tuple[int, int]], answers: list[Answer]
     ) -> tuple[list[int], list[int]]:
         """Ids and mask, the ids before the last answer being exactly the prompt's."""
         first = bounds[-1][0]
         shift = len(prompt) - first
         if ids[:first] != prompt and len(bounds) > 1 and bounds[-2][1] > _shared(ids, prompt):
-            raise DataError("the history has other tokens in a prompt", key="messages")
+            raise DataError(OTHER_TOKENS, key="messages")
         ids = prompt + ids[first:]
         mask = [0] * len(ids)
         for (begin, end), answer in zip(bounds[:-1], answers[:-1], strict=True):
@@ -294,6 +360,20 @@ class Renderer:
     def _has_marks(self) -> bool:
         return re.search(r"{%-?\s*generation\s*-?%}", self.tokenizer.get_chat_template(None, None)) is not None
 
+    @cached_property
+    def _knows_developer(self) -> bool:
+        return self._shows([{"role": "developer", "content": MARK}, {"role": "user", "content": "a"}])
+
+    @cached_property
+    def _opens_reasoning(self) -> bool:
+        return opens_reasoning(self._render([{"role": "user", "content": "a"}], None, generation_prompt=True))
+
+    def _shows(self, messages: list[Message]) -> bool:
+        try:
+            return MARK in self._render(messages, None)
+        except DataError:
+            return False
+
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, generation_prompt: bool = False) -> str:
         try:
             text: str = self.tokenizer.apply_chat_template(
@@ -305,15 +385,13 @@ class Renderer:
             )
         except (TemplateError, TypeError, ValueError, KeyError, IndexError) as problem:
             roles = ", ".join(str(message.get("role")) for message in messages)
-            raise DataError(
-                f"the chat template refuses the messages ({problem})", key="messages", found=roles
-            ) from None
+            raise DataError(template_refuses(problem), key="messages", found=roles) from None
         return text
 
     def _probe_end_of_turn(self) -> tuple[str, str, int]:
         """What the template writes after an answer; that up to its first special token; that token's id."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}]
-        tail = self._render(messages, None).rpartition(_MARK)[2]
+        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
+        tail = self._render(messages, None).rpartition(MARK)[2]
         special = self.tokenizer.added_tokens_decoder
         for token in self._encode(tail):
             if token in special:
@@ -333,87 +411,16 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def bounds_from_offsets(
-    offsets: Sequence[tuple[int, int]], length: int, answers: Sequence[_Answer]
-) -> list[tuple[int, int]] | None:
-    """[first, last) token of every answer from the tokens' character offsets; the fast way.
-
-    None where the offsets leave characters out (some tokenizers trim or normalise): then they cannot be trusted.
-
-    Raises:
-        DataError: a token begins before an answer and ends in it.
-    """
-    reach, starts = 0, dict[int, int]()
-    for index, (begin, end) in enumerate(offsets):
-        if begin > reach:
-            return None
-        if begin == reach:
-            starts.setdefault(begin, index)
-        reach = max(reach, end)
-    if reach != length:
-        return None
-    starts[length] = len(offsets)
-    for answer in answers:
-        if answer.start not in starts or answer.stop not in starts:
-            raise _straddles()
-    return [(starts[answer.start], starts[answer.stop]) for answer in answers]
-
-
-def bounds_from_prefixes(
-    encode: Any, text: str, ids: Sequence[int], answers: Sequence[_Answer]
-) -> list[tuple[int, int]]:
-    """[first, last) token of every answer by comparing the ids of growing prefixes with ``ids``; the plain way.
-
-    Raises:
-        DataError: a prefix whose ids are no prefix of ``ids``: a token is half prompt and half answer.
-    """
-    bounds = []
-    for answer in answers:
-        edge = []
-        for place in (answer.start, answer.stop):
-            prefix = encode(text[:place])
-            if list(ids[: len(prefix)]) != prefix:
-                raise _straddles()
-            edge.append(len(prefix))
-        bounds.append((edge[0], edge[1]))
-    return bounds
-
-
-def _straddles() -> DeepSpecError:
-    return DataError(
-        "a token is half prompt and half answer: the target never sees it in this place",
-        key="messages",
-        remedy="strip the white space at the answer's beginning (prepare_data and regenerate do)",
-    )
-
-
-@dataclass
-class RenderCounts:
-    """What became of the conversations that :func:`render_rows` was given."""
-
-    rendered: int = 0
-    tokens: int = 0
-    supervised: int = 0
-    dropped: dict[str, int] = field(default_factory=dict)  # reason -> conversations
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> id of the first
-
-    def drop(self, reason: str, sample: str) -> None:
-        """Count a conversation that cannot be used."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        self.examples.setdefault(reason, sample)
-
-
 def render_row(renderer: Renderer, row: Mapping[str, Any], min_supervised: int) -> Rendered | str:
     """A row's tokens and mask, or the reason why it cannot be used."""
     try:
+        row = normal_row(row)
         rendered = renderer.conversation(row["messages"], row.get("tools"))
-    except NoSupervision:
-        return "no supervised token"
+    except Unusable as problem:
+        return str(problem)
     except DataError as problem:
-        return problem.problem
-    if rendered.supervised < min_supervised:
-        return f"fewer than {min_supervised} supervised tokens"
-    return rendered
+        return reason_of(problem)
+    return rendered if rendered.supervised >= min_supervised else too_little(min_supervised)
 
 
 def render_rows(

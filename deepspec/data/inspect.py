@@ -54,10 +54,7 @@ def statistics(lengths: np.ndarray, supervised: np.ndarray, counts: RenderCounts
         if len(values):
             quantiles = ", ".join(f"{q}%: {np.percentile(values, q):.0f}" for q in (1, 25, 50, 75, 99))
             lines.append(f"{name} a conversation: mean {values.mean():.1f}, {quantiles}, most {values.max()}")
-    lines += [
-        f"dropped, {reason}: {count} (first: {counts.examples[reason]})" for reason, count in counts.dropped.items()
-    ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *counts.lines()])
 
 
 def histogram(lengths: np.ndarray, supervised: np.ndarray, path: str | Path) -> None:

@@ -20,7 +20,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=2048)
     parser.add_argument("--samples", type=int, help="at most so many prompts of each task")
     parser.add_argument("--seed", type=int, default=980406)
-    parser.add_argument("--thinking", action="store_true", help="let the target think (its template's own switch)")
+    parser.add_argument(
+        "--thinking",
+        action=argparse.BooleanOptionalAction,
+        help="let the target think, by its template's own switch (default: as the draft was trained)",
+    )
     parser.add_argument("--system-prompt")
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as published")
     parser.add_argument("--confidence-threshold", type=float, default=0.0, help="verify as far as the draft is sure")
@@ -43,11 +47,16 @@ def main() -> int:
     given = parse()
 
     from deepspec.distributed import pick_device, world_from_environment
+    from deepspec.evaluate.results import trained_to_think
     from deepspec.export.hub import fetch_draft
 
     if not given.output and not Path(given.draft).is_dir():  # of the hub: its download is no place for results
         given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
     given.draft = str(fetch_draft(given.draft))
+    if given.thinking is None:
+        given.thinking = trained_to_think(Path(given.draft))
+        if given.thinking and world_from_environment().is_main:
+            print("thinking: on, as the draft was trained (--no-thinking turns it off)", flush=True)
     if given.study and given.tree:
         raise EvaluationError(
             "the study compares policies of chains", key="--tree", remedy="leave --tree or --study out"

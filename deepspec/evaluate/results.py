@@ -20,6 +20,7 @@ from deepspec.files import read_json, sha256_file, write_json
 
 FORMAT = "deepspec.results/2"
 PUBLISHED_DRAFT = 7  # drafted tokens a round of the published figures
+RECIPE = "recipe.yaml"  # in a draft folder
 PACKAGES = ("deepspec", "torch", "transformers")
 
 
@@ -105,15 +106,26 @@ def counts_of(summaries: Sequence[Summary]) -> dict[str, int]:
 
 def recipe_of(draft: Path) -> dict[str, Any] | None:
     """Name, seed and digest of the recipe in a draft folder; None without one."""
-    path = draft / "recipe.yaml"
-    if not path.exists():
+    values = _read_recipe(draft)
+    if values is None:
+        return None
+    return {"name": values.get("name"), "seed": values.get("seed"), "sha256": sha256_file(draft / RECIPE)}
+
+
+def trained_to_think(draft: Path) -> bool:
+    """Whether the recipe in a draft folder says ``data.thinking``; False without one."""
+    data = (_read_recipe(draft) or {}).get("data")
+    return isinstance(data, Mapping) and data.get("thinking") is True
+
+
+def _read_recipe(draft: Path) -> Mapping[str, Any] | None:
+    if not (draft / RECIPE).exists():
         return None
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load((draft / RECIPE).read_text(encoding="utf-8"))
     except yaml.YAMLError as problem:
-        raise EvaluationError(f"not YAML ({problem})".replace("\n", " "), file=path) from None
-    named = values if isinstance(values, Mapping) else {}
-    return {"name": named.get("name"), "seed": named.get("seed"), "sha256": sha256_file(path)}
+        raise EvaluationError(f"not YAML ({problem})".replace("\n", " "), file=draft / RECIPE) from None
+    return values if isinstance(values, Mapping) else {}
 
 
 def environment() -> dict[str, Any]:

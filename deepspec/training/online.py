@@ -12,6 +12,7 @@ from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import load_renderer
 from deepspec.cache.plan import read_rows, render, scan
 from deepspec.cache.reader import Sample
+from deepspec.data.refusals import RenderCounts
 from deepspec.distributed import world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
@@ -45,21 +46,20 @@ class OnlineSource:
         self._ids: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._sample_ids: list[int] = []
-        reasons: dict[str, int] = {}
+        counts = RenderCounts()
         for number, row in read_rows(found.path, 0, 0, found.rows):
             rendered = render(renderer, row, recipe.data.min_supervised)
             if isinstance(rendered, str):
-                reasons[rendered] = reasons.get(rendered, 0) + 1
+                counts.drop(rendered, row["id"] if isinstance(row, dict) else f"row {number + 1}")
                 continue
             self._ids.append(np.array(rendered.input_ids, dtype=np.int32))
             self._masks.append(np.array(rendered.loss_mask, dtype=bool))
             self._sample_ids.append(number)
         if not self._ids:
-            raise DataError("no usable conversation in the file", file=path, found=reasons)
-        self.rejected = reasons
-        if reasons and world_from_environment().is_main:
-            counted = ", ".join(f"{count} x {reason}" for reason, count in sorted(reasons.items()))
-            print(f"online: {sum(reasons.values())} of {found.rows} conversations left out: {counted}", flush=True)
+            raise DataError("no usable conversation in the file", file=path, found=counts.dropped)
+        self.rejected = counts.dropped
+        if counts.dropped and world_from_environment().is_main:
+            print("\n  ".join([f"{path}: {len(self._ids):,} samples", *counts.lines()]), flush=True)
         self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         self.group_sizes: tuple[int, ...] = (len(self._ids),)
         self._fingerprint = fingerprint_of(recipe, target, renderer.tokenizer, [found.entry()])
