@@ -133,7 +133,7 @@ def test_a_token_beyond_the_embedding_drops_its_row_by_name(tmp_path: Path, caps
     assert (manifest.samples, manifest.rejected) == (2, {reason: 1})
     source = OnlineSource(recipe.for_target(load_spec(target)), load_target(target), data)
     assert (source.group_sizes, source.rejected) == ((2,), {reason: 1})
-    assert f"1 of 3 conversations left out: 1 x {reason}" in capsys.readouterr().out
+    assert f"dropped, {reason}: 1 (first: 1)" in capsys.readouterr().out
     only = rows_of(tmp_path / "only.jsonl", "<|new|>")
     with pytest.raises(CacheError, match=reason):
         build_cache(recipe, only, tmp_path / "other")
