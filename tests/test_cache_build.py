@@ -14,6 +14,7 @@ import torch
 from cache_tools import LAYERS, Setup, contents, conversation_rows, make_setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
 from deepspec.cache import build
 from deepspec.cache.build import BuildStopped, Planner, build_cache
@@ -28,7 +29,7 @@ from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import verify_cache
 from deepspec.data.conversations import write_conversations
 from deepspec.errors import CacheError, DataError
-from deepspec.targets import load_target, load_tokenizer
+from deepspec.targets import load_spec, load_target, load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -202,25 +203,25 @@ def test_levels_by_array_and_recoding_equals_building(setup: Setup, built: Path,
 
 def test_fingerprint_is_compared_whole(setup: Setup, built: Path, tmp_path: Path) -> None:
     recipe = setup.load(f"data.conversations={setup.data}", f"data.cache=[{built}]")
-    target = load_target(recipe.target.path, torch.bfloat16)
-    tokenizer = load_tokenizer(recipe.target.path)
+    spec, tokenizer = load_spec(recipe.target.path), load_tokenizer(recipe.target.path)
     cache = TargetCache.open(built)
-    require_fingerprint(cache, recipe, target, tokenizer)
+    require_fingerprint(cache, recipe, spec, tokenizer)
     moved = Path(shutil.copytree(recipe.target.path, tmp_path / "moved"))
-    require_fingerprint(cache, setup.load(f"target.path={moved}"), target, tokenizer)
+    require_fingerprint(cache, setup.load(f"target.path={moved}"), load_spec(moved), tokenizer)
     other_data = tmp_path / "other.jsonl"
     other_data.write_text("{}")
     with pytest.raises(CacheError, match=r"sources: cache without other\.jsonl"):
         require_fingerprint(
-            cache, setup.load(f"data.conversations={other_data}", f"data.cache=[{built}]"), target, tokenizer
+            cache, setup.load(f"data.conversations={other_data}", f"data.cache=[{built}]"), spec, tokenizer
         )
-    require_fingerprint(cache, setup.load(f"data.conversations={other_data}", "data.cache=[a, b]"), target, tokenizer)
-    with torch.no_grad():
-        target.model.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    require_fingerprint(cache, setup.load(f"data.conversations={other_data}", "data.cache=[a, b]"), spec, tokenizer)
+    weights = load_file(moved / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
+    save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     tokenizer.chat_template += " "
     other = setup.load("data.thinking=true", "target.dtype=float32", "cache.level=raw")
     with pytest.raises(CacheError) as caught:
-        require_fingerprint(cache, other, target, tokenizer)
+        require_fingerprint(cache, other, load_spec(moved), tokenizer)
     for field in ("target.weights", "template", "thinking", "dtype", "levels.features", "levels.last_hidden"):
         assert f"{field}: cache " in str(caught.value)
     assert "tokenizer" not in str(caught.value).replace("template", "")
@@ -228,9 +229,8 @@ def test_fingerprint_is_compared_whole(setup: Setup, built: Path, tmp_path: Path
 
 def test_a_cache_with_more_than_the_recipe_needs_fits(setup: Setup, built: Path) -> None:
     recipe = setup.load()
-    target = load_target(recipe.target.path, torch.bfloat16)
     found = TargetCache.open(built).fingerprint
-    wanted = fingerprint_of(recipe, target, load_tokenizer(recipe.target.path), [])
+    wanted = fingerprint_of(recipe, load_spec(recipe.target.path), load_tokenizer(recipe.target.path), [])
     assert mismatches(found, wanted) == []
     wanted["levels"]["last_hidden"] = None
     assert mismatches(found, wanted) == []

@@ -178,7 +178,7 @@ def test_local_engine_resumes_and_changes_nothing(model: Any, tmp_path: Path) ->
     assert not resumed.exists()
     with open(tmp_path / "resumed.jsonl.partial", "ab") as handle:
         handle.write(b'{"id":"p19","mess')  # what a kill leaves
-    with pytest.raises(DataError, match=r"other settings.*\n?.*wanted 1"):
+    with pytest.raises(DataError, match="other settings: seed: then 0, now 1"):
         regenerate(prompts, resumed, LocalEngine(model, renderer(), SECTION, 1, 8), {"seed": 1}, 0.5)
     again = regenerate(prompts, resumed, LocalEngine(model, renderer(), SECTION, 0, 8), {"seed": 0}, 0.5)
     assert again.rows == summary.rows

@@ -100,6 +100,11 @@ def test_several_runs_of_the_same_prompts_are_read_together(tmp_path: Path) -> N
     (tmp_path / "again" / "run.json").write_text(json.dumps(other))
     with pytest.raises(EvaluationError, match=r"again.*other tasks"):
         calibrate(draft, [results, tmp_path / "again"], 1.0)
+    for folder, template in ((results, "a"), (tmp_path / "again", "b")):
+        other["identity"] |= {"tasks": {}, "identity": {"template": template}}
+        (folder / "run.json").write_text(json.dumps(other))
+    with pytest.raises(EvaluationError, match=r"again.*another target: template: "):
+        calibrate(draft, [results, tmp_path / "again"], 1.0)
 
 
 def test_unusable_results_are_named(tmp_path: Path) -> None:

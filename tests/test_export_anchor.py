@@ -112,8 +112,8 @@ def test_a_run_that_began_before_the_option_goes_on() -> None:
     recipe = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart_dflash.yaml")
     values = recipe.to_dict()
     assert values["draft"].pop("sample_from_anchor") is True
-    old = Manifest(1, 2, values, {}, "digest", 1, 0, "float32", {})
-    assert check_resume(old, recipe, {}, "digest", accept=False) == []
+    old = Manifest(1, 2, values, {}, "bytes:1", 1, 0, "float32", {}, {"target": {"weights": "bytes:1"}})
+    assert check_resume(old, recipe, old, accept=False) == []
     other = load_recipe(Path(__file__).parents[1] / "recipes" / "quickstart_dflash.yaml", ["draft.block_size=5"])
     with pytest.raises(CheckpointError, match=r"draft\.block_size"):
-        check_resume(old, other, {}, "digest", accept=False)
+        check_resume(old, other, old, accept=False)

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import training_tools as tools
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from deepspec.distributed import World
 from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.export.manifest import read_manifest, steps_of
-from deepspec.targets import load_target
+from deepspec.targets import ends, load_target
+from deepspec.targets.digests import sampled_digest
+from deepspec.training import run
 
 TOOL = tools.ROOT / "tools" / "zero_to_fp32.py"
 
@@ -72,12 +78,88 @@ def test_refusals_are_one_line(place: Path, tmp_path: Path) -> None:
         assert "Traceback" not in done.stderr
 
 
-def test_a_target_that_was_trained_on_meanwhile_is_noticed(tmp_path: Path) -> None:
-    target = tools.make_target(tmp_path / "target")
-    recipe = tools.write_recipe(tmp_path / "a", target, max_steps=1)
-    tools.run_jobs(tmp_path, [{"recipe": str(recipe)}], 1)
-    tools.make_target(target, seed=8)
-    with pytest.raises(CheckpointError, match=r"not those of the training.*--without-embeddings"):
-        consolidate(tmp_path / "a" / "run", tmp_path / "draft")
+# -- the target is still that of the training -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def bare(place: Path) -> Path:
+    """The run's draft without embedding and head."""
+    consolidate(place / "a" / "run", place / "bare", embeddings=False)
+    return place / "bare"
+
+
+@pytest.fixture
+def changed(place: Path, bare: Path) -> Iterator[Path]:
+    """The folder while one value of the target's head is another one."""
+    file = place / "target" / "model.safetensors"
+    kept = file.read_bytes()
+    weights = load_file(file)
+    weights["lm_head.weight"][7, 7] += 1
+    save_file(weights, file, metadata={"format": "pt"})
+    yield place
+    file.write_bytes(kept)
+
+
+def test_a_target_that_was_trained_on_meanwhile_is_noticed(changed: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"not those of the training: target\.weights.*--without-embeddings"):
+        consolidate(changed / "a" / "run", tmp_path / "draft")
     assert not (tmp_path / "draft").exists()
-    consolidate(tmp_path / "a" / "run", tmp_path / "draft", embeddings=False)
+    consolidate(changed / "a" / "run", tmp_path / "draft", embeddings=False)
+
+
+def test_a_draft_is_not_made_under_another_config(place: Path, tmp_path: Path) -> None:
+    config = place / "target" / "config.json"
+    kept = config.read_text()
+    other = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    config.write_text(json.dumps(json.loads(kept) | other))
+    try:
+        for embeddings in (True, False):
+            with pytest.raises(CheckpointError, match=r"rope_theta: training 10000\.0, now 500000\.0; put the target"):
+                consolidate(place / "a" / "run", tmp_path / "draft", embeddings=embeddings)
+    finally:
+        config.write_text(kept)
+
+
+@pytest.mark.parametrize("source", ["a/run", "bare"])
+@pytest.mark.parametrize("form", ["vllm", "deepspec"])
+def test_an_export_never_bakes_in_another_target(changed: Path, tmp_path: Path, source: str, form: str) -> None:
+    with pytest.raises(DraftError, match=r"weights are not those of the training; found '\w+\.\.\.'; wanted \w+"):
+        export_draft(changed / source, tmp_path / "out", ExportOptions(format=form))
+    assert not (tmp_path / "out").exists()
+    export_draft(changed / source, tmp_path / "out", ExportOptions(format=form, embeddings=False))
+
+
+def test_an_export_reads_embedding_and_head_alone(
+    place: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = Path(shutil.copytree(place / "target", tmp_path / "moved"))
+    monkeypatch.setattr(ends, "load_target", None)  # the whole target is not loaded
+    export_draft(bare, tmp_path / "out", ExportOptions(target=str(moved)))
+    stored, weights = load_file(tmp_path / "out" / "model.safetensors"), load_file(moved / "model.safetensors")
+    theirs = (weights["model.embed_tokens.weight"], weights["lm_head.weight"])
+    assert all(torch.equal(stored[name], end.to(stored[name].dtype)) for name, end in zip(FROZEN, theirs, strict=True))
+    assert "note" not in capsys.readouterr().err
+    silent = Path(shutil.copytree(bare, tmp_path / "silent"))
+    (silent / "provenance.json").write_text("{}")
+    export_draft(silent, tmp_path / "other", ExportOptions())
+    assert "does not say which target's weights" in capsys.readouterr().err
+    load_draft(tmp_path / "other")
+
+
+def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    output = Path(shutil.copytree(place / "a" / "run", tmp_path / "run"))
+    manifest = steps_of(output)[4] / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["identity"]
+    values["target_digest"] = sampled_digest(place / "target", torch.float32)
+    manifest.write_text(json.dumps(values))
+    start = run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False).start
+    assert start.step == 4
+    assert "is of an earlier version" in capsys.readouterr().err
+    values["target_digest"] = "0" * 64
+    manifest.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"target\.weights: run 000000000000\.\.\., now"):
+        run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False)

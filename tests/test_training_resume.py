@@ -187,7 +187,7 @@ def test_other_data_and_another_target_are_refused(
         prepare(finished, [], monkeypatch, count=20)
     torch.manual_seed(1)
     other = tools.make_target(tmp_path / "other", seed=8)
-    with pytest.raises(CheckpointError, match="target's weights are not the run's"):
+    with pytest.raises(CheckpointError, match=r"target is not the run's: target\.weights: run"):
         prepare(finished, [f"target.path={other}"], monkeypatch)
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
-from deepspec.cache.fingerprint import fingerprint_of, flatten
+from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import LEVELS, cautions
 from deepspec.cache.published import export_published, import_published
@@ -26,10 +26,11 @@ from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import drop_parts, verify_cache
 from deepspec.cache.writer import Layout
+from deepspec.data.identity import flatten
 from deepspec.data.progress import Progress, clock
 from deepspec.errors import CacheError, DataError, run_main
 from deepspec.recipe import load_recipe
-from deepspec.targets import load_target, load_tokenizer
+from deepspec.targets import load_target_ends, load_tokenizer
 
 
 def _estimate(options: argparse.Namespace) -> int:
@@ -116,9 +117,10 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     recipe = load_recipe(_required(options.recipe, "--recipe"), options.set)
-    target = load_target(recipe.target.path, DTYPES[recipe.target.dtype], revision=recipe.target.revision)
-    recipe = recipe.for_target(target.spec)
-    mark = fingerprint_of(recipe, target, load_tokenizer(recipe.target.path, recipe.target.revision), [])
+    section = recipe.target
+    spec = load_target_ends(section.path, DTYPES[section.dtype], revision=section.revision).spec  # fetches its files
+    recipe = recipe.for_target(spec)
+    mark = fingerprint_of(recipe, spec, load_tokenizer(section.path, section.revision), [])
     progress = Progress("import", None, unit="parts")
     manifest = import_published(
         options.source, options.output, mark, recipe.cache.samples_per_part, _counting(progress)

@@ -39,7 +39,7 @@ def main() -> int:
         engine: Engine = plan.server_engine(ServerOptions(tuple(args.server), args.model or plan.target, *limits))
     else:
         engine = plan.local_engine()
-    settings = plan.settings() | {"engine": kind}
+    settings = plan.settings(served=kind == "server") | {"engine": kind}
     summary = regenerate(args.prompts, args.output, engine, settings, args.max_failed)
     print(f"{args.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
     return 0

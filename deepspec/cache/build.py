@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
-from deepspec.cache.fingerprint import fingerprint_of, mismatches
+from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
 from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
 from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
@@ -118,7 +118,7 @@ class Planner:
     def begin(self) -> tuple[Plan, list[PlannedPart]]:
         """The plan and the parts that are still to be made."""
         source = scan(self.conversations)
-        wanted = fingerprint_of(self.recipe, self.target, self.renderer.tokenizer, [source.entry()])
+        wanted = fingerprint_of(self.recipe, self.target.spec, self.renderer.tokenizer, [source.entry()])
         if self.folder.size(PLAN) is None:
             if self.folder.size(MANIFEST) is not None:
                 raise CacheError("a cache without its plan cannot be built further", file=self.folder.url, key=PLAN)
@@ -160,14 +160,14 @@ class Planner:
         known = plan.fingerprint["sources"]
         is_new = source.sha256 not in {entry["sha256"] for entry in known}
         compared = {**wanted, "sources": []} if self.append and is_new else wanted
-        lines = mismatches(plan.fingerprint, compared)
+        lines = mismatches(plan.fingerprint, compared, self.folder.url)
         if plan.fingerprint["levels"] != wanted["levels"]:
             lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
         if lines:
             raise CacheError(
                 f"the folder holds another cache: {'; '.join(lines)}",
                 file=self.folder.url,
-                remedy="choose another output folder, mend the recipe, or delete the folder",
+                remedy=remedy_for(lines, "choose another output folder, mend the recipe, or delete the folder"),
             )
         if not is_new:
             return plan

@@ -2,37 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepspec import registry
+from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import codec_for
+from deepspec.data.identity import as_recorded, differences, identity_of
 from deepspec.errors import CacheError
 from deepspec.files import sha256_file
 from deepspec.recipe import Recipe
+from deepspec.targets import TargetSpec
+
+SIDES = ("cache", "recipe")
+APPEND = "add them with tools/build_cache.py --append"
 
 
-def tokenizer_digest(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and the added tokens."""
-    added = {str(i): str(token) for i, token in tokenizer.added_tokens_decoder.items()}
-    text = json.dumps([sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]), added], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def template_digest(tokenizer: Any) -> str:
-    """SHA-256 of the chat template."""
-    return hashlib.sha256(json.dumps(tokenizer.chat_template, sort_keys=True).encode()).hexdigest()
-
-
-def fingerprint_of(recipe: Recipe, target: Any, tokenizer: Any, sources: list[dict[str, Any]]) -> dict[str, Any]:
+def fingerprint_of(recipe: Recipe, spec: TargetSpec, tokenizer: Any, sources: list[dict[str, Any]]) -> dict[str, Any]:
     """The fingerprint of the cache that ``recipe`` describes.
 
     Args:
         recipe: names target, layers, rendering and levels.
-        target: a :class:`deepspec.targets.Target`; its weights are digested.
+        spec: of the target; see :func:`deepspec.data.identity.identity_of`.
         tokenizer: the target's.
         sources: one ``{"name", "rows", "sha256"}`` for each conversation file.
 
@@ -48,14 +40,7 @@ def fingerprint_of(recipe: Recipe, target: Any, tokenizer: Any, sources: list[di
         if level is not None:
             codec_for(array, level)
     return {
-        "target": {
-            "path": recipe.target.path,
-            "revision": recipe.target.revision,
-            "weights": target.weights_digest(),
-            "hidden_size": target.spec.hidden_size,
-        },
-        "tokenizer": tokenizer_digest(tokenizer),
-        "template": template_digest(tokenizer),
+        **identity_of(spec, tokenizer),
         "layers": list(recipe.target.layers),
         "max_length": recipe.data.max_length,
         "min_supervised": recipe.data.min_supervised,
@@ -67,45 +52,33 @@ def fingerprint_of(recipe: Recipe, target: Any, tokenizer: Any, sources: list[di
     }
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as ``{"target.weights": ...}``."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
+def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object = "the cache") -> list[str]:
+    """One line for each field in which a cache, or an online run's data, differs from what a recipe wants.
 
-
-def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """One line for each field in which a cache differs from what a recipe wants.
-
-    A target under another path but of the same weights is the same target; a cache that keeps last_hidden serves a
-    loss that does not read it; and a cache may hold more sources than the recipe names.
+    A cache that keeps last_hidden serves a loss that does not read it; and a cache may hold more sources than the
+    recipe names.
     """
-    cache, recipe = flatten(found), flatten(wanted)
-    lines = []
-    for key in sorted({*cache, *recipe}):
-        have, want = cache.get(key), recipe.get(key)
-        if have == want or key in ("target.path", "target.revision") or (key == "levels.last_hidden" and want is None):
-            continue
-        if key == "sources":
-            known = {source["sha256"] for source in have or []}
-            missing = [source["name"] for source in want or [] if source["sha256"] not in known]
-            if not missing:
-                continue
-            have, want = f"without {', '.join(missing)}", "all of the recipe's conversations"
-        lines.append(f"{key}: cache {_short(have)}, recipe {_short(want)}")
-    return lines
+    now = as_recorded(found, wanted, DTYPES[wanted["dtype"]], file)
+    sources = {source["sha256"] for source in found["sources"]}
+    missing = [source["name"] for source in now.pop("sources") if source["sha256"] not in sources]
+    known = {key: value for key, value in found.items() if key != "sources"}
+    if now["levels"]["last_hidden"] is None:
+        known["levels"] = {**known["levels"], "last_hidden": None}
+    lines = differences(known, now, SIDES)
+    return lines + [missing_sources(missing)] * bool(missing)
 
 
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, str) else value
-    return text[:12] + "..." if len(text) == 64 else text
+def missing_sources(names: list[str]) -> str:
+    """The line of :func:`mismatches` for conversations that a cache does not hold."""
+    return f"sources: cache without {', '.join(names)}, recipe all of the recipe's conversations"
 
 
-def require_fingerprint(cache: Any, recipe: Recipe, target: Any, tokenizer: Any) -> None:
+def remedy_for(lines: list[str], otherwise: str) -> str:
+    """What to do about ``lines`` of :func:`mismatches`: conversations alone can be added."""
+    return f"{APPEND}, or {otherwise}" if all(line.startswith("sources: ") for line in lines) else otherwise
+
+
+def require_fingerprint(cache: Any, recipe: Recipe, spec: TargetSpec, tokenizer: Any) -> None:
     """Compare an opened cache with the recipe that wants to read it.
 
     That it holds the recipe's conversations is asked only of the recipe's sole training cache: others (for validation,
@@ -119,11 +92,10 @@ def require_fingerprint(cache: Any, recipe: Recipe, target: Any, tokenizer: Any)
     sole = list(recipe.data.cache) == [cache.path]
     if sole and conversations is not None and Path(conversations).exists():
         sources = [{"name": Path(conversations).name, "sha256": sha256_file(conversations)}]
-    wanted = fingerprint_of(recipe, target, tokenizer, sources)
-    lines = mismatches(cache.fingerprint, wanted)
+    lines = mismatches(cache.fingerprint, fingerprint_of(recipe, spec, tokenizer, sources), cache.path)
     if lines:
         raise CacheError(
             f"the cache is not the recipe's: {'; '.join(lines)}",
             file=cache.path,
-            remedy="build one with tools/build_cache.py, or mend the recipe",
+            remedy=remedy_for(lines, "build one with tools/build_cache.py, or mend the recipe or the target"),
         )

@@ -19,6 +19,7 @@ from jinja2.exceptions import TemplateError
 from deepspec import registry
 from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefixes
 from deepspec.data.conversations import Message
+from deepspec.data.date import dated, template_date
 from deepspec.data.marks import Field, Reading, mark
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.data.places import MARK, Place, PlaceFinder
@@ -84,7 +85,8 @@ class Renderer:
         thinking: bool = False,
         max_length: int | None = None,
     ) -> None:
-        self.tokenizer = tokenizer
+        self.date = template_date(tokenizer.chat_template)  # that the template writes; None: it writes none
+        self.tokenizer = tokenizer if self.date is None else dated(tokenizer)
         self._target_stops: tuple[int, ...] = ()
         self._rows: int | None = None  # of the target's embedding
         if isinstance(target, TargetSpec):

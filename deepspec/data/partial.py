@@ -5,15 +5,33 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from deepspec.data.conversations import dump_row
+from deepspec.data.identity import differences, shown
 from deepspec.errors import DataError
 
 FORMAT = "deepspec.regeneration/1"
+
+
+def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> list[str]:
+    """A line for each of ``settings`` that an earlier start had otherwise.
+
+    One that has no identity is of an earlier version: it is compared by its settings alone, and one line says so.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    before, wanted = found.get("identity"), now.pop("identity", None)
+    lines = [f"{key}: then {shown(found.get(key))}, now {shown(now[key])}" for key in now if found.get(key) != now[key]]
+    if before is None and wanted is not None:
+        note = "weights, config, tokenizer, template and stop tokens are not compared"
+        print(f"note: {file} is of an earlier version; the target's {note}", file=sys.stderr, flush=True)
+    if before is None or wanted is None:
+        return lines
+    return lines + differences(before, wanted, ("then", "now"))
 
 
 class Partial:
@@ -60,16 +78,13 @@ class Partial:
 
     def _check_settings(self, header: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
         found = header.get("settings", {})
-        for key in sorted(settings.keys() | found.keys()):
-            if found.get(key) != settings.get(key):
-                raise DataError(
-                    "an unfinished regeneration with other settings",
-                    file=self.path,
-                    key=key,
-                    found=found.get(key),
-                    wanted=settings.get(key),
-                    remedy="finish it with its own settings, name another output, or delete this file",
-                )
+        lines = setting_differences(found, settings, self.path)
+        lines += [f"{key}: then {shown(found[key])}, now nothing" for key in sorted(found.keys() - settings.keys())]
+        if lines:
+            remedy = "finish it with its own settings, name another output, or delete this file"
+            raise DataError(
+                f"an unfinished regeneration with other settings: {'; '.join(lines)}", file=self.path, remedy=remedy
+            )
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a finished row; the kernel has it when this returns, the disk within some seconds."""

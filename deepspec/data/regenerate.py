@@ -7,7 +7,6 @@ stands in ``<output>.failures.jsonl``.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,10 +18,11 @@ from deepspec.data.answer import call_mark, opens_reasoning, read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
+from deepspec.data.identity import identity_of
 from deepspec.data.local import Generated, LocalSampler, Request, Sampling
 from deepspec.data.messages import Unusable
 from deepspec.data.outcome import Outcome
-from deepspec.data.partial import Partial
+from deepspec.data.partial import Partial, setting_differences
 from deepspec.data.progress import Progress
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
@@ -252,16 +252,11 @@ def _finished(output: Path, settings: Mapping[str, Any]) -> Summary:
         DataError: it was made with other settings.
     """
     provenance = read_json(manifest_path(output), DataError).get("provenance", {})
-    for key, value in json.loads(json.dumps(settings)).items():
-        if provenance.get(key) != value:
-            raise DataError(
-                "the output exists and was made with other settings",
-                file=output,
-                key=key,
-                found=provenance.get(key),
-                wanted=value,
-                remedy="name another output, or delete it and its manifest",
-            )
+    if lines := setting_differences(provenance, settings, output):
+        remedy = "name another output, or delete it and its manifest"
+        raise DataError(
+            f"the output exists and was made with other settings: {'; '.join(lines)}", file=output, remedy=remedy
+        )
     ends = Counter[str]()
     rows = sum(1 for _ in _counted(read_conversations(output), ends))
     print(f"{output}: already whole, {rows} conversations")
@@ -293,12 +288,20 @@ class Plan:
             recipe.regenerate,
         )
 
-    def settings(self) -> dict[str, Any]:
-        """As plain values, without those that only change the speed."""
+    def settings(self, served: bool = False) -> dict[str, Any]:
+        """As plain values, without those that only change the speed; with the identity of what answers.
+
+        Args:
+            served: by servers; the target's weights need not be on this machine.
+        """
+        from deepspec.targets.load import load_spec
+
         values = asdict(self)
         sampling = values.pop("sampling")
         sampling.pop("batch_size")
-        return values | sampling
+        renderer, spec = self.renderer(), load_spec(self.target, self.revision)
+        identity = identity_of(spec, renderer.tokenizer, renderer.stop_token_ids, served)
+        return values | sampling | {"identity": identity}
 
     def renderer(self) -> Renderer:
         """The target's renderer.

@@ -7,6 +7,7 @@ from __future__ import annotations
 import http.client
 import json
 import queue
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from urllib.parse import urlsplit
 
 from deepspec.data.answer import opens_reasoning, read_answer
 from deepspec.data.chat import Renderer
+from deepspec.data.date import server_keywords
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Sampling, draw_seed
 from deepspec.data.messages import Message, Unusable
@@ -60,6 +62,11 @@ class ServerEngine:
 
     def __init__(self, options: ServerOptions, renderer: Renderer, sampling: Sampling, seed: int) -> None:
         self.options, self.renderer, self.sampling, self.seed = options, renderer, sampling, seed
+        self._date = server_keywords(renderer.tokenizer.chat_template)
+        if renderer.date is not None and not self._date:
+            remedy = "serve the target with a template of a fixed date, or use --engine local"
+            said = f"we write {renderer.date}, the servers write today's: {remedy}"
+            print(f"note: the chat template writes the date; {said}", file=sys.stderr, flush=True)
         self.pool = Pool([Server(url) for url in options.urls], options.concurrency, options.patience)
 
     def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
@@ -147,7 +154,7 @@ class ServerEngine:
             "top_p": sampling.top_p,
             "max_tokens": limit,
             "seed": draw_seed(self.seed, dialogue.key) % 2**31,
-            "chat_template_kwargs": self.renderer.template_kwargs,
+            "chat_template_kwargs": self.renderer.template_kwargs | self._date,
         }
         if dialogue.tools:
             body["tools"] = dialogue.tools

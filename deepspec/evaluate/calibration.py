@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.data.identity import differences
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.log import RowLog
@@ -196,9 +197,10 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
 
     Raises:
         EvaluationError: results of another draft, of other tasks than the first folder's (an even place of one could be
-            an odd one of the other), or without confidences.
+            an odd one of the other), of another target, or without confidences.
     """
-    weights, tasks = weights_sha256(draft), _identity(folders[0])["tasks"]
+    weights, first = weights_sha256(draft), _identity(folders[0])
+    tasks = first["tasks"]
     for folder in folders:
         identity = _identity(folder)
         if identity["draft_sha256"] != weights:
@@ -207,6 +209,10 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
             raise EvaluationError(
                 "results of other tasks", file=folder / "run.json", key="tasks", found=identity["tasks"], wanted=tasks
             )
+        if first.get("identity") and identity.get("identity"):  # results of before have none
+            lines = differences(first["identity"], identity["identity"], (str(folders[0]), str(folder)))
+            if lines:
+                raise EvaluationError(f"results of another target: {'; '.join(lines)}", file=folder / "run.json")
     even, odd = read_rounds(folders, temperature)
     temperatures = fit(even)
     result = {

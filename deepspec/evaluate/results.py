@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,7 @@ class Provenance:
     processes: int
     command: list[str]
     finished: str  # UTC
+    identity: dict[str, Any] = field(default_factory=dict)  # see `identity_of`; {}: older results
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Results:
                 wanted=FORMAT,
                 remedy="evaluate again",
             )
-        known = {field.name for field in fields(Summary)}
+        known = {one.name for one in fields(Summary)}
         summaries = []
         for values in row["summaries"]:
             own = {key: value for key, value in values.items() if key in known}

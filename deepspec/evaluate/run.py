@@ -18,6 +18,7 @@ import torch
 
 from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.data.chat import Renderer
+from deepspec.data.identity import as_recorded, differences, identity_of, shown
 from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
@@ -106,10 +107,14 @@ class Evaluation:
             del settings["tree"]
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
+        spec = self.target.spec
+        identity = identity_of(spec, self.tokenizer, self.renderer.stop_token_ids)
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
-            "target_digest": self.target.weights_digest(),
+            "target_digest": identity["target"]["weights"],
+            "target_dtype": str(self.target.dtype),
+            "identity": identity,
         }
 
     def _draft_digest(self) -> str:
@@ -170,19 +175,33 @@ class Evaluation:
     def _claim(self) -> None:
         """Make the output folder this run's, or find that it is."""
         self.output.mkdir(parents=True, exist_ok=True)
-        path, digest = self.output / "run.json", sha256_json(self.identity)
+        path = self.output / "run.json"
         if path.exists():
-            known = read_json(path, EvaluationError)
-            if known["digest"] != digest:
-                changed = [k for k, v in self.identity.items() if known["identity"].get(k) != _plain(v)]
-                raise EvaluationError(
-                    "holds another run", file=self.output, key=", ".join(changed), remedy="name another --output"
-                )
+            self._check_same_run(read_json(path, EvaluationError)["identity"])
             return
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
         tokens = self.options.batch_size * (drafted + 1)
         threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
-        write_json(path, {"digest": digest, "identity": self.identity, "threads": threads})
+        write_json(path, {"identity": self.identity, "threads": threads})
+
+    def _check_same_run(self, known: dict[str, Any]) -> None:
+        """The rows that are there were made with what this run would use; each difference is named.
+
+        Raises:
+            EvaluationError: they were not.
+        """
+        now, sides = _plain(self.identity), ("run", "now")
+        target, wanted = known.pop("identity", None), now.pop("identity")
+        if target is None:  # a run of before; its digest is compared alone
+            target = {"target": {"weights": known["target_digest"]}}
+            now.pop("target_dtype")
+        lines = differences(target, as_recorded(target, wanted, self.target.dtype, self.output), sides)
+        now.pop("target_digest"), known.pop("target_digest")
+        keys = [key for key in (*now, *known) if now.get(key) != known.get(key)]
+        lines += [f"{key}: run {shown(known.get(key))}, now {shown(now.get(key))}" for key in dict.fromkeys(keys)]
+        if lines:
+            remedy = "name another --output, or put back what differs"
+            raise EvaluationError(f"holds another run: {'; '.join(lines)}", file=self.output, remedy=remedy)
 
     def _set_threads(self) -> None:
         """All ranks, and a run that goes on, use the thread count that was chosen first."""
@@ -314,11 +333,10 @@ class Evaluation:
         )
 
     def _provenance(self, summaries: list[Summary]) -> Provenance:
-        kept = ("target", "draft", "tasks", "draft_sha256", "target_digest")
+        kept = ("target", "draft", "tasks", "draft_sha256", "target_digest", "target_dtype", "identity")
         draft = Path(self.options.draft)
         return Provenance(
             **{key: self.identity[key] for key in kept},
-            target_dtype=str(self.target.dtype),
             recipe=None if self._given else recipe_of(draft),
             sources={task.name: task.source for task in self.tasks},
             skipped=self.skipped,

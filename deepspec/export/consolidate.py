@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from deepspec import registry
+from deepspec.data.identity import target_fields
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError
-from deepspec.export.manifest import Manifest, read_manifest, steps_of
-from deepspec.recipe import recipe_from_dict
-from deepspec.targets import load_spec, load_target_ends
+from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
+from deepspec.recipe import Recipe, recipe_from_dict
+from deepspec.targets import TargetSpec, load_spec, load_target_ends
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -111,17 +112,19 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    frozen = _frozen_weights(recipe, kind) if embeddings else {}
+    _check_target(spec, manifest, folder, embeddings)
     weights = read_weights(folder, manifest)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    if embeddings:
-        state |= _frozen_weights(recipe, manifest, kind, folder)
+    state |= frozen
     provenance: dict[str, Any] = {
         "checkpoint": str(folder),
         "step": manifest.step,
         "total_steps": manifest.total_steps,
         "seed": recipe.seed,
         "recipe_digest": recipe.digest(),
-        "target": {"path": recipe.target.path, "revision": recipe.target.revision, "weights": manifest.target_digest},
+        "target": {"path": spec.path, "revision": spec.revision, "weights": manifest.target_digest}
+        | {key: value for key, value in manifest.identity.get("target", {}).items() if key in ("config", "reader")},
         "data": manifest.fingerprint,
         "training": {"world_size": manifest.world_size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype},
         "dtype": str(kind).removeprefix("torch."),
@@ -132,20 +135,22 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
     return folder
 
 
-def _frozen_weights(recipe: Any, manifest: Manifest, kind: torch.dtype, folder: Path) -> dict[str, Tensor]:
-    """The target's embedding and head, if it is still the target of the training."""
-    trained_on = getattr(torch, recipe.target.dtype)
-    target = load_target_ends(recipe.target.path, trained_on, "cpu", recipe.target.revision)
-    digest = target.weights_digest()
-    if digest != manifest.target_digest:
-        raise CheckpointError(
-            "the target's weights are not those of the training",
-            file=folder,
-            key=recipe.target.path,
-            found=digest,
-            wanted=manifest.target_digest,
-            remedy="put the target back, or leave its embeddings out (--without-embeddings)",
-        )
-    if kind != trained_on:  # as exact as the target's files have them, not as training rounded them
-        target = load_target_ends(recipe.target.path, kind, "cpu", recipe.target.revision)
+def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings: bool) -> None:
+    """The target is still that of the training: the draft's config is made from its config, the ends from its weights.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    now = {"target": target_fields(spec, weights=embeddings)}
+    if lines := target_differences(manifest, now, ("training", "now"), folder):
+        remedy = "put the target back"
+        if all(line.startswith("target.weights") for line in lines):
+            remedy += ", or leave its embeddings out (--without-embeddings)"
+        problem = f"the target's files are not those of the training: {'; '.join(lines)}"
+        raise CheckpointError(problem, file=folder, key=spec.path, remedy=remedy)
+
+
+def _frozen_weights(recipe: Recipe, kind: torch.dtype) -> dict[str, Tensor]:
+    """The target's embedding and head, as exact as its files have them, not as training rounded them."""
+    target = load_target_ends(recipe.target.path, kind, "cpu", recipe.target.revision)
     return dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepspec.data.identity import shown
 from deepspec.drafts import FROZEN, SHARD_BYTES, build_draft, check_weights, read_weights, save_draft, weights_sha256
 from deepspec.errors import DraftError, nearest
 from deepspec.export.card import model_card
@@ -18,7 +21,8 @@ from deepspec.export.hub import fetch_draft
 from deepspec.export.manifest import steps_of
 from deepspec.export.parts import Draft, Facts, Format, ascending
 from deepspec.files import read_json, write_text
-from deepspec.targets import load_spec, load_target
+from deepspec.targets import load_spec, load_target_ends
+from deepspec.targets.digests import digest_like
 
 FORMATS = {
     "deepspec": "deepspec.export.published",
@@ -134,10 +138,34 @@ def _with_frozen(draft: Draft, options: ExportOptions) -> Draft:
     if path is None:
         remedy = "name it (--target), or leave its embedding and head out (--without-embeddings)"
         raise DraftError("does not say which target it was trained for", file=draft.file, remedy=remedy)
-    like = draft.state["fc.weight"].dtype
-    target = load_target(path, None, "cpu")
-    weights = dict(zip(FROZEN, (target.embed_weight.to(like), target.head_weight.to(like)), strict=True))
+    folder = Path(draft.file or "").parent
+    provenance = _provenance(folder)
+    trained_on = provenance.get("target") or {}
+    revision = trained_on.get("revision") if path == trained_on.get("path") else None
+    target = load_target_ends(path, draft.state["fc.weight"].dtype, "cpu", revision)
+    _check_weights(path, revision, provenance, folder)
+    weights = dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
     return Draft(draft.config, draft.state | {name: weights[name] for name in lacking}, draft.file)
+
+
+def _check_weights(path: str, revision: str | None, provenance: Mapping[str, Any], folder: Path) -> None:
+    """The target whose embedding and head are taken is the one that the draft was trained for, as far as it says.
+
+    Raises:
+        DraftError: it has other weights.
+    """
+    known = (provenance.get("target") or {}).get("weights")
+    if known is None:
+        said = f"note: {folder} does not say which target's weights it was trained for; those of {path} are taken"
+        print(said, file=sys.stderr, flush=True)
+        return
+    caches = (provenance.get("data") or {}).get("caches") or [{}]  # the dtype that an older digest was made in
+    found = digest_like(known, path, getattr(torch, caches[0].get("dtype", "bfloat16")), revision)
+    if found != known:
+        raise DraftError(
+            "the target's weights are not those of the training", file=path, found=shown(found), wanted=shown(known),
+            remedy="put it back, name the right one (--target), or leave its embeddings out (--without-embeddings)",
+        )  # fmt: skip
 
 
 def import_draft(

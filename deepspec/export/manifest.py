@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deepspec.data.identity import as_recorded, differences
 from deepspec.errors import CheckpointError
 from deepspec.files import read_json
 
@@ -21,11 +25,12 @@ class Manifest:
     total_steps: int
     recipe: dict[str, Any]  # resolved
     fingerprint: dict[str, Any]  # of the data
-    target_digest: str  # of the frozen target's weights
+    target_digest: str  # of the frozen target's weights: every byte, or a sample of them in older checkpoints
     world_size: int
     zero_stage: int
     dtype: str
     versions: dict[str, str]
+    identity: dict[str, Any] = field(default_factory=dict)  # `target` of an `identity_of`; {}: an older checkpoint
     score: float | None = None  # of the last validation, higher is better
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes
     format: int = FORMAT
@@ -49,6 +54,21 @@ def read_manifest(folder: Path) -> Manifest:
         if found != size:
             raise CheckpointError("file missing or cut", file=path, found=found, wanted=f"{size} bytes")
     return manifest
+
+
+def target_differences(
+    manifest: Manifest, identity: Mapping[str, Any], sides: tuple[str, str], file: object
+) -> list[str]:
+    """A line for each field in which the target of a training differs from what stands now; see ``identity_of``.
+
+    What ``identity`` leaves out is not compared.
+    """
+    found: dict[str, Any] = dict(manifest.identity) or {"target": {"weights": manifest.target_digest}}
+    if "weights" not in identity["target"]:
+        found["target"] = {key: value for key, value in found["target"].items() if key != "weights"}
+    dtype = getattr(torch, manifest.recipe["target"]["dtype"])
+    now = as_recorded(found, identity, dtype, file)
+    return differences({key: value for key, value in found.items() if key in identity}, now, sides)
 
 
 def steps_of(run: Path) -> dict[int, Path]:

@@ -1,6 +1,6 @@
 """A target's embedding and head without its layers: all that training from a cache reads of it.
 
-The whole model stays on disk. Only its digest looks at every tensor, one at a time, at the samples of its values.
+The whole model stays on disk; its digest is that of its files.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from deepspec.targets.load import Target, TargetSpec, load_spec, load_target, say_untied, tensors_digest
-from deepspec.targets.stored import StoredTarget, open_stored
+from deepspec.targets.digests import weights_digest
+from deepspec.targets.load import Target, TargetSpec, load_spec, load_target, say_untied
+from deepspec.targets.stored import open_stored
 
 
 class TargetEnds:
     """Embedding and head of a target on disk; the same attributes as :class:`Target` without what runs the model."""
 
-    def __init__(self, spec: TargetSpec, embed_weight: Tensor, head_weight: Tensor, digest: str) -> None:
+    def __init__(self, spec: TargetSpec, embed_weight: Tensor, head_weight: Tensor) -> None:
         self.spec, self.embed_weight, self.head_weight = spec, embed_weight, head_weight  # [V, D] each
-        self._digest = digest
 
     @property
     def device(self) -> torch.device:
@@ -32,8 +32,8 @@ class TargetEnds:
         return self.embed_weight.dtype
 
     def weights_digest(self) -> str:
-        """The digest of the whole target, equal to :meth:`Target.weights_digest` of it loaded."""
-        return self._digest
+        """The digest of the whole target's files, equal to :meth:`Target.weights_digest` of it loaded."""
+        return weights_digest(self.spec.path, self.spec.revision)
 
 
 def load_target_ends(
@@ -55,11 +55,4 @@ def load_target_ends(
     embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
     head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
     say_untied(spec, tied)
-    return TargetEnds(spec, embed_weight, head_weight, _digest(stored))
-
-
-def _digest(stored: StoredTarget) -> str:
-    """Of every tensor of the model, as if it was loaded."""
-    twins = {**stored.model.all_tied_weights_keys, **{b: a for a, b in stored.model.all_tied_weights_keys.items()}}
-    names = sorted(stored.model.state_dict())
-    return tensors_digest((name, stored.read(name if stored.holds(name) else twins[name])) for name in names)
+    return TargetEnds(spec, embed_weight, head_weight)

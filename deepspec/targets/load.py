@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from inspect import signature
@@ -23,6 +22,7 @@ from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import Family, Shape, length_dependent_rope
 from deepspec.files import read_json
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
+from deepspec.targets.digests import weights_digest
 from deepspec.targets.stored import check_fit, silent
 
 if not torch.cuda.is_available():  # transformers imports deepspeed where it is installed; that would guess, and warn
@@ -308,8 +308,8 @@ class Target:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def weights_digest(self) -> str:
-        """SHA-256 over every tensor's name, shape, dtype and a sample of its values; costs milliseconds."""
-        return tensors_digest(sorted(self.model.state_dict().items()))
+        """The digest of the target's files, every byte; see :mod:`deepspec.targets.digests`."""
+        return weights_digest(self.spec.path, self.spec.revision)
 
 
 def cache_keyword(model: nn.Module) -> str:
@@ -320,17 +320,6 @@ def cache_keyword(model: nn.Module) -> str:
 @cache
 def _cache_keyword(forward: Callable[..., Any]) -> str:  # every forward of the target asks
     return "cache" if "cache" in signature(forward).parameters else "past_key_values"
-
-
-def tensors_digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, shapes, dtypes and a sample of the values of (name, tensor) pairs, in the order given."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        step = max(1, flat.numel() // 1024)
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(flat[::step].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _find_decoder(model: nn.Module) -> nn.Module:

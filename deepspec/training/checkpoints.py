@@ -15,8 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from deepspec.data.identity import as_recorded, differences, flatten
 from deepspec.errors import CheckpointError
-from deepspec.export.manifest import Manifest, read_manifest, steps_of
+from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
 from deepspec.files import sync_folder, write_json
 from deepspec.recipe import Recipe, TrainSection, recipe_from_dict
 
@@ -125,14 +128,13 @@ class Checkpoints:
         shutil.rmtree(dead)
 
 
-def check_resume(old: Manifest, recipe: Recipe, fingerprint: Mapping[str, Any], digest: str, accept: bool) -> list[str]:
+def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> list[str]:
     """Compare a checkpoint with what is about to go on from it.
 
     Args:
         old: the checkpoint's manifest.
         recipe: the recipe now.
-        fingerprint: of the data now.
-        digest: of the target's weights now.
+        now: what the run would say of itself: the data's fingerprint, the target's identity.
         accept: whether changed optimisation settings are to be honoured.
 
     Returns:
@@ -142,41 +144,36 @@ def check_resume(old: Manifest, recipe: Recipe, fingerprint: Mapping[str, Any], 
         CheckpointError: another target, other data, or a changed key of the recipe; both values are named.
     """
     where = old.recipe.get("output")
-    if old.target_digest != digest:
-        raise CheckpointError(
-            "the target's weights are not the run's",
-            file=where,
-            key="target.path",
-            found=digest,
-            wanted=old.target_digest,
-            remedy="train on from the same target, or choose another output",
-        )
-    if dict(old.fingerprint) != dict(fingerprint):
-        names = sorted(k for k in {*old.fingerprint, *fingerprint} if old.fingerprint.get(k) != fingerprint.get(k))
+    if lines := target_differences(old, now.identity, ("run", "now"), where):
+        remedy = "train on from the same target, or choose another output"
+        raise CheckpointError(f"the target is not the run's: {'; '.join(lines)}", file=where, remedy=remedy)
+    if lines := _data_differences(old.fingerprint, now.fingerprint, where):
         remedy = "put the data back, or choose another output"
-        raise CheckpointError("the data are not the run's", file=where, key=", ".join(names), remedy=remedy)
+        raise CheckpointError(f"the data are not the run's: {'; '.join(lines)}", file=where, remedy=remedy)
     defaults = recipe_from_dict(old.recipe).to_dict()  # of keys that came after the run began
-    before, now = _flatten(defaults) | _flatten(old.recipe), _flatten(recipe.to_dict())
+    before, after = flatten(defaults) | flatten(old.recipe), flatten(recipe.to_dict())
     honoured = []
-    for key in sorted({*before, *now}):
-        if before.get(key) == now.get(key) or any(key == free or key.startswith(f"{free}.") for free in FREE):
+    for key in sorted({*before, *after}):
+        if before.get(key) == after.get(key) or any(key == free or key.startswith(f"{free}.") for free in FREE):
             continue
-        change = {"file": where, "key": key, "found": now.get(key), "wanted": f"the run's {before.get(key)!r}"}
+        change = {"file": where, "key": key, "found": after.get(key), "wanted": f"the run's {before.get(key)!r}"}
         if key not in HONOURED:
             remedy = "put it back, or choose another output for a new run"
             raise CheckpointError("a run cannot change this and go on", **change, remedy=remedy)
         if not accept:
             remedy = "put it back, or say --accept-changes to go on with the new value, or choose another output"
             raise CheckpointError("the recipe differs from the run's", **change, remedy=remedy)
-        honoured.append(f"{key}: {before.get(key)!r} -> {now.get(key)!r}")
+        honoured.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return honoured
 
 
-def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+def _data_differences(old: Mapping[str, Any], now: Mapping[str, Any], where: object) -> list[str]:
+    """A line for each field in which a run's data differ from those of its checkpoint; data sets in their order."""
+    sides = ("run", "now")
+    counted = [{**one, "caches": len(one.get("caches", ()))} for one in (old, now)]
+    if lines := differences(counted[0], counted[1], sides):
+        return lines
+    for found, wanted in zip(old.get("caches", ()), now.get("caches", ()), strict=True):
+        if found != wanted:
+            lines += differences(found, as_recorded(found, wanted, getattr(torch, wanted["dtype"]), where), sides)
+    return lines

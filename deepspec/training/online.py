@@ -62,7 +62,7 @@ class OnlineSource:
             print("\n  ".join([f"{path}: {len(self._ids):,} samples", *counts.lines()]), flush=True)
         self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         self.group_sizes: tuple[int, ...] = (len(self._ids),)
-        self._fingerprint = fingerprint_of(recipe, target, renderer.tokenizer, [found.entry()])
+        self._fingerprint = fingerprint_of(recipe, target.spec, renderer.tokenizer, [found.entry()])
 
     def sample_id(self, number: int) -> int:
         """The row's number in the file, as in a cache of it."""

@@ -46,5 +46,5 @@ def open_caches(paths: Sequence[str], recipe: Recipe, target: TargetEnds | Targe
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
     caches = [TargetCache.open(path) for path in paths]
     for cache in caches:
-        require_fingerprint(cache, recipe, target, tokenizer)
+        require_fingerprint(cache, recipe, target.spec, tokenizer)
     return CacheSource(caches)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from deepspec import registry
+from deepspec.data.identity import target_fields
 from deepspec.distributed import World, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
@@ -124,12 +125,14 @@ def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_cha
     target = frozen_target(recipe, pick_device(world.local_rank))
     source = open_source(recipe, target)
     plan = plan_of(recipe, source)
+    identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
     manifest = store.Manifest(
         step=0,
         total_steps=total_steps(recipe, plan),
         recipe=recipe.to_dict(),
         fingerprint=dict(source.fingerprint()),
-        target_digest=target.weights_digest(),
+        identity=identity,
+        target_digest=identity["target"]["weights"],
         world_size=world.size,
         zero_stage=zero_stage(settings),
         dtype=str(model_dtype(settings)).removeprefix("torch."),
@@ -211,7 +214,7 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
         return Start()
     folder = list(folders.values())[-1]
     old = store.read_manifest(folder)
-    changes = store.check_resume(old, recipe, now.fingerprint, now.target_digest, accept_changes)
+    changes = store.check_resume(old, recipe, now, accept_changes)
     if old.dtype != now.dtype:
         remedy = "name a DeepSpeed configuration of the same precision in train.deepspeed"
         raise CheckpointError("of another precision", file=folder, found=now.dtype, wanted=old.dtype, remedy=remedy)
