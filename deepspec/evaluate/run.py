@@ -17,9 +17,11 @@ from typing import Any, cast
 import torch
 
 from deepspec.algorithms.base import Drafter, DraftModel
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_distinct
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
+from deepspec.decoding.positions import room_for
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World
@@ -41,7 +43,11 @@ WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a proc
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """What the command line says.
+
+    Raises:
+        EvaluationError: a number out of its range, or a temperature named twice.
+    """
 
     target: str
     draft: str
@@ -61,6 +67,15 @@ class Options:
     dtype: str = "auto"
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            TEMPERATURE.check("temperature", temperature, EvaluationError)
+        check_distinct("temperature", self.temperatures, EvaluationError)
+        for key in ("batch_size", "max_new_tokens", "samples"):
+            COUNT.check(key, getattr(self, key), EvaluationError)
+        SEED.check("seed", self.seed, EvaluationError)
+        SHARE.check("confidence_threshold", self.confidence_threshold, EvaluationError)
+
 
 class Evaluation:
     """One target, one draft, some tasks.
@@ -72,7 +87,8 @@ class Evaluation:
         draft: in memory, already attached to the target; None loads ``options.draft``.
 
     Raises:
-        DeepSpecError: a target, draft or task that cannot be loaded, or a draft tree that these options cannot use.
+        DeepSpecError: a target, draft or task that cannot be loaded, a draft tree that these options cannot use, or a
+            task none of whose prompts fits the target's positions.
     """
 
     def __init__(
@@ -84,7 +100,7 @@ class Evaluation:
     ) -> None:
         self.options, self.world = options, world or World()
         tasks = load_tasks(options.tasks, options.samples, options.seed)
-        self.tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
+        tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
         self.skipped = missing_tasks(options.tasks)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.target: Target = target or load_target(options.target, dtype, options.device)
@@ -93,11 +109,29 @@ class Evaluation:
         tokenizer = load_tokenizer(options.target)
         self.renderer = Renderer(tokenizer, self.target.spec.family, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
+        self.room = room_for(self.target.spec.config, options.max_new_tokens)
+        self.too_long = {task.name: self._too_long(task) for task in tasks}
+        self.tasks = [task.without(self.too_long[task.name]) for task in tasks]
         self.sts = None if self._given else load_sts(Path(options.draft))
         self.output = Path(options.output)
         self.identity = self._identity()
         if options.tree:  # before anything is written
             tree_of(self._settings(max(options.temperatures)), self._drafter(1))
+
+    def _too_long(self, task: Task) -> list[int]:
+        """The places of prompts whose first turn and the new tokens do not fit the target's positions."""
+        if self.room is None:
+            return []
+        lengths = {place: len(self._request(task, place, []).prompt_ids) for place in task.prompts}
+        places = [place for place, length in lengths.items() if length > self.room]
+        if len(places) == len(lengths):
+            raise EvaluationError(
+                "no prompt fits the target's positions", file=task.source, key=task.name,
+                found=f"the shortest has {min(lengths.values())} tokens",
+                wanted=f"at most {max(self.room, 0)}: {self.room + self.options.max_new_tokens} positions less "
+                f"{self.options.max_new_tokens} new tokens", remedy="lower --max-new-tokens",
+            )  # fmt: skip
+        return places
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -126,6 +160,10 @@ class Evaluation:
         """
         for name, folder in self.skipped.items() if self.world.is_main else ():
             print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
+        for name, places in self.too_long.items() if self.world.is_main else ():
+            if places:
+                text = f"at most {self.room} tokens fit the target's positions with the new ones"
+                print(f"left out: {len(places)} prompts of {name} ({text})", flush=True)
         with meeting(self.world) as meet:
             if self.world.is_main:
                 self._claim()
@@ -158,14 +196,23 @@ class Evaluation:
                     )  # fmt: skip
                 rows = [PromptResult(**log.rows[task.name, temperature, place]) for place in task.prompts]
                 summary = summarise(task.name, temperature, rows, options.seed)
-                named = (self.draft.algorithm.name, self.draft.config.max_draft)
-                summary.published = published(options.target, *named, task.name, temperature)
+                summary.too_long = len(self.too_long[task.name])
+                summary.published, summary.published_differs = self._published(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
         macro = list(macro_averages(summaries)) if len(self.tasks) > 1 else []
         results = Results(self.draft.algorithm.name, self.draft.config.max_draft, [*summaries, *macro], provenance)
         results.save(self.output)
         return results
+
+    def _published(self, task: Task, temperature: float) -> tuple[float | None, list[str]]:
+        options = self.options
+        settings = {
+            "temperature": temperature, "max_new_tokens": options.max_new_tokens, "turns": task.turns,
+            "thinking": self.renderer.thinking, "system_prompt": self.renderer.system_prompt,
+            "confidence_threshold": options.confidence_threshold, "tree": list(options.tree),
+        }  # fmt: skip
+        return published(options.target, self.draft.config, task.name, len(task.prompts), settings)
 
     def _claim(self) -> None:
         """Make the output folder this run's, or find that it is."""
@@ -246,10 +293,11 @@ class Evaluation:
         progress = Progress(shown, len(places)) if self.world.is_main else None
         for generation in decoder.stream(meter.waiting):
             meter.left(generation)
-            place, turn = cast(tuple[int, int], generation.request.tag)
+            place, _ = cast(tuple[int, int], generation.request.tag)
             done[place].append(generation)
-            if turn + 1 < len(task.prompts[place]):
-                meter.submit(self._request(task, place, done[place]))
+            following = self._following(task, place, done[place])
+            if following is not None:
+                meter.submit(following)
             else:
                 yield place, done.pop(place), meter.take(place)
             if progress:
@@ -287,6 +335,16 @@ class Evaluation:
         messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
         number = sample_id(task.name, place, len(so_far))
         return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
+
+    def _following(self, task: Task, place: int, so_far: list[Generation]) -> Request | None:
+        """The next turn; None behind the last one, and where the next would not fit the target's positions."""
+        if len(so_far) == len(task.prompts[place]):
+            return None
+        request = self._request(task, place, so_far)
+        if self.room is not None and len(request.prompt_ids) > self.room:
+            so_far[-1].finish = "positions"
+            return None
+        return request
 
     def _result(
         self, task: Task, place: int, temperature: float, generations: list[Generation], cost: Cost,
