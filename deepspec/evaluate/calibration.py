@@ -221,8 +221,8 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
         "before": assess(odd, [1.0] * odd.slots),
         "after": assess(odd, temperatures),
         "fitted_ece": {
-            when: mean_ece(assess(even, scale))
-            for when, scale in (("before", [1.0] * even.slots), ("after", temperatures))
+            "before": mean_ece(assess(even, [1.0] * even.slots)),
+            "after": mean_ece(assess(even, temperatures)),
         },
     }
     result["saved"] = mean_ece(result["after"]) <= mean_ece(result["before"])
@@ -243,7 +243,8 @@ def markdown(result: dict[str, Any]) -> str:
     before, after = (mean_ece(result[key]) for key in ("before", "after"))
     perfect = mean_ece(result["after"], "ece_if_perfect")
     lines.append(f"| mean | | | {before:.2%} | {after:.2%} | {perfect:.2%} | | | | |")
-    fitted, assessed, own = *result["rounds"].values(), result["fitted_ece"]
+    fitted, assessed = result["rounds"].values()
+    own = result["fitted_ece"]
     lines += ["", f"Mean ECE on the {fitted:,} rounds fitted on: {own['before']:.2%} before, {own['after']:.2%} after."]
     lines.append(f"Mean ECE on the {assessed:,} other rounds: {before:.2%} before, {after:.2%} after.")
     if not result["saved"]:

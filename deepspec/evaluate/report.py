@@ -154,7 +154,7 @@ def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> No
     axes.set(xlabel="position in the draft", ylabel="accepted, given the ones before", ylim=(0, 1))
     if len(rows) > 4:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    else:
+    elif rows:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
 

@@ -119,7 +119,7 @@ class Bench:
 def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[str, Any]]:
     """Every policy at every concurrency; a row each.
 
-    All are tried ``options.repeats`` times, then those at the loads whose ratio is not sure yet, ``most_repeats`` in all.
+    All run ``options.repeats`` times, then those at loads whose ratio is not sure yet, ``most_repeats`` times in all.
     """
     makers: dict[str, Callable[[], Policy]] = {
         f"fixed {k}": lambda k=k: FixedLength(k)  # type: ignore[misc]
@@ -166,7 +166,8 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """What is known of the scheduler against the best fixed length, a row a concurrency.
 
     ``ratio`` of their tokens per second is the mean over attempts, pairs that ran in the same minutes, with its 95 %
-    ``interval``; it is ``sure`` where the interval reaches no further than ``SURE`` to either side.
+    ``interval``. It is ``sure`` where the interval reaches no further than ``SURE`` to either side, or lies further
+    than that from 1.
     """
     findings = []
     for c in dict.fromkeys(row["concurrency"] for row in rows):
@@ -177,7 +178,8 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         own = next(row for row in group if row["policy"] == SCHEDULER)
         ratios = np.array(own["attempts"]) / np.array(best["attempts"])
         interval = bootstrap(ratios, np.ones(len(ratios)), 0)
-        sure = interval is not None and max(interval[1] - ratios.mean(), ratios.mean() - interval[0]) <= SURE
+        low, high = interval or (0.0, np.inf)
+        narrow = max(high - ratios.mean(), ratios.mean() - low) <= SURE
         findings.append(
             {
                 "concurrency": c,
@@ -185,7 +187,7 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "ratio": float(ratios.mean()),
                 "interval": interval,
                 "attempts": len(ratios),
-                "sure": bool(sure),
+                "sure": bool(narrow or low > 1 + SURE or high < 1 - SURE),
             }
         )
     return findings
