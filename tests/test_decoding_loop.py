@@ -20,11 +20,11 @@ from transformers.models.qwen3 import Qwen3Config
 
 from deepspec.decoding.kv import PackedTarget
 from deepspec.decoding.loop import Decoder, generate
-from deepspec.decoding.positions import positions_of
 from deepspec.decoding.records import DecodeSettings, Request
 from deepspec.decoding.scheduler import StepCosts, Threshold, Throughput
 from deepspec.errors import DataError
 from deepspec.targets.load import Target, spec_from_config
+from deepspec.targets.positions import positions_of
 
 FAMILIES = ("qwen3", "llama", "gemma4")
 

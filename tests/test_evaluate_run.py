@@ -219,6 +219,18 @@ def test_a_conversation_ends_before_a_turn_that_does_not_fit(folders: Folders, t
     assert "1 of 1 prompts were ended before a turn" in markdown(results.to_row())
 
 
+def test_a_threshold_without_a_confidence_head_is_refused_before_anything_is_decoded(
+    folders: Folders, tmp_path: Path
+) -> None:
+    target = load_target(folders.target)
+    draft = load_draft(folders.draft, target)
+    draft.confidence_head = None
+    options = folders.options(tmp_path / "out", confidence_threshold=0.5)
+    with pytest.raises(EvaluationError, match=r"confidence_threshold: .*needs a draft with a confidence head"):
+        Evaluation(options, target=target, draft=draft)
+    assert not (tmp_path / "out").exists()
+
+
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(json.dumps({"format": "deepspec.results/1"}))
     with pytest.raises(EvaluationError, match="another format"):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from deepspec.decoding.clock import Turn
 from deepspec.decoding.records import DecodeSettings
-from deepspec.decoding.scheduler import Policy, StepCosts, Throughput
+from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.profile import Probe, choosing, fit, profile, saving
 from deepspec.evaluate.study import (
@@ -125,6 +125,13 @@ def test_attempts_go_on_at_the_noisy_loads_alone_and_are_bounded() -> None:
     assert "as fast as" in text
     assert "too noisy" in text
     assert "bar" not in text.lower()
+
+
+def test_a_study_of_answers_of_one_token_is_refused() -> None:
+    target = tiny_target("qwen3")
+    bench = Bench(target, tiny_draft("dspark", target), DecodeSettings(max_new_tokens=1), ((1, 5, 9), (4, 7)))
+    with pytest.raises(EvaluationError, match="every answer was one token"):
+        bench.run(FixedLength(), 2)
 
 
 def test_settings_of_a_study_out_of_range_are_refused() -> None:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from deepspec.decoding.clock import PhaseClock, Turn
 from deepspec.decoding.kv import PackedTarget, Step
-from deepspec.decoding.positions import check_room
 from deepspec.decoding.records import DecodeSettings, Generation, Request, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
 from deepspec.decoding.tree import path_tokens, tree_of, walk
 from deepspec.decoding.verify import Uniforms, Verdict, sample, verify_greedy, verify_sampled
 from deepspec.errors import DataError
 from deepspec.targets.load import Target
+from deepspec.targets.positions import check_room
 
 if TYPE_CHECKING:
     from deepspec.algorithms.base import Drafter, Proposal

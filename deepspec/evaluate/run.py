@@ -21,7 +21,6 @@ from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_distinct
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.positions import room_for
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World
@@ -33,10 +32,11 @@ from deepspec.evaluate.log import RowLog
 from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
 from deepspec.evaluate.ranks import meeting
 from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
-from deepspec.evaluate.tasks import Task, load_tasks, missing_tasks
+from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import room_for
 
 WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is not like the others
 
@@ -110,28 +110,20 @@ class Evaluation:
         self.renderer = Renderer(tokenizer, self.target.spec.family, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
         self.room = room_for(self.target.spec.config, options.max_new_tokens)
-        self.too_long = {task.name: self._too_long(task) for task in tasks}
-        self.tasks = [task.without(self.too_long[task.name]) for task in tasks]
+        self.tasks = [leave_out(task, self.room, options.max_new_tokens, self._prompt_tokens) for task in tasks]
+        self.too_long = {
+            task.name: len(task.prompts) - len(kept.prompts) for task, kept in zip(tasks, self.tasks, strict=True)
+        }
         self.sts = None if self._given else load_sts(Path(options.draft))
+        if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
+            raise EvaluationError(
+                "a confidence threshold needs a draft with a confidence head", key="confidence_threshold",
+                found=f"{self.draft.algorithm.name} without one", remedy="leave --confidence-threshold out",
+            )  # fmt: skip
         self.output = Path(options.output)
         self.identity = self._identity()
         if options.tree:  # before anything is written
             tree_of(self._settings(max(options.temperatures)), self._drafter(1))
-
-    def _too_long(self, task: Task) -> list[int]:
-        """The places of prompts whose first turn and the new tokens do not fit the target's positions."""
-        if self.room is None:
-            return []
-        lengths = {place: len(self._request(task, place, []).prompt_ids) for place in task.prompts}
-        places = [place for place, length in lengths.items() if length > self.room]
-        if len(places) == len(lengths):
-            raise EvaluationError(
-                "no prompt fits the target's positions", file=task.source, key=task.name,
-                found=f"the shortest has {min(lengths.values())} tokens",
-                wanted=f"at most {max(self.room, 0)}: {self.room + self.options.max_new_tokens} positions less "
-                f"{self.options.max_new_tokens} new tokens", remedy="lower --max-new-tokens",
-            )  # fmt: skip
-        return places
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
@@ -160,10 +152,10 @@ class Evaluation:
         """
         for name, folder in self.skipped.items() if self.world.is_main else ():
             print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
-        for name, places in self.too_long.items() if self.world.is_main else ():
-            if places:
+        for name, count in self.too_long.items() if self.world.is_main else ():
+            if count:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
-                print(f"left out: {len(places)} prompts of {name} ({text})", flush=True)
+                print(f"left out: {count} prompts of {name} ({text})", flush=True)
         with meeting(self.world) as meet:
             if self.world.is_main:
                 self._claim()
@@ -196,7 +188,7 @@ class Evaluation:
                     )  # fmt: skip
                 rows = [PromptResult(**log.rows[task.name, temperature, place]) for place in task.prompts]
                 summary = summarise(task.name, temperature, rows, options.seed)
-                summary.too_long = len(self.too_long[task.name])
+                summary.too_long = self.too_long[task.name]
                 summary.published, summary.published_differs = self._published(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
@@ -335,6 +327,10 @@ class Evaluation:
         messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
         number = sample_id(task.name, place, len(so_far))
         return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
+
+    def _prompt_tokens(self, task: Task, place: int) -> int:
+        """Tokens of the first turn."""
+        return len(self._request(task, place, []).prompt_ids)
 
     def _following(self, task: Task, place: int, so_far: list[Generation]) -> Request | None:
         """The next turn; None behind the last one, and where the next would not fit the target's positions."""

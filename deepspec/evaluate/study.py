@@ -29,7 +29,6 @@ from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import Turn
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.positions import check_room, fits
 from deepspec.decoding.records import DecodeSettings, Request
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshold, Throughput
 from deepspec.drafts import load_draft
@@ -42,6 +41,7 @@ from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_json, write_text
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import check_room, fits
 
 SCHEDULER = "expected throughput"
 SURE = 0.01  # what is said of a ratio is true to so much, with 95 %
@@ -102,7 +102,11 @@ class Bench:
         return time.process_time if alone else time.perf_counter
 
     def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
-        """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them."""
+        """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them.
+
+        Raises:
+            EvaluationError: no turn had a round.
+        """
         count = concurrency + max(24, concurrency)  # short attempts and many: what disturbs one hits its rivals too
         requests = deque(Request(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
         longest = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.slots + 2
@@ -113,7 +117,10 @@ class Bench:
         for _ in decoder.stream(requests):
             if not requests or (turns is not None and len(decoder.clock.turns) >= turns):
                 break
-        return [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+        measured = [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+        if not measured:
+            raise EvaluationError("nothing to measure: every answer was one token", remedy="raise --max-new-tokens")
+        return measured
 
 
 def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[str, Any]]:

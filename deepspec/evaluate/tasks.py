@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,30 @@ class Task:
         """The same prompts without their later turns."""
         return Task(self.name, {place: turns[:1] for place, turns in self.prompts.items()}, self.source)
 
-    def without(self, places: Collection[int]) -> Task:
-        """The prompts that are not at ``places``."""
-        kept = {place: turns for place, turns in self.prompts.items() if place not in places}
-        return Task(self.name, kept, self.source)
+
+def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callable[[Task, int], int]) -> Task:
+    """The task without the prompts whose first turn has more than ``room`` tokens; None: there is no limit.
+
+    Args:
+        task: a task.
+        room: the target's positions less the new tokens.
+        max_new_tokens: those.
+        length: tokens of the prompt at a place.
+
+    Raises:
+        EvaluationError: none is left.
+    """
+    if room is None:
+        return task
+    lengths = {place: length(task, place) for place in task.prompts}
+    kept = {place: turns for place, turns in task.prompts.items() if lengths[place] <= room}
+    if not kept:
+        wanted = f"at most {max(room, 0)}: {room + max_new_tokens} positions less {max_new_tokens} new tokens"
+        raise EvaluationError(
+            "no prompt fits the target's positions", file=task.source, key=task.name,
+            found=f"the shortest has {min(lengths.values())} tokens", wanted=wanted, remedy="lower --max-new-tokens",
+        )  # fmt: skip
+    return Task(task.name, kept, task.source)
 
 
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:

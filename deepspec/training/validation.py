@@ -12,12 +12,12 @@ from deepspec import registry
 from deepspec.cache.forward import load_renderer
 from deepspec.cache.reader import Sample
 from deepspec.decoding.loop import generate
-from deepspec.decoding.positions import check_room, fits
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World, world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
 from deepspec.targets import Target, TargetEnds
+from deepspec.targets.positions import check_room, fits
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
 from deepspec.training.sources import FeatureSource, collate
