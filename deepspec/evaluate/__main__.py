@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Parser
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser
 from deepspec.errors import EvaluationError, run_main
 
 
@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
-    parser.add_argument("--concurrency", type=COUNT, nargs="+", default=[1, 4, 16, 64], help="of the study")
+    parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
     parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     return parser.parse_args()

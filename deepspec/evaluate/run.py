@@ -114,6 +114,7 @@ class Evaluation:
         self.too_long = {
             task.name: len(task.prompts) - len(kept.prompts) for task, kept in zip(tasks, self.tasks, strict=True)
         }
+        self.rows = min(options.batch_size, max(len(task.prompts) for task in self.tasks))  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
         if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
             raise EvaluationError(
@@ -219,7 +220,7 @@ class Evaluation:
                 )
             return
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
-        tokens = self.options.batch_size * (drafted + 1)
+        tokens = self.rows * (drafted + 1)
         threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
         write_json(path, {"digest": digest, "identity": self.identity, "threads": threads})
 
@@ -239,13 +240,12 @@ class Evaluation:
         prompt = tuple(self.renderer.prompt([{"role": "user", "content": "Hello"}]))
         temperature = max(self.options.temperatures)
         settings = DecodeSettings(temperature, WARM_UP_TOKENS, (), self.options.seed, tree=self.options.tree)
-        rows = self.options.batch_size
         for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
-            requests = deque(Request(prompt, number) for number in range(rows))
-            deque(Decoder(self.target, drafter, settings, rows).stream(requests), maxlen=0)
+            requests = deque(Request(prompt, number) for number in range(self.rows))
+            deque(Decoder(self.target, drafter, settings, self.rows).stream(requests), maxlen=0)
 
     def _drafter(self, longest: int) -> Drafter:
-        return self.draft.algorithm.drafter(self.draft, self.options.batch_size, longest)
+        return self.draft.algorithm.drafter(self.draft, self.rows, longest)
 
     @staticmethod
     def _missing(task: Task, temperature: float, log: RowLog) -> list[int]:
@@ -299,7 +299,7 @@ class Evaluation:
 
     def _decoder(self, task: Task, places: Sequence[int], temperature: float, with_draft: bool) -> Decoder:
         drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
-        return Decoder(self.target, drafter, self._settings(temperature), self.options.batch_size)
+        return Decoder(self.target, drafter, self._settings(temperature), self.rows)
 
     def _settings(self, temperature: float) -> DecodeSettings:
         options = self.options

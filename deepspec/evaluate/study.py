@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from deepspec.algorithms.base import DraftModel
-from deepspec.arguments import COUNT, SHARE, check_distinct
+from deepspec.arguments import COUNT, SHARE, TOGETHER, check_distinct
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import Turn
@@ -74,7 +74,7 @@ class StudyOptions:
 
     def __post_init__(self) -> None:
         for concurrency in self.concurrency:
-            COUNT.check("concurrency", concurrency, EvaluationError)
+            TOGETHER.check("concurrency", concurrency, EvaluationError)
         check_distinct("concurrency", self.concurrency, EvaluationError)
         for key in ("samples", "repeats", "most_repeats"):
             COUNT.check(key, getattr(self, key), EvaluationError)
