@@ -1,4 +1,4 @@
-"""Sums with their weights: what a loss returns, before anyone divides.
+"""Sums with their weights: what a loss returns, before anyone divides. And how a measured length is written.
 
 A loss is pure: it returns sums and the weights that belong to them. Only the training loop reduces over ranks and
 accumulation steps and divides, so that the loss of a step does not depend on how the step was cut into pieces.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -49,3 +50,14 @@ class LossTerms:
         """The loss of this micro-batch on its own (used by tests and the reference check)."""
         parts = [self.coefficients[name] * ratio.value() for name, ratio in self.terms.items()]
         return sum(parts[1:], parts[0])
+
+
+def length_text(row: Mapping[str, Any]) -> str:
+    """The accepted length of a summary's row: ``3.93 (3.71-4.15)``, ``3.93 (one prompt)``, ``none`` without rounds."""
+    if row["accepted_length"] is None:
+        return "none"
+    if row["interval"] is None:
+        alone = row["prompts"] - row.get("without_rounds", 0) == 1
+        return f"{row['accepted_length']:.2f} ({'one prompt' if alone else 'no interval'})"
+    low, high = row["interval"]
+    return f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})"

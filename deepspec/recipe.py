@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from deepspec import registry
+from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_distinct
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import sha256_json, write_text
 from deepspec.sections import parse_section, relocate, section_to_dict
@@ -90,7 +91,7 @@ class RegenerateSection:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        TEMPERATURE.check("temperature", self.temperature, RecipeError)
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "a share in (0, 1]")
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or more")
         _require(0 <= self.min_p < 1, "min_p", self.min_p, "a share in [0, 1)")
@@ -203,9 +204,12 @@ class EvaluateSection:
     seed: int = 980406
 
     def __post_init__(self) -> None:
-        _require(len(self.temperature) > 0 and min(self.temperature) >= 0, "temperature", self.temperature, "0 or more")
-        _require(self.max_new_tokens > 0, "max_new_tokens", self.max_new_tokens, "1 or more")
-        _require(self.batch_size > 0, "batch_size", self.batch_size, "1 or more")
+        for temperature in self.temperature:
+            TEMPERATURE.check("temperature", temperature, RecipeError)
+        check_distinct("temperature", self.temperature, RecipeError)
+        COUNT.check("max_new_tokens", self.max_new_tokens, RecipeError)
+        COUNT.check("batch_size", self.batch_size, RecipeError)
+        SEED.check("seed", self.seed, RecipeError)
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,9 @@ class _File:
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
     output: str | None = None  # default: runs/<name>
+
+    def __post_init__(self) -> None:
+        SEED.check("seed", self.seed, RecipeError)
 
 
 @dataclass(frozen=True)

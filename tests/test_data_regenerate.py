@@ -157,6 +157,19 @@ def renderer() -> Renderer:
     return Renderer(case.tokenizer, case.family)
 
 
+def test_local_engine_answers_nothing_beyond_the_models_positions(model: Any, tmp_path: Path) -> None:
+    config, prompts = model.config.get_text_config(), tmp_path / "p.jsonl"
+    write_prompts(prompts, 2)
+    row = {"id": "long", "messages": [{"role": "user", "content": "word " * config.max_position_embeddings}]}
+    write_conversations(prompts, [*read_conversations(prompts), row], {})
+    summary = regenerate(
+        prompts, tmp_path / "out.jsonl", LocalEngine(model, renderer(), SECTION, 0, 8), {"seed": 0}, 1.0
+    )
+    assert summary.rows + summary.failed == 3
+    failures = failures_path(tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in failures if "longer than the target's positions" in line] == ["long"]
+
+
 def test_local_engine_resumes_and_changes_nothing(model: Any, tmp_path: Path) -> None:
     prompts, whole, resumed = tmp_path / "p.jsonl", tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
     write_prompts(prompts, 20, turns=2)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ from deepspec.decoding.records import DecodeSettings, Request
 from deepspec.decoding.scheduler import StepCosts, Threshold, Throughput
 from deepspec.errors import DataError
 from deepspec.targets.load import Target, spec_from_config
+from deepspec.targets.positions import positions_of
 
 FAMILIES = ("qwen3", "llama", "gemma4")
 
@@ -37,7 +39,7 @@ def tiny_target(family: str = "qwen3", vocab: int = 61, seed: int = 0, dtype: to
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
     }
     if family == "gemma4":
         config = Gemma4TextConfig(
@@ -241,6 +243,67 @@ def test_stop_token_ends_the_output_and_limit_is_exact() -> None:
         [one] = generate(target, drafter, [prompt], DecodeSettings(max_new_tokens=limit))
         assert one.output_ids == free[:limit]
         assert sum(one.emitted_lengths) == limit - 1 <= sum(one.acceptance_lengths)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+@pytest.mark.parametrize("stepwise", [False, True])
+def test_the_published_counting_cuts_a_block_only_at_an_accepted_stop_token(stepwise: bool, batch_size: int) -> None:
+    """A draft that goes token by token stops at the stop token that it drafts; one of blocks has all verified."""
+    target = tiny_target()
+    prompts = prompts_of(target, (4, 9, 2, 6))
+    free = [greedy_by_hand(target, prompt, 16) for prompt in prompts]
+    texts = [prompt + output for prompt, output in zip(prompts, free, strict=True)]
+    wrong = Counter((token + 1) % 61 for output in free for token in output)  # what the oracle drafts where it errs
+    stops = (free[0][-2], free[2][9], wrong.most_common(1)[0][0])
+    results = {}
+    for published in (False, True):
+        drafter = OracleDrafter(texts, 61, batch_size, 4)
+        if stepwise:
+            drafter.propose_tree = None  # what a drafter has that can also propose trees
+        settings = DecodeSettings(max_new_tokens=16, stop_token_ids=stops, published_limit=published)
+        results[published] = generate(target, drafter, prompts, settings, batch_size)
+    wanted = [output[: cut_at(output, stops)] for output in free]
+    for done in results.values():
+        assert [one.output_ids for one in done] == wanted
+    behind = 0
+    for published, done in results.items():
+        for one in (round_ for generation in done for round_ in generation.rounds):
+            drafted = cut_at(one.sent, stops)
+            ended = one.accepted > 0 and one.sent[one.accepted - 1] in stops
+            whole = published and not stepwise and not ended
+            assert one.length == (len(one.sent) if whole else one.accepted if ended else drafted)
+            behind += whole and drafted < len(one.sent)
+    assert (behind > 0) == (not stepwise)  # there were stop tokens drafted and not accepted
+
+
+def cut_at(tokens: Sequence[int], stops: Sequence[int]) -> int:
+    """How many tokens there are up to and with the first stop token."""
+    return next((place for place, token in enumerate(tokens, 1) if token in stops), len(tokens))
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        ({}, 512),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, 512),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 2048),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}}, 1024),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64}}, 512),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 2.0}}}, 1024),
+    ],
+    ids=str,
+)
+def test_positions_are_those_that_the_config_states_scaled(rope: dict, positions: int) -> None:
+    assert positions_of({"max_position_embeddings": 512, **rope}) == positions
+    assert positions_of(rope) is None
+
+
+def test_a_prompt_beyond_the_targets_positions_is_refused() -> None:
+    target = tiny_target()
+    [prompt] = prompts_of(target, (1000,))
+    assert len(generate(target, None, [prompt], DecodeSettings(max_new_tokens=24))[0].output_ids) == 24
+    with pytest.raises(DataError, match=r"sample 1: longer.*1000 tokens.*at most 999: 1024 positions less 25 new"):
+        generate(target, None, [[1], prompt], DecodeSettings(max_new_tokens=25))
 
 
 def test_next_turns_can_be_appended_while_decoding() -> None:

@@ -18,6 +18,7 @@ from deepspec.evaluate.calibration import (
     expected_calibration_error,
     fit,
     load_sts,
+    main,
     mean_ece,
     perfect_error,
     survival,
@@ -66,11 +67,11 @@ def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
     digest = sha256_file(draft / "model.safetensors")
     identity = {"draft_sha256": digest, "confidence_threshold": threshold, "tasks": {}, "seed": 7}
     (results / "run.json").write_text(json.dumps({"identity": identity}))
-    rounds, lines = overconfident(400, 3), []
+    rounds, lines = overconfident(2000, 3), []
     for index in range(4):
-        own = slice(index * 100, index * 100 + 100)
+        own = slice(index * 500, index * 500 + 500)
         row = {"task": "t", "index": index, "temperature": 1.0, "confidence": rounds.logits[own].tolist()}
-        lines.append(row | {"proposed": [3] * 100, "accepted": rounds.accepted[own].tolist()})
+        lines.append(row | {"proposed": [3] * 500, "accepted": rounds.accepted[own].tolist()})
     (results / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return draft, results
 
@@ -80,7 +81,7 @@ def test_saved_and_used_only_with_the_weights_it_was_fitted_for(tmp_path: Path) 
     assert load_sts(draft) is None
     saved = calibrate(draft, [results], 1.0)
     assert load_sts(draft) == tuple(saved["temperatures"])
-    assert saved["rounds"] == {"fitted": 200, "assessed": 200}
+    assert saved["rounds"] == {"fitted": 1000, "assessed": 1000}
     (draft / "model.safetensors").write_bytes(b"other")
     with pytest.raises(EvaluationError, match="fitted for other weights"):
         load_sts(draft)
@@ -92,7 +93,7 @@ def test_several_runs_of_the_same_prompts_are_read_together(tmp_path: Path) -> N
     draft, results = write_run(tmp_path)
     shutil.copytree(results, tmp_path / "again")
     both = calibrate(draft, [results, tmp_path / "again"], 1.0)
-    assert both["rounds"] == {"fitted": 400, "assessed": 400}
+    assert both["rounds"] == {"fitted": 2000, "assessed": 2000}
     assert both["seeds"] == [7, 7]
     assert both["temperatures"] == calibrate(draft, [results], 1.0)["temperatures"]
     other = json.loads((results / "run.json").read_text())
@@ -116,6 +117,31 @@ def test_unusable_results_are_named(tmp_path: Path) -> None:
     (results / "run.json").write_text(json.dumps(identity))
     with pytest.raises(EvaluationError, match="no confidences at temperature 0"):
         calibrate(draft, [results], 0.0)
+
+
+def test_a_fit_that_makes_the_other_part_worse_writes_nothing_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibrated head and few rounds: the fit follows the noise of its own half."""
+    draft, results = write_run(tmp_path)
+    rounds, lines = Rounds(*vars(overconfident(160, 5)).values()), []
+    for index in range(2):
+        own = slice(index * 80, index * 80 + 80)
+        row = {"task": "t", "index": index, "temperature": 1.0, "confidence": (rounds.logits[own] / SKEW).tolist()}
+        lines.append(row | {"proposed": [3] * 80, "accepted": rounds.accepted[own].tolist()})
+    (results / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    report = tmp_path / "figures.json"
+    command = ["calibration", "--draft", str(draft), "--results", str(results), "--report", str(report)]
+    monkeypatch.setattr("sys.argv", command)
+    main()
+    said, figures = capsys.readouterr().out, json.loads(report.read_text())
+    assert mean_ece(figures["after"]) > mean_ece(figures["before"])
+    assert figures["fitted_ece"]["after"] < figures["fitted_ece"]["before"]
+    assert not figures["saved"]
+    assert load_sts(draft) is None
+    assert "makes ECE worse on the part that it was not fitted on" in said
+    for value in (*figures["fitted_ece"].values(), mean_ece(figures["before"]), mean_ece(figures["after"])):
+        assert f"{value:.2%}" in said
 
 
 def test_a_perfect_head_measures_what_is_said_beside_it() -> None:

@@ -15,7 +15,7 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.compare import Run, comparison, difference
 from deepspec.evaluate.compare import main as compare
 from deepspec.evaluate.measure import PromptResult, bootstrap, by_position, macro_averages, summarise
-from deepspec.evaluate.report import position_table, summary_table, time_table
+from deepspec.evaluate.report import figure, plot_lengths, position_table, remarks, summary_table, time_table
 from deepspec.evaluate.results import Provenance, Results
 
 
@@ -94,6 +94,57 @@ def test_macro_average_weighs_tasks_alike() -> None:
     assert macro.published is None  # an average over other tasks would stand beside it
 
 
+def one_round_or_none(*lengths: int) -> list[PromptResult]:
+    """A prompt for each length: that many tokens in one round of seven slots; 0: no round at all."""
+    return [
+        PromptResult("t", n, 0.0, k or 1, [k] if k else [], [7] if k else [], [k - 1] if k else [])
+        for n, k in enumerate(lengths)
+    ]
+
+
+def test_a_prompt_without_a_round_enters_no_average() -> None:
+    mixed, alone = summarise("t", 0.0, one_round_or_none(4, 0, 2, 0)), summarise("t", 0.0, one_round_or_none(4, 2))
+    for key in ("accepted_length", "interval", "verify_rate", "verified_length", "conditional", "rounds"):
+        assert getattr(mixed, key) == getattr(alone, key)
+    assert (mixed.prompts, mixed.without_rounds) == (4, 2)
+    assert "t at T=0: 2 of 4 prompts ended at their first token" in remarks([mixed.to_row()])[0]
+
+
+def test_no_round_at_all_is_no_accepted_length(tmp_path: Path) -> None:
+    none = summarise("t", 0.0, one_round_or_none(0, 0, 0))
+    assert (none.accepted_length, none.interval, none.verify_rate, none.verified_length) == (None, None, None, None)
+    row = json.loads(json.dumps(none.to_row()))
+    assert row["accepted_length"] is None
+    assert "| t | 0 | none |  | 0 |" in summary_table([row])
+    assert position_table([row]).count("\n") == time_table([row]).count("\n") == 2
+    plot = figure(lambda axes: plot_lengths(axes, [row]))
+    assert plot.startswith("<img")
+    other = summarise("u", 0.0, one_round_or_none(3, 3))
+    (macro,) = macro_averages([none, other])
+    assert (macro.accepted_length, macro.interval, macro.verify_rate) == (3.0, (3.0, 3.0), other.verify_rate)
+    (macro,) = macro_averages([none, none])
+    assert (macro.accepted_length, macro.interval) == (None, None)
+    some, nothing = write_run(tmp_path / "some", [3, 4]), write_run(tmp_path / "nothing", [0, 0])
+    assert nothing.results.summaries[0].accepted_length is None
+    assert difference(some, nothing, "t", 0.0) is None
+    assert "| none | no rounds |" in comparison([some, nothing])
+
+
+def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
+    one = summarise("t", 0.0, one_round_or_none(4))
+    assert (one.accepted_length, one.interval) == (4.0, None)
+    assert "| 4.00 (one prompt) |" in summary_table([one.to_row()])
+    assert summarise("t", 1.0, [timed(0, 1.0, 2.0)]).speed_up_interval is None
+    (macro,) = macro_averages([one, summarise("u", 0.0, one_round_or_none(3, 3))])
+    assert (macro.accepted_length, macro.interval) == (3.5, None)
+    assert "| 3.50 (no interval) |" in summary_table([macro.to_row()])
+    first, other = write_run(tmp_path / "a", [3, 0]), write_run(tmp_path / "b", [5, 2])
+    found = difference(first, other, "t", 0.0)
+    assert found is not None
+    assert (found.value, found.interval, found.prompts) == (2.0, None, 1)
+    assert "| +2.00 (one prompt) |" in comparison([first, other])
+
+
 def test_tables_show_every_measure() -> None:
     summary = summarise("t", 1.0, [timed(n, 1.0, 2.0) for n in range(4)])
     summary.published = 6.11
@@ -104,8 +155,8 @@ def test_tables_show_every_measure() -> None:
 
 
 def write_run(folder: Path, lengths: list[int], digest: str = "same") -> Run:
-    """A finished run of one round a prompt that committed so many tokens."""
-    rows = [PromptResult("t", n, 0.0, k, [k], [7], [k - 1]) for n, k in enumerate(lengths)]
+    """A finished run of one round a prompt that committed so many tokens; 0: of none."""
+    rows = one_round_or_none(*lengths)
     folder.mkdir()
     (folder / "results.jsonl").write_text("".join(json.dumps(one.to_row()) + "\n" for one in rows))
     values: dict[str, Any] = dict.fromkeys(Provenance.__dataclass_fields__, "")

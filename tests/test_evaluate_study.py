@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from deepspec.decoding.clock import Turn
 from deepspec.decoding.records import DecodeSettings
-from deepspec.decoding.scheduler import StepCosts
+from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
+from deepspec.errors import EvaluationError
 from deepspec.evaluate.profile import Probe, choosing, fit, profile, saving
 from deepspec.evaluate.study import (
     SCHEDULER,
@@ -22,6 +23,7 @@ from deepspec.evaluate.study import (
     judge,
     markdown,
     plot,
+    sentence,
 )
 
 
@@ -72,21 +74,70 @@ def test_a_probe_tries_every_width_and_ragged_lengths() -> None:
     assert len(lengths) > 40
 
 
-def made_up(scheduler: dict[int, float]) -> list[dict]:
-    rows = []
-    for load, rate in scheduler.items():
-        own = {"attempts": [rate, rate, rate], "tokens_per_second": rate, "verified_per_request": 6 - load / 16}
-        fixed = {"attempts": [100.0] * 3, "tokens_per_second": 100.0, "verified_per_request": 6.0}
-        rows.append({"concurrency": load, "policy": "fixed 3", **fixed})
-        rows.append({"concurrency": load, "policy": SCHEDULER, **own})
-    return rows
+def made_up(scheduler: list[float], load: int = 4) -> list[dict]:
+    fixed = {"concurrency": load, "policy": "fixed 3", "attempts": [100.0] * len(scheduler), "tokens_per_second": 100.0}
+    own = {"concurrency": load, "policy": SCHEDULER, "attempts": scheduler, "tokens_per_second": scheduler[0]}
+    return [fixed, own]
 
 
-def test_bars_tell_a_slow_scheduler() -> None:
-    bars = judge(made_up({1: 99.0, 16: 120.0}))
-    assert all(bar["holds"] for bar in bars.values())
-    assert not judge(made_up({1: 97.0, 16: 120.0}))["scheduler_of_best_fixed_at_1"]["holds"]
-    assert not judge(made_up({16: 99.0, 1: 99.0}))["verified_length_falls_with_load"]["holds"]
+@pytest.mark.parametrize(
+    ("attempts", "sure", "says"),
+    [
+        ([99.9, 100.2, 100.1, 99.8, 100.0], True, "as fast as fixed 3"),
+        ([103.1, 102.9, 103.0, 103.2, 102.8], True, "3.0 % faster than fixed 3"),
+        ([96.9, 97.1, 97.0, 97.2, 96.8], True, "3.0 % slower than fixed 3"),
+        ([140.0, 170.0, 150.0, 120.0, 180.0], True, "52.0 % faster than fixed 3"),  # wide, and far from 1
+        ([90.0, 112.0, 97.0, 108.0, 95.0], False, "too noisy to tell scheduler and fixed 3 apart"),
+        ([100.0], False, "one attempt says nothing"),
+    ],
+)
+def test_a_sentence_is_said_only_where_the_spread_allows_it(attempts: list[float], sure: bool, says: str) -> None:
+    (finding,) = judge(made_up(attempts))
+    assert finding["sure"] is sure
+    assert says in sentence(finding)
+
+
+class NoisyBench:
+    """Every run emits 100 tokens; the scheduler's seconds come from ``seconds``, by load and attempt."""
+
+    slots = 2
+
+    def __init__(self, seconds: dict[int, list[float]]) -> None:
+        self.seconds, self.runs = seconds, []
+
+    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
+        self.runs.append((concurrency, attempt))
+        own = self.seconds[concurrency]
+        spent = own[attempt % len(own)] if isinstance(policy, Throughput) else 1.0
+        return [Turn(concurrency, 2 * concurrency, 100, 2, spent)]
+
+
+def test_attempts_go_on_at_the_noisy_loads_alone_and_are_bounded() -> None:
+    costs = StepCosts({1: (np.array([1.0, 3.0]), np.array([1.0, 1.0]))})
+    bench = NoisyBench({1: [1.0], 8: [0.8, 1.3, 0.9, 1.2]})
+    options = StudyOptions("", "", "", concurrency=(1, 8), repeats=3, most_repeats=7)
+    rows = compare(bench, costs, options)
+    assert {attempt for load, attempt in bench.runs if load == 1} == {0, 1, 2}
+    assert {attempt for load, attempt in bench.runs if load == 8} == set(range(7))
+    quiet, noisy = judge(rows)
+    assert (quiet["attempts"], quiet["sure"], noisy["attempts"], noisy["sure"]) == (3, True, 7, False)
+    text = markdown({"rows": rows, "findings": [quiet, noisy]})
+    assert "as fast as" in text
+    assert "too noisy" in text
+    assert "bar" not in text.lower()
+
+
+def test_a_study_of_answers_of_one_token_is_refused() -> None:
+    target = tiny_target("qwen3")
+    bench = Bench(target, tiny_draft("dspark", target), DecodeSettings(max_new_tokens=1), ((1, 5, 9), (4, 7)))
+    with pytest.raises(EvaluationError, match="every answer was one token"):
+        bench.run(FixedLength(), 2)
+
+
+def test_settings_of_a_study_out_of_range_are_refused() -> None:
+    for changed in ({"concurrency": (0,)}, {"concurrency": (1, 1)}, {"concurrency": ()}, {"threshold": 1.5}):
+        with pytest.raises(EvaluationError, match=next(iter(changed))):
+            StudyOptions("", "", "", **changed)
 
 
 @pytest.mark.slow
@@ -96,11 +147,11 @@ def test_a_study_of_a_tiny_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     draft = tiny_draft("dspark", target)
     bench = Bench(target, draft, DecodeSettings(max_new_tokens=4), ((1, 5, 9), (4, 7), (3,)))
     costs = profile(bench, (6,))
-    options = StudyOptions("", "", "", concurrency=(6,), repeats=1)
+    options = StudyOptions("", "", "", concurrency=(6,), repeats=1, most_repeats=1)
     rows = compare(bench, costs, options)
     assert {row["policy"] for row in rows} == {"fixed 1", "fixed 2", "fixed 3", "fixed 4", "threshold 0.5", SCHEDULER}
     assert all(row["tokens_per_second"] > 0 and row["accepted_length"] >= 1 for row in rows)
-    study = {"rows": rows, "bars": judge(rows), "costs": {"table": costs.table}}
+    study = {"rows": rows, "findings": judge(rows), "costs": {"table": costs.table}}
     plot(study, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"throughput.png", "verified.png", "trade.png", "costs.png"}
     assert SCHEDULER in markdown(study)

@@ -11,6 +11,7 @@ import yaml
 from test_export_formats import made
 
 from deepspec.errors import DraftError
+from deepspec.export.card import _measured
 from deepspec.export.convert import ExportOptions, export_draft, import_draft
 from deepspec.export.hub import fetch_draft, push_draft
 
@@ -18,6 +19,14 @@ SUMMARY = {
     "task": "gsm8k", "temperature": 0.0, "accepted_length": 3.25, "interval": [3.1, 3.4], "verify_rate": 0.32,
     "equal_to_plain": 1.0, "prompts": 12,
 }  # fmt: skip
+
+
+def test_a_summary_without_a_round_or_with_one_prompt_is_written_as_such() -> None:
+    none = SUMMARY | {"accepted_length": None, "interval": None, "verify_rate": None}
+    one = SUMMARY | {"interval": None, "prompts": 1}
+    text = _measured({"summaries": [none, one]})
+    assert "| gsm8k | 0 | none |  | 100% | 12 |" in text
+    assert "| gsm8k | 0 | 3.25 (one prompt) | 32% | 100% | 1 |" in text
 
 
 class FakeHub:

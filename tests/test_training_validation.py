@@ -18,14 +18,16 @@ from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
 from deepspec.drafts import load_draft
+from deepspec.errors import DataError
 from deepspec.evaluate.run import Evaluation, Options
 from deepspec.export.consolidate import consolidate
 from deepspec.export.manifest import read_manifest, steps_of
-from deepspec.recipe import load_recipe
+from deepspec.recipe import ValidationSection, load_recipe
 from deepspec.targets import load_target
 from deepspec.training import run
 from deepspec.training.engine import Engine
 from deepspec.training.loop import Trainer
+from deepspec.training.validation import HeldOut
 
 pytest_plugins = ["training_fixtures"]
 RENDERING = {"max_length": 96, "min_supervised": 4}
@@ -55,6 +57,36 @@ def recipe_of(folder: Path, inputs: dict[str, Path], algorithm: str = "dspark", 
     held_out = str(inputs["held"] if source == "cache" else inputs["held.jsonl"])
     validation = DECODING | train.pop("validation", {}) | {"path": held_out}
     return tools.write_recipe(folder, inputs["target"], algorithm, data=section, validation=validation, **train)
+
+
+@pytest.fixture
+def held_out(inputs: dict[str, Path]) -> HeldOut:
+    """One that decodes every four steps, without an engine."""
+    made = HeldOut.__new__(HeldOut)
+    made.section = ValidationSection(str(inputs["held"]), **DECODING)
+    made.target = load_target(inputs["target"])
+    return made
+
+
+def test_a_validation_without_a_round_has_no_accepted_length_and_no_score(
+    held_out: HeldOut, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(held_out, "_losses", lambda engine: {"loss": 1.0})
+    monkeypatch.setattr(held_out, "_decode", lambda engine, target: (0.0, 0.0))
+    assert held_out.run(None, 4) == ({"loss": 1.0, "decoded_rounds": 0}, None)  # type: ignore[arg-type]
+    monkeypatch.setattr(held_out, "_decode", lambda engine, target: (9.0, 4.0))
+    assert held_out.run(None, 4) == ({"loss": 1.0, "accepted_length": 2.25}, 2.25)  # type: ignore[arg-type]
+
+
+def test_validation_prompts_beyond_the_targets_positions_are_left_out(
+    held_out: HeldOut, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec, positions = held_out.target.spec, 20 + DECODING["max_new_tokens"]
+    held_out.target.spec = replace(spec, config={**spec.config, "max_position_embeddings": positions})
+    assert held_out._fitting([[1] * 20, [1] * 21]) == [[1] * 20]
+    assert "1 prompts do not fit" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"train.validation.max_new_tokens: longer than the target's positions"):
+        held_out._fitting([[1] * 21])
 
 
 def assembled(recipe: Path, world: World) -> Trainer:

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import os
 
+from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
 def main() -> None:
     """Parse the arguments and run what is not whole yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="variants at a time, one process each")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")
     given = parser.parse_args()
 
     from deepspec.real.pipeline import ablate

@@ -16,6 +16,7 @@ import shutil
 import sys
 from pathlib import Path
 
+from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.fingerprint import fingerprint_of
@@ -80,6 +81,9 @@ def _inspect(options: argparse.Namespace) -> int:
         print(f"rejected: {count} x {reason}")
     print("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     if options.sample is not None:
+        if options.sample >= manifest.samples:
+            wanted = f"0 to {manifest.samples - 1}"
+            raise CacheError("no such sample", file=options.cache, key="--sample", found=options.sample, wanted=wanted)
         sample = cache.sample(options.sample)
         spread = sample.features.float().std(dim=0)
         print(f"sample {sample.sample_id}: {len(sample.input_ids)} tokens, {int(sample.loss_mask.sum())} supervised")
@@ -162,7 +166,7 @@ class _counting:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
 
     def command(name: str, text: str, recipe: bool = False) -> argparse.ArgumentParser:
@@ -174,22 +178,24 @@ def _parser() -> argparse.ArgumentParser:
         return one
 
     one = command("estimate", "tokens, bytes per level, files and hours of a build", recipe=True)
-    one.add_argument("--probe", type=int, default=20_000, help="conversations rendered, spread over the file")
-    one.add_argument("--measure", type=int, default=0, help="run this many through the target for its own ratios")
-    one.add_argument("--rate", type=float, help="tokens/s of the target on all devices")
+    one.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
+    one.add_argument(
+        "--measure", type=COUNT_OR_NONE, default=0, help="run so many through the target for its own ratios"
+    )
+    one.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
     one.add_argument("--output", help="where the cache would go, for the free disk space")
-    one.add_argument("--tokens", type=float, help="instead of recipe and data: tokens in all")
-    one.add_argument("--mean", type=float, default=1000.0, help="with --tokens: tokens of a sample")
-    one.add_argument("--supervised", type=float, default=0.75, help="with --tokens: share of supervised tokens")
-    one.add_argument("--hidden-size", type=int, help="with --tokens: of the target")
-    one.add_argument("--layers", type=int, default=5, help="with --tokens: target layers kept")
-    one.add_argument("--samples-per-part", type=int, default=2048, help="with --tokens: as in the recipe")
+    one.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
+    one.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
+    one.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
+    one.add_argument("--hidden-size", type=COUNT, help="with --tokens: of the target")
+    one.add_argument("--layers", type=COUNT, default=5, help="with --tokens: target layers kept")
+    one.add_argument("--samples-per-part", type=COUNT, default=2048, help="with --tokens: as in the recipe")
     one = command("inspect", "what a cache holds")
     one.add_argument("cache")
-    one.add_argument("--sample", type=int, help="also decode this sample")
+    one.add_argument("--sample", type=COUNT_OR_NONE, help="also decode this sample")
     one = command("verify", "check every byte; name broken parts", recipe=True)
     one.add_argument("cache")
-    one.add_argument("--workers", type=int, default=4, help="threads")
+    one.add_argument("--workers", type=COUNT, default=4, help="threads")
     one.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
     one = command("import", "a published raw-binary cache into ours", recipe=True)
     one.add_argument("source")

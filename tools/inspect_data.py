@@ -1,7 +1,6 @@
 """What a target is trained on, supervised tokens in green: ``tools/inspect_data.py --recipe R DATA.jsonl``."""
 
-import argparse
-
+from deepspec.arguments import COUNT, COUNT_OR_NONE, Parser
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations
 from deepspec.data.inspect import first_rows, inspect
@@ -12,12 +11,12 @@ from deepspec.targets.load import load_spec, load_tokenizer
 
 def main() -> int:
     """Parse the arguments and show the data."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("data", help="conversations (JSONL)")
     parser.add_argument("--recipe", help="states target, thinking, system prompt, max_length and min_supervised")
     parser.add_argument("--target", help="model folder or hub id (default: the recipe's)")
-    parser.add_argument("--show", type=int, default=3, help="samples to print")
-    parser.add_argument("--limit", type=int, help="conversations to read")
+    parser.add_argument("--show", type=COUNT_OR_NONE, default=3, help="samples to print")
+    parser.add_argument("--limit", type=COUNT, help="conversations to read")
     parser.add_argument("--html", metavar="FILE", help="write the samples as a page")
     parser.add_argument("--histogram", metavar="FILE", help="write a histogram of the lengths")
     args = parser.parse_args()

@@ -9,15 +9,16 @@ import argparse
 import os
 from pathlib import Path
 
+from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
 def main() -> None:
     """Parse the arguments and run what is not whole yet."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
     parser.add_argument("--tasks", type=Path, default=Path("../shared/eval"), help="folder of evaluation prompts")
-    parser.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="processes that compute at a time")
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
     given = parser.parse_args()
 
     from deepspec.real.pipeline import real

@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.errors import run_main
 
 SHIM = Path(__file__).resolve().parents[2] / "shared" / "vllm_cpu" / "shim"
@@ -32,14 +33,14 @@ def shim_folder(named: Path | None) -> Path | None:
 
 def main() -> int:
     """Parse the arguments, check, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
     parser.add_argument("--engine", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm")))
     parser.add_argument("--shim", type=Path, default=os.environ.get("DEEPSPEC_VLLM_SHIM"))
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--max-tokens", type=int, default=48)
-    parser.add_argument("--timeout", type=float, default=1800.0, help="seconds of one run of the engine")
+    parser.add_argument("--prompts", type=COUNT, default=12)
+    parser.add_argument("--max-tokens", type=COUNT, default=48)
+    parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
     parser.add_argument("--kind", action="append", default=[], help="only this kind; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results here too")
     given = parser.parse_args()

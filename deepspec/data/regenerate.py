@@ -29,6 +29,7 @@ from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import read_json, sha256_file
 from deepspec.recipe import Recipe, RegenerateSection
+from deepspec.targets.positions import check_room
 
 _REASONED = "with reasoning"  # counted beside the finish reasons
 
@@ -44,7 +45,7 @@ class LocalEngine:
     """The target in this process, turn by turn over chunks of conversations."""
 
     def __init__(self, model: Any, renderer: Renderer, sampling: Sampling, seed: int, batch_size: int) -> None:
-        self.renderer = renderer
+        self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
         self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
         self.chunk = 8 * batch_size  # enough that prompts of like length find each other
 
@@ -64,6 +65,7 @@ class LocalEngine:
             for dialogue in waiting:
                 try:
                     ids = self.renderer.prompt(dialogue.messages, dialogue.tools)
+                    check_room(self.config, len(ids), self.sampler.sampling.max_tokens, dialogue.key)
                 except DataError as problem:
                     yield Outcome(dialogue, str(problem))
                     continue

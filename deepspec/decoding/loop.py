@@ -27,6 +27,7 @@ from deepspec.decoding.tree import path_tokens, tree_of, walk
 from deepspec.decoding.verify import Uniforms, Verdict, sample, verify_greedy, verify_sampled
 from deepspec.errors import DataError
 from deepspec.targets.load import Target
+from deepspec.targets.positions import check_room
 
 if TYPE_CHECKING:
     from deepspec.algorithms.base import Drafter, Proposal
@@ -47,7 +48,7 @@ def generate(
     ``drafter`` None decodes the target alone; otherwise it was made for ``batch_size`` rows.
 
     Raises:
-        DataError: an empty prompt.
+        DataError: an empty prompt, or one beyond the target's positions.
         EvaluationError: a draft tree that cannot be used.
     """
     decoder = Decoder(target, drafter, settings, batch_size, policy)
@@ -95,6 +96,9 @@ class Decoder:
         self._tree = tree_of(settings, drafter, policy is not None)
         self._slots = len(self._tree) - 1 if self._tree else drafter.max_draft if drafter else 0
         self._stops = frozenset(settings.stop_token_ids)
+        # Nothing behind a drafted stop token matters to the output. The published loop verifies it all the same where a
+        # draft proposes all slots at once; one that goes token by token (it can draft a tree) stops there by itself.
+        self._cuts_at_stops = not settings.published_limit or hasattr(drafter, "propose_tree")
         self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
         self._limit = settings.max_new_tokens + 2  # rows of the table of random numbers
@@ -166,6 +170,8 @@ class Decoder:
     def _start(self, row: int, request: Request) -> None:
         if not request.prompt_ids:
             raise DataError("an empty prompt cannot be decoded", key=f"sample {request.sample_id}")
+        positions = (len(request.prompt_ids), self.settings.max_new_tokens)
+        check_room(self.target.spec.config, *positions, f"sample {request.sample_id}")
         if self._packed is None:
             layers = self.drafter.model.config.target_layers if self.drafter else ()  # type: ignore[attr-defined]
             room = len(request.prompt_ids) + min(self.settings.max_new_tokens, 512) + self._slots + 1
@@ -278,12 +284,14 @@ class Decoder:
                 self._append(row.generation, [int(tokens[number])])
             else:
                 committed = self._accepted(row.sent, int(accepted[number]))
-                count = len(committed)
+                count, length = len(committed), row.length
                 kept[number] = count + 1
                 if not (committed and committed[-1] in self._stops):
                     committed.append(int(tokens[number]))
+                elif self._tree is None:
+                    length = count  # a stop token that was accepted ends the proposal too
                 emitted = self._append(row.generation, committed)
-                record = Round(row.sent, row.length, count, len(committed), emitted, row.confidence)
+                record = Round(row.sent, length, count, len(committed), emitted, row.confidence)
                 row.generation.rounds.append(record)
             if self._is_full(row.generation):
                 row.generation.finish = row.generation.finish or "length"
@@ -295,8 +303,10 @@ class Decoder:
         return finished
 
     def _accepted(self, sent: tuple[int, ...], last: int) -> list[int]:
-        """The accepted ones of the drafted tokens: the first ``last``, or a tree's path to the node ``last``."""
-        return list(sent[:last]) if self._tree is None else path_tokens(self._tree, last, sent, self._stops)
+        """The accepted drafts up to the first stop token: the first ``last``, or a tree's path to the node ``last``."""
+        if self._tree is not None:
+            return path_tokens(self._tree, last, sent, self._stops)
+        return list(sent[: _up_to_stop(sent[:last], self._stops)])
 
     def _append(self, generation: Generation, tokens: list[int]) -> int:
         """Add tokens up to the limit and the first stop token; the number added."""
@@ -318,7 +328,7 @@ class Decoder:
         return len(generation.output_ids) >= self.settings.max_new_tokens
 
     def _admit(self, drafts: np.ndarray, logits: np.ndarray | None) -> None:
-        """Let the policy choose how many drafts of each row to verify; nothing behind a drafted stop token is."""
+        """Let the policy choose how many drafts of each row to verify; none behind a drafted stop token."""
         numbers = [number for number, row in enumerate(self._rows) if row is not None]
         if not numbers:
             return
@@ -330,8 +340,8 @@ class Decoder:
         for number, length, tokens in zip(numbers, lengths, own.tolist(), strict=True):
             row = self._rows[number]
             sent = tuple(tokens[:length])
-            if self._tree is None and not self._stops.isdisjoint(sent):
-                length = next(place for place, token in enumerate(sent, 1) if token in self._stops)
+            if self._tree is None and self._cuts_at_stops:
+                length = _up_to_stop(sent, self._stops)
             row.sent, row.length = sent, length  # type: ignore[union-attr]
             row.confidence = () if logits is None else tuple(logits[number].tolist())  # type: ignore[union-attr]
 
@@ -389,3 +399,10 @@ class Decoder:
         else:
             probs = proposal.probs[:, : drafts.shape[1]]
         return verify_sampled(logits, drafts, probs, step.index, lengths, self.settings.temperature, self._now)
+
+
+def _up_to_stop(tokens: Sequence[int], stops: frozenset[int]) -> int:
+    """How many of ``tokens`` there are up to and with the first stop token; all where there is none."""
+    if stops.isdisjoint(tokens):
+        return len(tokens)
+    return next((place for place, token in enumerate(tokens, 1) if token in stops))

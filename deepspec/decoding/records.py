@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from deepspec.arguments import COUNT, POSITIVE, SEED, SHARE, TEMPERATURE
+from deepspec.errors import EvaluationError
+
 
 @dataclass(frozen=True)
 class DecodeSettings:
@@ -18,8 +21,12 @@ class DecodeSettings:
         confidence_threshold: verify only the drafted prefix whose confidences reach it; 0 verifies all.
         confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
         tree: draft this static tree, children of every node by depth; empty: a chain. At temperature 0 alone.
-        published_limit: go on until the rounds alone reach the limit, as the published loop does: where a round ends
-            exactly at the limit it runs one more, all of it past the limit. Only to compare with published results.
+        published_limit: count as the published loop does, only to compare with its results: go on until the rounds
+            alone reach the limit (where a round ends exactly there it runs one more, all of it past the limit), and
+            verify what a block drafter proposes behind a drafted stop token too.
+
+    Raises:
+        EvaluationError: a number out of its range.
     """
 
     temperature: float = 0.0
@@ -30,6 +37,14 @@ class DecodeSettings:
     confidence_temperatures: tuple[float, ...] | None = None
     published_limit: bool = False
     tree: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        TEMPERATURE.check("temperature", self.temperature, EvaluationError)
+        COUNT.check("max_new_tokens", self.max_new_tokens, EvaluationError)
+        SEED.check("seed", self.seed, EvaluationError)
+        SHARE.check("confidence_threshold", self.confidence_threshold, EvaluationError)
+        for temperature in self.confidence_temperatures or ():
+            POSITIVE.check("confidence_temperatures", temperature, EvaluationError)
 
 
 @dataclass(frozen=True)
@@ -45,7 +60,7 @@ class Round(NamedTuple):
     """One draft-verify round of one row."""
 
     sent: tuple[int, ...]  # drafted tokens that the policy admitted; of a tree all nodes, depth by depth
-    length: int  # of them, those verified: up to and with the first stop token; of a tree all
+    length: int  # of them, those that count as verified: up to and with a stop token that ends them; of a tree all
     accepted: int
     committed: int  # accepted + 1, without the 1 when the last accepted token is a stop token (the published counting)
     emitted: int  # of the committed tokens, those inside the output limit and before the end

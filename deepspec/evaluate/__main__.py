@@ -6,20 +6,21 @@ import argparse
 import sys
 from pathlib import Path
 
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser
 from deepspec.errors import EvaluationError, run_main
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate", description=__doc__)
+    parser = Parser(prog="python -m deepspec.evaluate", description=__doc__)
     parser.add_argument("--target", required=True, help="target: a folder or hub id")
     parser.add_argument("--draft", required=True, help="draft folder, or owner/name on the hub")
     parser.add_argument("--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all nine")
-    parser.add_argument("--temperature", type=float, nargs="+", default=[1.0])
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--max-new-tokens", type=int, default=2048)
-    parser.add_argument("--samples", type=int, help="at most so many prompts of each task")
-    parser.add_argument("--seed", type=int, default=980406)
+    parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0])
+    parser.add_argument("--batch-size", type=COUNT, default=1)
+    parser.add_argument("--max-new-tokens", type=COUNT, default=2048)
+    parser.add_argument("--samples", type=COUNT, help="at most so many prompts of each task")
+    parser.add_argument("--seed", type=SEED, default=980406)
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,
@@ -27,12 +28,12 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--system-prompt")
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as published")
-    parser.add_argument("--confidence-threshold", type=float, default=0.0, help="verify as far as the draft is sure")
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify as far as the draft is sure")
     parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
     parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64], help="of the study")
+    parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
     parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     return parser.parse_args()

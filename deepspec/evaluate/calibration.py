@@ -2,8 +2,8 @@
 
 ``python -m deepspec.evaluate.calibration --draft D --results FOLDER ...`` reads the rounds of finished evaluations that
 verified everything (of the same prompts, say, with other seeds), fits one temperature a position on every other prompt,
-prints ECE before and after on the prompts in between, and saves ``sts.json`` into the draft folder, from where later
-evaluations take it.
+prints ECE before and after on those and on the prompts in between, and saves ``sts.json`` into the draft folder, from
+where later evaluations take it. A fit that makes ECE worse on the prompts in between is said to, and not saved.
 
 Measured ECE is biased upwards: with finitely many samples even a perfect head misses the observed rates a little. What
 such a head would measure with the same predictions is reported beside it.
@@ -11,7 +11,6 @@ such a head would measure with the same predictions is reported beside it.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.arguments import TEMPERATURE, Parser
 from deepspec.data.identity import differences
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
@@ -193,7 +193,9 @@ def load_sts(draft: Path) -> tuple[float, ...] | None:
 
 
 def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[str, Any]:
-    """Fit on even prompts, assess on odd ones, save ``sts.json``; returns its content.
+    """Fit on even prompts, assess on odd ones; returns the content of ``sts.json``, and whether it is ``saved``.
+
+    It is not where the mean ECE on the odd prompts rises; what an earlier fit has saved then stays.
 
     Raises:
         EvaluationError: results of another draft, of other tasks than the first folder's (an even place of one could be
@@ -224,13 +226,19 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
         "rounds": {"fitted": len(even.logits), "assessed": len(odd.logits)},
         "before": assess(odd, [1.0] * odd.slots),
         "after": assess(odd, temperatures),
+        "fitted_ece": {
+            "before": mean_ece(assess(even, [1.0] * even.slots)),
+            "after": mean_ece(assess(even, temperatures)),
+        },
     }
-    write_json(draft / STS_FILE, result)
+    result["saved"] = mean_ece(result["after"]) <= mean_ece(result["before"])
+    if result["saved"]:
+        write_json(draft / STS_FILE, result)
     return result
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a position, before and after."""
+    """A row a position, before and after on the prompts not fitted on; the mean ECE of both halves; what came of it."""
     header = ["position", "rounds", "temperature", "ECE before", "after", "if perfect", "AUC before", "after"]
     lines = [f"| {' | '.join([*header, 'Brier before', 'after'])} |", "|---" * 10 + "|"]
     rows = zip(result["before"], result["after"], result["temperatures"], strict=True)
@@ -241,17 +249,32 @@ def markdown(result: dict[str, Any]) -> str:
     before, after = (mean_ece(result[key]) for key in ("before", "after"))
     perfect = mean_ece(result["after"], "ece_if_perfect")
     lines.append(f"| mean | | | {before:.2%} | {after:.2%} | {perfect:.2%} | | | | |")
+    fitted, assessed = result["rounds"].values()
+    own = result["fitted_ece"]
+    lines += ["", f"Mean ECE on the {fitted:,} rounds fitted on: {own['before']:.2%} before, {own['after']:.2%} after."]
+    lines.append(f"Mean ECE on the {assessed:,} other rounds: {before:.2%} before, {after:.2%} after.")
+    if not result["saved"]:
+        lines.append(f"The fit makes ECE worse on the part that it was not fitted on: no {STS_FILE} is written.")
     return "\n".join(lines)
 
 
 def main() -> None:
     """Parse the arguments, fit and print."""
-    parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate.calibration", description=__doc__)
+    parser = Parser(prog="python -m deepspec.evaluate.calibration", description=__doc__)
     parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
     parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
-    parser.add_argument("--temperature", type=float, default=1.0, help="sampling temperature of the rounds to use")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")
+    parser.add_argument("--report", type=Path, help="write all figures into this JSON file too")
     given = parser.parse_args()
-    print(markdown(calibrate(given.draft, given.results, given.temperature)))
+    result = calibrate(given.draft, given.results, given.temperature)
+    print(markdown(result))
+    if given.report is not None:
+        write_json(given.report, result)
+    file = given.draft / STS_FILE
+    if result["saved"]:
+        print(f"\n{file}: written")
+    elif file.exists():
+        print(f"\n{file}: that of an earlier fit stays in use; remove it to decode without one")
 
 
 if __name__ == "__main__":

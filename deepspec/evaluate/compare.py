@@ -6,7 +6,6 @@ drawn for both, so what is hard for every draft does not widen the interval.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +13,13 @@ from typing import Any
 
 import numpy as np
 
+from deepspec.arguments import Parser
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.log import Key, read_rows, row_key
 from deepspec.evaluate.measure import MACRO, quantiles, resampled
 from deepspec.evaluate.report import speed_up, table
 from deepspec.evaluate.results import Results
+from deepspec.metrics import length_text
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,46 @@ class Difference:
     """Accepted length of a run minus that of the first, over ``prompts`` prompts that both decoded."""
 
     value: float
-    interval: tuple[float, float]  # 95 %
+    interval: tuple[float, float] | None  # 95 %; None for one prompt
     prompts: int
+
+    def __str__(self) -> str:
+        if self.interval is None:
+            return f"{self.value:+.2f} (one prompt)"
+        return f"{self.value:+.2f} ({self.interval[0]:+.2f} to {self.interval[1]:+.2f})"
 
 
 def difference(first: Run, other: Run, task: str, temperature: float, seed: int = 0) -> Difference | None:
-    """Paired bootstrap of the accepted length; None where the task's prompts differ, or none are shared."""
-    digests = [run.results.provenance.tasks.get(task) for run in (first, other)]
-    if digests[0] is None or digests[0] != digests[1]:
+    """Paired bootstrap of the accepted length; None where the task's prompts differ, or none had a round in both."""
+    if not _same_prompts(first, other, task):
         return None
     keys = sorted(key for key in first.rows if key[:2] == (task, temperature) and key in other.rows)
+    keys = [key for key in keys if first.rows[key]["committed"] and other.rows[key]["committed"]]
     if not keys:
         return None
     lengths, draws = [], []
     for run in (other, first):
         tokens = np.array([sum(run.rows[key]["committed"]) for key in keys], dtype=float)
         rounds = np.array([len(run.rows[key]["committed"]) for key in keys], dtype=float)
-        lengths.append(tokens.sum() / max(1.0, rounds.sum()))
-        draws.append(resampled(tokens, seed) / np.maximum(1.0, resampled(rounds, seed)))
-    return Difference(float(lengths[0] - lengths[1]), quantiles(draws[0] - draws[1]), len(keys))
+        lengths.append(tokens.sum() / rounds.sum())
+        draws.append(resampled(tokens, seed) / resampled(rounds, seed))
+    interval = quantiles(draws[0] - draws[1]) if len(keys) > 1 else None
+    return Difference(float(lengths[0] - lengths[1]), interval, len(keys))
+
+
+def _same_prompts(first: Run, other: Run, task: str) -> bool:
+    digests = [run.results.provenance.tasks.get(task) for run in (first, other)]
+    return digests[0] is not None and digests[0] == digests[1]
+
+
+def _change(first: Run, other: Run, task: str, temperature: float) -> str:
+    """The difference against the first run, or why there is none; nothing of the first itself and of averages."""
+    if other is first or task == MACRO:
+        return ""
+    if not _same_prompts(first, other, task):
+        return "other prompts"
+    found = difference(first, other, task, temperature)
+    return "no rounds" if found is None else str(found)
 
 
 def comparison(runs: Sequence[Run]) -> str:
@@ -76,25 +98,17 @@ def comparison(runs: Sequence[Run]) -> str:
             for summary in run.results.summaries:
                 if (summary.task, summary.temperature) != (task, temperature):
                     continue
-                low, high = summary.interval
-                found = None if run is runs[0] else difference(runs[0], run, task, temperature)
-                change = (
-                    ""
-                    if found is None
-                    else f"{found.value:+.2f} ({found.interval[0]:+.2f} to {found.interval[1]:+.2f})"
-                )
-                if run is not runs[0] and found is None and task != MACRO:
-                    change = "other prompts"
+                row = summary.to_row()
                 cells.append(
                     [
                         task,
                         f"{temperature:g}",
                         name,
                         run.results.algorithm,
-                        f"{summary.accepted_length:.2f} ({low:.2f}-{high:.2f})",
-                        change,
-                        f"{summary.verify_rate:.0%}",
-                        speed_up(summary.to_row()),
+                        length_text(row),
+                        _change(runs[0], run, task, temperature),
+                        "" if summary.verify_rate is None else f"{summary.verify_rate:.0%}",
+                        speed_up(row),
                         str(summary.prompts),
                     ]
                 )
@@ -114,7 +128,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Read the folders, print the table."""
-    parser = argparse.ArgumentParser(prog="python -m deepspec.evaluate compare", description=__doc__)
+    parser = Parser(prog="python -m deepspec.evaluate compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
     given = parser.parse_args(arguments)
     if len(given.runs) < 2:

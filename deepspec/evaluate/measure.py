@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -27,7 +27,7 @@ class PromptResult:
     confidence: list[list[float]] = field(default_factory=list)  # logits of each round's slots
     tree_depth: int | None = None  # the longest path of a draft tree, all of whose nodes are verified; None: a chain
     equal_to_plain: bool | None = None  # greedy output equal to plain decoding, token for token
-    finish: str = ""  # of the last turn: "stop" or "length"
+    finish: str = ""  # of the last turn: "stop", "length", or "positions" where the next turn would not fit the target
     output_sha: str = ""  # of the token ids of all turns
     steps: float = 0.0  # its share of the batch's rounds
     seconds: dict[str, float] = field(default_factory=dict)  # its share of the time, a phase and "total"
@@ -49,20 +49,24 @@ class Summary:
     prompts: int
     rounds: int
     output_tokens: int
-    accepted_length: float  # tokens committed a round
-    interval: tuple[float, float]  # 95 %, bootstrap over prompts
+    accepted_length: float | None  # tokens committed a round; None: no prompt had a round
+    interval: tuple[float, float] | None  # 95 %, bootstrap over prompts; None with fewer than two that had a round
     conditional: list[float]  # P(slot k accepted | the slots before it were), k = 1..K
     prefix: list[float]  # P(the first k slots all accepted)
-    verify_rate: float  # accepted drafted tokens / verified drafted tokens
+    verify_rate: float | None  # accepted drafted tokens / verified drafted tokens; None: none were verified
     equal_to_plain: float | None  # share of prompts whose greedy output equals plain decoding
-    verified_length: float = 0.0  # drafted tokens verified a round
+    verified_length: float | None = None  # drafted tokens verified a round; None: no round
     seconds: float = 0.0  # of drafted decoding, all processes together
     plain_tokens: int | None = None
     plain_seconds: float | None = None
     speed_up_interval: tuple[float, float] | None = None  # 95 %, bootstrap over prompts
     steps: float = 0.0  # rounds of the batch
     phases: dict[str, float] = field(default_factory=dict)  # seconds of prefill, draft, verify, head, other
-    published: float | None = None  # the published accepted length of this target, algorithm and task
+    published: float | None = None  # the published accepted length, where it was measured as this one
+    published_differs: list[str] = field(default_factory=list)  # why one that there is does not stand here
+    without_rounds: int = 0  # prompts whose answer was their first token: they have no accepted length
+    cut_short: int = 0  # prompts whose later turns would not have fitted the target's positions
+    too_long: int = 0  # prompts left out of the task: they do not fit the target's positions
 
     @property
     def tokens_per_second(self) -> float:
@@ -99,9 +103,10 @@ class Summary:
 
 
 def summarise(task: str, temperature: float, results: Sequence[PromptResult], seed: int = 0) -> Summary:
-    """Summary of prompts; tokens and rounds are pooled, the interval resamples prompts."""
-    tokens = np.array([sum(result.committed) for result in results], dtype=float)
-    rounds = np.array([len(result.committed) for result in results], dtype=float)
+    """Summary of prompts; tokens and rounds are pooled, the interval resamples the prompts that had a round."""
+    with_rounds = [result.committed for result in results if result.committed]
+    tokens = np.array([sum(committed) for committed in with_rounds], dtype=float)
+    rounds = np.array([len(committed) for committed in with_rounds], dtype=float)
     proposed = [count for result in results for count in result.proposed]
     accepted = [count for result in results for count in result.accepted]
     slots = [count for result in results for count in _verified_slots(result)]
@@ -113,13 +118,15 @@ def summarise(task: str, temperature: float, results: Sequence[PromptResult], se
         prompts=len(results),
         rounds=int(rounds.sum()),
         output_tokens=sum(result.output_tokens for result in results),
-        accepted_length=float(tokens.sum() / max(1.0, rounds.sum())),
+        accepted_length=float(tokens.sum() / rounds.sum()) if with_rounds else None,
         interval=bootstrap(tokens, rounds, seed),
         conditional=conditional,
         prefix=prefix,
-        verify_rate=sum(accepted) / max(1, sum(proposed)),
+        verify_rate=sum(accepted) / sum(proposed) if sum(proposed) else None,
         equal_to_plain=sum(known) / len(known) if known else None,
-        verified_length=sum(proposed) / max(1, len(proposed)),
+        verified_length=sum(proposed) / len(proposed) if proposed else None,
+        without_rounds=len(results) - len(with_rounds),
+        cut_short=sum(result.finish == "positions" for result in results),
     )
     _add_times(summary, results, seed)
     return summary
@@ -142,19 +149,15 @@ def _add_times(summary: Summary, results: Sequence[PromptResult], seed: int) -> 
     summary.plain_tokens, summary.plain_seconds = int(sum(columns[2])), sum(columns[3])
     out, seconds, plain_out, plain_seconds = (resampled(np.array(column), seed) for column in columns)
     ratios = out * plain_seconds / np.maximum(1e-12, seconds * plain_out)
-    summary.speed_up_interval = quantiles(ratios)
+    summary.speed_up_interval = quantiles(ratios) if len(results) > 1 else None
 
 
 def macro_averages(summaries: Sequence[Summary]) -> Iterator[Summary]:
     """One summary ``macro`` per temperature: accepted lengths averaged over tasks, counts and seconds added up."""
     for temperature in dict.fromkeys(summary.temperature for summary in summaries):
         group = [summary for summary in summaries if summary.temperature == temperature]
-        # independent tasks: the variance of the mean is the mean variance over their number
-        half = sum(((s.interval[1] - s.interval[0]) / 2) ** 2 for s in group) ** 0.5 / len(group)
         mean = _mean([summary.accepted_length for summary in group])
-        equal = [summary.equal_to_plain for summary in group if summary.equal_to_plain is not None]
         plain = [s for s in group if s.plain_seconds is not None and s.plain_tokens is not None]
-        published = [summary.published for summary in group if summary.published is not None]
         yield Summary(
             task=MACRO,
             temperature=temperature,
@@ -162,29 +165,45 @@ def macro_averages(summaries: Sequence[Summary]) -> Iterator[Summary]:
             rounds=sum(summary.rounds for summary in group),
             output_tokens=sum(summary.output_tokens for summary in group),
             accepted_length=mean,
-            interval=(mean - half, mean + half),
+            interval=_macro_interval(mean, group),
             conditional=_positions([summary.conditional for summary in group]),
             prefix=_positions([summary.prefix for summary in group]),
             verify_rate=_mean([summary.verify_rate for summary in group]),
-            equal_to_plain=_mean(equal) if equal else None,
+            equal_to_plain=_mean([summary.equal_to_plain for summary in group]),
             verified_length=_mean([summary.verified_length for summary in group]),
             seconds=sum(summary.seconds for summary in group),
             plain_tokens=sum(s.plain_tokens or 0 for s in plain) if len(plain) == len(group) else None,
             plain_seconds=sum(s.plain_seconds or 0.0 for s in plain) if len(plain) == len(group) else None,
             steps=sum(summary.steps for summary in group),
             phases={phase: sum(summary.phases.get(phase, 0.0) for summary in group) for phase in PHASES},
-            published=_mean(published) if len(published) == len(group) else None,
+            published=_mean([s.published for s in group]) if all(s.published is not None for s in group) else None,
+            without_rounds=sum(summary.without_rounds for summary in group),
+            cut_short=sum(summary.cut_short for summary in group),
+            too_long=sum(summary.too_long for summary in group),
         )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _macro_interval(mean: float | None, group: Sequence[Summary]) -> tuple[float, float] | None:
+    """Of independent tasks: the variance of the mean is the mean variance over their number. None if one has none."""
+    measured = [summary.interval for summary in group if summary.accepted_length is not None]
+    known = [interval for interval in measured if interval is not None]
+    if mean is None or len(known) < len(measured):
+        return None
+    half = sum(((high - low) / 2) ** 2 for low, high in known) ** 0.5 / len(known)
+    return (mean - half, mean + half)
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """The mean of those that there are; None without any."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _positions(lists: Sequence[Sequence[float]]) -> list[float]:
     """Position by position the mean over the tasks that have it."""
     longest = max(map(len, lists), default=0)
-    return [_mean([one[k] for one in lists if len(one) > k]) for k in range(longest)]
+    known = ([one[k] for one in lists if len(one) > k] for k in range(longest))
+    return [sum(values) / len(values) for values in known]
 
 
 def _verified_slots(result: PromptResult) -> Sequence[int]:
@@ -220,8 +239,8 @@ def quantiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def bootstrap(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> tuple[float, float]:
-    """95 % interval of sum(numerator) / sum(denominator), resampling the prompts."""
-    if len(numerator) == 0:
-        return (0.0, 0.0)
-    return quantiles(resampled(numerator, seed) / np.maximum(1.0, resampled(denominator, seed)))
+def bootstrap(numerator: np.ndarray, denominator: np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95 % interval of sum(numerator) / sum(denominator), resampling prompts; None with fewer than two of them."""
+    if len(numerator) < 2:
+        return None
+    return quantiles(resampled(numerator, seed) / resampled(denominator, seed))

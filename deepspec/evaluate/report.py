@@ -11,6 +11,7 @@ from typing import Any
 
 from deepspec.evaluate.measure import MACRO, PHASES
 from deepspec.files import write_text
+from deepspec.metrics import length_text
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
@@ -32,14 +33,13 @@ def summary_table(rows: Rows) -> str:
     header += ["tokens/s", "plain tokens/s", "speed-up (95 %)", "greedy equal", "prompts"]
     cells = []
     for row in rows:
-        low, high = row["interval"]
         cells.append(
             [
                 row["task"],
                 f"{row['temperature']:g}",
-                f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})",
+                length_text(row),
                 *([_number(row.get("published"))] if with_published else []),
-                f"{row['verify_rate']:.0%}",
+                _number(row["verify_rate"], ".0%"),
                 f"{row['tokens_per_second']:,.0f}",
                 _number(row["plain_tokens_per_second"], ",.0f"),
                 speed_up(row),
@@ -78,7 +78,7 @@ def time_table(rows: Rows) -> str:
     for row in rows:
         spent = row["milliseconds_per_step"]
         times = [_number(spent.get(phase), ".3f") for phase in (*phases, "total")]
-        verified, prefill = f"{row['verified_length']:.2f}", f"{row['phases'].get('prefill', 0.0):.2f}"
+        verified, prefill = _number(row["verified_length"]), f"{row['phases'].get('prefill', 0.0):.2f}"
         cells.append([row["task"], f"{row['temperature']:g}", *times, verified, prefill])
     return table(header, cells)
 
@@ -97,9 +97,32 @@ def sections(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
+def remarks(rows: Rows) -> list[str]:
+    """What the tables leave out, a sentence each: prompts without a round, beyond the positions; published figures."""
+    said: dict[str, list[str]] = {}  # sentence -> tasks
+    for row in rows:
+        if row["task"] == MACRO:
+            continue
+        where = f"{row['task']} at T={row['temperature']:g}"
+        if count := row.get("without_rounds"):
+            said.setdefault(f"{count} of {row['prompts']} prompts ended at their first token: they had no round and "
+                            "enter no accepted length", []).append(where)  # fmt: skip
+        if count := row.get("cut_short"):
+            said.setdefault(f"{count} of {row['prompts']} prompts were ended before a turn that would not have fitted "
+                            "the target's positions", []).append(where)  # fmt: skip
+        if count := row.get("too_long"):
+            text = f"{count} prompts are left out: they and the new tokens do not fit the target's positions"
+            said.setdefault(text, []).append(where)
+        if differs := row.get("published_differs"):
+            text = f"there is a published figure, which is not comparable: {'; '.join(differs)}"
+            said.setdefault(text, []).append(where)
+    return [f"{', '.join(where)}: {text}." for text, where in said.items()]
+
+
 def markdown(results: Mapping[str, Any]) -> str:
-    """The tables of a run, each under its title."""
-    return "\n\n".join(f"{title}\n\n{text}" for title, text in sections(results))
+    """The tables of a run, each under its title, and what they leave out."""
+    tables = [f"{title}\n\n{text}" for title, text in sections(results)]
+    return "\n\n".join([*tables, *remarks(results["summaries"])])
 
 
 def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
@@ -131,7 +154,7 @@ def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> No
     axes.set(xlabel="position in the draft", ylabel="accepted, given the ones before", ylim=(0, 1))
     if len(rows) > 4:
         axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
-    else:
+    elif rows:
         axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
 
@@ -139,8 +162,9 @@ def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> No
 def plot_lengths(axes: Any, rows: Rows) -> None:
     """Accepted length with its interval, and the published one where it is known."""
     places = range(len(rows))
-    values = [row["accepted_length"] for row in rows]
-    errors = [[abs(row["accepted_length"] - row["interval"][side]) for row in rows] for side in (0, 1)]
+    values = [row["accepted_length"] or 0.0 for row in rows]  # no bar where there is none
+    errors = [[abs(v - row["interval"][side]) if row["interval"] else 0.0 for v, row in zip(values, rows, strict=True)]
+              for side in (0, 1)]  # fmt: skip
     axes.barh(places, values, xerr=errors, color="C0", alpha=0.8, capsize=2, label="measured, 95 %")
     known = [(place, row["published"]) for place, row in zip(places, rows, strict=True) if row.get("published")]
     if known:
@@ -195,6 +219,7 @@ def write_report(results: Mapping[str, Any], output: Path) -> None:
     parts = []
     for (title, text), plot in zip(sections(results), plots, strict=True):
         parts.append(f"<h2>{html.escape(title)}</h2>{html_table(text)}{plot}")
+    parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
     parts.append(f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>")
     write_text(output / "report.html", page(f"{results['algorithm']} on {results['provenance']['target']}", parts))

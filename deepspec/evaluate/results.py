@@ -16,10 +16,10 @@ import yaml
 
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import Summary
+from deepspec.evaluate.tasks import registered_tasks
 from deepspec.files import read_json, sha256_file, write_json
 
 FORMAT = "deepspec.results/2"
-PUBLISHED_DRAFT = 7  # drafted tokens a round of the published figures
 RECIPE = "recipe.yaml"  # in a draft folder
 PACKAGES = ("deepspec", "torch", "transformers")
 
@@ -139,13 +139,27 @@ def environment() -> dict[str, Any]:
     }
 
 
-def published(target: str, algorithm: str, max_draft: int, task: str, temperature: float) -> float | None:
-    """The published accepted length, where target (by its name), algorithm, K, task and temperature are those."""
+def published(
+    target: str, draft: Any, task: str, prompts: int, settings: Mapping[str, Any]
+) -> tuple[float | None, list[str]]:
+    """The published accepted length where it was measured as this one; else None and what differs.
+
+    Args:
+        target: a folder or hub id; its name says which model.
+        draft: the draft's config.
+        task: its name.
+        prompts: of the task, that are decoded.
+        settings: those of ``settings:`` in published.yaml, as they are here.
+    """
     table = _published_table()
-    lengths = table["lengths"].get(Path(target).name, {}).get(algorithm)
-    if lengths is None or temperature != 1 or max_draft != PUBLISHED_DRAFT or task not in table["tasks"]:
-        return None
-    return float(lengths[table["tasks"].index(task)])
+    lengths = table["lengths"].get(Path(target).name, {}).get(draft.algorithm)
+    if lengths is None or task not in table["tasks"]:
+        return None, []
+    wanted = table["settings"] | table["drafts"][draft.algorithm] | {"prompts": registered_tasks()[task]["samples"]}
+    own = {"prompts": prompts, **settings}
+    found = {key: own[key] if key in own else getattr(draft, key) for key in wanted}
+    differs = [f"{key} {found[key]}, published {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    return None if differs else float(lengths[table["tasks"].index(task)]), differs
 
 
 @cache

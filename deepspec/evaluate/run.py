@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 
 from deepspec.algorithms.base import Drafter, DraftModel
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_distinct
 from deepspec.data.chat import Renderer
 from deepspec.data.identity import as_recorded, differences, identity_of, shown
 from deepspec.data.progress import Progress
@@ -32,17 +33,22 @@ from deepspec.evaluate.log import RowLog
 from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
 from deepspec.evaluate.ranks import meeting
 from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
-from deepspec.evaluate.tasks import Task, load_tasks, missing_tasks
+from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import room_for
 
 WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is not like the others
 
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says."""
+    """What the command line says.
+
+    Raises:
+        EvaluationError: a number out of its range, or a temperature named twice.
+    """
 
     target: str
     draft: str
@@ -62,6 +68,15 @@ class Options:
     dtype: str = "auto"
     device: str = "cpu"
 
+    def __post_init__(self) -> None:
+        for temperature in self.temperatures:
+            TEMPERATURE.check("temperature", temperature, EvaluationError)
+        check_distinct("temperature", self.temperatures, EvaluationError)
+        for key in ("batch_size", "max_new_tokens", "samples"):
+            COUNT.check(key, getattr(self, key), EvaluationError)
+        SEED.check("seed", self.seed, EvaluationError)
+        SHARE.check("confidence_threshold", self.confidence_threshold, EvaluationError)
+
 
 class Evaluation:
     """One target, one draft, some tasks.
@@ -73,7 +88,8 @@ class Evaluation:
         draft: in memory, already attached to the target; None loads ``options.draft``.
 
     Raises:
-        DeepSpecError: a target, draft or task that cannot be loaded, or a draft tree that these options cannot use.
+        DeepSpecError: a target, draft or task that cannot be loaded, a draft tree that these options cannot use, or a
+            task none of whose prompts fits the target's positions.
     """
 
     def __init__(
@@ -85,7 +101,7 @@ class Evaluation:
     ) -> None:
         self.options, self.world = options, world or World()
         tasks = load_tasks(options.tasks, options.samples, options.seed)
-        self.tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
+        tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
         self.skipped = missing_tasks(options.tasks)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
         self.target: Target = target or load_target(options.target, dtype, options.device)
@@ -94,7 +110,18 @@ class Evaluation:
         tokenizer = load_tokenizer(options.target)
         self.renderer = Renderer(tokenizer, self.target.spec, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
+        self.room = room_for(self.target.spec.config, options.max_new_tokens)
+        self.tasks = [leave_out(task, self.room, options.max_new_tokens, self._prompt_tokens) for task in tasks]
+        self.too_long = {
+            task.name: len(task.prompts) - len(kept.prompts) for task, kept in zip(tasks, self.tasks, strict=True)
+        }
+        self.rows = min(options.batch_size, max(len(task.prompts) for task in self.tasks))  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
+        if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
+            raise EvaluationError(
+                "a confidence threshold needs a draft with a confidence head", key="confidence_threshold",
+                found=f"{self.draft.algorithm.name} without one", remedy="leave --confidence-threshold out",
+            )  # fmt: skip
         self.output = Path(options.output)
         self.identity = self._identity()
         if options.tree:  # before anything is written
@@ -131,6 +158,10 @@ class Evaluation:
         """
         for name, folder in self.skipped.items() if self.world.is_main else ():
             print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
+        for name, count in self.too_long.items() if self.world.is_main else ():
+            if count:
+                text = f"at most {self.room} tokens fit the target's positions with the new ones"
+                print(f"left out: {count} prompts of {name} ({text})", flush=True)
         with meeting(self.world) as meet:
             if self.world.is_main:
                 self._claim()
@@ -163,14 +194,23 @@ class Evaluation:
                     )  # fmt: skip
                 rows = [PromptResult(**log.rows[task.name, temperature, place]) for place in task.prompts]
                 summary = summarise(task.name, temperature, rows, options.seed)
-                named = (self.draft.algorithm.name, self.draft.config.max_draft)
-                summary.published = published(options.target, *named, task.name, temperature)
+                summary.too_long = self.too_long[task.name]
+                summary.published, summary.published_differs = self._published(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
         macro = list(macro_averages(summaries)) if len(self.tasks) > 1 else []
         results = Results(self.draft.algorithm.name, self.draft.config.max_draft, [*summaries, *macro], provenance)
         results.save(self.output)
         return results
+
+    def _published(self, task: Task, temperature: float) -> tuple[float | None, list[str]]:
+        options = self.options
+        settings = {
+            "temperature": temperature, "max_new_tokens": options.max_new_tokens, "turns": task.turns,
+            "thinking": self.renderer.thinking, "system_prompt": self.renderer.system_prompt,
+            "confidence_threshold": options.confidence_threshold, "tree": list(options.tree),
+        }  # fmt: skip
+        return published(options.target, self.draft.config, task.name, len(task.prompts), settings)
 
     def _claim(self) -> None:
         """Make the output folder this run's, or find that it is."""
@@ -180,7 +220,7 @@ class Evaluation:
             self._check_same_run(read_json(path, EvaluationError)["identity"])
             return
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
-        tokens = self.options.batch_size * (drafted + 1)
+        tokens = self.rows * (drafted + 1)
         threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
         write_json(path, {"identity": self.identity, "threads": threads})
 
@@ -219,13 +259,12 @@ class Evaluation:
         prompt = tuple(self.renderer.prompt([{"role": "user", "content": "Hello"}]))
         temperature = max(self.options.temperatures)
         settings = DecodeSettings(temperature, WARM_UP_TOKENS, (), self.options.seed, tree=self.options.tree)
-        rows = self.options.batch_size
         for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
-            requests = deque(Request(prompt, number) for number in range(rows))
-            deque(Decoder(self.target, drafter, settings, rows).stream(requests), maxlen=0)
+            requests = deque(Request(prompt, number) for number in range(self.rows))
+            deque(Decoder(self.target, drafter, settings, self.rows).stream(requests), maxlen=0)
 
     def _drafter(self, longest: int) -> Drafter:
-        return self.draft.algorithm.drafter(self.draft, self.options.batch_size, longest)
+        return self.draft.algorithm.drafter(self.draft, self.rows, longest)
 
     @staticmethod
     def _missing(task: Task, temperature: float, log: RowLog) -> list[int]:
@@ -265,10 +304,11 @@ class Evaluation:
         progress = Progress(shown, len(places)) if self.world.is_main else None
         for generation in decoder.stream(meter.waiting):
             meter.left(generation)
-            place, turn = cast(tuple[int, int], generation.request.tag)
+            place, _ = cast(tuple[int, int], generation.request.tag)
             done[place].append(generation)
-            if turn + 1 < len(task.prompts[place]):
-                meter.submit(self._request(task, place, done[place]))
+            following = self._following(task, place, done[place])
+            if following is not None:
+                meter.submit(following)
             else:
                 yield place, done.pop(place), meter.take(place)
             if progress:
@@ -278,7 +318,7 @@ class Evaluation:
 
     def _decoder(self, task: Task, places: Sequence[int], temperature: float, with_draft: bool) -> Decoder:
         drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
-        return Decoder(self.target, drafter, self._settings(temperature), self.options.batch_size)
+        return Decoder(self.target, drafter, self._settings(temperature), self.rows)
 
     def _settings(self, temperature: float) -> DecodeSettings:
         options = self.options
@@ -306,6 +346,20 @@ class Evaluation:
         messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
         number = sample_id(task.name, place, len(so_far))
         return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
+
+    def _prompt_tokens(self, task: Task, place: int) -> int:
+        """Tokens of the first turn."""
+        return len(self._request(task, place, []).prompt_ids)
+
+    def _following(self, task: Task, place: int, so_far: list[Generation]) -> Request | None:
+        """The next turn; None behind the last one, and where the next would not fit the target's positions."""
+        if len(so_far) == len(task.prompts[place]):
+            return None
+        request = self._request(task, place, so_far)
+        if self.room is not None and len(request.prompt_ids) > self.room:
+            so_far[-1].finish = "positions"
+            return None
+        return request
 
     def _result(
         self, task: Task, place: int, temperature: float, generations: list[Generation], cost: Cost,

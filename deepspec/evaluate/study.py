@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from deepspec.algorithms.base import DraftModel
+from deepspec.arguments import COUNT, SHARE, TOGETHER, check_distinct
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import Turn
@@ -33,20 +34,26 @@ from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshol
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
+from deepspec.evaluate.measure import bootstrap
 from deepspec.evaluate.profile import profile
 from deepspec.evaluate.report import table
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_json, write_text
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import check_room, fits
 
 SCHEDULER = "expected throughput"
-TOLERANCE = 0.02  # by which the scheduler may fall behind the best fixed length
+SURE = 0.01  # what is said of a ratio is true to so much, with 95 %
 
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What the command line says."""
+    """What the command line says.
+
+    Raises:
+        EvaluationError: a number out of its range, or a concurrency named twice.
+    """
 
     target: str
     draft: str
@@ -57,10 +64,21 @@ class StudyOptions:
     temperature: float = 0.0
     max_new_tokens: int = 256
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
-    repeats: int = 10
+    repeats: int = 10  # of every policy
+    most_repeats: int = 30  # where so few differ too much for a sentence
     threshold: float = 0.5
+    thinking: bool = False
+    system_prompt: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for concurrency in self.concurrency:
+            TOGETHER.check("concurrency", concurrency, EvaluationError)
+        check_distinct("concurrency", self.concurrency, EvaluationError)
+        for key in ("samples", "repeats", "most_repeats"):
+            COUNT.check(key, getattr(self, key), EvaluationError)
+        SHARE.check("threshold", self.threshold, EvaluationError)
 
 
 @dataclass(frozen=True)
@@ -84,7 +102,11 @@ class Bench:
         return time.process_time if alone else time.perf_counter
 
     def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
-        """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them."""
+        """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them.
+
+        Raises:
+            EvaluationError: no turn had a round.
+        """
         count = concurrency + max(24, concurrency)  # short attempts and many: what disturbs one hits its rivals too
         requests = deque(Request(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
         longest = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.slots + 2
@@ -95,11 +117,17 @@ class Bench:
         for _ in decoder.stream(requests):
             if not requests or (turns is not None and len(decoder.clock.turns) >= turns):
                 break
-        return [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+        measured = [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+        if not measured:
+            raise EvaluationError("nothing to measure: every answer was one token", remedy="raise --max-new-tokens")
+        return measured
 
 
 def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[str, Any]]:
-    """Every policy at every concurrency; a row each."""
+    """Every policy at every concurrency; a row each.
+
+    All run ``options.repeats`` times, then those at loads whose ratio is not sure yet, ``most_repeats`` times in all.
+    """
     makers: dict[str, Callable[[], Policy]] = {
         f"fixed {k}": lambda k=k: FixedLength(k)  # type: ignore[misc]
         for k in range(1, bench.slots + 1)
@@ -109,12 +137,18 @@ def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[
         SCHEDULER: lambda: Throughput(costs),
     }
     runs: dict[tuple[int, str], list[list[Turn]]] = {(c, name): [] for c in options.concurrency for name in makers}
-    progress = Progress("policies", options.repeats * len(runs), "turns")
-    for repeat in range(options.repeats):
-        order = list(runs) if repeat % 2 == 0 else list(runs)[::-1]
-        for c, name in order:
+    progress = Progress("policies", None, "turns")
+    unsure = list(options.concurrency)
+    for repeat in range(max(options.repeats, options.most_repeats)):
+        order = [(c, name) for c, name in runs if c in unsure]
+        for c, name in order if repeat % 2 == 0 else order[::-1]:
             runs[c, name].append(bench.run(makers[name](), c, attempt=repeat))
             progress.add(1, len(runs[c, name][-1]))
+        if repeat + 1 >= options.repeats:
+            seen = judge([_row(*key, attempts) for key, attempts in runs.items() if key[0] in unsure])
+            unsure = [finding["concurrency"] for finding in seen if not finding["sure"]]
+        if not unsure:
+            break
     progress.finish()
     return [_row(c, name, attempts) for (c, name), attempts in runs.items()]
 
@@ -135,30 +169,55 @@ def _row(concurrency: int, policy: str, attempts: Sequence[Sequence[Turn]]) -> d
     }
 
 
-def judge(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The bars: the scheduler against the best fixed length at each concurrency, and verified length against load."""
-    bars: dict[str, dict[str, Any]] = {}
-    lengths = []  # of what verifying everything verifies there: the ends of answers cut both, at some loads more often
+def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What is known of the scheduler against the best fixed length, a row a concurrency.
+
+    ``ratio`` of their tokens per second is the mean over attempts, pairs that ran in the same minutes, with its 95 %
+    ``interval``. It is ``sure`` where the interval reaches no further than ``SURE`` to either side, or lies further
+    than that from 1.
+    """
+    findings = []
     for c in dict.fromkeys(row["concurrency"] for row in rows):
         group = [row for row in rows if row["concurrency"] == c]
         best = max(
             (row for row in group if row["policy"].startswith("fixed")), key=lambda row: row["tokens_per_second"]
         )
         own = next(row for row in group if row["policy"] == SCHEDULER)
-        # attempt by attempt, since those two ran in the same minutes; the mean uses all of them, the median one or two
-        ratio = float(np.mean(np.array(own["attempts"]) / np.array(best["attempts"])))
-        bars[f"scheduler_of_best_fixed_at_{c}"] = {
-            "value": round(ratio, 4), "limit": 1 - TOLERANCE, "holds": ratio >= 1 - TOLERANCE, "best": best["policy"],
-        }  # fmt: skip
-        lengths.append(own["verified_per_request"] / max(row["verified_per_request"] for row in group))
-    rise = float(np.max(np.diff(lengths))) if len(lengths) > 1 else 0.0
-    falls = rise <= 0 and (len(lengths) == 1 or lengths[-1] < lengths[0])
-    bars["verified_length_falls_with_load"] = {"value": round(rise, 4), "limit": 0.0, "holds": falls}
-    return bars
+        ratios = np.array(own["attempts"]) / np.array(best["attempts"])
+        interval = bootstrap(ratios, np.ones(len(ratios)), 0)
+        low, high = interval or (0.0, np.inf)
+        narrow = max(high - ratios.mean(), ratios.mean() - low) <= SURE
+        findings.append(
+            {
+                "concurrency": c,
+                "best": best["policy"],
+                "ratio": float(ratios.mean()),
+                "interval": interval,
+                "attempts": len(ratios),
+                "sure": bool(narrow or low > 1 + SURE or high < 1 - SURE),
+            }
+        )
+    return findings
+
+
+def sentence(finding: dict[str, Any]) -> str:
+    """A finding in words; where the attempts differ too much for one, that."""
+    c, best, interval = finding["concurrency"], finding["best"], finding["interval"]
+    where = f"{c} {'request' if c == 1 else 'requests together'}"
+    tried = f"{finding['attempts']} attempts"
+    if interval is None:
+        return f"{where}: one attempt says nothing about the spread."
+    low, high = (f"{100 * (end - 1):+.1f} %" for end in interval)
+    if not finding["sure"]:
+        return f"{where}: the machine was too noisy to tell scheduler and {best} apart ({low} to {high}, {tried})."
+    if interval[0] <= 1 <= interval[1]:
+        return f"{where}: the scheduler is as fast as {best}, the best fixed length ({low} to {high}, {tried})."
+    change = f"{100 * abs(finding['ratio'] - 1):.1f} % {'faster' if finding['ratio'] > 1 else 'slower'}"
+    return f"{where}: the scheduler is {change} than {best}, the best fixed length ({low} to {high}, {tried})."
 
 
 def markdown(study: dict[str, Any]) -> str:
-    """Tables: tokens/s, verified drafted tokens a request and round, accepted length; then the bars."""
+    """Tables: tokens/s, verified drafted tokens a request and round, accepted length; then a sentence a load."""
     rows = study["rows"]
     loads = list(dict.fromkeys(row["concurrency"] for row in rows))
     parts = []
@@ -173,8 +232,7 @@ def markdown(study: dict[str, Any]) -> str:
             values = {row["concurrency"]: row[key] for row in rows if row["policy"] == policy}
             cells.append([policy, *(format(values[c], form) for c in loads)])
         parts.append(f"{title}, by requests decoding together\n\n" + table(["policy", *map(str, loads)], cells))
-    bars = [[name, str(bar["value"]), str(bar["limit"]), str(bar["holds"])] for name, bar in study["bars"].items()]
-    parts.append("Bars\n\n" + table(["bar", "value", "limit", "holds"], bars))
+    parts.append("\n".join(f"- {sentence(finding)}" for finding in study["findings"]))
     return "\n\n".join(parts)
 
 
@@ -224,10 +282,8 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     target = load_target(options.target, dtype, options.device)
     draft = _draft(options, target)
-    renderer = Renderer(load_tokenizer(options.target), target.spec)
-    tasks = load_tasks(options.tasks, options.samples, options.seed)
-    turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
-    prompts = tuple(tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns)
+    renderer = Renderer(load_tokenizer(options.target), target.spec, options.system_prompt, options.thinking)
+    prompts = _prompts(options, renderer, target)
     sts = load_sts(Path(options.draft))
     settings = DecodeSettings(
         options.temperature, options.max_new_tokens, renderer.stop_token_ids, options.seed, confidence_temperatures=sts
@@ -240,7 +296,7 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     costs.save(output / "costs.json")
     rows = compare(bench, costs, options)
     study: dict[str, Any] = {
-        "bars": judge(rows),
+        "findings": judge(rows),
         "rows": rows,
         "costs": {
             "table": {n: [list(map(float, part)) for part in pair] for n, pair in costs.table.items()},
@@ -260,6 +316,19 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     return study
 
 
+def _prompts(options: StudyOptions, renderer: Renderer, target: Target) -> tuple[tuple[int, ...], ...]:
+    """The first turns of all prompts that fit the target's positions."""
+    tasks = load_tasks(options.tasks, options.samples, options.seed)
+    turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
+    prompts = [tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns]
+    kept = tuple(ids for ids in prompts if fits(target.spec.config, len(ids), options.max_new_tokens))
+    if not kept:
+        check_room(target.spec.config, min(map(len, prompts)), options.max_new_tokens, "the shortest prompt")
+    if len(kept) < len(prompts):
+        print(f"left out: {len(prompts) - len(kept)} prompts that do not fit the target's positions", flush=True)
+    return kept
+
+
 def _draft(options: StudyOptions, target: Target) -> DraftModel:
     draft = load_draft(options.draft, target)
     if getattr(draft, "confidence_head", None) is None:
@@ -271,7 +340,15 @@ def _draft(options: StudyOptions, target: Target) -> DraftModel:
 
 
 def main(given: argparse.Namespace, device: str) -> int:
-    """Run the study that the command line of ``deepspec.evaluate`` asks for."""
+    """Run the study that the command line of ``deepspec.evaluate`` asks for.
+
+    Raises:
+        EvaluationError: several temperatures.
+    """
+    if len(given.temperature) > 1:
+        raise EvaluationError(
+            "the study decodes at one temperature", key="--temperature", found=given.temperature, remedy="name one"
+        )
     output = given.output or str(Path(given.draft) / "study")
     study = run_study(
         StudyOptions(
@@ -285,6 +362,8 @@ def main(given: argparse.Namespace, device: str) -> int:
             max_new_tokens=given.max_new_tokens,
             concurrency=tuple(given.concurrency),
             threshold=given.confidence_threshold or StudyOptions.threshold,
+            thinking=given.thinking,
+            system_prompt=given.system_prompt,
             dtype=given.dtype,
             device=device,
         )

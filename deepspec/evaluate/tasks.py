@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deepspec.arguments import COUNT
 from deepspec.data.lines import read_jsonl
 from deepspec.errors import EvaluationError, nearest
 from deepspec.files import sha256_json
@@ -37,9 +38,39 @@ class Task:
         """SHA-256 of the prompts and their places."""
         return sha256_json([[place, list(turns)] for place, turns in self.prompts.items()])
 
+    @property
+    def turns(self) -> int:
+        """The most turns of a prompt."""
+        return max(map(len, self.prompts.values()))
+
     def first_turns(self) -> Task:
         """The same prompts without their later turns."""
         return Task(self.name, {place: turns[:1] for place, turns in self.prompts.items()}, self.source)
+
+
+def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callable[[Task, int], int]) -> Task:
+    """The task without the prompts whose first turn has more than ``room`` tokens; None: there is no limit.
+
+    Args:
+        task: a task.
+        room: the target's positions less the new tokens.
+        max_new_tokens: those.
+        length: tokens of the prompt at a place.
+
+    Raises:
+        EvaluationError: none is left.
+    """
+    if room is None:
+        return task
+    lengths = {place: length(task, place) for place in task.prompts}
+    kept = {place: turns for place, turns in task.prompts.items() if lengths[place] <= room}
+    if not kept:
+        wanted = f"at most {max(room, 0)}: {room + max_new_tokens} positions less {max_new_tokens} new tokens"
+        raise EvaluationError(
+            "no prompt fits the target's positions", file=task.source, key=task.name,
+            found=f"the shortest has {min(lengths.values())} tokens", wanted=wanted, remedy="lower --max-new-tokens",
+        )  # fmt: skip
+    return Task(task.name, kept, task.source)
 
 
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
@@ -51,9 +82,11 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
         seed: which prompts are taken where there are more.
 
     Raises:
-        EvaluationError: an unknown name, a missing file, two tasks of one name, or a malformed line, by its number.
+        EvaluationError: samples below 1, an unknown name, a missing file, two tasks of one name, or a malformed line,
+            by its number.
     """
-    known = _registered()
+    COUNT.check("samples", samples, EvaluationError)
+    known = registered_tasks()
     tasks: list[Task] = []
     for name in names or list(known):
         path = Path(name)
@@ -61,11 +94,11 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
             files = sorted(path.glob("*.jsonl"))
             if not files:
                 raise EvaluationError("no task file", file=path, wanted="*.jsonl files")
-            tasks += [_local(file, samples or known.get(file.stem, {}).get("samples"), seed) for file in files]
+            tasks += [_local(file, _count(samples, file.stem, known), seed) for file in files]
         elif path.suffix == ".jsonl":
-            tasks.append(_local(path, samples or known.get(path.stem, {}).get("samples"), seed))
+            tasks.append(_local(path, _count(samples, path.stem, known), seed))
         elif name in known:
-            tasks.append(_from_hub(name, known[name], samples or known[name]["samples"], seed))
+            tasks.append(_from_hub(name, known[name], _count(samples, name, known), seed))
         else:
             raise EvaluationError("unknown task", found=name, remedy=f"{nearest(name, known)}, or name a .jsonl file")
     sources: dict[str, str] = {}
@@ -82,7 +115,7 @@ def missing_tasks(names: Sequence[str]) -> dict[str, str]:
 
     A folder with none of the registered tasks is somebody's own and lacks nothing.
     """
-    known = _registered()
+    known = registered_tasks()
     missing: dict[str, str] = {}
     for folder in (Path(name) for name in names if Path(name).is_dir()):
         there = {file.stem for file in folder.glob("*.jsonl")}
@@ -92,9 +125,15 @@ def missing_tasks(names: Sequence[str]) -> dict[str, str]:
     return {name: folder for name, folder in missing.items() if name not in given}
 
 
-def _registered() -> dict[str, dict[str, Any]]:
+def registered_tasks() -> dict[str, dict[str, Any]]:
+    """The rows of tasks.yaml, by name."""
     known: dict[str, dict[str, Any]] = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
     return known
+
+
+def _count(samples: int | None, name: str, known: dict[str, dict[str, Any]]) -> int | None:
+    """As many prompts as are asked for, else the task's own number; None: all."""
+    return known.get(name, {}).get("samples") if samples is None else samples
 
 
 def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:
@@ -121,7 +160,7 @@ def _turns(path: Path, number: int, row: Any) -> tuple[str, ...]:
     return tuple(turns)
 
 
-def _from_hub(name: str, row: dict[str, Any], samples: int, seed: int) -> Task:
+def _from_hub(name: str, row: dict[str, Any], samples: int | None, seed: int) -> Task:
     try:
         rows = [turns_of(row, item) for item in _hub_rows(row)]
     except (OSError, ValueError, ConnectionError) as problem:

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from deepspec.export.parts import Draft, Format
+from deepspec.metrics import length_text
 
 
 def model_card(
@@ -93,12 +94,9 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
 def _measured(results: Mapping[str, Any]) -> str:
     rows = []
     for row in results["summaries"]:
-        low, high = row["interval"]
         equal = "" if row.get("equal_to_plain") is None else f"{row['equal_to_plain']:.0%}"
-        length = f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})"
-        rows.append(
-            (row["task"], f"{row['temperature']:g}", length, f"{row['verify_rate']:.0%}", equal, row["prompts"])
-        )
+        rate = "" if row["verify_rate"] is None else f"{row['verify_rate']:.0%}"
+        rows.append((row["task"], f"{row['temperature']:g}", length_text(row), rate, equal, row["prompts"]))
     table = _table(
         ("task", "T", "accepted length (95 %)", "accepted/verified", "greedy text equal to the target's", "prompts"),
         rows,

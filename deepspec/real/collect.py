@@ -67,7 +67,7 @@ def _ablations() -> dict[str, Any]:
         "ablation": measured,
         "training": _trainings({name: root / name / "run" for name in ablation.VARIANTS}),
     }
-    for key, path in (("sts", root / ablation.BASE / "draft" / "sts.json"), ("scheduler", ablation.STUDY)):
+    for key, path in (("sts", ablation.CALIBRATION), ("scheduler", ablation.STUDY)):
         if path.exists():
             found[key] = read_json(path)
     return found

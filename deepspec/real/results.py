@@ -8,7 +8,9 @@ from typing import Any
 
 from deepspec.errors import DeepSpecError
 from deepspec.evaluate.calibration import mean_ece
+from deepspec.evaluate.study import sentence
 from deepspec.files import write_text
+from deepspec.metrics import length_text
 from deepspec.real import ablation
 from deepspec.real.collect import gather
 from deepspec.real.plan import EVALUATIONS, recipe_of
@@ -72,10 +74,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def length(row: Row | None) -> str:
     """Accepted length with its interval."""
-    if row is None:
-        return NOT_RUN
-    low, high = row["interval"]
-    return f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})"
+    return NOT_RUN if row is None else length_text(row)
 
 
 def pick(evaluation: Row | None, temperature: float, task: str | None = None) -> Row | None:
@@ -212,9 +211,13 @@ def calibration(sts: Row | None) -> str:
     rows.append(["mean", "", f"{mean_ece(sts['before']):.2%}", f"{mean_ece(sts['after']):.2%}"])
     fitted, assessed = sts["rounds"]["fitted"], sts["rounds"]["assessed"]
     text = (
-        f"The base at T={sts['sampling_temperature']:g}, fitted on {fitted:,} rounds, assessed on {assessed:,} others:"
+        f"The base at T={sts['sampling_temperature']:g}, fitted on {fitted:,} rounds, assessed on {assessed:,} others"
     )
-    return text + "\n\n" + table(["position", "temperature", "ECE before", "after"], rows)
+    if "fitted_ece" in sts:  # measurements of before have none
+        own = sts["fitted_ece"]
+        text += f" (mean on those fitted: {own['before']:.2%} before, {own['after']:.2%} after)"
+    tables = text + "\n\n" + table(["position", "temperature", "ECE before", "after"], rows)
+    return tables if sts.get("saved", True) else tables + "\n\nThe fit makes it worse, and is not used."
 
 
 def scheduler(study: Row | None) -> str:
@@ -222,10 +225,10 @@ def scheduler(study: Row | None) -> str:
     rows = study.get("rows") if study else None
     if not rows:
         return NOT_RUN
+    said = "".join(f"\n- {sentence(finding)}" for finding in study.get("findings", ()))  # type: ignore[union-attr]
     head = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
-    return table(
-        head, [[f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in head] for row in rows]
-    )
+    cells = [[f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in head] for row in rows]
+    return table(head, cells) + (f"\n{said}" if said else "")
 
 
 def provenance_text(measured: Row) -> str:

@@ -13,10 +13,11 @@ from deepspec.cache.forward import load_renderer
 from deepspec.cache.reader import Sample
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.distributed import World
+from deepspec.distributed import World, world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
 from deepspec.targets import Target, TargetEnds
+from deepspec.targets.positions import check_room, fits
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
 from deepspec.training.sources import FeatureSource, collate
@@ -42,7 +43,17 @@ class HeldOut:
             self.target = cast(Target, target)
             self.stops = load_renderer(recipe, target.spec).stop_token_ids
             count = min(section.decode_prompts, len(source.lengths))
-            self.prompts = [_prompt(sample) for sample in source.load(range(count))]
+            self.prompts = self._fitting([_prompt(sample) for sample in source.load(range(count))])
+
+    def _fitting(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The prompts that fit the target's positions with the new tokens; how many do not is said once."""
+        config, new = self.target.spec.config, self.section.max_new_tokens  # type: ignore[union-attr]
+        kept = [prompt for prompt in prompts if fits(config, len(prompt), new)]
+        if not kept:
+            check_room(config, min(map(len, prompts)), new, "train.validation.max_new_tokens")
+        if len(kept) < len(prompts) and world_from_environment().is_main:
+            print(f"validation: {len(prompts) - len(kept)} prompts do not fit the target's positions and are left out")
+        return kept
 
     def _cut(self, world: World) -> list[list[int]]:
         """Micro-batches for all ranks; at least one for each."""
@@ -71,7 +82,10 @@ class HeldOut:
         every = self.section.decode_every or 1
         if step % every:
             return values, None
-        accepted = self._decode(engine, self.target)
+        committed, rounds = self._decode(engine, self.target)
+        if not rounds:  # every answer was its first token: there is no accepted length, and no score
+            return values | {"decoded_rounds": 0}, None
+        accepted = committed / rounds
         return values | {"accepted_length": accepted}, accepted
 
     def _losses(self, engine: Engine) -> dict[str, Any]:
@@ -92,8 +106,8 @@ class HeldOut:
         values = meter.take()
         return {"loss": sum(factor * values[name] for name, factor in coefficients.items()), **values}
 
-    def _decode(self, engine: Engine, target: Target) -> float:
-        """Mean accepted length (the bonus token included) of greedy decoding with the weights of now."""
+    def _decode(self, engine: Engine, target: Target) -> tuple[float, float]:
+        """Tokens committed (the bonus tokens included) and rounds of greedy decoding with the weights of now."""
         draft = self.recipe.draft
         with engine.whole_model() as live:
             weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}
@@ -113,7 +127,7 @@ class HeldOut:
             lengths = [length for one in done for length in one.acceptance_lengths]
             counts = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64)
         committed, rounds = engine.sum(counts).tolist()
-        return committed / max(rounds, 1.0)
+        return committed, rounds
 
 
 def _prompt(sample: Sample) -> list[int]:

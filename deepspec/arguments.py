@@ -1,0 +1,91 @@
+"""Numbers on command lines and in settings: the ranges they must lie in, and a parser whose mistakes are one line.
+
+A range is written once and used twice: as the ``type=`` of an argument, and to check a setting that came from code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn
+
+from deepspec.errors import DeepSpecError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may take; called with text, it reads one.
+
+    Args:
+        kind: int or float.
+        holds: whether a finite number lies inside.
+        wanted: the same in words.
+    """
+
+    kind: type[int] | type[float]
+    holds: Callable[[float], bool]
+    wanted: str
+
+    def __call__(self, text: str) -> int | float:
+        """Read an argument; argparse names the flag.
+
+        Raises:
+            argparse.ArgumentTypeError: not a number, or outside.
+        """
+        try:
+            value = self.kind(text) + 0  # -0.0 is 0.0
+        except ValueError:
+            value = math.nan
+        if not self.fits(value):
+            raise argparse.ArgumentTypeError(f"found {text!r}; wanted {self.wanted}")
+        return value
+
+    def fits(self, value: float) -> bool:
+        """Whether ``value`` is a finite number inside; never for NaN and infinities."""
+        return math.isfinite(value) and self.holds(value)
+
+    def check(self, key: str, value: float | None, error: type[DeepSpecError]) -> None:
+        """Refuse a setting outside; None is a setting that was not given.
+
+        Raises:
+            DeepSpecError: of type ``error``, naming key and value.
+        """
+        if value is not None and not self.fits(value):
+            raise error("out of range", key=key, found=value, wanted=self.wanted)
+
+
+MOST = 2**31 - 1  # of anything counted
+COUNT = Range(int, lambda value: 1 <= value <= MOST, "a whole number, 1 or more")
+COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "a whole number, 0 or more")
+TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")  # requests at a time
+SEED = Range(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+SHARE = Range(float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
+SHARE_BELOW_ONE = Range(float, lambda value: 0 <= value < 1, "a share, 0 to below 1")
+POSITIVE = Range(float, lambda value: value > 0, "a number above 0")
+NOT_NEGATIVE = Range(float, lambda value: value >= 0, "a number, 0 or more")
+# Below .01 the division makes every logit an infinity in some dtype; above 100 all tokens are alike.
+TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 (greedy), or 0.01 to 100")
+
+
+def check_distinct(key: str, values: Sequence[float], error: type[DeepSpecError]) -> None:
+    """Refuse an empty list and a value that is named twice: it would be run once, or its rows counted twice.
+
+    Raises:
+        DeepSpecError: of type ``error``.
+    """
+    if not values or len(set(values)) < len(values):
+        raise error("named twice" if values else "nothing named", key=key, found=list(values), wanted="each value once")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser that refuses in one line, as every other error of a command does."""
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            DeepSpecError: always; :func:`deepspec.errors.run_main` prints it.
+        """
+        raise DeepSpecError(message, remedy=f"see {self.prog} --help")
