@@ -84,6 +84,9 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
     if settings.get("bf16", {}).get("enabled"):
         # without it deepspeed 0.19's stage 1 adds the gradients of earlier micro-batches once more at each later one
         settings["bf16"]["immediate_grad_update"] = True
+        # by itself DeepSpeed casts parameters alone: one fp32 buffer (Gemma4's layer scalars) makes every hidden state
+        # behind it fp32. Rotary tables are no buffers here and stay fp32
+        settings["data_types"] = {**settings.get("data_types", {}), "buffer_dtype": "bf16"}
     zero = settings.get("zero_optimization", {})
     if not torch.cuda.is_available():
         for part in ("offload_optimizer", "offload_param"):
