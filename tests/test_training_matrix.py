@@ -111,14 +111,24 @@ def test_the_quick_slice_meets_every_algorithm_family_precision_and_stage() -> N
     assert {one[0] for one in QUICK if one[1:3] == ("gemma4", "bf16")} == set(ALGORITHMS)
 
 
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{algorithm: (algorithm, {}) for algorithm in ALGORITHMS},
+    "gated": ("dspark", {"markov_head": "gated"}),
+    "rnn": ("dspark", {"markov_head": "rnn", "confidence_with_markov": False}),
+    "reduced": ("dspark", {"draft_vocab_size": 20, "sample_from_anchor": False}),
+    "reduced-eagle3": ("eagle3", {"draft_vocab_size": 20}),
+}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_no_tensor_of_a_bf16_draft_becomes_wider(algorithm: str, family: str) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_tensor_of_a_bf16_draft_becomes_wider(variant: str, family: str) -> None:
     """One fp32 scalar in a forward makes every hidden state behind it fp32: half the speed, or an error."""
     target = tiny_target(family)
     target.model.to(torch.bfloat16)
     target = Target(target.model, target.spec)
-    draft = tiny_draft(algorithm, tiny_target(family)).to(torch.bfloat16)
+    algorithm, changes = VARIANTS[variant]
+    draft = tiny_draft(algorithm, tiny_target(family), **changes).to(torch.bfloat16)
     draft.attach(target.embed_weight, target.head_weight)
     seen: dict[str, torch.dtype] = {}
     for name, module in draft.named_modules():
