@@ -6,6 +6,7 @@ from both distributions, materialised.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def plain_block_loss(model: Any, batch: Batch) -> Tensor:
     hidden = model.train_slots(batch.features, batch.input_ids, anchors[None], S)[0]  # [N, K, D]
     positions = (anchors[:, None] + torch.arange(K)).clamp_max(S - 1)
     labels = batch.input_ids[0, (positions + 1).clamp_max(S - 1)]
-    weights = torch.exp(-torch.arange(K) / config.loss_decay_gamma).expand_as(labels) * supervised
+    weights = torch.exp(-torch.arange(K) / (config.loss_decay_gamma or math.inf)).expand_as(labels) * supervised
     logits = model.frozen.logits(hidden)
     embedded = None
     if model.markov_head is not None:

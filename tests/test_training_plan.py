@@ -188,7 +188,10 @@ def test_a_key_of_the_recipe_in_the_json_is_an_error(tmp_path: Path, key: str) -
 
 
 def test_bad_configurations_are_named(tmp_path: Path) -> None:
-    for text, words in (("{", "not a JSON"), ("[]", "not a DeepSpeed"), ('{"fp16": {"enabled": true}}', "fp16")):
+    wrong = {"{": "not a JSON", "[]": "not a DeepSpeed", '{"fp16": {"enabled": true}}': "fp16"}
+    wrong |= {'{"data_types": {"buffer_dtype": "fp32"}}': "data_types.buffer_dtype: weights and buffers"}
+    wrong |= {'{"data_types": {"keep_in_fp32_modules": ["norm"]}}': "data_types.keep_in_fp32_modules: weights and"}
+    for text, words in wrong.items():
         (tmp_path / "c.json").write_text(text)
         with pytest.raises(RecipeError, match=words):
             deepspeed_settings(TrainSection(deepspeed=str(tmp_path / "c.json")), 1)

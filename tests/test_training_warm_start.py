@@ -65,6 +65,20 @@ def test_eagle3_reads_its_hidden_half_as_the_target_does(tmp_path: Path) -> None
     assert torch.equal(draft.fc.weight, expected)
 
 
+@pytest.mark.parametrize("algorithm", ["dflash", "dspark", "eagle3"])
+def test_a_layers_buffers_are_copied_too(tmp_path: Path, algorithm: str) -> None:
+    """Gemma4 ends each layer by its scalar: a copy without it is another layer."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(tiny_config("gemma4"))
+    model.model.layers[LAYERS - 1].layer_scalar.fill_(0.375)
+    model.save_pretrained(tmp_path)
+    target = load_target(tmp_path, torch.float32)
+    draft = tiny_draft(algorithm, target, num_layers=1)
+    warm_start(draft, target.spec, section(tmp_path))
+    assert draft.layers[0].layer_scalar.tolist() == [0.375]
+    assert torch.equal(draft.layers[0].mlp.up_proj.weight, model.model.layers[LAYERS - 1].mlp.up_proj.weight)
+
+
 def test_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
     target = saved(tmp_path, "llama")
     path = tmp_path / "model.safetensors"

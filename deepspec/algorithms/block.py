@@ -11,6 +11,7 @@ P distinct target positions of those slots.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +58,11 @@ class BlockPlan:
     rows: HeadRows  # without labels yet: they need the tokens
 
     @staticmethod
-    def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float) -> BlockPlan:
-        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the whole run a+1..a+k+1 (a prefix)."""
+    def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float | None) -> BlockPlan:
+        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the whole run a+1..a+k+1 (a prefix).
+
+        Slot k weighs exp(-k / gamma); every slot 1 where ``gamma`` is None.
+        """
         mask = supervision.loss_mask.bool()
         B, S = mask.shape
         N = max((len(a) for a in anchors), default=0)
@@ -75,7 +79,7 @@ class BlockPlan:
         label, order = label.sort(stable=True)
         slot_R = slot_R[order]
         position_P, position_R = torch.unique_consecutive(label - 1, return_inverse=True)
-        weight_R = torch.exp(-(slot_R % block_size).double() / gamma).float()
+        weight_R = torch.exp(-(slot_R % block_size).double() / (math.inf if gamma is None else gamma)).float()
         return BlockPlan(anchor_BN, slot_R, position_P, label, HeadRows.plan(position_R, weight_R))
 
     @property

@@ -41,14 +41,15 @@ class DFlashConfig:
     num_layers: int = 5
     block_size: int = 7
     num_anchors: int = 512
-    loss_decay_gamma: float = 4.0  # draft k of a block weighs exp(-k / gamma)
+    loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
     draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
 
     def __post_init__(self) -> None:
         for key in ("num_layers", "block_size", "num_anchors"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        require(self.loss_decay_gamma > 0, "loss_decay_gamma", self.loss_decay_gamma, "above 0")
+        gamma = self.loss_decay_gamma
+        require(gamma is None or gamma > 0, "loss_decay_gamma", gamma, "above 0, or null for no decay")
         require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
         require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
 
@@ -184,7 +185,7 @@ class DFlash(Algorithm):
         return False
 
     def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
-        """Sum of exp(-k / gamma) over the supervised slots."""
+        """Sum of the supervised slots' weights: exp(-k / gamma), or 1 where gamma is None."""
         anchors = draw_anchors(supervision, config.num_anchors)
         return BlockPlan.make(supervision, anchors, config.max_draft, config.loss_decay_gamma).weight
 

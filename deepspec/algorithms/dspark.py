@@ -2,8 +2,9 @@
 
     loss = ce * CE + l1 * ||p_draft - p_target||_1 + confidence * BCE(confidence, c*),   c* = 1 - L1 / 2
 
-each a mean over the supervised slots with weights exp(-k / gamma). The sequential head makes the parallel slots agree
-with one another; the confidence head predicts each slot's acceptance, which the prefix scheduler uses.
+each a mean over the supervised slots with weights exp(-k / gamma), or 1 without a gamma. The sequential head makes the
+parallel slots agree with one another; the confidence head predicts each slot's acceptance, which the prefix scheduler
+uses.
 """
 
 from __future__ import annotations

@@ -35,6 +35,12 @@ RECORD = np.dtype(
     + [(name, "<u8") for name in ("input_ids", "attention_mask", "loss_mask", "features", "last_hidden")]
 )
 INDEX = "samples.idx"
+SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the published reader wants ids without gaps
+EAGLE3_CAUTION = (  # of every export: a cache keeps the rows alone that a loss of ours reads
+    "the published Eagle3 compares with the target at the last token of every answer and at the one behind it too (its"
+    " mask is off by two); this cache does not keep those two rows, they are written as zeros, and its loss differs"
+    " (13.417 for 13.403 on one batch); the published DFlash and DSpark do not read them"
+)
 FACTS = {"version": 2, "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 
 
@@ -55,6 +61,7 @@ class PublishedCache:
             self.shards = [self._map(self.folder / shard["file_name"]) for shard in self.manifest["shards"]]
         except OSError as problem:
             raise CacheError(f"cannot read ({problem.strerror})", file=problem.filename or self.folder) from None
+        self.sample_ids = self._read_sample_ids()
         if len(self.index) != int(self.manifest["num_samples"]):
             raise CacheError(
                 "index does not fit the manifest",
@@ -62,6 +69,19 @@ class PublishedCache:
                 found=f"{len(self.index)} records",
                 wanted=self.manifest["num_samples"],
             )
+
+    def _read_sample_ids(self) -> NDArray[np.int64]:
+        """[N] ids of our samples where we exported the cache, else the index's own."""
+        path = self.folder / SAMPLE_IDS
+        if not path.exists():
+            return self.index["sample"].astype(np.int64)
+        try:
+            ids: NDArray[np.int64] = np.load(path)
+        except (OSError, ValueError) as problem:
+            raise CacheError(f"cannot read ({problem})", file=path, remedy="export the cache again") from None
+        if ids.shape != self.index.shape:
+            raise CacheError("does not fit the index", file=path, found=ids.shape, wanted=self.index.shape)
+        return ids
 
     def _read_manifest(self) -> dict[str, Any]:
         path = self.folder / "manifest.json"
@@ -108,7 +128,7 @@ class PublishedCache:
             chosen = next_supervised(parts["loss_mask"], lengths)
             rows = [self._tensor(n, "last_hidden", "<u2", self.hidden_size) for n in numbers]
             last = np.concatenate(rows)[chosen]
-        names = [str(int(self.index[n]["sample"])) for n in numbers]
+        names = [str(int(self.sample_ids[n])) for n in numbers]
         return Block(list(numbers), names, lengths, parts["input_ids"], parts["loss_mask"], parts["features"], last)
 
 
@@ -171,7 +191,8 @@ def export_published(
 ) -> int:
     """Write a cache in the published form, for the published training code; returns the number of samples.
 
-    ``target_last_hidden_states`` is zero where the next token is not supervised: no loss reads it there.
+    Samples are numbered by their place, as its reader asserts; our ids stand in a file beside the index.
+    ``target_last_hidden_states`` is zero where the next token is not supervised: see EAGLE3_CAUTION.
 
     Raises:
         CacheError: a cache without last_hidden or of another dtype, layers that do not ascend, or ``output`` is not
@@ -193,6 +214,9 @@ def export_published(
             report(number + 1, len(cache))
     with open(folder / INDEX, "wb") as handle:
         records.tofile(handle)
+        os.fsync(handle.fileno())
+    with open(folder / SAMPLE_IDS, "wb") as handle:
+        np.save(handle, cache.sample_ids)
         os.fsync(handle.fileno())
     sync_folder(folder)
     write_json(folder / "manifest.json", _published_manifest(cache, shards))
@@ -234,7 +258,7 @@ def _export_sample(cache: TargetCache, number: int, shard: int, file: BinaryIO) 
     for tensor in tensors:
         offsets.append(file.tell())
         file.write(np.ascontiguousarray(tensor).data)
-    return (sample.sample_id, shard, len(sample.input_ids), *offsets)
+    return (number, shard, len(sample.input_ids), *offsets)
 
 
 def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dict[str, Any]:
@@ -252,4 +276,5 @@ def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dic
         "max_length": mark["max_length"],
         "min_loss_tokens": mark["min_supervised"],
         "deepspec_levels": mark["levels"],
+        "deepspec_caution": EAGLE3_CAUTION,
     }

@@ -49,19 +49,19 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
             states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
             return dict(states["module"])
         if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-            return weights | _read_buffers(folder)
+            return weights | read_buffers(folder)
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         with contextlib.redirect_stdout(io.StringIO()):
             state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        return {name: tensor.clone() for name, tensor in state.items()} | _read_buffers(folder)
+        return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
     except (OSError, RuntimeError, KeyError, ValueError) as problem:
         line = (str(problem).strip() or repr(problem)).splitlines()[0]
         raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
 
 
-def _read_buffers(folder: Path) -> dict[str, Tensor]:
-    """The module's buffers in their own dtypes (DeepSpeed's tool turns them into fp32)."""
+def read_buffers(folder: Path) -> dict[str, Tensor]:
+    """The module's buffers of a checkpoint in their own dtypes (DeepSpeed's tool turns them into fp32)."""
     path = next(folder.glob("*mp_rank_00_model_states.pt"))
     states = torch.load(path, map_location="cpu", weights_only=False)
     return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}

@@ -11,7 +11,7 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -161,6 +161,12 @@ class Engine:
         self.engine.global_steps = steps
         self.engine.micro_steps = steps * self.accumulation
         self.engine.global_samples = steps * self.train.global_batch
+
+    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite the module's buffers by name: a Universal Checkpoint holds none (a reduced vocabulary is one)."""
+        own = dict(self.model.named_buffers())
+        for name, value in values.items():
+            own[name].copy_(value)
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

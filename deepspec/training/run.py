@@ -17,6 +17,7 @@ from deepspec import registry
 from deepspec.data.identity import target_fields
 from deepspec.distributed import World, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
+from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
 from deepspec.recipe import Recipe, load_recipe
 from deepspec.targets import Target, TargetEnds, load_spec, load_target, load_target_ends
@@ -251,6 +252,8 @@ def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
             to_universal(start.folder, kept.folder / name)
         engine.barrier()
     engine.load(kept.folder, name, start.step)
+    if start.universal:
+        engine.set_buffers(read_buffers(start.folder))
     engine.barrier()
     if start.universal and engine.world.is_main:
         kept.clean()

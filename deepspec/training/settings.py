@@ -62,7 +62,8 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
     """The whole DeepSpeed configuration of a run.
 
     Raises:
-        RecipeError: the JSON file is missing or broken, names a key that belongs to the recipe, or asks for fp16.
+        RecipeError: the JSON file is missing or broken, names a key that belongs to the recipe, or asks for fp16 or for
+            two precisions in one draft.
     """
     path = Path(train.deepspeed)
     settings = read_json(path, RecipeError, remedy="train.deepspeed names a file of deepspeed_configs/")
@@ -73,6 +74,12 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
             raise RecipeError("belongs to the recipe", file=path, key=key, remedy=f"remove it and set {owner}")
     if settings.get("fp16", {}).get("enabled"):
         raise RecipeError("fp16 is not supported", file=path, key="fp16", remedy="use bf16, or neither for fp32")
+    for key in ("buffer_dtype", "keep_in_fp32_modules"):
+        if key in settings.get("data_types", {}):
+            raise RecipeError(
+                "weights and buffers of a draft have one precision", file=path, key=f"data_types.{key}",
+                remedy="remove it; norms, softmaxes, losses and rotary tables are fp32 in any case",
+            )  # fmt: skip
     settings |= {
         "train_batch_size": train.global_batch,
         "train_micro_batch_size_per_gpu": _counted_micro_batch(train),
@@ -84,6 +91,9 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
     if settings.get("bf16", {}).get("enabled"):
         # without it deepspeed 0.19's stage 1 adds the gradients of earlier micro-batches once more at each later one
         settings["bf16"]["immediate_grad_update"] = True
+        # by itself DeepSpeed casts parameters alone: one fp32 buffer (Gemma4's layer scalars) makes every hidden state
+        # behind it fp32. Rotary tables are no buffers here and stay fp32
+        settings["data_types"] = {**settings.get("data_types", {}), "buffer_dtype": "bf16"}
     zero = settings.get("zero_optimization", {})
     if not torch.cuda.is_available():
         for part in ("offload_optimizer", "offload_param"):

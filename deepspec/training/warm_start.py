@@ -41,7 +41,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     files, prefix = stored.found, stored.weight_name(stored.ends()[0]).removesuffix("embed_tokens.weight")
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
-        for name, weight in layer.named_parameters():
+        for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
             _copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}", section.path)
     _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
     if (norm := getattr(model, "hidden_norm", None)) is not None:
