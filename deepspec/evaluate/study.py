@@ -37,7 +37,8 @@ from deepspec.evaluate.profile import profile
 from deepspec.evaluate.report import table
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
-from deepspec.files import write_json, write_text
+from deepspec.files import temporary_file, write_json, write_text
+from deepspec.locks import one_writer
 from deepspec.targets import Target, load_target, load_tokenizer
 
 SCHEDULER = "expected throughput"
@@ -61,6 +62,7 @@ class StudyOptions:
     threshold: float = 0.5
     dtype: str = "auto"
     device: str = "cpu"
+    revision: str | None = None  # of a target of the hub
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ def plot(study: dict[str, Any], output: Path) -> None:
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if x == "concurrency" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-        picture.savefig(output / name, dpi=110)
+        _save(picture, output / name)
         pyplot.close(picture)
 
     load = "requests decoding together"
@@ -211,20 +213,30 @@ def plot(study: dict[str, Any], output: Path) -> None:
     axes.set(xlabel="tokens of a verify step", ylabel="steps/s", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    picture.savefig(output / "costs.png", dpi=110)
+    _save(picture, output / "costs.png")
     pyplot.close(picture)
+
+
+def _save(picture: Any, path: Path) -> None:
+    with temporary_file(path) as temporary:
+        picture.savefig(temporary, format="png", dpi=110)
 
 
 def run_study(options: StudyOptions) -> dict[str, Any]:
     """Profile, compare, and write ``costs.json``, ``study.json``, ``study.md`` and the plots into the output folder.
 
     Raises:
-        EvaluationError: the draft has no confidence head, or there are no prompts.
+        EvaluationError: the draft has no confidence head, there are no prompts, or another process works in the folder.
     """
+    with one_writer(options.output, "study", EvaluationError):
+        return _run_study(options)
+
+
+def _run_study(options: StudyOptions) -> dict[str, Any]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    target = load_target(options.target, dtype, options.device)
+    target = load_target(options.target, dtype, options.device, options.revision)
     draft = _draft(options, target)
-    renderer = Renderer(load_tokenizer(options.target), target.spec)
+    renderer = Renderer(load_tokenizer(options.target, options.revision), target.spec)
     tasks = load_tasks(options.tasks, options.samples, options.seed)
     turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
     prompts = tuple(tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns)
@@ -236,7 +248,6 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     bench.run(FixedLength(), options.concurrency[0], turns=8)  # the first forwards of a process are not like the others
     costs = profile(bench, options.concurrency)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     costs.save(output / "costs.json")
     rows = compare(bench, costs, options)
     study: dict[str, Any] = {
@@ -276,6 +287,7 @@ def main(given: argparse.Namespace, device: str) -> int:
     study = run_study(
         StudyOptions(
             target=given.target,
+            revision=given.revision,
             draft=given.draft,
             output=output,
             tasks=tuple(name for name in given.tasks.split(",") if name),
