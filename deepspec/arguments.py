@@ -44,7 +44,10 @@ class Range:
 
     def fits(self, value: float) -> bool:
         """Whether ``value`` is a finite number inside; never for NaN and infinities."""
-        return math.isfinite(value) and self.holds(value)
+        try:
+            return math.isfinite(value) and self.holds(value)
+        except OverflowError:  # a whole number of hundreds of digits
+            return False
 
     def check(self, key: str, value: float | None, error: type[DeepSpecError]) -> None:
         """Refuse a setting outside; None is a setting that was not given.

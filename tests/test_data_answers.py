@@ -10,6 +10,7 @@ from typing import Any
 import data_tools as tools
 import pytest
 from test_data_regenerate import FaultyServer, renderer, server_engine
+from transformers import PretrainedConfig
 
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations, write_conversations
@@ -130,9 +131,15 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalEngine]:
 
     def make(made: Renderer, ids: list[int], reason: str) -> LocalEngine:
         monkeypatch.setattr("deepspec.data.regenerate.LocalSampler", lambda *args: Writer(ids, reason))
-        return LocalEngine(None, made, SECTION, 0, 8)
+        return LocalEngine(Positionless(), made, SECTION, 0, 8)
 
     return make
+
+
+class Positionless:
+    """A model of which only the config is asked: it states no positions."""
+
+    config = PretrainedConfig()
 
 
 class Writer:

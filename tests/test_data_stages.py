@@ -48,6 +48,7 @@ def test_prompt_ids_agree_in_all_four_stages(
         "algorithm": "eagle3",
         "target": {"path": str(target_folder), "layers": [0], "dtype": "float32"},
         "data": {"thinking": thinking, "system_prompt": system_prompt, "min_supervised": 1},
+        "regenerate": {"max_tokens": 4},
     }
     recipe = recipe_from_dict(values)
     prompts, answers = tmp_path / "p.jsonl", tmp_path / "a.jsonl"

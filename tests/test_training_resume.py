@@ -153,7 +153,6 @@ def test_checkpoints_hold_no_frozen_weights(finished: Path) -> None:
 
 REFUSED = {
     "train.global_batch=8": "train.global_batch",
-    "train.micro_batch=2": "train.micro_batch",
     "seed=4": "seed",
     "draft.num_anchors=8": "draft.num_anchors",
     "train.lr=1.0e-4": "--accept-changes",

@@ -47,6 +47,7 @@ class LocalEngine:
 
     def __init__(self, model: Any, renderer: Renderer, sampling: Sampling, seed: int, batch_size: int) -> None:
         self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
+        self.most_new_tokens = sampling.max_tokens
         self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
         self.chunk = 8 * batch_size  # enough that prompts of like length find each other
 
@@ -66,7 +67,7 @@ class LocalEngine:
             for dialogue in waiting:
                 try:
                     ids = self.renderer.prompt(dialogue.messages, dialogue.tools)
-                    check_room(self.config, len(ids), self.sampler.sampling.max_tokens, dialogue.key)
+                    check_room(self.config, len(ids), self.most_new_tokens, dialogue.key)
                 except DataError as problem:
                     yield Outcome(dialogue, str(problem))
                     continue

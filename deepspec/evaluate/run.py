@@ -118,7 +118,9 @@ class Evaluation:
         self.too_long = {
             task.name: len(task.prompts) - len(kept.prompts) for task, kept in zip(tasks, self.tasks, strict=True)
         }
-        self.rows = min(options.batch_size, max(len(task.prompts) for task in self.tasks))  # more would stay empty
+        self.rows = min(
+            options.batch_size, max((len(task.prompts) for task in self.tasks), default=1)
+        )  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
         if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
             raise EvaluationError(
