@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+import torch.distributed as dist
+
+from deepspec.errors import DeepSpecError, system_error
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,33 @@ def world_from_environment() -> World:
             number = int(os.environ[rank])
             return World(number, int(os.environ[size]), int(os.environ.get(local, number)))
     return World()
+
+
+def together(world: World, work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; where it fails on any, all end, and rank 0 tells why once.
+
+    Raises:
+        DeepSpecError: on rank 0; the other ranks exit with code 1 and say nothing twice.
+    """
+    built: T | None = None
+    error: DeepSpecError | None = None
+    try:
+        built = work()
+    except DeepSpecError as problem:
+        error = problem
+    except OSError as problem:
+        error = system_error(problem)
+    errors = [error]
+    if world.size > 1:
+        texts: list[str | None] = [None] * world.size
+        dist.all_gather_object(texts, None if error is None else str(error))
+        errors = [None if text is None else DeepSpecError(text) for text in texts]
+    failed = next((one for one in errors if one is not None), None)
+    if failed is None:
+        return built  # type: ignore[return-value]
+    if world.is_main:
+        raise failed
+    sys.exit(1)
 
 
 def pick_device(local_rank: int = 0) -> torch.device:

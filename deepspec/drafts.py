@@ -8,7 +8,6 @@ An imported draft may have trained its own: its config then says ``own_embedding
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,15 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
 from deepspec.errors import DraftError, RecipeError
-from deepspec.files import read_json, sha256_file, sha256_json, sync_folder, write_json, write_text
+from deepspec.files import (
+    read_json,
+    sha256_file,
+    sha256_json,
+    temporary_file,
+    undone_on_error,
+    write_json,
+    write_text,
+)
 from deepspec.targets import Target, TargetSpec
 from deepspec.targets.load import check_rope, family_of
 
@@ -55,12 +62,13 @@ def save_draft(
     folder = Path(folder)
     if (folder / "provenance.json").exists():
         raise DraftError("already holds a draft", file=folder, remedy="name another folder, or remove this one")
-    folder.mkdir(parents=True, exist_ok=True)
-    _write_weights(folder, state, shard_bytes)
-    write_json(folder / "config.json", dict(config))
-    if recipe_text is not None:
-        write_text(folder / "recipe.yaml", recipe_text)
-    write_json(folder / "provenance.json", dict(provenance))
+    with undone_on_error(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_weights(folder, state, shard_bytes)
+        write_json(folder / "config.json", dict(config))
+        if recipe_text is not None:
+            write_text(folder / "recipe.yaml", recipe_text)
+        write_json(folder / "provenance.json", dict(provenance))
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> None:
@@ -69,12 +77,8 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) 
         tensors[FROZEN[1]] = tensors[FROZEN[1]].clone()  # a tied head: safetensors refuses shared storage
     split = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
     for file, names in split.filename_to_tensors.items():
-        temporary = folder / f".{file}.tmp"
-        save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
-        with open(temporary, "rb+") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(folder / file)
-    sync_folder(folder)
+        with temporary_file(folder / file) as temporary:
+            save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 

@@ -7,9 +7,17 @@ remedy. Entry points print the one line and exit with code 1; a traceback means 
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
+import reprlib
+import select
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NoReturn
+
+LONGEST_VALUE = 500  # characters of a value found: a message stays one line, whatever stood in the file
 
 
 class DeepSpecError(Exception):
@@ -39,7 +47,7 @@ class DeepSpecError(Exception):
         where = ": ".join(str(part) for part in (file, key) if part is not None)
         text = f"{where}: {problem}" if where else problem
         if found is not None:
-            text += f"; found {found!r}"
+            text += f"; found {shown(found)}"
         if wanted is not None:
             text += f"; wanted {wanted}"
         if remedy is not None:
@@ -83,11 +91,94 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{hint}known: {', '.join(names)}"
 
 
+def shown(value: object) -> str:
+    """``repr`` of a value for a message, cut where it is long: an alias in YAML can stand for millions of items."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxdict, short.maxlist, short.maxtuple, short.maxset = 4, 30, 30, 30, 30
+    short.maxstring = short.maxother = short.maxlong = LONGEST_VALUE
+    try:
+        text = short.repr(value)
+    except ValueError:  # an int of more digits than Python writes
+        text = "a number of thousands of digits"
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+_REMEDIES = (  # of what the system refused, by its error numbers
+    ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then run the same command again"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or name another place"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is wanted: name another place, or move the file"),
+    ((errno.EISDIR,), "name a file, this is a folder"),
+    ((errno.ENOENT,), "check the path: it must exist, and a folder must be one that can be made there"),
+    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "name another place"),
+    ((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n), then run the same command again"),
+    ((errno.ENOMEM,), "use a machine with more memory, or smaller batches"),
+    ((errno.EIO, errno.ESTALE), "look at the disk, then run the same command again"),
+    ((errno.EADDRINUSE,), "choose another port (MASTER_PORT)"),
+)
+_NETWORK = "check the network and the address, or name local files"
+_RUST = re.compile(r"\(os error (\d+)\)")  # safetensors and tokenizers put the system's error number into their text
+
+
+def as_os_error(problem: BaseException) -> OSError | None:
+    """``problem`` itself where it is one, or what a library in Rust made of one; None where it is something else."""
+    if isinstance(problem, OSError):
+        return problem
+    match = _RUST.search(str(problem))
+    return OSError(int(match[1]), os.strerror(int(match[1]))) if match else None
+
+
+def system_error(
+    problem: BaseException, file: str | Path | None = None, kind: type[DeepSpecError] = DeepSpecError
+) -> DeepSpecError | None:
+    """What the system refused, as one line with the file and a remedy; None where ``problem`` is something else.
+
+    Args:
+        problem: an OSError, or what a library made of one.
+        file: the file at work, for an error that does not name it (a write names none, an open does).
+        kind: the class of the result.
+    """
+    known = as_os_error(problem)
+    if known is None:
+        return None
+    name = known.filename if known.filename2 is None else known.filename2
+    text = known.strerror or next(iter(str(known).strip().splitlines()), type(known).__name__)
+    remedy = next(
+        (remedy for numbers, remedy in _REMEDIES if known.errno in numbers), _NETWORK if name is None else None
+    )
+    where = file if name is None or isinstance(name, int) else os.fsdecode(name)
+    return kind(text, file=where, remedy=remedy or "look at the file")
+
+
 def run_main(main: Callable[[], int | None]) -> None:
-    """Run an entry point; a :class:`DeepSpecError` becomes one line on stderr and exit code 1."""
+    """Run an entry point; bad input and what the system refuses become one line on stderr and exit code 1.
+
+    A reader that closed the pipe (``| head``) is no error of ours: the command ends without a word.
+    """
     try:
         code = main()
+        sys.stdout.flush()
     except DeepSpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(error)
+    except Exception as problem:
+        refused = system_error(problem)
+        if refused is None:
+            raise
+        _fail(None if isinstance(problem, BrokenPipeError) and _reader_left() else refused)
     sys.exit(code or 0)
+
+
+def _fail(error: DeepSpecError | None) -> NoReturn:
+    if error is not None:
+        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # what is still in the buffer goes nowhere, for Python would try once more at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
+
+
+def _reader_left() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, as_os_error
 
 
 def sync_folder(folder: Path) -> None:
@@ -20,17 +23,76 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+@contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """An error of the system inside the block becomes an OSError that names a file: ``path`` where it names none.
+
+    A write and a sync name none, and libraries in Rust (safetensors, tokenizers) raise errors of their own.
+    """
+    try:
+        yield
+    except Exception as problem:
+        known = as_os_error(problem)
+        if known is None or known.errno is None or known.filename is not None:
+            raise
+        raise OSError(known.errno, known.strerror, str(path)) from None
+
+
+@contextmanager
+def temporary_file(path: Path) -> Iterator[Path]:
+    """A name beside ``path`` to write to; it is synced and renamed when the block ends well, else removed.
+
+    Raises:
+        OSError: it cannot be written; it names ``path``, and nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with named(path):
+            yield temporary
+            handle = os.open(temporary, os.O_RDWR)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+@contextmanager
+def undone_on_error(folder: Path) -> Iterator[None]:
+    """When the block raises, what came into ``folder`` meanwhile goes again, the folder too where it was not there."""
+    before = set(os.listdir(folder)) if folder.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        if folder.is_dir():
+            for name in set(os.listdir(folder)) - (before or set()):
+                remove(folder / name)
+            if before is None:
+                with suppress(OSError):
+                    folder.rmdir()
+        raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder with all in it, as far as the system lets us."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write ``data`` whole or not at all: temporary name in the same folder, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    with temporary_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -53,7 +115,7 @@ def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, reme
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error("no such file", file=path, remedy=remedy) from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as problem:
+    except (ValueError, RecursionError) as problem:  # bad JSON, bad UTF-8, a number or a nesting beyond Python's limits
         raise error(f"not a JSON file ({problem})", file=path, remedy=remedy) from None
 
 

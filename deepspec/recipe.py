@@ -1,8 +1,8 @@
 """A recipe: one YAML file that says everything about a draft, read once into frozen, validated sections.
 
 A recipe may start from others (``extends: [base/a.yaml, base/b.yaml]``, relative to its own folder; later ones and the
-file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``). Whatever a recipe produces
-carries the resolved recipe beside it.
+file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``); ``recipe_files`` reads them.
+Whatever a recipe produces carries the resolved recipe beside it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deepspec import registry
 from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_distinct
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import sha256_json, write_text
+from deepspec.recipe_files import DEEPSPEED, locate, portable, read_files
 from deepspec.sections import parse_section, relocate, section_to_dict
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ class DataSection:
     """Where training samples come from."""
 
     source: Literal["cache", "online"] = "cache"
-    prompts: str | None = None  # hub id or JSONL of the prompts that the target answers
+    prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
     held_out: float = 0.05  # share of the prompts kept from training
     conversations: str | None = None  # JSONL of prompts with the target's answers
     cache: tuple[str, ...] = ()  # folders or URLs
@@ -139,7 +140,7 @@ class ValidationSection:
 class TrainSection:
     """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
 
-    deepspeed: str = "deepspeed_configs/zero1_bf16.json"  # sharding, offload and precision
+    deepspeed: str = DEEPSPEED  # JSON: sharding, offload and precision
     epochs: int = 10
     max_steps: int | None = None  # optimizer steps; stops the run earlier, the schedule ends there
     micro_batch: int = 1  # samples per process and forward, where `micro_tokens` is null
@@ -248,19 +249,23 @@ class Recipe:
     evaluate: EvaluateSection
     output: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """The resolved recipe as plain values: every key with its value, readable by :func:`load_recipe`."""
+    def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
+        """The resolved recipe as plain values: every key with its value, readable by :func:`load_recipe`.
+
+        Args:
+            folder: where they will be read from; paths that mean something else there become absolute.
+        """
         values = {field.name: section_to_dict(getattr(self, field.name)) for field in fields(self)}
         del values["draft"]["target_layers"]  # they stand in `target.layers`
-        return values
+        return values if folder is None else portable(values, Path(folder))
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML text."""
-        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True, width=120)
+    def to_yaml(self, folder: str | Path | None = None) -> str:
+        """The resolved recipe as YAML text; ``folder`` as in :meth:`to_dict`."""
+        return yaml.safe_dump(self.to_dict(folder), sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | Path) -> None:
         """Write the resolved recipe as YAML, whole or not at all."""
-        write_text(path, self.to_yaml())
+        write_text(path, self.to_yaml(Path(path).parent))
 
     def digest(self) -> str:
         """Hex SHA-256 of the resolved recipe, independent of key order and of how it was written."""
@@ -296,10 +301,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     Raises:
         RecipeError: a missing file, bad YAML, an unknown key, a wrong type, a contradiction; file and key are named.
     """
-    values = _read_yaml(Path(path), ())
+    values = read_files(path, overrides)
     try:
-        for text in overrides:
-            _override(values, text)
         return recipe_from_dict(values)
     except RecipeError as error:
         raise relocate(error, file=error.file or path) from None
@@ -337,66 +340,16 @@ def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     return kept
 
 
+def recipe_at(folder: Path, values: Mapping[str, Any]) -> Recipe:
+    """The recipe whose values (what :meth:`Recipe.to_dict` gives) a file in ``folder`` holds, its paths resolved.
+
+    Raises:
+        RecipeError: as :func:`recipe_from_dict`.
+    """
+    return recipe_from_dict(locate(dict(values), Path(folder).absolute()))
+
+
 def _parse_draft(algorithm: str, section: Mapping[str, Any], layers: tuple[int, ...], spec: Any) -> Any:
     if "target_layers" in section:
         raise RecipeError("stands in another section", key="draft.target_layers", remedy="set target.layers")
     return registry.algorithm(algorithm).parse({**section, "target_layers": list(layers)}, spec)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without silently dropped duplicate keys."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise RecipeError("key given twice", key=key, found=f"line {node.start_mark.line + 1} and after")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    """The file's mapping with its ``extends`` merged in."""
-    if path.resolve() in seen:
-        raise RecipeError("extends itself", file=path, key="extends")
-    try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)  # a SafeLoader
-    except (FileNotFoundError, IsADirectoryError):
-        raise RecipeError("no such recipe file", file=path) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"not a YAML file ({' '.join(str(error).split())})", file=path) from None
-    except RecipeError as error:
-        raise relocate(error, file=path) from None
-    if not isinstance(values, dict):
-        raise RecipeError("not a recipe", file=path, found=values, wanted="a mapping of sections")
-    bases = values.pop("extends", [])
-    merged: dict[str, Any] = {}
-    for base in [bases] if isinstance(bases, str) else bases:
-        merged = _merge(merged, _read_yaml(path.parent / base, (*seen, path.resolve())))
-    return _merge(merged, values)
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections merged key by key; lists and scalars replaced."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, dict) and isinstance(value, Mapping) else value
-    return merged
-
-
-def _override(values: dict[str, Any], text: str) -> None:
-    """Apply one ``section.key=value``."""
-    dotted, sign, value = text.partition("=")
-    if not sign or not dotted:
-        raise RecipeError("not an override", key=text, wanted="key.key=value, such as train.lr=3e-4")
-    *sections, last = dotted.split(".")
-    for name in sections:
-        if values.get(name) is None:
-            values[name] = {}
-        values = values[name]
-        if not isinstance(values, dict):
-            raise RecipeError("not a section", key=dotted, found=name)
-    try:
-        values[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise RecipeError("value is not YAML", key=dotted, found=value) from None

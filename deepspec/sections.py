@@ -55,7 +55,8 @@ def parse_section(cls: type[T], mapping: Mapping[str, Any] | None, where: str) -
 def read_value(kind: Any, value: Any, where: str) -> Any:
     """``value`` as the type ``kind``, without guessing.
 
-    An int is taken for a float, and a string such as ``3e-4`` too (YAML 1.1 reads it as a string).
+    An int is taken for a float, and a string such as ``3e-4`` too (YAML 1.1 reads it as a string); one value for a list
+    of it.
 
     Raises:
         RecipeError: ``value`` is of another type.
@@ -68,8 +69,11 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         if value in options and isinstance(value, bool) == any(isinstance(o, bool) for o in options):
             return value
     elif origin is tuple:
+        inner = typing.get_args(kind)[0]
         if isinstance(value, list | tuple):
-            return tuple(read_value(typing.get_args(kind)[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+            return tuple(read_value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
+        if isinstance(value, str | int | float):  # one value stands for a list of it
+            return (read_value(inner, value, where),)
     elif dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else parse_section(kind, value, where)  # type: ignore[arg-type]
     elif kind is Any or (dict in (kind, origin) and isinstance(value, Mapping)):
@@ -78,7 +82,7 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         number = _float(value)
         if number is not None:
             return number
-    elif kind in (bool, int, str) and type(value) is kind:
+    elif kind in (bool, int, str) and type(value) is kind and (kind is not str or _is_text(value)):
         return value
     raise RecipeError("wrong type or value", key=where, found=value, wanted=describe(kind))
 
@@ -97,12 +101,17 @@ def _read_union(kind: Any, value: Any, where: str) -> Any:
     raise RecipeError("wrong type or value", key=where, found=value, wanted=describe(kind))
 
 
+def _is_text(value: str) -> bool:
+    """Whether files and file names can hold it: no NUL, no half of a surrogate pair."""
+    return "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
+
+
 def _float(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     try:
         number = float(value)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
 

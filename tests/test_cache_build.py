@@ -174,7 +174,7 @@ def test_append_adds_and_keeps_what_is_there(setup: Setup, built: Path, tmp_path
 def test_a_second_builder_is_refused(setup: Setup, tmp_path: Path) -> None:
     with (
         build_lock(LocalFolder(tmp_path / "c")),
-        pytest.raises(CacheError, match=r"another process is building.*process \d+"),
+        pytest.raises(CacheError, match=r"another process works here.*process \d+"),
     ):
         build_cache(setup.load(), setup.data, tmp_path / "c")
     build_cache(setup.load("cache.samples_per_part=100"), setup.data, tmp_path / "c")

@@ -120,7 +120,7 @@ def test_sigterm_and_a_second_builder_from_the_command_line(setup: Setup, built:
         assert first.poll() is None
         time.sleep(0.005)
     with (
-        pytest.raises(CacheError, match=f"another process is building.*process {first.pid} on "),
+        pytest.raises(CacheError, match=f"another process works here.*process {first.pid} on "),
         build_lock(LocalFolder(tmp_path / "c")),
     ):
         pass

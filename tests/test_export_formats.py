@@ -45,7 +45,8 @@ REFUSED = {
     ("vllm", "dflash", "llama"): "norm every head",
     ("vllm", "dflash-k-1", "gemma4"): "Qwen3 layers alone",
     ("sglang", "dspark", "gemma4"): "Qwen3's layers",
-    **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in KINDS if kind != "dflash-k-1"},
+    **{("zlab", kind, "qwen3"): "DFlash drafts alone" for kind in KINDS if not kind.startswith("dflash")},
+    **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
 }
 CASES = [
     *((name, kind, "qwen3") for name in FORMATS for kind in KINDS),

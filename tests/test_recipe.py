@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -78,10 +79,11 @@ def test_qwen_answers_are_drawn_with_the_published_sampling() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_file_loads_and_survives_saving(path: Path, tmp_path: Path) -> None:
+def test_every_recipe_file_loads_and_survives_saving(path: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    assert (RECIPES.parent / load_recipe(path).train.deepspeed).is_file()
+    monkeypatch.chdir(tmp_path)  # all its paths are absolute from here, as they are in a recipe saved here
     recipe = load_recipe(path)
     assert recipe.name == path.stem
-    assert (RECIPES.parent / recipe.train.deepspeed).is_file()
     recipe.save(tmp_path / "again.yaml")
     again = load_recipe(tmp_path / "again.yaml")
     assert again == recipe

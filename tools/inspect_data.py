@@ -25,7 +25,9 @@ def main() -> int:
     if path is None:
         raise DataError("no target named", wanted="--recipe or --target")
     data = recipe.data if recipe else DataSection()
-    renderer = Renderer(load_tokenizer(path), load_spec(path), data.system_prompt, data.thinking, data.max_length)
+    revision = recipe.target.revision if recipe and path == recipe.target.path else None
+    spec = load_spec(path, revision)
+    renderer = Renderer(load_tokenizer(path, revision), spec, data.system_prompt, data.thinking, data.max_length)
     rows = first_rows(read_conversations(args.data), args.limit)
     print(inspect(renderer, rows, data.min_supervised, args.show, args.html, args.histogram))
     return 0

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -35,7 +35,7 @@ from deepspec.cache.ranks import Ranks
 from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
 from deepspec.data.chat import Renderer
 from deepspec.distributed import World, pick_device
-from deepspec.errors import CacheError
+from deepspec.errors import CacheError, DeepSpecError, system_error
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, load_target
 from deepspec.targets.served import ServedTarget
@@ -316,9 +316,7 @@ def _stoppable(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _disk_error(problem: OSError, folder: Folder) -> CacheError:
-    return CacheError(
-        f"cannot write the cache ({problem.strerror or problem})",
-        file=problem.filename or folder.url,
-        remedy="make room and start the same command again; finished parts stay",
-    )
+def _disk_error(problem: OSError, folder: Folder) -> DeepSpecError:
+    with_remedy = cast(DeepSpecError, system_error(problem, folder.url))
+    text = f"cannot write the cache; finished parts stay ({with_remedy.problem})"
+    return CacheError(text, file=with_remedy.file, remedy=with_remedy.remedy)

@@ -28,7 +28,8 @@ from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import claim_plan, write_part
 from deepspec.cache.writer import Block, layout_of, next_supervised
 from deepspec.errors import CacheError
-from deepspec.files import sha256_file, sync_folder, write_json
+from deepspec.files import named, sha256_file, undone_on_error, write_bytes, write_json
+from deepspec.locks import is_free, one_writer
 
 RECORD = np.dtype(
     [("sample", "<u8"), ("shard", "<u4"), ("tokens", "<u4")]
@@ -182,20 +183,18 @@ def export_published(
     if not cache.has_last_hidden or cache.dtype != torch.bfloat16 or layers != sorted(layers):
         wanted = "last_hidden, bfloat16 and ascending layers"
         raise CacheError("the published form cannot hold this cache", file=source, wanted=wanted)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")
-    records = np.zeros(len(cache), RECORD)
-    shards: list[dict[str, Any]] = []
-    for number, shard, file in _shards(cache, folder, shard_bytes, shards):
-        records[number] = _export_sample(cache, number, shard, file)
-        if report is not None:
-            report(number + 1, len(cache))
-    with open(folder / INDEX, "wb") as handle:
-        records.tofile(handle)
-        os.fsync(handle.fileno())
-    sync_folder(folder)
-    write_json(folder / "manifest.json", _published_manifest(cache, shards))
+    with one_writer(folder, "export", CacheError):
+        if not is_free(folder):
+            raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")
+        with undone_on_error(folder), named(folder):
+            records = np.zeros(len(cache), RECORD)
+            shards: list[dict[str, Any]] = []
+            for number, shard, file in _shards(cache, folder, shard_bytes, shards):
+                records[number] = _export_sample(cache, number, shard, file)
+                if report is not None:
+                    report(number + 1, len(cache))
+            write_bytes(folder / INDEX, records.tobytes())
+            write_json(folder / "manifest.json", _published_manifest(cache, shards))
     return len(cache)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from deepspec.distributed import World, world_from_environment
-from deepspec.errors import CacheError, DeepSpecError
+from deepspec.errors import CacheError, DeepSpecError, system_error
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ class Ranks(World):
             except DeepSpecError as problem:
                 outcome = (None, problem)
             except OSError as problem:
-                outcome = (None, CacheError(f"{problem.strerror or problem}", file=problem.filename))
+                outcome = (None, system_error(problem, kind=CacheError))
         result, error = self.broadcast(outcome)
         if error is not None:
             raise error

@@ -19,6 +19,7 @@ from deepspec.cache.plan import Plan
 from deepspec.cache.reader import PartReader, TargetCache
 from deepspec.cache.writer import Block, Layout, PartWriter, layout_of, temporary_part
 from deepspec.errors import CacheError
+from deepspec.files import named
 
 BLOCK_TOKENS = 4096
 
@@ -93,10 +94,11 @@ def write_part(
     folder.remove(f"{PARTS}/{name}")
     writer = PartWriter(temporary_part(folder, name), name, layout, pool)
     try:
-        for block in blocks:
-            writer.append(block)
-        writer.finish(rejected)
-        folder.adopt(writer.folder, f"{PARTS}/{name}", PART_MANIFEST)
+        with named(folder.url):
+            for block in blocks:
+                writer.append(block)
+            writer.finish(rejected)
+            folder.adopt(writer.folder, f"{PARTS}/{name}", PART_MANIFEST)
     except BaseException:
         writer.abandon()
         raise

@@ -12,6 +12,7 @@ import numpy as np
 from deepspec.cache.assemble import sample_table
 from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PARTS, Manifest, PartEntry, PartManifest
+from deepspec.cache.lock import build_lock
 from deepspec.cache.reader import PartReader, TargetCache
 from deepspec.cache.shard import ShardReader
 from deepspec.cache.writer import next_supervised
@@ -117,8 +118,13 @@ def _verify_table(path: str | Path, parts: list[PartManifest]) -> list[Problem]:
 
 
 def drop_parts(path: str | Path, names: list[str]) -> None:
-    """Delete broken parts, and the manifest first: the cache is unfinished until they are built again."""
+    """Delete broken parts, and the manifest first: the cache is unfinished until they are built again.
+
+    Raises:
+        CacheError: another process builds here.
+    """
     folder = open_folder(path)
-    folder.remove(MANIFEST)
-    for name in names:
-        folder.remove(f"{PARTS}/{name}")
+    with build_lock(folder):
+        folder.remove(MANIFEST)
+        for name in names:
+            folder.remove(f"{PARTS}/{name}")

@@ -20,7 +20,7 @@ from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, p
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
-from deepspec.files import read_json, sync_folder, write_json
+from deepspec.files import named, read_json, sync_folder, write_json
 
 FORMAT = "deepspec.conversations/1"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -167,7 +167,8 @@ class ConversationWriter:
             raise DataError(fault[0], file=self.path, key=row.get("id"), found=fault[1])
         line = dump_row(row)
         self._digest.update(line)
-        self._handle.write(line)
+        with named(self.path):
+            self._handle.write(line)
         self.rows += 1
 
     def __enter__(self) -> ConversationWriter:
@@ -176,9 +177,13 @@ class ConversationWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._handle:
-            self._handle.flush()
-            os.fsync(self._handle.fileno())
+        try:
+            with named(self.path), self._handle:
+                self._handle.flush()
+                os.fsync(self._handle.fileno())
+        except OSError:
+            self._temporary.unlink(missing_ok=True)
+            raise
         if kind is not None or self.rows == 0:
             self._temporary.unlink()
             if kind is None:

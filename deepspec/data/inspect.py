@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.data.chat import RenderCounts, Rendered, Renderer, render_rows
-from deepspec.files import write_text
+from deepspec.files import temporary_file, write_text
 
 _GREEN, _GREY, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
@@ -71,7 +71,8 @@ def histogram(lengths: np.ndarray, supervised: np.ndarray, path: str | Path) -> 
     axes.set(xlabel="tokens a conversation", ylabel="conversations")
     axes.legend()
     figure.tight_layout()
-    figure.savefig(path)
+    with temporary_file(Path(path)) as temporary:
+        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
     pyplot.close(figure)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 from deepspec.data.conversations import dump_row
 from deepspec.data.identity import differences, shown
 from deepspec.errors import DataError
+from deepspec.files import named
 
 FORMAT = "deepspec.regeneration/1"
 
@@ -43,19 +43,13 @@ class Partial:
         header = dump_row({"format": FORMAT, "settings": settings})
         path.parent.mkdir(parents=True, exist_ok=True)
         self._handle = open(path, "a+b")  # noqa: SIM115 (closed by close)
-        self._lock()
         self._synced = time.monotonic()
         end = self._read(json.loads(header)["settings"])
-        self._handle.truncate(end)  # a line that a kill cut short
-        if end == 0:
-            self._handle.write(header)
-            self._handle.flush()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError("another process is writing this output", file=self.path) from None
+        with named(path):
+            self._handle.truncate(end)  # a line that a kill cut short
+            if end == 0:
+                self._handle.write(header)
+                self._handle.flush()
 
     def _read(self, settings: Mapping[str, Any]) -> int:
         """Collect the rows that are there; returns where the last whole line ends."""
@@ -88,12 +82,14 @@ class Partial:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a finished row; the kernel has it when this returns, the disk within some seconds."""
-        self.places[row["id"]] = self._handle.seek(0, os.SEEK_END)
-        self._handle.write(dump_row(row))
-        self._handle.flush()
-        if time.monotonic() - self._synced > 5:
-            os.fsync(self._handle.fileno())
-            self._synced = time.monotonic()
+        with named(self.path):
+            place = self._handle.seek(0, os.SEEK_END)
+            self._handle.write(dump_row(row))
+            self._handle.flush()
+            if time.monotonic() - self._synced > 5:
+                os.fsync(self._handle.fileno())
+                self._synced = time.monotonic()
+        self.places[row["id"]] = place
 
     def row(self, sample: str) -> dict[str, Any]:
         """The finished row of that id."""
@@ -103,6 +99,6 @@ class Partial:
 
     def close(self) -> None:
         """Flush to disk and close."""
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
-        self._handle.close()
+        with named(self.path), self._handle:
+            self._handle.flush()
+            os.fsync(self._handle.fileno())

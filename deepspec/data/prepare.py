@@ -19,6 +19,7 @@ from deepspec.data.sources import columns_read, read_source, row_tools, to_messa
 from deepspec.data.words import grams, normal, says_something
 from deepspec.errors import DataError
 from deepspec.files import write_json
+from deepspec.locks import one_writer
 
 # columns that hold prompts, however short these are
 _ASKED = ("turns", "prompt", "prompts", "question", "instruction", "problem", "query")
@@ -151,12 +152,17 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
     order, the sources or the limit. Memory holds one row, 8 bytes of hash a kept row, and the evaluation prompts.
 
     Raises:
-        DataError: a source that cannot be read, or nothing left to train on.
+        DataError: a source that cannot be read, nothing left to train on, or another process that works in the folder.
     """
+    with one_writer(output, "prepare", DataError):
+        return _prepare(options, Path(output))
+
+
+def _prepare(options: PrepareOptions, output: Path) -> Report:
     tasks = Contamination()
     for path in options.exclude:
         tasks.add_file(path)
-    report, seen, output = Report(), set[int](), Path(output)
+    report, seen = Report(), set[int]()
     sources = {name: read_source(name, options.split) for name in options.sources}
     provenance = {"made_by": "prepare_data", "sources": dict(options.sources), "held_out": options.held_out}
     provenance |= {"exclude": list(options.exclude), "limit": options.limit, "seed": options.seed}

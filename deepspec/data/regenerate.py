@@ -27,7 +27,8 @@ from deepspec.data.progress import Progress
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
-from deepspec.files import read_json, sha256_file
+from deepspec.files import named, read_json, sha256_file
+from deepspec.locks import lock_file
 from deepspec.recipe import Recipe, RegenerateSection
 from deepspec.targets.positions import check_room
 
@@ -147,10 +148,20 @@ def regenerate(
         max_failed: share of the prompts that may fail for good.
 
     Raises:
-        DataError: unusable prompts, an output of other settings, or too many failures (run again to retry those).
+        DataError: unusable prompts, an output of other settings or at which another process works, or too many failures
+            (run again to retry those).
     """
     output = Path(output)
-    settings = {"prompts_sha256": sha256_file(_readable(prompts)), **settings}
+    _readable(prompts)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with lock_file(output.with_name(f".{output.name}.lock"), output, "regeneration", DataError):
+        return _regenerate(prompts, output, engine, settings, max_failed)
+
+
+def _regenerate(
+    prompts: str | Path, output: Path, engine: Engine, settings: Mapping[str, Any], max_failed: float
+) -> Summary:
+    settings = {"prompts_sha256": sha256_file(prompts), **settings}
     partial_path = output.with_name(output.name + ".partial")
     if manifest_path(output).exists():
         partial_path.unlink(missing_ok=True)  # a kill between the manifest and the end of the job left it
@@ -192,10 +203,9 @@ def failures_path(output: Path) -> Path:
     return output.with_name(output.name + ".failures.jsonl")
 
 
-def _readable(path: str | Path) -> Path:
+def _readable(path: str | Path) -> None:
     if not Path(path).is_file():
         raise DataError("no such prompts file", file=path, remedy="make it with tools/prepare_data.py")
-    return Path(path)
 
 
 def _answer_rest(
@@ -218,8 +228,9 @@ def _answer_rest(
                 if failed == 1:
                     first = f"{outcome.dialogue.id}: {outcome.error}"
                     print(f"regenerate: a failure, {first}", file=sys.stderr, flush=True)
-                failures.write(dump_row({"id": outcome.dialogue.id, "error": outcome.error}))
-                failures.flush()
+                with named(failures.name):
+                    failures.write(dump_row({"id": outcome.dialogue.id, "error": outcome.error}))
+                    failures.flush()
             tokens += outcome.dialogue.tokens
             progress.add(1, outcome.dialogue.tokens)
     progress.finish()

@@ -1,10 +1,14 @@
-"""Measure a draft: ``python -m deepspec.evaluate --target T --draft D``; ``compare RUN RUN ...``: runs side by side."""
+"""Measure a draft: ``python -m deepspec.evaluate --target T --draft D``; ``compare RUN RUN ...``: runs side by side.
+
+``--recipe R`` takes target, thinking, system prompt and the `evaluate:` section of a recipe; other words win over it.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser
 from deepspec.errors import EvaluationError, run_main
@@ -13,7 +17,9 @@ from deepspec.errors import EvaluationError, run_main
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = Parser(prog="python -m deepspec.evaluate", description=__doc__)
-    parser.add_argument("--target", required=True, help="target: a folder or hub id")
+    parser.add_argument("--recipe", help="a recipe: target, thinking, system prompt and the `evaluate:` section")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
+    parser.add_argument("--target", help="target: a folder or hub id; default: the recipe's")
     parser.add_argument("--draft", required=True, help="draft folder, or owner/name on the hub")
     parser.add_argument("--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all nine")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0])
@@ -36,7 +42,44 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
     parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
-    return parser.parse_args()
+    parser.set_defaults(revision=None)
+    given = parser.parse_args()
+    if given.recipe:  # read once more, with the recipe's values as the defaults
+        parser.set_defaults(**of_recipe(given.recipe, given.set, given.target))
+        given = parser.parse_args()
+    elif given.set:
+        raise EvaluationError("no recipe to change", key="--set", found=given.set, wanted="--recipe")
+    if given.target is None:
+        raise EvaluationError("no target named", wanted="--target or --recipe")
+    return given
+
+
+def of_recipe(path: str, overrides: list[str], target: str | None) -> dict[str, Any]:
+    """What a recipe says of an evaluation, by the names of the command line.
+
+    Args:
+        path: the recipe.
+        overrides: ``key.key=value`` texts.
+        target: that of the command line; the recipe's revision is of the recipe's own target alone.
+
+    Raises:
+        RecipeError: a recipe that cannot be read.
+    """
+    from deepspec.recipe import load_recipe
+
+    recipe = load_recipe(path, overrides)
+    section = recipe.evaluate
+    return {
+        "target": recipe.target.path,
+        "revision": recipe.target.revision if target in (None, recipe.target.path) else None,
+        "thinking": recipe.data.thinking,
+        "system_prompt": recipe.data.system_prompt,
+        "tasks": ",".join(section.tasks),
+        "temperature": list(section.temperature),
+        "max_new_tokens": section.max_new_tokens,
+        "batch_size": section.batch_size,
+        "seed": section.seed,
+    }
 
 
 def main() -> int:
@@ -75,6 +118,7 @@ def main() -> int:
     world = world_from_environment()
     options = Options(
         target=given.target,
+        revision=given.revision,
         draft=given.draft,
         output=output,
         tasks=tuple(name for name in given.tasks.split(",") if name),

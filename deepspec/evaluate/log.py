@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from deepspec.errors import EvaluationError
-from deepspec.files import write_bytes
+from deepspec.files import named, write_bytes
 
 Key = tuple[str, float, int]  # task, temperature, the prompt's place
 
@@ -50,12 +50,13 @@ class RowLog:
 
     def add(self, row: dict[str, Any]) -> None:
         """Append a row to this rank's file and make it last."""
-        if self._handle is None:
-            self._handle = open(self.own, "ab")  # noqa: SIM115
-            self._handle.truncate(_whole(self.own))  # half a row of a killed run
-        self._handle.write(_line(row))
-        self._handle.flush()
-        os.fsync(self._handle.fileno())
+        with named(self.own):
+            if self._handle is None:
+                self._handle = open(self.own, "ab")  # noqa: SIM115
+                self._handle.truncate(_whole(self.own))  # half a row of a killed run
+            self._handle.write(_line(row))
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
         self.rows[row_key(row)] = row
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.decoding.tree import count_nodes, tree_of
-from deepspec.distributed import World
+from deepspec.distributed import World, together
 from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
@@ -36,6 +37,7 @@ from deepspec.evaluate.results import Provenance, Results, counts_of, environmen
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
+from deepspec.locks import one_writer
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import room_for
 
@@ -66,6 +68,7 @@ class Options:
     plain: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
     first_turn: bool = False  # of each prompt, as the published figures
     dtype: str = "auto"
+    revision: str | None = None  # of a target of the hub
     device: str = "cpu"
 
     def __post_init__(self) -> None:
@@ -104,10 +107,10 @@ class Evaluation:
         tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
         self.skipped = missing_tasks(options.tasks)
         dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.target: Target = target or load_target(options.target, dtype, options.device)
+        self.target: Target = target or load_target(options.target, dtype, options.device, options.revision)
         self.draft: DraftModel = draft or load_draft(options.draft, self.target)
         self._given = draft is not None
-        tokenizer = load_tokenizer(options.target)
+        tokenizer = load_tokenizer(options.target, options.revision)
         self.renderer = Renderer(tokenizer, self.target.spec, options.system_prompt, options.thinking)
         self.tokenizer = tokenizer
         self.room = room_for(self.target.spec.config, options.max_new_tokens)
@@ -132,6 +135,8 @@ class Evaluation:
         settings = {key: value for key, value in asdict(self.options).items() if key not in ("output", "device")}
         if not self.options.tree:  # runs of before there were trees go on
             del settings["tree"]
+        if self.options.revision is None:
+            del settings["revision"]
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
         spec = self.target.spec
@@ -154,7 +159,7 @@ class Evaluation:
         """Decode what is missing; rank 0 writes results.json and returns it, the others return None.
 
         Raises:
-            EvaluationError: the output folder holds another run.
+            EvaluationError: the output folder holds another run, or another process evaluates there.
         """
         for name, folder in self.skipped.items() if self.world.is_main else ():
             print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
@@ -162,10 +167,8 @@ class Evaluation:
             if count:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
                 print(f"left out: {count} prompts of {name} ({text})", flush=True)
-        with meeting(self.world) as meet:
-            if self.world.is_main:
-                self._claim()
-            meet()
+        with meeting(self.world) as meet, ExitStack() as stack:
+            together(self.world, lambda: self._claim(stack) if self.world.is_main else None)
             self._set_threads()
             drafted, plain = (RowLog(self.output, name, self.world.rank) for name in ("results", "plain"))
             meet()  # everybody has read before anybody writes
@@ -212,9 +215,9 @@ class Evaluation:
         }  # fmt: skip
         return published(options.target, self.draft.config, task.name, len(task.prompts), settings)
 
-    def _claim(self) -> None:
-        """Make the output folder this run's, or find that it is."""
-        self.output.mkdir(parents=True, exist_ok=True)
+    def _claim(self, stack: ExitStack) -> None:
+        """Make the output folder this run's, or find that it is, and nobody else's until ``stack`` closes."""
+        stack.enter_context(one_writer(self.output, "evaluation", EvaluationError))
         path = self.output / "run.json"
         if path.exists():
             self._check_same_run(read_json(path, EvaluationError)["identity"])

@@ -39,7 +39,8 @@ from deepspec.evaluate.profile import profile
 from deepspec.evaluate.report import table
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
-from deepspec.files import write_json, write_text
+from deepspec.files import temporary_file, write_json, write_text
+from deepspec.locks import one_writer
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import check_room, fits
 
@@ -71,6 +72,7 @@ class StudyOptions:
     system_prompt: str | None = None
     dtype: str = "auto"
     device: str = "cpu"
+    revision: str | None = None  # of a target of the hub
 
     def __post_init__(self) -> None:
         for concurrency in self.concurrency:
@@ -254,7 +256,7 @@ def plot(study: dict[str, Any], output: Path) -> None:
         axes.set(xlabel=labels[0], ylabel=labels[1], xscale="log" if x == "concurrency" else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-        picture.savefig(output / name, dpi=110)
+        _save(picture, output / name)
         pyplot.close(picture)
 
     load = "requests decoding together"
@@ -269,20 +271,30 @@ def plot(study: dict[str, Any], output: Path) -> None:
     axes.set(xlabel="tokens of a verify step", ylabel="steps/s", xscale="log")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    picture.savefig(output / "costs.png", dpi=110)
+    _save(picture, output / "costs.png")
     pyplot.close(picture)
+
+
+def _save(picture: Any, path: Path) -> None:
+    with temporary_file(path) as temporary:
+        picture.savefig(temporary, format="png", dpi=110)
 
 
 def run_study(options: StudyOptions) -> dict[str, Any]:
     """Profile, compare, and write ``costs.json``, ``study.json``, ``study.md`` and the plots into the output folder.
 
     Raises:
-        EvaluationError: the draft has no confidence head, or there are no prompts.
+        EvaluationError: the draft has no confidence head, there are no prompts, or another process works in the folder.
     """
+    with one_writer(options.output, "study", EvaluationError):
+        return _run_study(options)
+
+
+def _run_study(options: StudyOptions) -> dict[str, Any]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    target = load_target(options.target, dtype, options.device)
+    target = load_target(options.target, dtype, options.device, options.revision)
     draft = _draft(options, target)
-    renderer = Renderer(load_tokenizer(options.target), target.spec, options.system_prompt, options.thinking)
+    renderer = Renderer(load_tokenizer(options.target, options.revision), target.spec, options.system_prompt, options.thinking)
     prompts = _prompts(options, renderer, target)
     sts = load_sts(Path(options.draft))
     settings = DecodeSettings(
@@ -292,7 +304,6 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     bench.run(FixedLength(), options.concurrency[0], turns=8)  # the first forwards of a process are not like the others
     costs = profile(bench, options.concurrency)
     output = Path(options.output)
-    output.mkdir(parents=True, exist_ok=True)
     costs.save(output / "costs.json")
     rows = compare(bench, costs, options)
     study: dict[str, Any] = {
@@ -353,6 +364,7 @@ def main(given: argparse.Namespace, device: str) -> int:
     study = run_study(
         StudyOptions(
             target=given.target,
+            revision=given.revision,
             draft=given.draft,
             output=output,
             tasks=tuple(name for name in given.tasks.split(",") if name),

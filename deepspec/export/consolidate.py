@@ -13,9 +13,10 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.data.identity import target_fields
 from deepspec.drafts import FROZEN, save_draft
-from deepspec.errors import CheckpointError
+from deepspec.errors import CheckpointError, DraftError
 from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
-from deepspec.recipe import Recipe, recipe_from_dict
+from deepspec.locks import one_writer
+from deepspec.recipe import Recipe, recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_ends
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -104,11 +105,15 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
 
     Raises:
         CheckpointError: no whole checkpoint, broken shards, or a target with other weights than in training.
-        DraftError: ``output`` already holds a draft.
+        DraftError: ``output`` already holds a draft, or another process works there.
     """
-    folder = checkpoint_folder(Path(checkpoint))
+    with one_writer(output, "consolidation", DraftError):
+        return _consolidate(checkpoint_folder(Path(checkpoint)), Path(output), dtype, embeddings)
+
+
+def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool) -> Path:
     manifest = read_manifest(folder)
-    recipe = recipe_from_dict(manifest.recipe)
+    recipe = recipe_at(folder, manifest.recipe)
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
@@ -131,7 +136,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         "versions": manifest.versions,
     }
     config = registry.algorithm(recipe.algorithm).config_json(recipe.draft, spec, provenance["dtype"])
-    save_draft(output, state, config, provenance, recipe.to_yaml())
+    save_draft(output, state, config, provenance, recipe.to_yaml(output))
     return folder
 
 

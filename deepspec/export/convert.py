@@ -20,7 +20,8 @@ from deepspec.export.consolidate import consolidate
 from deepspec.export.hub import fetch_draft
 from deepspec.export.manifest import steps_of
 from deepspec.export.parts import Draft, Facts, Format, ascending
-from deepspec.files import read_json, write_text
+from deepspec.files import read_json, undone_on_error, write_text
+from deepspec.locks import is_free, one_writer
 from deepspec.targets import load_spec, load_target_ends
 from deepspec.targets.digests import digest_like
 
@@ -82,15 +83,18 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
         DraftError: the format cannot carry this draft, ``output`` holds one already, or the source is broken.
         CheckpointError: a checkpoint that cannot be put together.
     """
-    source, output = Path(source), Path(output)
     format_ = find_format(options.format)
-    _check_free(output)
+    with one_writer(output, "export", DraftError):
+        _check_free(Path(output))
+        return _export(Path(source), Path(output), format_, options)
+
+
+def _export(source: Path, output: Path, format_: Format, options: ExportOptions) -> Draft:
     if (source / "config.json").is_file():
         return _export_folder(source, output, format_, options)
     if not (source / "manifest.json").is_file() and not steps_of(source):
         wanted = "a draft folder (config.json), a checkpoint (manifest.json) or a run (checkpoints/)"
         raise DraftError("nothing to export", file=source, wanted=wanted)
-    output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         consolidate(source, Path(folder) / "draft", options.dtype, embeddings=False)
         return _export_folder(Path(folder) / "draft", output, format_, options)
@@ -98,7 +102,7 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
 
 def _export_folder(source: Path, output: Path, format_: Format, options: ExportOptions) -> Draft:
     draft = ascending(read_draft(source))
-    format_.write(_on_meta(draft))  # refuses before the target is loaded
+    _check_carried(draft, format_)  # before the target is loaded
     written = format_.write(_with_frozen(draft, options))
     if not options.embeddings:
         shared = _shared_frozen(draft)
@@ -109,10 +113,36 @@ def _export_folder(source: Path, output: Path, format_: Format, options: ExportO
     recipe = source / "recipe.yaml"
     recipe_text = recipe.read_text(encoding="utf-8") if recipe.is_file() else None
     results = _results(source, options.results)
-    output.mkdir(parents=True, exist_ok=True)
-    write_text(output / "README.md", model_card(draft, format_, provenance, recipe_text, results, output.name))
-    save_draft(output, written.state, written.config, provenance, recipe_text, options.shard_bytes)
+    with undone_on_error(output):
+        write_text(output / "README.md", model_card(draft, format_, provenance, recipe_text, results, output.name))
+        save_draft(output, written.state, written.config, provenance, recipe_text, options.shard_bytes)
     return draft
+
+
+def _check_carried(draft: Draft, format_: Format) -> None:
+    """Ask a format whether it carries a draft, with the formats that do where it does not.
+
+    Raises:
+        DraftError: it does not.
+    """
+    light = _on_meta(draft)
+    try:
+        format_.write(light)
+    except DraftError as problem:
+        others = [name for name in FORMATS if name != format_.name and _carries(name, light)]
+        remedies = ([problem.remedy] if problem.remedy else []) + [f"export to {' or '.join(others)}"] * bool(others)
+        raise DraftError(
+            problem.problem, file=problem.file, key=problem.key, found=problem.found, wanted=problem.wanted,
+            remedy=", or ".join(remedies) or None,
+        ) from None  # fmt: skip
+
+
+def _carries(name: str, draft: Draft) -> bool:
+    try:
+        find_format(name).write(draft)
+    except DraftError:
+        return False
+    return True
 
 
 def _on_meta(draft: Draft) -> Draft:
@@ -185,15 +215,19 @@ def import_draft(
     Raises:
         DraftError: unknown or missing weights, parts that our drafts have not, or a convention that is not stated.
     """
-    output = Path(output)
-    _check_free(output)
-    named, source = str(source), fetch_draft(source)
+    with one_writer(output, "import", DraftError):
+        _check_free(Path(output))
+        return _import(str(source), Path(output), format_name, facts or Facts())
+
+
+def _import(named: str, output: Path, format_name: str, facts: Facts) -> tuple[Draft, str]:
+    source = fetch_draft(named)
     config = read_json(source / "config.json", DraftError, "name a folder with config.json and *.safetensors")
     format_ = recognise(config, source) if format_name == "auto" else find_format(format_name)
     foreign = Draft(config, read_weights(source), source / "config.json")
-    draft = format_.read(foreign, facts or Facts())
+    draft = format_.read(foreign, facts)
     if "num_target_layers" in draft.config:
-        _check_target(draft, facts or Facts())
+        _check_target(draft, facts)
     with torch.device("meta"):
         model = build_draft(draft.config, source / "config.json")
     check_weights(model, {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}, source)
@@ -256,5 +290,5 @@ def _results(source: Path, named: str | None) -> dict[str, Any] | None:
 
 
 def _check_free(output: Path) -> None:
-    if output.exists() and any(output.iterdir()):
+    if not is_free(output):
         raise DraftError("is not empty", file=output, remedy="name another folder, or remove this one")

@@ -138,7 +138,7 @@ def whole_vocabulary(format_: str, draft: Draft) -> None:
     """
     size = draft.parsed.draft_vocab_size
     if size is not None:
-        remedy = "train with draft.draft_vocab_size: null, or export DSpark's form (vllm)"
+        remedy = "train with draft.draft_vocab_size: null"
         raise refuse(format_, "its class drafts over the whole vocabulary", draft, remedy, draft_vocab_size=size)
 
 

@@ -77,7 +77,9 @@ def _write_dspark(draft: Draft) -> Draft:
         remedy = "train with draft.sample_from_anchor: true"
         raise refuse(NAME, "its DSpark drafts from the anchor's slot too", draft, remedy, sample_from_anchor=False)
     if config.get("enable_confidence_head") and not config.get("confidence_head_with_markov"):
-        remedy = "train with draft.confidence_with_markov: true"
+        remedy = "train with draft.confidence_with_markov: true, or draft.confidence_head: false"
+        if not config.get("markov_rank"):
+            remedy = "train with draft.confidence_head: false, or with a draft.markov_rank"
         raise refuse(NAME, "its confidence head reads the Markov features", draft, remedy)
     whole_vocabulary(NAME, draft)
     if not config.get("markov_rank"):
@@ -86,7 +88,8 @@ def _write_dspark(draft: Draft) -> Draft:
     config |= {"architectures": [DSPARK], "head_dim": draft.shape.head_dim, "sample_from_anchor": True}
     for key in ("own_embedding", "own_head"):
         if config.pop(key, None):
-            raise refuse(NAME, "its block drafters share the target's embedding and head", draft, key=True)
+            problem = "its block drafters share the target's embedding and head"
+            raise refuse(NAME, problem, draft, None, **{key: True})
     return Draft(config, state, draft.file)
 
 

@@ -24,9 +24,12 @@ def write(draft: Draft) -> Draft:
     Raises:
         DraftError: another kind of draft.
     """
-    if draft.algorithm.name != "dflash" or draft.parsed.sample_from_anchor:
-        remedy = "train with draft.sample_from_anchor: false, or export to vllm"
-        raise refuse("zlab", "its K slots give K - 1 drafts, and it has no heads", draft, remedy)
+    name = draft.algorithm.name
+    if name != "dflash":
+        raise refuse("zlab", "it holds DFlash drafts alone", draft, algorithm=name)
+    if draft.parsed.sample_from_anchor:
+        remedy = "train with draft.sample_from_anchor: false"
+        raise refuse("zlab", "its K slots give K - 1 drafts", draft, remedy, sample_from_anchor=True)
     if draft.family.name != "qwen3":
         raise refuse("zlab", "its layers are Qwen3's", draft, model_type=draft.config["model_type"])
     whole_vocabulary("zlab", draft)

@@ -75,12 +75,9 @@ def evaluate(
     name: str, recipe: str, draft: Path, tasks: Sequence[Path], output: Path, needs: Names,
     more: Names = (), overrides: Names = (),
 ) -> Stage:  # fmt: skip
-    """Decode ``tasks`` with a draft at the recipe's temperatures; ``more`` are further words for the evaluator."""
-    read = load_recipe(recipe, overrides)
-    command: Names = (PYTHON, "-m", "deepspec.evaluate", "--target", read.target.path, "--draft", str(draft))
-    command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output))
-    command += ("--temperature", *(f"{t:g}" for t in read.evaluate.temperature))
-    command += ("--max-new-tokens", str(read.evaluate.max_new_tokens), *more)
+    """Decode ``tasks`` with a draft as the recipe's `evaluate:` says; ``more`` are further words for the evaluator."""
+    command: Names = (PYTHON, "-m", "deepspec.evaluate", "--recipe", recipe, "--draft", str(draft))
+    command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output), *more)
     if not multiplies_bfloat16() and "--dtype" not in more:
         command += ("--dtype", "float32")
-    return Stage(name, command, output / "results.json", needs)
+    return Stage(name, command + settings(overrides), output / "results.json", needs)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config,
 from transformers.utils import logging
 
 from deepspec.distributed import multiplies_bfloat16
-from deepspec.files import write_json
+from deepspec.files import named, undone_on_error, write_json
 from deepspec.quickstart.muon import Muon
 from deepspec.quickstart.text import Conversation, conversations
 from deepspec.quickstart.tokenizer import END, END_OF_TEXT, VOCAB_SIZE, train_tokenizer
@@ -113,6 +113,7 @@ def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
         held_out = list(islice(conversations(seed, held_out=True), HELD_OUT_ROWS))
         top1 = losses(model, *collate(tokenizer, held_out))[1].item()
     print(f"target: predicts {top1:.1%} of the held-out answers' tokens", flush=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with undone_on_error(folder), named(folder):
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     write_json(folder / MANIFEST, {"steps": steps, "seed": seed, "held_out_top1": top1})

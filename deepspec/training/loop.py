@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from deepspec.errors import CheckpointError, system_error
 from deepspec.recipe import Recipe
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
@@ -20,6 +21,16 @@ from deepspec.training.schedule import lr_factor
 from deepspec.training.signals import StopSignal
 
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
+
+
+def save_error(problem: OSError | RuntimeError, place: Path) -> CheckpointError:
+    """A checkpoint that could not be written, the line of who raised it inside."""
+    known = system_error(problem, place, CheckpointError)
+    line = known.problem if known is not None else next(iter(str(problem).strip().splitlines()), repr(problem))
+    remedy = (known and known.remedy) or "look for room and permissions, then run the same command again"
+    return CheckpointError(
+        f"the checkpoint cannot be written ({line}); earlier ones are whole", file=place, remedy=remedy
+    )
 
 
 class Validator(Protocol):
@@ -148,7 +159,12 @@ class Trainer:
         if self.engine.world.is_main:
             self.checkpoints.wait()
         self.engine.barrier()
-        self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
+        try:
+            self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
+        except (OSError, RuntimeError) as problem:  # torch's writer makes RuntimeErrors of a full disk
+            self.checkpoints.discard(done)
+            place = self.checkpoints.folder / f"step_{done}"
+            raise save_error(problem, place) from problem
         self.engine.barrier()
         if self.engine.world.is_main:
             self.checkpoints.commit(replace(self.manifest, step=done, score=score))

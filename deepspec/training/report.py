@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deepspec.batch import Batch
 from deepspec.errors import DeepSpecError
-from deepspec.files import write_text
+from deepspec.files import named, write_text
 from deepspec.metrics import LossTerms
 from deepspec.recipe import Recipe
 
@@ -222,7 +222,8 @@ class Reporter:
         self.last += seconds
 
     def _write(self, group: str, step: int, values: dict[str, Any]) -> None:
-        with open(self.run / "log.jsonl", "a", encoding="utf-8") as log:
+        path = self.run / "log.jsonl"
+        with named(path), open(path, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
         for writer in self.writers:
             writer.write(group, values, step)

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from deepspec import registry
 from deepspec.data.identity import target_fields
-from deepspec.distributed import World, pick_device
+from deepspec.distributed import World, pick_device, together
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
+from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
 from deepspec.targets import Target, TargetEnds, load_spec, load_target, load_target_ends
 from deepspec.training import checkpoints as store
@@ -52,8 +51,10 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and say nothing twice.
     """
     world = start_processes()
-    try:
-        prepared = _together(world, lambda: prepare(path, overrides, world, accept_changes))
+    with ExitStack() as stack:
+        stack.callback(end_processes)
+        together(world, lambda: _hold(stack, path, overrides, world))
+        prepared = together(world, lambda: prepare(path, overrides, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total:
             if world.is_main:
@@ -66,28 +67,13 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         trainer.run(start.step)
         trainer.engine.close()
         return 0
-    finally:
-        end_processes()
 
 
-def _together(world: World, build: Any) -> Any:
-    """Run ``build`` on every rank; where it fails on any, all end, and rank 0 tells why once."""
-    built, error = None, None
-    try:
-        built = build()
-    except DeepSpecError as problem:
-        error = problem
-    errors: list[DeepSpecError | None] = [error]
-    if world.size > 1:
-        texts: list[str | None] = [None] * world.size
-        dist.all_gather_object(texts, None if error is None else str(error))
-        errors = [None if text is None else DeepSpecError(text) for text in texts]
-    failed = next((one for one in errors if one is not None), None)
-    if failed is None:
-        return built
+def _hold(stack: ExitStack, path: str | Path, overrides: Sequence[str], world: World) -> None:
+    """The run's folder is this run's alone until the stack closes."""
+    recipe = load_recipe(path, overrides)
     if world.is_main:
-        raise failed
-    sys.exit(1)
+        stack.enter_context(one_writer(recipe.output, "training", CheckpointError))
 
 
 @dataclass(frozen=True)
@@ -129,7 +115,7 @@ def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_cha
     manifest = store.Manifest(
         step=0,
         total_steps=total_steps(recipe, plan),
-        recipe=recipe.to_dict(),
+        recipe=recipe.to_dict(Path(recipe.output, "checkpoints", "step_0")),
         fingerprint=dict(source.fingerprint()),
         identity=identity,
         target_digest=identity["target"]["weights"],
@@ -154,8 +140,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     """The draft under DeepSpeed with the weights of the checkpoint, and the loop around it (all ranks together)."""
     recipe, start = prepared.recipe, prepared.start
     kept = store.Checkpoints(Path(recipe.output), recipe.train)
-    if world.is_main:
-        _start_folder(kept, prepared, world)
+    together(world, lambda: _start_folder(kept, prepared) if world.is_main else None)
     algorithm = registry.algorithm(recipe.algorithm)
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
@@ -248,7 +233,11 @@ def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
     if start.universal:
         name = f".{name}.universal"
         if engine.world.is_main:
-            to_universal(start.folder, kept.folder / name)
+            try:
+                to_universal(start.folder, kept.folder / name)
+            except DeepSpecError:
+                kept.clean()
+                raise
         engine.barrier()
     engine.load(kept.folder, name, start.step)
     engine.barrier()
@@ -256,14 +245,14 @@ def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
         kept.clean()
 
 
-def _start_folder(kept: store.Checkpoints, prepared: Prepared, world: World) -> None:
+def _start_folder(kept: store.Checkpoints, prepared: Prepared) -> None:
     """The run's folder with the resolved recipe and what it runs on."""
     kept.clean()
     recipe, manifest = prepared.recipe, prepared.manifest
     recipe.save(kept.run / "recipe.yaml")
     about = {"seed": recipe.seed, "recipe_digest": recipe.digest(), "total_steps": manifest.total_steps}
     about |= {"target_digest": manifest.target_digest, "fingerprint": manifest.fingerprint}
-    about |= {"world_size": world.size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype}
+    about |= {"world_size": manifest.world_size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype}
     write_json(kept.run / "run.json", about | {"versions": manifest.versions})
 
 

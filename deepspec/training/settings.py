@@ -65,9 +65,12 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
         RecipeError: the JSON file is missing or broken, names a key that belongs to the recipe, or asks for fp16.
     """
     path = Path(train.deepspeed)
-    settings = read_json(path, RecipeError, remedy="train.deepspeed names a file of deepspeed_configs/")
+    settings = read_json(path, RecipeError, remedy="name a file of deepspeed_configs/ in train.deepspeed")
     if not isinstance(settings, dict):
         raise RecipeError("not a DeepSpeed configuration", file=path, found=settings, wanted="a JSON object")
+    for key in ("fp16", "bf16", "zero_optimization"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise RecipeError("not a section", file=path, key=key, found=settings[key], wanted="a JSON object")
     for key, owner in FROM_RECIPE.items():
         if key in settings:
             raise RecipeError("belongs to the recipe", file=path, key=key, remedy=f"remove it and set {owner}")
