@@ -70,7 +70,7 @@ def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object
 
 def missing_sources(names: list[str]) -> str:
     """The line of :func:`mismatches` for conversations that a cache does not hold."""
-    return f"sources: cache without {', '.join(names)}, recipe all of the recipe's conversations"
+    return f"sources: cache without {', '.join(names)}, recipe names them in data.conversations"
 
 
 def remedy_for(lines: list[str], otherwise: str) -> str:
