@@ -294,7 +294,9 @@ def _run_study(options: StudyOptions) -> dict[str, Any]:
     dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
     target = load_target(options.target, dtype, options.device, options.revision)
     draft = _draft(options, target)
-    renderer = Renderer(load_tokenizer(options.target, options.revision), target.spec, options.system_prompt, options.thinking)
+    renderer = Renderer(
+        load_tokenizer(options.target, options.revision), target.spec, options.system_prompt, options.thinking
+    )
     prompts = _prompts(options, renderer, target)
     sts = load_sts(Path(options.draft))
     settings = DecodeSettings(
