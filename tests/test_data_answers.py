@@ -142,7 +142,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalEngine]:
 
 class Writer:
     def __init__(self, ids: list[int], reason: str) -> None:
-        self.ids, self.reason = ids, reason
+        self.ids, self.reason, self.sampling = ids, reason, SECTION
 
     def answer(self, requests: Any) -> Any:
         return [Generated(request, self.ids, self.reason) for request in requests]
