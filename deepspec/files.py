@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -38,6 +39,17 @@ def named(path: str | Path) -> Iterator[None]:
         raise OSError(known.errno, known.strerror, str(path)) from None
 
 
+def refuse_special(path: Path) -> None:
+    """Refuse to put a file in the place of what is none: a rename would replace a device such as /dev/full.
+
+    Raises:
+        OSError: a folder, a device or a pipe stands there.
+    """
+    if path.exists() and not path.is_file():
+        number = errno.EISDIR if path.is_dir() else errno.EINVAL
+        raise OSError(number, os.strerror(number), str(path))
+
+
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; it is synced and renamed when the block ends well, else removed.
@@ -45,6 +57,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; it names ``path``, and nothing is left of it.
     """
+    refuse_special(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with named(path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from deepspec.errors import RecipeError
+from deepspec.errors import RecipeError, system_error
 from deepspec.sections import relocate
 
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
@@ -189,10 +189,10 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
         return known[real]
     try:
         values = parse_yaml(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         raise RecipeError("no such recipe file", file=path) from None
     except OSError as problem:
-        raise RecipeError(f"cannot be read ({problem.strerror})", file=path, remedy="mend its permissions") from None
+        raise system_error(problem, path, RecipeError) or problem from None
     except ValueError as error:
         raise RecipeError(f"not a YAML file ({error})", file=path) from None
     except RecipeError as error:

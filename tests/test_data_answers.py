@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import data_tools as tools
@@ -12,9 +13,12 @@ import pytest
 from test_data_regenerate import FaultyServer, renderer, server_engine
 from transformers import PretrainedConfig
 
+from deepspec.data.answer import answer_text
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.local import Generated
+from deepspec.data.messages import Unusable
+from deepspec.data.outcome import Outcome
 from deepspec.data.regenerate import LocalEngine, Summary, regenerate
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
@@ -144,7 +148,7 @@ class Positionless:
 
 class Writer:
     def __init__(self, ids: list[int], reason: str) -> None:
-        self.ids, self.reason = ids, reason
+        self.ids, self.reason, self.sampling = ids, reason, SECTION
 
     def answer(self, requests: Any) -> Any:
         return [Generated(request, self.ids, self.reason) for request in requests]
@@ -187,3 +191,43 @@ def test_a_call_written_in_special_tokens_is_a_failure_that_says_so(
     tool = json.dumps([{"name": "f", "parameters": {"type": "object"}}])
     with pytest.raises(DataError, match="only --engine server can read"):
         regenerate(prompts(tmp_path, ["q"], tools=tool), tmp_path / "o.jsonl", local(made, ids, "stop"), {})
+
+
+def test_local_thoughts_between_special_tokens_stay_apart(local: Callable[..., LocalEngine], tmp_path: Path) -> None:
+    case = tools.small_case("reasoning")  # its <think> is a special token, which decoding leaves out
+    made = Renderer(case.tokenizer, case.family, thinking=True)
+    ids = made.tokenizer("<think>\nwhy\n</think>\n\nso", add_special_tokens=False)["input_ids"]
+    regenerate(prompts(tmp_path, ["q"], turns=1), tmp_path / "o.jsonl", local(made, ids, "stop"), {})
+    (row,) = read_conversations(tmp_path / "o.jsonl")
+    assert (row["messages"][1]["content"], row["messages"][1]["reasoning_content"]) == ("so", "why")
+
+
+def test_a_local_thought_that_decoding_would_mix_into_the_answer_is_a_failure() -> None:
+    def decode(ids: list[int], skip_special_tokens: bool) -> str:
+        return "thought\nwhyso" if skip_special_tokens else "<|channel>thought\nwhy<channel|>so"
+
+    with pytest.raises(Unusable, match="marked its reasoning by special tokens"):
+        answer_text(SimpleNamespace(added_tokens_decoder={}, decode=decode), [1, 2])
+
+
+@pytest.mark.parametrize(
+    ("again", "said"),
+    [
+        ((False, False), "mend their cause: the same command fails on them again, or go on without them"),
+        ((True, False), "run the same command again: 1 of them may get an answer, or mend the cause of the other 1"),
+        ((True, True), "run the same command again: 2 of them may get an answer, or go on without them"),
+    ],
+)
+def test_the_remedy_of_failures_says_whether_another_start_helps(
+    again: tuple[bool, ...], said: str, tmp_path: Path
+) -> None:
+    class Engine:
+        def run(self, dialogues: Any) -> Any:
+            for one, fate in zip(dialogues, (*again, None), strict=True):
+                if fate is None:
+                    one.answer({"content": "fine"}, "stop", 1)
+                yield Outcome(one) if fate is None else Outcome(one, "no", fate)
+
+    path = prompts(tmp_path, ["q0", "q1", "q2"], turns=1)
+    with pytest.raises(DataError, match=said):
+        regenerate(path, tmp_path / "o.jsonl", Engine(), {})

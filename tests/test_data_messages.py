@@ -194,3 +194,15 @@ def test_reading_twice_changes_nothing() -> None:
     row = {"id": "a", "system": "Brief.", "tools": json.dumps([FUNCTION]), "messages": [ASK, assistant("x", name=None)]}
     once = normal_row(row)
     assert normal_row(once) == once
+
+
+@pytest.mark.parametrize("given", [["be brief"], {"text": "be brief"}])
+def test_a_system_column_other_than_text_is_a_reason(given: Any) -> None:
+    row = {"id": "a", "messages": [{"role": "user", "content": "q"}], "system": given}
+    with pytest.raises(Unusable, match="a system column other than text"):
+        normal_row(row)
+
+
+def test_marks_around_reasoning_that_stands_apart_go() -> None:
+    (message,) = normal_row({"messages": [assistant("b", reasoning_content="<think>\nwhy\n</think>")]})["messages"]
+    assert message == assistant("b", reasoning_content="why")

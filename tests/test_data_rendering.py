@@ -430,3 +430,13 @@ def test_reasons_are_counted_most_frequent_first_with_the_first_row() -> None:
         "dropped, no supervised token: 1 (first: none)",
     ]
     assert refusal_lines({"a": 1, "b": 2}) == ["dropped, b: 2", "dropped, a: 1"]
+
+
+def test_reasoning_that_prompt_and_finished_answer_open_otherwise_is_opened_once() -> None:
+    template = tools.CHATML.replace(
+        "m.content", "('<think>' + m.reasoning_content + '</think>' if m.reasoning_content else '') + m.content"
+    )
+    template = template.replace("assistant\\n' }}{% endif", "assistant\\n<think>\\n' }}{% endif")
+    text, learned = shown(renderer(template, thinking=True), [user("q"), answer("so", reasoning_content="why")])
+    assert text.count("<think>") == 1
+    assert learned == "why</think>so<|im_end|>"

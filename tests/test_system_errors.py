@@ -192,3 +192,15 @@ def test_an_output_below_a_file_is_one_line_in_every_command(tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"error: {tmp_path}/file/x: Not a directory; a file stands where a folder is wanted" in done.stderr
+
+
+def test_a_file_never_takes_the_place_of_a_device_or_folder(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(OSError, match=name):
+            write_bytes(tmp_path / name, b"x")
+        with pytest.raises(OSError, match=name):
+            ConversationWriter(tmp_path / name, {})
+    assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
+    assert (tmp_path / "pipe").is_fifo()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.cache.build import BuildStopped, build_cache
 from deepspec.cache.ranks import connect
 from deepspec.data.refusals import refusal_lines
@@ -18,7 +19,7 @@ from deepspec.recipe import load_recipe
 
 def main() -> int:
     """Parse the command line and build."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", required=True, help="recipe file")
     parser.add_argument("--data", help="conversations (JSONL); default: the recipe's data.conversations")
     parser.add_argument("--output", required=True, help="folder or URL of the cache")

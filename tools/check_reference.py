@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.errors import run_main
 from deepspec.evaluate.reference import check_folder, table
 
 
 def main() -> int:
     """Parse arguments, check, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="folder of reference cases")
     results = list(check_folder(parser.parse_args().folder))
     print(table(results))

@@ -53,7 +53,11 @@ def main() -> int:
     held_out = data.held_out if args.held_out is None else args.held_out
     if not args.source and data.prompts is None:
         raise DataError("the recipe names no prompts", file=args.recipe, key="data.prompts", remedy="or give --source")
-    sources = dict(weighted(text) for text in args.source) if args.source else {str(data.prompts): 1.0}
+    pairs = [weighted(text) for text in args.source] if args.source else [(str(data.prompts), 1.0)]
+    sources = dict(pairs)
+    if len(sources) < len(pairs):
+        remedy = "give it once, with the weight that it shall have"
+        raise DataError("the same source twice", key="--source", found=args.source, remedy=remedy)
     options = PrepareOptions(sources, held_out, tuple(args.exclude), args.limit, args.split, args.seed)
     print("\n".join(prepare(options, args.output).lines()))
     return 0

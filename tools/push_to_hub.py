@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.errors import run_main
 
 
 def main() -> int:
     """Parse the arguments and upload."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="an exported draft")
     parser.add_argument("repository", help="owner/name on the hub")
     parser.add_argument("--public", action="store_true", help="a new repository is open to all")

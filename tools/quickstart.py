@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.errors import run_main
 
 
 def main() -> None:
     """Parse the arguments and run the pipeline."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
     from deepspec.quickstart.pipeline import quickstart
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.errors import run_main
 
 
 def main() -> None:
     """Parse the arguments and write the page."""
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
     from deepspec.real.results import MEASURED, PAGE, README, write_results
 

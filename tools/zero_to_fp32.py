@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec.arguments import Parser
 from deepspec.errors import run_main
 
 
 def main() -> None:
     """Parse the arguments and consolidate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run")
     parser.add_argument("output", help="the draft folder to create")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights; default: as trained")

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from deepspec.data.chat import Renderer
 from deepspec.data.lines import value_problem
-from deepspec.data.messages import THINK, Message, Unusable, arguments_are_objects, normal_calls, split_reasoning
+from deepspec.data.messages import (
+    OPENINGS,
+    THINK,
+    UNTHINK,
+    Message,
+    Unusable,
+    arguments_are_objects,
+    normal_calls,
+    split_reasoning,
+)
 from deepspec.errors import DataError
 
 _HALF = re.compile("[\ufffd\ud800-\udfff]+$")  # what a decoder makes of the first bytes of a character
@@ -59,9 +69,20 @@ def read_answer(
     return message, reason
 
 
-def opens_reasoning(prompt: str) -> bool:
-    """Whether a rendered prompt ends with the beginning of the reasoning, as DeepSeek-R1's and Qwen3-Thinking's do."""
-    return prompt.rstrip().endswith(THINK)
+def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of generated ids without special tokens, but with ``<think>`` and its end where these are such.
+
+    Raises:
+        Unusable: reasoning between other special tokens (Gemma4's channel), without which it would be part of the text.
+    """
+    added = tokenizer.added_tokens_decoder.items()
+    marks = {number: token.content for number, token in added if token.special and token.content in (THINK, UNTHINK)}
+    runs = groupby(ids, key=marks.get)
+    text = "".join(mark or tokenizer.decode(list(run), skip_special_tokens=True) for mark, run in runs)
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    if any(mark in whole and mark not in text for mark in OPENINGS):
+        raise Unusable("the target marked its reasoning by special tokens, which only --engine server can read")
+    return text
 
 
 def call_mark(renderer: Renderer, tools: Sequence[Any]) -> str | None:

@@ -21,7 +21,7 @@ from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefix
 from deepspec.data.conversations import Message
 from deepspec.data.date import dated, template_date
 from deepspec.data.marks import Field, Reading, mark
-from deepspec.data.messages import Unusable, normal_row
+from deepspec.data.messages import THINK, Unusable, normal_row, opened_again, opens_reasoning
 from deepspec.data.places import MARK, Place, PlaceFinder
 from deepspec.data.refusals import (
     NO_PLACE,
@@ -39,7 +39,6 @@ from deepspec.data.refusals import RenderCounts as RenderCounts
 from deepspec.data.shown import (
     developer_as_system,
     for_template,
-    opens_reasoning,
     read_message,
     read_tools,
     stops_in_reasoning,
@@ -135,7 +134,7 @@ class Renderer:
     def _read(self, messages: Sequence[Message]) -> list[Message]:
         if not messages:
             raise DataError("no messages", key="messages", found=[], wanted="at least one")
-        opened = self.thinking and self._opens_reasoning
+        opened = self.thinking and self._opens_think
         return [read_message(message, opened) for message in messages]
 
     def _shown(self, messages: Sequence[Message]) -> list[Message]:
@@ -214,7 +213,7 @@ class Renderer:
         text = text[: places[-1][1]] if cut else text
         turns = [message for message in given if message["role"] == "assistant"]
         numbers = [i for i, message in enumerate(shown) if message["role"] == "assistant"]
-        opened = opens_reasoning(prompt)
+        opened = opens_reasoning(prompt) is not None
         return (
             prompt,
             text,
@@ -256,6 +255,7 @@ class Renderer:
         shared = _shared(full, prompt)
         if any(place[1] + len(self._ending) > shared for place in places[:-1]):
             raise DataError(OTHER_HISTORY, key="messages")
+        start = min(end, start + opened_again(prompt, full[start:]))
         return prompt + full[start:], [*places[:-1], (len(prompt), end + len(prompt) - start)]
 
     def _marked(
@@ -367,8 +367,8 @@ class Renderer:
         return self._shows([{"role": "developer", "content": MARK}, {"role": "user", "content": "a"}])
 
     @cached_property
-    def _opens_reasoning(self) -> bool:
-        return opens_reasoning(self._render([{"role": "user", "content": "a"}], None, generation_prompt=True))
+    def _opens_think(self) -> bool:
+        return opens_reasoning(self._render([{"role": "user", "content": "a"}], None, generation_prompt=True)) == THINK
 
     def _shows(self, messages: list[Message]) -> bool:
         try:

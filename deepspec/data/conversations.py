@@ -20,7 +20,7 @@ from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, p
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, sync_folder, write_json
+from deepspec.files import named, read_json, refuse_special, sync_folder, write_json
 
 FORMAT = "deepspec.conversations/1"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -152,6 +152,7 @@ class ConversationWriter:
         self.path, self.provenance, self.rows = Path(path), dict(provenance), 0
         self._digest = hashlib.sha256()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        refuse_special(self.path)
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._handle = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
 

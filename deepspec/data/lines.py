@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deepspec.errors import DataError, DeepSpecError
+from deepspec.errors import DataError, DeepSpecError, system_error
 
 DEPTH = 100  # levels of lists and objects; Python's own stack ends near 1,000
 DIGITS = 4000  # of an integer; Python reads and writes 4,300
@@ -116,7 +116,7 @@ def numbered_lines(path: str | Path, error: type[DeepSpecError] = DataError) -> 
         with open(path, "rb") as handle:
             yield from enumerate(handle, 1)
     except OSError as problem:
-        raise error(f"cannot read the file ({problem.strerror})", file=path) from None
+        raise system_error(problem, path, error) or problem from None
 
 
 def read_jsonl(

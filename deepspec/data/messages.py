@@ -13,6 +13,7 @@ from deepspec.data.lines import NotJSON, parse_json, value_problem
 
 Message = dict[str, Any]
 THINK, UNTHINK = "<think>", "</think>"  # how Qwen3, DeepSeek-R1 and their like mark reasoning inside an answer
+OPENINGS = (THINK, "<thinking>", "<|channel>thought", "[THINK]", "<seed:think>")  # how templates open reasoning
 SYSTEM_COLUMNS = ("system", "system_prompt")
 _STAY = ("properties", "parameters", "arguments")  # objects that may be empty, and mean something then
 
@@ -135,6 +136,9 @@ def normal_message(message: Mapping[str, Any]) -> Message:
     reasoning = new.pop("reasoning", None)
     if isinstance(reasoning, str) and reasoning and not new.get("reasoning_content"):
         new["reasoning_content"] = reasoning
+    if isinstance(reasoning := new.get("reasoning_content"), str) and reasoning.lstrip().startswith(THINK):
+        inside, _, after = reasoning.lstrip().removeprefix(THINK).partition(UNTHINK)
+        new["reasoning_content"] = inside.strip("\n") if not after.strip() else reasoning
     return new | ({"tool_calls": calls} if calls else {})
 
 
@@ -142,9 +146,12 @@ def with_system_columns(row: Mapping[str, Any], messages: list[Message]) -> list
     """The messages, the text of the row's ``system`` or ``system_prompt`` column in front as their system message.
 
     Raises:
-        Unusable: the columns and the messages name different ones.
+        Unusable: a column holds no text, or the columns and the messages name different ones.
     """
-    texts = {row[key].strip() for key in SYSTEM_COLUMNS if isinstance(row.get(key), str)} - {""}
+    given = [row[key] for key in SYSTEM_COLUMNS if row.get(key)]
+    if any(not isinstance(one, str) for one in given):
+        raise Unusable("a system column other than text")
+    texts = {one.strip() for one in given} - {""}
     own = messages[0]["content"] if messages and messages[0].get("role") in ("system", "developer") else None
     if isinstance(own, str):
         texts.discard(own.strip())
@@ -165,6 +172,20 @@ def normal_row(row: Mapping[str, Any]) -> dict[str, Any]:
     new = {**row, "messages": with_system_columns(row, [normal_message(one) for one in row["messages"]])}
     tools = normal_tools(new.pop("tools", None))
     return new | ({"tools": tools} if tools else {})
+
+
+def opens_reasoning(prompt: str) -> str | None:
+    """The one of OPENINGS that a rendered prompt ends with: the answer begins inside the reasoning; else None."""
+    return next((mark for mark in OPENINGS if prompt.rstrip().endswith(mark)), None)
+
+
+def opened_again(prompt: str, answer: str) -> int:
+    """Characters at the beginning of a rendered answer that open the reasoning which ``prompt`` has opened."""
+    text, mark = answer.lstrip(), opens_reasoning(prompt)
+    if mark is None or not text.startswith(mark):
+        return 0
+    text = text.removeprefix(mark).removeprefix(prompt[len(prompt.rstrip()) :])
+    return len(answer) - len(text)
 
 
 def split_reasoning(message: Message, opened: bool = False) -> Message:

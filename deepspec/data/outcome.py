@@ -13,3 +13,4 @@ class Outcome:
 
     dialogue: Dialogue
     error: str | None = None  # None: every turn is answered
+    again: bool = False  # the error was the servers' of the moment: another start may have an answer

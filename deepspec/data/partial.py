@@ -60,13 +60,14 @@ class Partial:
                 break
             try:
                 row = json.loads(line)
-            except ValueError:
+                name = row["id"] if end else row["settings"]
+            except (ValueError, KeyError, TypeError):
                 problem = "a line is broken (power cut?); delete from it to the file's end and start again"
                 raise DataError(problem, file=self.path, key=f"byte {end}") from None
             if end == 0:
                 self._check_settings(row, settings)
             else:
-                self.places[row["id"]] = end
+                self.places[name] = end
             end += len(line)
         return end
 

@@ -14,20 +14,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from deepspec.data.answer import call_mark, opens_reasoning, read_answer
+from deepspec.data.answer import answer_text, call_mark, read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.identity import identity_of
 from deepspec.data.local import Generated, LocalSampler, Request, Sampling
-from deepspec.data.messages import Unusable
+from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
 from deepspec.data.partial import Partial, setting_differences
 from deepspec.data.progress import Progress
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, sha256_file
+from deepspec.files import named, read_json, refuse_special, sha256_file
 from deepspec.locks import lock_file
 from deepspec.recipe import Recipe, RegenerateSection
 from deepspec.targets.positions import check_room
@@ -94,13 +94,13 @@ class LocalEngine:
         """
         decode = self.renderer.tokenizer.decode
         ids, reason = generated.token_ids, generated.finish_reason
-        text = decode(ids, skip_special_tokens=True)
+        text = answer_text(self.renderer.tokenizer, ids)
         mark = call_mark(self.renderer, dialogue.tools) if dialogue.tools else None
         if mark and mark in decode(ids, skip_special_tokens=False):
             if mark not in text:  # its marks are special tokens, which no text holds
                 raise Unusable("the target called a tool, which only --engine server can read")
             reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
-        opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools))
+        opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools)) == THINK
         dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
 
 
@@ -150,10 +150,11 @@ def regenerate(
 
     Raises:
         DataError: unusable prompts, an output of other settings or at which another process works, or too many failures
-            (run again to retry those).
+            (the message says how many of them another start may answer).
     """
     output = Path(output)
     _readable(prompts)
+    refuse_special(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(output.with_name(f".{output.name}.lock"), output, "regeneration", DataError):
         return _regenerate(prompts, output, engine, settings, max_failed)
@@ -170,13 +171,14 @@ def _regenerate(
     total = sum(1 for _ in read_conversations(prompts))
     partial = Partial(partial_path, settings)
     try:
-        tokens, seconds, failed, first = _answer_rest(prompts, output, engine, partial, total)
+        tokens, seconds, failures = _answer_rest(prompts, output, engine, partial, total)
+        failed = failures.count
         if failed > max_failed * total or not partial.places:
             raise DataError(
-                f"{failed} of {total} conversations failed; the first, {first}",
+                f"{failed} of {total} conversations failed; the first, {failures.first}",
                 file=failures_path(output),
                 wanted=f"at most {max_failed:.1%}",
-                remedy="run the same command again to retry them, or allow more with --max-failed",
+                remedy=failures.remedy(bool(partial.places)),
             )
         ends = Counter[str]()
         rows = _counted(_in_order(prompts, partial), ends)
@@ -204,16 +206,43 @@ def failures_path(output: Path) -> Path:
     return output.with_name(output.name + ".failures.jsonl")
 
 
+@dataclass
+class _Failures:
+    """The conversations of a start that failed."""
+
+    count: int = 0
+    again: int = 0  # of them, those that another start may answer
+    first: str = ""
+
+    def add(self, outcome: Outcome) -> None:
+        """Count one; the first is said on screen."""
+        self.count += 1
+        self.again += outcome.again
+        if self.count == 1:
+            self.first = f"{outcome.dialogue.id}: {outcome.error}"
+            print(f"regenerate: a failure, {self.first}", file=sys.stderr, flush=True)
+
+    def remedy(self, some: bool) -> str:
+        """What to do about them; ``some``: there are answers to go on with."""
+        ways = [f"run the same command again: {self.again} of them may get an answer"] * bool(self.again)
+        if self.again < self.count:
+            ways.append(f"mend the cause of the other {self.count - self.again}" if self.again else
+                        "mend their cause: the same command fails on them again")  # fmt: skip
+        return ", or ".join([*ways, *["go on without them with a larger --max-failed"] * some])
+
+
 def _readable(path: str | Path) -> None:
+    if Path(path).is_dir():
+        raise DataError("this is a folder", file=path, wanted="a file of conversations (JSONL)")
     if not Path(path).is_file():
         raise DataError("no such prompts file", file=path, remedy="make it with tools/prepare_data.py")
 
 
 def _answer_rest(
     prompts: str | Path, output: Path, engine: Engine, partial: Partial, total: int
-) -> tuple[int, float, int, str]:
-    """Run the engine over what is not done; returns tokens, seconds, failures and the first of them."""
-    done, failed, tokens, first = len(partial.places), 0, 0, ""
+) -> tuple[int, float, _Failures]:
+    """Run the engine over what is not done; returns tokens, seconds and what failed."""
+    done, tokens, failed = len(partial.places), 0, _Failures()
     if done:
         print(f"resuming: {done} of {total} conversations are there")
     progress = Progress("regenerate", total - done)
@@ -225,19 +254,16 @@ def _answer_rest(
             if outcome.error is None:
                 partial.append(outcome.dialogue.result())
             else:
-                failed += 1
-                if failed == 1:
-                    first = f"{outcome.dialogue.id}: {outcome.error}"
-                    print(f"regenerate: a failure, {first}", file=sys.stderr, flush=True)
+                failed.add(outcome)
                 with named(failures.name):
                     failures.write(dump_row({"id": outcome.dialogue.id, "error": outcome.error}))
                     failures.flush()
             tokens += outcome.dialogue.tokens
             progress.add(1, outcome.dialogue.tokens)
     progress.finish()
-    if not failed:
+    if not failed.count:
         failures_path(output).unlink()
-    return tokens, progress.seconds, failed, first
+    return tokens, progress.seconds, failed
 
 
 def _open_dialogues(rows: Iterable[Mapping[str, Any]]) -> Iterator[Dialogue]:

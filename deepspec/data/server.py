@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from deepspec.data.answer import opens_reasoning, read_answer
+from deepspec.data.answer import read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.date import server_keywords
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Sampling, draw_seed
-from deepspec.data.messages import Message, Unusable
+from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
 from deepspec.data.pool import Pool, Server
 from deepspec.errors import DataError, DeepSpecError
@@ -47,7 +47,11 @@ class _Retry(Exception):
 
 
 class _Refused(Exception):
-    """A request that no server will ever answer; its conversation fails."""
+    """A request without an answer; its conversation fails. ``again``: another start may have better luck."""
+
+    def __init__(self, reason: str, again: bool = False) -> None:
+        super().__init__(reason)
+        self.again = again
 
 
 class ServerEngine:
@@ -108,7 +112,7 @@ class ServerEngine:
                     self._answer_turn(dialogue)
                 done.put(Outcome(dialogue))
             except _Refused as problem:
-                done.put(Outcome(dialogue, str(problem)))
+                done.put(Outcome(dialogue, str(problem), problem.again))
             except DeepSpecError as problem:
                 done.put(problem)
             except Exception as problem:  # a defect of ours must stop the job, not hang it
@@ -123,7 +127,7 @@ class ServerEngine:
         """
         try:
             prompt_length = len(self.renderer.prompt(dialogue.messages, dialogue.tools))
-            opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools))
+            opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools)) == THINK
         except DataError as problem:
             raise _Refused(str(problem)) from None
         attempts = 0
@@ -136,7 +140,7 @@ class ServerEngine:
                 attempts += problem.counted
                 self.pool.release(server, str(problem), problem.rest)
                 if attempts >= self.options.attempts:
-                    raise _Refused(f"{attempts} attempts failed; the last: {problem}") from None
+                    raise _Refused(f"{attempts} attempts failed; the last: {problem}", again=True) from None
             except BaseException:
                 self.pool.release(server)
                 raise

@@ -10,14 +10,8 @@ from deepspec.data.messages import Unusable, arguments_are_objects, normal_messa
 from deepspec.data.refusals import CUT_CALL, REPLACED
 from deepspec.errors import DataError
 
-OPENINGS = ("<think>", "<thinking>", "<|channel>thought", "[THINK]", "<seed:think>")  # how templates open reasoning
 _NO_CHARACTER = "\ufffd"  # what bytes that are no character are decoded to
 _OURS = ("weight", "finish_reason")  # of a message: not the template's affair
-
-
-def opens_reasoning(prompt: str) -> bool:
-    """Whether a rendered prompt ends inside the reasoning."""
-    return prompt.rstrip().endswith(OPENINGS)
 
 
 def read_tools(tools: Any) -> list[dict[str, Any]] | None:
@@ -88,4 +82,4 @@ def developer_as_system(messages: Sequence[Message]) -> list[Message]:
 
 def stops_in_reasoning(message: Message) -> bool:
     """Whether there is reasoning and nothing after it: the target was cut before it answered."""
-    return bool(message.get("reasoning_content")) and not message["content"] and not message.get("tool_calls")
+    return bool(message.get("reasoning_content")) and not message["content"].strip() and not message.get("tool_calls")

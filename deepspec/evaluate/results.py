@@ -124,7 +124,7 @@ def _read_recipe(draft: Path) -> Mapping[str, Any] | None:
         return None
     try:
         values = yaml.safe_load((draft / RECIPE).read_text(encoding="utf-8"))
-    except yaml.YAMLError as problem:
+    except (yaml.YAMLError, UnicodeDecodeError) as problem:
         raise EvaluationError(f"not YAML ({problem})".replace("\n", " "), file=draft / RECIPE) from None
     return values if isinstance(values, Mapping) else {}
 

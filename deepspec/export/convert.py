@@ -162,6 +162,9 @@ def _with_frozen(draft: Draft, options: ExportOptions) -> Draft:
     """The draft with the target's embedding and head, where the folder shall stand alone or a head must be cut."""
     lacking = [name for name in FROZEN if name not in draft.state]
     needed = options.embeddings or ("d2t" in draft.state and options.format != "deepspec")
+    if not lacking and options.target is not None:  # nothing is taken from it, but it is said to be the draft's
+        folder = Path(draft.file or "").parent
+        _check_weights(options.target, None, _provenance(folder), folder)
     if not lacking or not needed:
         return draft
     path = options.target or draft.config.get("target_model_name_or_path")
