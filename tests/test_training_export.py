@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from deepspec.distributed import World
 from deepspec.drafts import FROZEN, load_draft
-from deepspec.errors import CheckpointError, DraftError
+from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate, read_weights
 from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.export.manifest import read_manifest, steps_of
@@ -139,6 +139,8 @@ def test_an_export_reads_embedding_and_head_alone(
     theirs = (weights["model.embed_tokens.weight"], weights["lm_head.weight"])
     assert all(torch.equal(stored[name], end.to(stored[name].dtype)) for name, end in zip(FROZEN, theirs, strict=True))
     assert "note" not in capsys.readouterr().err
+    with pytest.raises(TargetError, match="cannot load the target"):  # nothing is taken from it, but it must be one
+        export_draft(tmp_path / "out", tmp_path / "again", ExportOptions(target=str(tmp_path)))
     silent = Path(shutil.copytree(bare, tmp_path / "silent"))
     (silent / "provenance.json").write_text("{}")
     export_draft(silent, tmp_path / "other", ExportOptions())

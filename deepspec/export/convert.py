@@ -164,6 +164,7 @@ def _with_frozen(draft: Draft, options: ExportOptions) -> Draft:
     needed = options.embeddings or ("d2t" in draft.state and options.format != "deepspec")
     if not lacking and options.target is not None:  # nothing is taken from it, but it is said to be the draft's
         folder = Path(draft.file or "").parent
+        load_spec(options.target)  # refuses what is no target
         _check_weights(options.target, None, _provenance(folder), folder)
     if not lacking or not needed:
         return draft
