@@ -128,16 +128,15 @@ def check_manifest(path: Path, rows: int, sha256: str) -> None:
     if not manifest_path(path).exists():
         return
     manifest = read_json(manifest_path(path), DataError)
-    wanted = {"format": FORMAT, "rows": rows, "sha256": sha256}
-    for key, value in wanted.items():
-        found = manifest.get(key) if isinstance(manifest, dict) else None
-        if found != value:
+    for key, found in {"format": FORMAT, "rows": rows, "sha256": sha256}.items():
+        stated = manifest.get(key) if isinstance(manifest, dict) else None
+        if stated != found:
             raise DataError(
                 "the file is not the one its manifest describes",
                 file=manifest_path(path),
                 key=key,
                 found=found,
-                wanted=value,
+                wanted=f"{stated}, as the manifest says",
                 remedy="the file was cut or edited after it was written: make it again, or delete the manifest",
             )
 
