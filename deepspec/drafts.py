@@ -22,6 +22,7 @@ from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
 from deepspec.errors import DraftError, RecipeError
 from deepspec.files import (
+    read_index,
     read_json,
     sha256_file,
     sha256_json,
@@ -95,8 +96,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     """
     folder = Path(folder)
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
-        index = read_json(folder / INDEX, DraftError)
-        return [folder / name for name in sorted(set(index["weight_map"].values()))]
+        return [folder / name for name in read_index(folder / INDEX, DraftError)]
     if not (folder / WEIGHTS).is_file():
         raise DraftError("no such file", file=folder / WEIGHTS, remedy="is this a draft folder?")
     return [folder / WEIGHTS]

@@ -132,6 +132,20 @@ def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, reme
         raise error(f"not a JSON file ({problem})", file=path, remedy=remedy) from None
 
 
+def read_index(path: str | Path, error: type[DeepSpecError] = DeepSpecError) -> list[str]:
+    """The files that an index of sharded weights names, each once.
+
+    Raises:
+        error: the index is missing or broken.
+    """
+    values = read_json(path, error, remedy="fetch it again")
+    names = values.get("weight_map") if isinstance(values, dict) else None
+    if not isinstance(names, dict) or not names or not all(isinstance(one, str) for one in names.values()):
+        wanted = "the file of each tensor, by name"
+        raise error("not an index", file=path, key="weight_map", found=names, wanted=wanted, remedy="fetch it again")
+    return sorted(set(names.values()))
+
+
 def sha256_file(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes."""
     with open(path, "rb") as handle:

@@ -18,6 +18,7 @@ from deepspec import registry
 from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
 from deepspec.targets import Target, TargetEnds, ends, load_spec, load_target, load_target_ends
+from deepspec.targets.digests import weights_digest
 from deepspec.targets.served import load_final_norm
 from deepspec.training.warm_start import warm_start
 
@@ -65,6 +66,33 @@ def test_another_head_in_the_files_of_a_tied_target_is_the_head(
     alone = agreeing(changed(tmp_path, lambda tensors: tensors.update({HEAD: other}), config))
     assert torch.equal(alone.head_weight, other)
     assert capsys.readouterr().err.count("the files hold another lm_head; it is the head here") == 2
+
+
+BROKEN: dict[str, tuple[str, Any, str]] = {
+    "an index without a map": ("model.safetensors.index.json", {"metadata": {}}, "weight_map: not an index"),
+    "an index of another form": ("model.safetensors.index.json", {"weight_map": []}, r"not an index; found \[\]"),
+    "a generation config of another form": ("generation_config.json", [], "not a config"),
+    "a rope of no known kind": ("config.json", {"rope_parameters": {"rope_type": "ntk"}}, "unknown kind of RoPE"),
+    "longrope by its old name": ("config.json", {"rope_parameters": {"rope_type": "su"}}, "change with the longest"),
+    "a rope without its factor": ("config.json", {"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("load", LOADS)
+def test_a_broken_file_beside_the_weights_is_one_line(tmp_path: Path, what: str, load: Callable[..., Any]) -> None:
+    name, values, message = BROKEN[what]
+    saved(tmp_path, tiny_config("llama"))
+    if name == "config.json":
+        values = json.loads((tmp_path / name).read_text()) | values
+    if "index" in name:
+        (tmp_path / "model.safetensors").unlink()
+    (tmp_path / name).write_text(json.dumps(values))
+    with pytest.raises(TargetError, match=message):
+        load(tmp_path, torch.float32)
+    if "index" in name:
+        with pytest.raises(TargetError, match=message):
+            weights_digest(tmp_path)
 
 
 def test_the_same_head_twice_in_the_files_is_one(tmp_path: Path) -> None:

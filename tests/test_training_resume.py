@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -175,6 +176,28 @@ def test_accepting_changes_does_not_accept_another_run(
 ) -> None:
     with pytest.raises(CheckpointError, match="cannot change this"):
         prepare(finished, [change], monkeypatch, accept=True)
+
+
+@pytest.mark.parametrize("cut", ["train.micro_batch=2", "train.micro_tokens=99"])
+def test_another_cut_of_a_step_is_no_change_of_the_run(
+    finished: Path, cut: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = prepare(finished, [cut], monkeypatch).start
+    assert (start.step, start.changes) == (6, ())
+
+
+def test_a_run_that_began_with_length_buckets_says_how_to_go_on(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(finished, tmp_path / "a")
+    path = tmp_path / "a" / "run" / "checkpoints" / "step_6" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["recipe"]["train"]["bucket_batches"] = 50
+    path.write_text(json.dumps(manifest))
+    here = f"output={tmp_path / 'a' / 'run'}"
+    with pytest.raises(CheckpointError, match=r"bucket_batches: .*it is gone \(.*random draw.*say --accept"):
+        prepare(finished, [here], monkeypatch)
+    assert prepare(finished, [here], monkeypatch, accept=True).start.changes == ("train.bucket_batches: 50 -> None",)
 
 
 def test_an_extension_is_honoured_when_accepted(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

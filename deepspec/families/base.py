@@ -81,15 +81,22 @@ def read_rope(parameters: Mapping[str, Any] | None, default_theta: float) -> Rop
     return Rope(theta, kind, partial, tuple(sorted(given.items())) if kind not in ("default", "proportional") else ())
 
 
+FIXED_ROPES = ("default", "linear", "yarn", "llama3", "proportional")  # kinds whose frequencies are the model's own
+
+
+def rope_kinds(config: Mapping[str, Any]) -> list[str]:
+    """The kinds of a config's RoPE: one, or one for each kind of layer (Gemma4)."""
+    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    each = [one for one in given.values() if isinstance(one, Mapping)] or [given]
+    return [str(one.get("rope_type") or one.get("type") or "default") for one in each]
+
+
 def length_dependent_rope(config: Mapping[str, Any]) -> str | None:
     """The kind of a config's RoPE whose frequencies depend on the longest sequence of a forward; None: none does.
 
     What such a model computes for a sequence depends on those beside it and, with a key/value cache, on when it came.
     """
-    given = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    each = [one for one in given.values() if isinstance(one, Mapping)] or [given]  # Gemma4: one for each kind of layer
-    kinds = [str(one.get("rope_type") or one.get("type")) for one in each]
-    return next((kind for kind in kinds if "dynamic" in kind or kind == "longrope"), None)
+    return next((kind for kind in rope_kinds(config) if "dynamic" in kind or kind in ("longrope", "su")), None)
 
 
 def read_common(config: Mapping[str, Any], activation_key: str = "hidden_act") -> dict[str, Any]:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepspec.errors import TargetError
-from deepspec.files import read_json, sha256_file, write_json
+from deepspec.files import read_index, read_json, sha256_file, write_json
 
 COMPLETE = "bytes:"  # in front of a digest of every byte; older records hold a bare sampled one
 NAMES = (  # in the order in which transformers looks for them
@@ -61,8 +61,7 @@ def weight_files(path: str | Path, revision: str | None = None) -> list[str]:
             continue
         if not name.endswith(".index.json"):
             return [file]
-        shards = sorted(set(read_json(file, TargetError).get("weight_map", {}).values()))
-        found = [_find(path, shard, revision) for shard in shards]
+        found = [_find(path, shard, revision) for shard in read_index(file, TargetError)]
         return [shard for shard in found if shard is not None] if None not in found else []
     return []
 

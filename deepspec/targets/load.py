@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from deepspec import registry
 from deepspec.distributed import world_from_environment
 from deepspec.errors import DeepSpecError, TargetError
-from deepspec.families.base import Family, Shape, length_dependent_rope
+from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
 from deepspec.files import read_json
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
-from deepspec.targets.digests import weights_digest
+from deepspec.targets.digests import weight_files, weights_digest
 from deepspec.targets.stored import check_fit, silent
 
 if not torch.cuda.is_available():  # transformers imports deepspeed where it is installed; that would guess, and warn
@@ -133,6 +133,8 @@ def read_stops(*configs: Mapping[str, Any]) -> tuple[int, ...]:
 def check_rope(config: Mapping[str, Any], file: str | Path, error: type[DeepSpecError]) -> None:
     """Refuse a RoPE whose frequencies depend on the longest sequence of a forward: batches and caches share forwards.
 
+    An unknown kind is refused too.
+
     Raises:
         DeepSpecError: of the type ``error``.
     """
@@ -140,8 +142,14 @@ def check_rope(config: Mapping[str, Any], file: str | Path, error: type[DeepSpec
         raise error(
             "its rotary frequencies change with the longest sequence of a batch: hidden states would depend on what "
             "shares the forward", file=file, key="rope_type", found=kind,
-            wanted="one with fixed frequencies: default, linear, yarn, llama3, proportional",
+            wanted=f"one with fixed frequencies: {', '.join(FIXED_ROPES)}",
             remedy="set a fixed one in config.json; within the original length 'dynamic' is 'default'",
+        )  # fmt: skip
+    if unknown := [kind for kind in rope_kinds(config) if kind not in FIXED_ROPES]:
+        wanted = f"one of {', '.join(FIXED_ROPES)}"
+        raise error(
+            "unknown kind of RoPE", file=file, key="rope_type", found=unknown[0], wanted=wanted,
+            remedy="correct it in config.json",
         )  # fmt: skip
 
 
@@ -156,7 +164,7 @@ def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision)
         own, generation = (_stored_json(path, name, revision) for name in ("config.json", "generation_config.json"))
-    except (OSError, ValueError, StrictDataclassError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
         raise _unreadable(path, problem) from None
     spec = spec_from_config(config, str(path), revision)
     stops = read_stops(own, own.get("text_config") or {}, generation)  # as stated: a class's default is no statement
@@ -171,7 +179,10 @@ def _stored_json(path: str | Path, name: str, revision: str | None) -> dict[str,
         str(path), name, revision=revision, _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )  # fmt: skip
-    return dict(read_json(file, TargetError)) if file else {}
+    values = read_json(file, TargetError) if file else {}
+    if not isinstance(values, dict):
+        raise TargetError("not a config", file=file, found=values, wanted="a JSON object", remedy="fetch it again")
+    return values
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
@@ -205,6 +216,7 @@ def load_target(
     from transformers import AutoModelForCausalLM
 
     spec = load_spec(path, revision)
+    weight_files(path, revision)  # a broken index is named
     try:
         with silent():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

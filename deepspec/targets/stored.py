@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
-from deepspec.files import read_json
+from deepspec.files import read_index
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHOWN = 8  # names of one kind in an error
@@ -125,7 +125,7 @@ def stored_tensors(path: str | Path, revision: str | None, config: Any) -> dict[
         names = [WEIGHTS]
         if not cached_file(str(path), WEIGHTS, **options):
             index = cached_file(str(path), INDEX, **options)
-            names = sorted(set(read_json(index, TargetError)["weight_map"].values())) if index else []
+            names = read_index(index, TargetError) if index else []
         for name in names:
             file = cached_file(str(path), name, **options)
             if file is None:

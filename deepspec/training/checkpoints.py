@@ -21,7 +21,7 @@ from deepspec.data.identity import as_recorded, differences, flatten
 from deepspec.errors import CheckpointError
 from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
 from deepspec.files import named, sync_folder, write_json
-from deepspec.recipe import Recipe, TrainSection, recipe_from_dict
+from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
 HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
     f"train.{key}"
@@ -172,7 +172,9 @@ def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> 
             remedy = "put it back, or choose another output for a new run"
             raise CheckpointError("a run cannot change this and go on", **change, remedy=remedy)
         if not accept:
-            remedy = "put it back, or say --accept-changes to go on with the new value, or choose another output"
+            remedy = "say --accept-changes to go on with the new value, or choose another output"
+            retired = next((why for gone, why in RETIRED.items() if ".".join(gone) == key), None)
+            remedy = f"it is gone ({retired}): {remedy}" if retired else f"put it back, or {remedy}"
             raise CheckpointError("the recipe differs from the run's", **change, remedy=remedy)
         honoured.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return honoured
