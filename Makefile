@@ -9,7 +9,7 @@ TASKS ?= ../shared/eval
 .PHONY: help quickstart serve-check real ablate results test test-slow test-mpi lint format clean clean-all
 
 help:
-	@echo "make quickstart  the whole pipeline on a tiny target, about 6 minutes on 2 cores"
+	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
 	@echo "make real        three drafts for SmolLM2-135M-Instruct, two hours; make real SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
 	@echo "make results     docs/results.md from what real and ablate have measured"
