@@ -279,5 +279,5 @@ def test_scan_notes_where_rows_begin(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl"
     file.write_bytes(b"{}\n[12]\n{}")
     assert list(scan(file).offsets) == [0, 3, 8]
-    with pytest.raises(DataError, match="missing.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"missing\.jsonl: No such file"):
         scan(tmp_path / "missing.jsonl")

@@ -156,7 +156,7 @@ def test_bad_files_are_named_with_their_line(tmp_path: Path, text: str, words: s
     (tmp_path / "x.jsonl").write_text(text)
     with pytest.raises(DataError, match=words):
         list(read_conversations(tmp_path / "x.jsonl"))
-    with pytest.raises(DataError, match="none.jsonl: No such file"):
+    with pytest.raises(DataError, match=r"none\.jsonl: No such file"):
         list(read_conversations(tmp_path / "none.jsonl"))
 
 
