@@ -82,15 +82,12 @@ def throughput(recipe: str, world: World, steps: int, rounds: int) -> dict[str, 
 def padding(lengths: np.ndarray, global_batch: int, cut: dict[str, int], world_size: int) -> tuple[float, float]:
     """(share of padding over an epoch, padded tokens of the fullest rank at a time against the mean)."""
     plan = Plan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
-    slowest = 0
-    for number in range(plan.steps_per_epoch):
-        step = plan.step(number)
-        costs = [
-            [int(lengths[part].max()) * len(part) for part in step.share(r, world_size)] for r in range(world_size)
-        ]
-        slowest += world_size * sum(map(max, zip(*costs, strict=True)))
-    padded = sum(plan.step(number).padded_tokens(world_size) for number in range(plan.steps_per_epoch))
-    return plan.padding_share(plan.steps_per_epoch, world_size), slowest / padded
+    real = padded = slowest = 0
+    for step in map(plan.step, range(plan.steps_per_epoch)):
+        costs = [int(lengths[part].max()) * len(part) for part in step.micro_batches(world_size)]
+        real, padded = real + int(step.lengths.sum()), padded + sum(costs)
+        slowest += sum(world_size * max(costs[i : i + world_size]) for i in range(0, len(costs), world_size))
+    return 1 - real / padded, slowest / padded
 
 
 def padding_table(recipe: str, world: World, bars: Bars) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -55,6 +55,28 @@ class Range:
         if value is not None and not self.fits(value):
             raise error("out of range", key=key, found=value, wanted=self.wanted)
 
+    def check_each(self, key: str, values: Sequence[float], error: type[DeepSpecError]) -> None:
+        """Refuse values outside, an empty list, and a value that is named twice: its rows would be counted twice.
+
+        Raises:
+            DeepSpecError: of type ``error``.
+        """
+        for value in values:
+            self.check(key, value, error)
+        if not values or len(set(values)) < len(values):
+            problem = "named twice" if values else "nothing named"
+            raise error(problem, key=key, found=list(values), wanted="each value once")
+
+
+def check_fields(settings: object, ranges: Mapping[str, Range], error: type[DeepSpecError]) -> None:
+    """Refuse settings with an attribute outside its range; see :meth:`Range.check`.
+
+    Raises:
+        DeepSpecError: of type ``error``.
+    """
+    for key, allowed in ranges.items():
+        allowed.check(key, getattr(settings, key), error)
+
 
 MOST = 2**31 - 1  # of anything counted
 COUNT = Range(int, lambda value: 1 <= value <= MOST, "a whole number, 1 or more")
@@ -67,16 +89,6 @@ POSITIVE = Range(float, lambda value: value > 0, "a number above 0")
 NOT_NEGATIVE = Range(float, lambda value: value >= 0, "a number, 0 or more")
 # Below .01 the division makes every logit an infinity in some dtype; above 100 all tokens are alike.
 TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 (greedy), or 0.01 to 100")
-
-
-def check_distinct(key: str, values: Sequence[float], error: type[DeepSpecError]) -> None:
-    """Refuse an empty list and a value that is named twice: it would be run once, or its rows counted twice.
-
-    Raises:
-        DeepSpecError: of type ``error``.
-    """
-    if not values or len(set(values)) < len(values):
-        raise error("named twice" if values else "nothing named", key=key, found=list(values), wanted="each value once")
 
 
 class Parser(argparse.ArgumentParser):

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from deepspec import registry
-from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_distinct
+from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_fields
 from deepspec.errors import RecipeError, nearest
 from deepspec.files import sha256_json, write_text
 from deepspec.recipe_files import DEEPSPEED, locate, portable, read_files
@@ -24,7 +24,7 @@ from deepspec.sections import parse_section, relocate, section_to_dict
 
 log = logging.getLogger(__name__)
 RETIRED = {  # keys of earlier releases, and why they mean nothing today
-    ("train", "bucket_batches"): "a step's samples are a random draw, whatever their lengths",
+    "train.bucket_batches": "a step's samples are a random draw, whatever their lengths",
 }
 
 
@@ -205,12 +205,8 @@ class EvaluateSection:
     seed: int = 980406
 
     def __post_init__(self) -> None:
-        for temperature in self.temperature:
-            TEMPERATURE.check("temperature", temperature, RecipeError)
-        check_distinct("temperature", self.temperature, RecipeError)
-        COUNT.check("max_new_tokens", self.max_new_tokens, RecipeError)
-        COUNT.check("batch_size", self.batch_size, RecipeError)
-        SEED.check("seed", self.seed, RecipeError)
+        TEMPERATURE.check_each("temperature", self.temperature, RecipeError)
+        check_fields(self, {"max_new_tokens": COUNT, "batch_size": COUNT, "seed": SEED}, RecipeError)
 
 
 @dataclass(frozen=True)
@@ -333,10 +329,11 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
 def _without_retired(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values without keys that an earlier release had, each named in the log."""
     kept = dict(values)
-    for (section, key), why in RETIRED.items():
+    for name, why in RETIRED.items():
+        section, key = name.split(".")
         if isinstance(kept.get(section), Mapping) and key in kept[section]:
-            kept[section] = {name: value for name, value in kept[section].items() if name != key}
-            log.warning("recipe key %s.%s is ignored: %s", section, key, why)
+            kept[section] = {one: value for one, value in kept[section].items() if one != key}
+            log.warning("recipe key %s is ignored: %s", name, why)
     return kept
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Range, check_distinct
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Range
 from deepspec.decoding.records import DecodeSettings
 from deepspec.errors import EvaluationError, RecipeError, run_main
 from deepspec.evaluate.run import Options
@@ -111,4 +111,4 @@ def test_ranges_at_their_ends() -> None:
     ]  # fmt: skip
     assert [kind(text) for kind, text, _ in inside] == [value for *_, value in inside]
     assert str(TEMPERATURE("-0.0")) == "0.0"
-    check_distinct("temperature", (0.0, 1.0), EvaluationError)
+    TEMPERATURE.check_each("temperature", (0.0, 1.0), EvaluationError)

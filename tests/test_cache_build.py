@@ -205,23 +205,24 @@ def test_fingerprint_is_compared_whole(setup: Setup, built: Path, tmp_path: Path
     recipe = setup.load(f"data.conversations={setup.data}", f"data.cache=[{built}]")
     spec, tokenizer = load_spec(recipe.target.path), load_tokenizer(recipe.target.path)
     cache = TargetCache.open(built)
-    require_fingerprint(cache, recipe, spec, tokenizer)
+    require_fingerprint(cache, recipe, fingerprint_of(recipe, spec, tokenizer, []))
     moved = Path(shutil.copytree(recipe.target.path, tmp_path / "moved"))
-    require_fingerprint(cache, setup.load(f"target.path={moved}"), load_spec(moved), tokenizer)
+    elsewhere = setup.load(f"target.path={moved}")
+    require_fingerprint(cache, elsewhere, fingerprint_of(elsewhere, load_spec(moved), tokenizer, []))
     other_data = tmp_path / "other.jsonl"
     other_data.write_text("{}")
+    sole = setup.load(f"data.conversations={other_data}", f"data.cache=[{built}]")
     with pytest.raises(CacheError, match=r"sources: cache without other\.jsonl"):
-        require_fingerprint(
-            cache, setup.load(f"data.conversations={other_data}", f"data.cache=[{built}]"), spec, tokenizer
-        )
-    require_fingerprint(cache, setup.load(f"data.conversations={other_data}", "data.cache=[a, b]"), spec, tokenizer)
+        require_fingerprint(cache, sole, fingerprint_of(sole, spec, tokenizer, []))
+    several = setup.load(f"data.conversations={other_data}", "data.cache=[a, b]")
+    require_fingerprint(cache, several, fingerprint_of(several, spec, tokenizer, []))
     weights = load_file(moved / "model.safetensors")
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] += 1
     save_file(weights, moved / "model.safetensors", metadata={"format": "pt"})
     tokenizer.chat_template += " "
     other = setup.load("data.thinking=true", "target.dtype=float32", "cache.level=raw")
     with pytest.raises(CacheError) as caught:
-        require_fingerprint(cache, other, load_spec(moved), tokenizer)
+        require_fingerprint(cache, other, fingerprint_of(other, load_spec(moved), tokenizer, []))
     for field in ("target.weights", "template", "thinking", "dtype", "levels.features", "levels.last_hidden"):
         assert f"{field}: cache " in str(caught.value)
     assert "tokenizer" not in str(caught.value).replace("template", "")

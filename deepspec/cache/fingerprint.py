@@ -78,7 +78,7 @@ def remedy_for(lines: list[str], otherwise: str) -> str:
     return f"{APPEND}, or {otherwise}" if all(line.startswith("sources: ") for line in lines) else otherwise
 
 
-def require_fingerprint(cache: Any, recipe: Recipe, spec: TargetSpec, tokenizer: Any) -> None:
+def require_fingerprint(cache: Any, recipe: Recipe, fingerprint: Mapping[str, Any]) -> None:
     """Compare an opened cache with the recipe that wants to read it.
 
     That it holds the recipe's conversations is asked only of the recipe's sole training cache: others (for validation,
@@ -92,7 +92,7 @@ def require_fingerprint(cache: Any, recipe: Recipe, spec: TargetSpec, tokenizer:
     sole = list(recipe.data.cache) == [cache.path]
     if sole and conversations is not None and Path(conversations).exists():
         sources = [{"name": Path(conversations).name, "sha256": sha256_file(conversations)}]
-    lines = mismatches(cache.fingerprint, fingerprint_of(recipe, spec, tokenizer, sources), cache.path)
+    lines = mismatches(cache.fingerprint, {**fingerprint, "sources": sources}, cache.path)
     if lines:
         raise CacheError(
             f"the cache is not the recipe's: {'; '.join(lines)}",

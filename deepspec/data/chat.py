@@ -122,7 +122,11 @@ class Renderer:
             DataError: no messages, an assistant message at the end, messages that the template refuses or omits, or a
                 token that the target does not have.
         """
-        return self._known(self._encode(self.prompt_text(messages, tools)))
+        return self.prompt_ids(self.prompt_text(messages, tools))
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """The same of :meth:`prompt_text`."""
+        return self._known(self._encode(text))
 
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as template and servers get them: system prompt in front, no reasoning unless thinking.

@@ -63,21 +63,22 @@ class LocalEngine:
 
     def _chunk(self, waiting: list[Dialogue]) -> Iterator[Outcome]:
         while waiting:
-            requests, by_key = [], {}
+            requests, by_key = [], dict[str, tuple[Dialogue, bool]]()  # the answer begins inside its reasoning
             for dialogue in waiting:
                 try:
-                    ids = self.renderer.prompt(dialogue.messages, dialogue.tools)
+                    text = self.renderer.prompt_text(dialogue.messages, dialogue.tools)
+                    ids = self.renderer.prompt_ids(text)
                     check_room(self.config, len(ids), self.most_new_tokens, dialogue.key)
                 except DataError as problem:
                     yield Outcome(dialogue, str(problem))
                     continue
-                by_key[dialogue.key] = dialogue
+                by_key[dialogue.key] = (dialogue, opens_reasoning(text) == THINK)
                 requests.append(Request(dialogue.key, ids))
             waiting = []
             for generated in self.sampler.answer(requests):
-                dialogue = by_key[generated.request.key]
+                dialogue, opened = by_key[generated.request.key]
                 try:
-                    self._add(dialogue, generated)
+                    self._add(dialogue, generated, opened)
                 except Unusable as problem:
                     yield Outcome(dialogue, str(problem))
                     continue
@@ -86,7 +87,7 @@ class LocalEngine:
                 else:
                     yield Outcome(dialogue)
 
-    def _add(self, dialogue: Dialogue, generated: Generated) -> None:
+    def _add(self, dialogue: Dialogue, generated: Generated, opened: bool) -> None:
         """Give a dialogue its answer.
 
         Raises:
@@ -100,7 +101,6 @@ class LocalEngine:
             if mark not in text:  # its marks are special tokens, which no text holds
                 raise Unusable("the target called a tool, which only --engine server can read")
             reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
-        opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools)) == THINK
         dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
 
 

@@ -126,8 +126,8 @@ class ServerEngine:
             DataError: the job cannot go on.
         """
         try:
-            prompt_length = len(self.renderer.prompt(dialogue.messages, dialogue.tools))
-            opened = opens_reasoning(self.renderer.prompt_text(dialogue.messages, dialogue.tools)) == THINK
+            text = self.renderer.prompt_text(dialogue.messages, dialogue.tools)
+            prompt_length, opened = len(self.renderer.prompt_ids(text)), opens_reasoning(text) == THINK
         except DataError as problem:
             raise _Refused(str(problem)) from None
         attempts = 0

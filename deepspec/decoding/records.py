@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from deepspec.arguments import COUNT, POSITIVE, SEED, SHARE, TEMPERATURE
+from deepspec.arguments import COUNT, POSITIVE, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.errors import EvaluationError
 
 
@@ -39,10 +39,8 @@ class DecodeSettings:
     tree: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        TEMPERATURE.check("temperature", self.temperature, EvaluationError)
-        COUNT.check("max_new_tokens", self.max_new_tokens, EvaluationError)
-        SEED.check("seed", self.seed, EvaluationError)
-        SHARE.check("confidence_threshold", self.confidence_threshold, EvaluationError)
+        ranges = {"temperature": TEMPERATURE, "max_new_tokens": COUNT, "seed": SEED, "confidence_threshold": SHARE}
+        check_fields(self, ranges, EvaluationError)
         for temperature in self.confidence_temperatures or ():
             POSITIVE.check("confidence_temperatures", temperature, EvaluationError)
 

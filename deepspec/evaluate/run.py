@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 
 from deepspec.algorithms.base import Drafter, DraftModel
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_distinct
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.data.identity import as_recorded, differences, identity_of, shown
 from deepspec.data.progress import Progress
@@ -72,13 +72,9 @@ class Options:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        for temperature in self.temperatures:
-            TEMPERATURE.check("temperature", temperature, EvaluationError)
-        check_distinct("temperature", self.temperatures, EvaluationError)
-        for key in ("batch_size", "max_new_tokens", "samples"):
-            COUNT.check(key, getattr(self, key), EvaluationError)
-        SEED.check("seed", self.seed, EvaluationError)
-        SHARE.check("confidence_threshold", self.confidence_threshold, EvaluationError)
+        TEMPERATURE.check_each("temperature", self.temperatures, EvaluationError)
+        counts = dict.fromkeys(("batch_size", "max_new_tokens", "samples"), COUNT)
+        check_fields(self, counts | {"seed": SEED, "confidence_threshold": SHARE}, EvaluationError)
 
 
 class Evaluation:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from deepspec.algorithms.base import DraftModel
-from deepspec.arguments import COUNT, SHARE, TOGETHER, check_distinct
+from deepspec.arguments import COUNT, SHARE, TOGETHER, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import Turn
@@ -42,7 +42,7 @@ from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import temporary_file, write_json, write_text
 from deepspec.locks import one_writer
 from deepspec.targets import Target, load_target, load_tokenizer
-from deepspec.targets.positions import check_room, fits
+from deepspec.targets.positions import fitting
 
 SCHEDULER = "expected throughput"
 SURE = 0.01  # what is said of a ratio is true to so much, with 95 %
@@ -75,12 +75,9 @@ class StudyOptions:
     revision: str | None = None  # of a target of the hub
 
     def __post_init__(self) -> None:
-        for concurrency in self.concurrency:
-            TOGETHER.check("concurrency", concurrency, EvaluationError)
-        check_distinct("concurrency", self.concurrency, EvaluationError)
-        for key in ("samples", "repeats", "most_repeats"):
-            COUNT.check(key, getattr(self, key), EvaluationError)
-        SHARE.check("threshold", self.threshold, EvaluationError)
+        TOGETHER.check_each("concurrency", self.concurrency, EvaluationError)
+        counts = dict.fromkeys(("samples", "repeats", "most_repeats"), COUNT)
+        check_fields(self, counts | {"threshold": SHARE}, EvaluationError)
 
 
 @dataclass(frozen=True)
@@ -332,13 +329,11 @@ def _prompts(options: StudyOptions, renderer: Renderer, target: Target) -> tuple
     """The first turns of all prompts that fit the target's positions."""
     tasks = load_tasks(options.tasks, options.samples, options.seed)
     turns = [prompt[0] for task in tasks for prompt in task.prompts.values()]
-    prompts = [tuple(renderer.prompt([{"role": "user", "content": text}])) for text in turns]
-    kept = tuple(ids for ids in prompts if fits(target.spec.config, len(ids), options.max_new_tokens))
-    if not kept:
-        check_room(target.spec.config, min(map(len, prompts)), options.max_new_tokens, "the shortest prompt")
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in turns]
+    kept = fitting(target.spec.config, prompts, options.max_new_tokens, "the shortest prompt")
     if len(kept) < len(prompts):
         print(f"left out: {len(prompts) - len(kept)} prompts that do not fit the target's positions", flush=True)
-    return kept
+    return tuple(map(tuple, kept))
 
 
 def _draft(options: StudyOptions, target: Target) -> DraftModel:

@@ -14,6 +14,7 @@ from deepspec.arguments import COUNT
 from deepspec.data.lines import read_jsonl
 from deepspec.errors import EvaluationError, nearest
 from deepspec.files import sha256_json
+from deepspec.targets.positions import at_most
 
 TASK_FILE = Path(__file__).with_name("tasks.yaml")
 
@@ -65,10 +66,10 @@ def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callabl
     lengths = {place: length(task, place) for place in task.prompts}
     kept = {place: turns for place, turns in task.prompts.items() if lengths[place] <= room}
     if not kept:
-        wanted = f"at most {max(room, 0)}: {room + max_new_tokens} positions less {max_new_tokens} new tokens"
         raise EvaluationError(
             "no prompt fits the target's positions", file=task.source, key=task.name,
-            found=f"the shortest has {min(lengths.values())} tokens", wanted=wanted, remedy="lower --max-new-tokens",
+            found=f"the shortest has {min(lengths.values())} tokens", wanted=at_most(room, max_new_tokens),
+            remedy="lower --max-new-tokens",
         )  # fmt: skip
     return Task(task.name, kept, task.source)
 

@@ -39,8 +39,9 @@ def native(recipe: str, overrides: Names = ()) -> Names:
         return overrides
     read = load_recipe(recipe, overrides)
     changed: Names = ("target.dtype=float32",) if read.target.dtype == "bfloat16" else ()
-    if "bf16" in Path(read.train.deepspeed).stem:
-        changed += (f"train.deepspeed={read.train.deepspeed.replace('bf16', 'fp32')}",)
+    config = Path(read.train.deepspeed)
+    if "bf16" in config.name:
+        changed += (f"train.deepspeed={config.with_name(config.name.replace('bf16', 'fp32'))}",)
     return overrides + changed
 
 

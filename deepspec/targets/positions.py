@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from deepspec.errors import DataError
@@ -40,6 +40,25 @@ def fits(config: Mapping[str, Any], prompt_tokens: int, max_new_tokens: int) -> 
     return room is None or prompt_tokens <= room
 
 
+def fitting(
+    config: Mapping[str, Any], prompts: Sequence[Sequence[int]], max_new_tokens: int, nothing: object
+) -> list[Sequence[int]]:
+    """The prompts (token ids) that fit the target's positions with their new tokens.
+
+    Raises:
+        DataError: none does; it names ``nothing``.
+    """
+    kept = [prompt for prompt in prompts if fits(config, len(prompt), max_new_tokens)]
+    if not kept:
+        check_room(config, min(map(len, prompts)), max_new_tokens, nothing)
+    return kept
+
+
+def at_most(room: int, max_new_tokens: int) -> str:
+    """What is wanted of a prompt's length, in words."""
+    return f"at most {max(room, 0)}: {room + max_new_tokens} positions less {max_new_tokens} new tokens"
+
+
 def check_room(config: Mapping[str, Any], prompt_tokens: int, max_new_tokens: int, prompt: object) -> None:
     """Refuse a prompt whose answer could leave the target's positions.
 
@@ -48,8 +67,7 @@ def check_room(config: Mapping[str, Any], prompt_tokens: int, max_new_tokens: in
     """
     room = room_for(config, max_new_tokens)
     if room is not None and prompt_tokens > room:
-        wanted = f"at most {max(room, 0)}: {room + max_new_tokens} positions less {max_new_tokens} new tokens"
         raise DataError(
-            "longer than the target's positions allow", key=prompt, found=f"{prompt_tokens} tokens", wanted=wanted,
-            remedy="decode fewer new tokens, or leave the prompt out",
+            "longer than the target's positions allow", key=prompt, found=f"{prompt_tokens} tokens",
+            wanted=at_most(room, max_new_tokens), remedy="decode fewer new tokens, or leave the prompt out",
         )  # fmt: skip

@@ -247,6 +247,6 @@ def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None =
         raise TargetError("its final norm cannot be read alone", file=path,
                           remedy="serve a target with safetensors files")  # fmt: skip
     norm: nn.Module = _find_decoder(stored.model).norm  # type: ignore[assignment]
-    name = next(name for name, module in stored.model.named_modules() if module is norm)
+    name = stored.name_of(norm)
     norm.load_state_dict({key: stored.read(f"{name}.{key}") for key in norm.state_dict()}, assign=True)
     return norm.eval().requires_grad_(False)

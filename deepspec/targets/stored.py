@@ -48,9 +48,13 @@ class StoredTarget:
     transforms: list[Any] = field(repr=False)  # of names and values, as transformers has them for this model
     parts: Mapping[str, list[StoredTensor]] = field(repr=False, default_factory=dict)  # what it is put together from
 
+    def name_of(self, module: nn.Module) -> str:
+        """The model's name of a module."""
+        return next(name for name, one in self.model.named_modules() if one is module)
+
     def weight_name(self, module: nn.Module) -> str:
         """The model's name of a module's weight."""
-        return next(name for name, one in self.model.named_modules() if one is module) + ".weight"
+        return f"{self.name_of(module)}.weight"
 
     def holds(self, name: str) -> bool:
         """Whether the files hold the model's tensor ``name``; a tied one is stored under one of its names."""

@@ -23,20 +23,9 @@ from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_d
 from deepspec.files import named, sync_folder, write_json
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
-HONOURED = frozenset(  # optimisation settings that a resumed run may change, when told so
-    f"train.{key}"
-    for key in (
-        "lr",
-        "weight_decay",
-        "betas",
-        "eps",
-        "warmup_ratio",
-        "grad_clip",
-        "epochs",
-        "max_steps",
-        "bucket_batches",
-    )
-)
+HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may change, when told so
+    f"train.{key}" for key in ("lr", "weight_decay", "betas", "eps", "warmup_ratio", "grad_clip", "epochs", "max_steps")
+}
 FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
     *("name", "output", "evaluate", "regenerate", "cache", "target.path", "target.revision", "target.family"),
     *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source"),
@@ -173,8 +162,7 @@ def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> 
             raise CheckpointError("a run cannot change this and go on", **change, remedy=remedy)
         if not accept:
             remedy = "say --accept-changes to go on with the new value, or choose another output"
-            retired = next((why for gone, why in RETIRED.items() if ".".join(gone) == key), None)
-            remedy = f"it is gone ({retired}): {remedy}" if retired else f"put it back, or {remedy}"
+            remedy = f"it is gone ({RETIRED[key]}): {remedy}" if key in RETIRED else f"put it back, or {remedy}"
             raise CheckpointError("the recipe differs from the run's", **change, remedy=remedy)
         honoured.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")
     return honoured

@@ -12,12 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from deepspec.batch import Batch, Supervision
 from deepspec.distributed import World
-from deepspec.training.plan import Plan, StepPlan
+from deepspec.training.plan import Plan
 from deepspec.training.sources import FeatureSource, collate, supervision
 
 
@@ -61,14 +60,10 @@ class Feeder:
         self.workers = workers if source.reads_ahead else 0
         self.wait_seconds = 0.0  # time that the step spent waiting for data, to be read and reset by the loop
 
-    def _weigh(self, step: StepPlan) -> tuple[torch.Tensor, int]:
+    def _weigh(self, share: list[list[int]], epoch: int) -> tuple[torch.Tensor, int]:
         """This rank's share of the step's loss weight, and the number of its micro-batches."""
-        share = step.share(self.world.rank, self.world.size)
-        self.source.announce(np.concatenate(share).tolist())
-        weights = [
-            self.loss_weight(supervision(self.source, numbers.tolist(), self.seed, step.epoch)).double()
-            for numbers in share
-        ]
+        self.source.announce([number for numbers in share for number in numbers])
+        weights = [self.loss_weight(supervision(self.source, numbers, self.seed, epoch)).double() for numbers in share]
         return torch.stack(weights).sum(), len(share)
 
     def batch(self, numbers: list[int], epoch: int) -> Batch:
@@ -80,9 +75,10 @@ class Feeder:
     def _tasks(self, start: int, stop: int) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         for number in range(start, stop):
             step = self.plan.step(number)
-            yield self._weigh, (step,)
-            for numbers in step.share(self.world.rank, self.world.size):
-                yield self.batch, (numbers.tolist(), step.epoch)
+            share = [numbers.tolist() for numbers in step.share(self.world.rank, self.world.size)]
+            yield self._weigh, (share, step.epoch)
+            for numbers in share:
+                yield self.batch, (numbers, step.epoch)
 
     def _results(self, start: int, stop: int) -> Iterator[Any]:
         tasks = self._tasks(start, stop)

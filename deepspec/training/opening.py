@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
 
-from deepspec.cache.fingerprint import require_fingerprint
+from deepspec.cache.fingerprint import fingerprint_of, require_fingerprint
 from deepspec.cache.reader import TargetCache
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, TargetEnds, load_tokenizer
@@ -45,6 +45,7 @@ def open_caches(paths: Sequence[str], recipe: Recipe, target: TargetEnds | Targe
     """Caches that fit the recipe."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
     caches = [TargetCache.open(path) for path in paths]
+    fingerprint = fingerprint_of(recipe, target.spec, tokenizer, [])
     for cache in caches:
-        require_fingerprint(cache, recipe, target.spec, tokenizer)
+        require_fingerprint(cache, recipe, fingerprint)
     return CacheSource(caches)

@@ -54,8 +54,8 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
     world = start_processes()
     with ExitStack() as stack:
         stack.callback(end_processes)
-        together(world, lambda: _hold(stack, path, overrides, world))
-        prepared = together(world, lambda: prepare(path, overrides, world, accept_changes))
+        recipe = together(world, lambda: _hold(stack, load_recipe(path, overrides), world))
+        prepared = together(world, lambda: prepare_recipe(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total:
             if world.is_main:
@@ -70,11 +70,11 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         return 0
 
 
-def _hold(stack: ExitStack, path: str | Path, overrides: Sequence[str], world: World) -> None:
-    """The run's folder is this run's alone until the stack closes."""
-    recipe = load_recipe(path, overrides)
+def _hold(stack: ExitStack, recipe: Recipe, world: World) -> Recipe:
+    """The recipe, its output folder this run's alone until the stack closes."""
     if world.is_main:
         stack.enter_context(one_writer(recipe.output, "training", CheckpointError))
+    return recipe
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,16 @@ class Prepared:
 
 
 def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_changes: bool) -> Prepared:
-    """Read the recipe, open target and data, find the checkpoint to go on from.
+    """:func:`prepare_recipe` of a recipe's file."""
+    return prepare_recipe(load_recipe(path, overrides), world, accept_changes)
+
+
+def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
+    """Open target and data, find the checkpoint to go on from.
 
     Raises:
         DeepSpecError: anything of it is missing, broken or does not fit the rest.
     """
-    recipe = load_recipe(path, overrides)
     settings = deepspeed_settings(recipe.train, world.size)
     recipe = recipe.for_target(load_spec(recipe.target.path, recipe.target.revision))
     target = frozen_target(recipe, pick_device(world.local_rank))

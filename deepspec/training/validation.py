@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -17,7 +18,7 @@ from deepspec.distributed import World, world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
 from deepspec.targets import Target, TargetEnds
-from deepspec.targets.positions import check_room, fits
+from deepspec.targets.positions import fitting
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
 from deepspec.training.sources import FeatureSource, collate
@@ -45,12 +46,10 @@ class HeldOut:
             count = min(section.decode_prompts, len(source.lengths))
             self.prompts = self._fitting([_prompt(sample) for sample in source.load(range(count))])
 
-    def _fitting(self, prompts: list[list[int]]) -> list[list[int]]:
+    def _fitting(self, prompts: list[list[int]]) -> list[Sequence[int]]:
         """The prompts that fit the target's positions with the new tokens; how many do not is said once."""
         config, new = self.target.spec.config, self.section.max_new_tokens  # type: ignore[union-attr]
-        kept = [prompt for prompt in prompts if fits(config, len(prompt), new)]
-        if not kept:
-            check_room(config, min(map(len, prompts)), new, "train.validation.max_new_tokens")
+        kept = fitting(config, prompts, new, "train.validation.max_new_tokens")
         if len(kept) < len(prompts) and world_from_environment().is_main:
             print(f"validation: {len(prompts) - len(kept)} prompts do not fit the target's positions and are left out")
         return kept
