@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from deepspec.cache.plan import read_rows, scan
 from deepspec.data.conversations import dump_row, read_conversations, write_conversations
@@ -103,6 +105,29 @@ def test_writers_refuse_what_readers_would(tmp_path: Path) -> None:
         with pytest.raises(DataError, match=r"x\.jsonl: a: "):
             write_conversations(tmp_path / "x.jsonl", [GOOD | {"extra": extra}], {})
     assert not list(tmp_path.iterdir())
+
+
+TEXTS = st.text(st.sampled_from("ab\u00e9\\[{\ud83d\ude00\udc00"), max_size=6)
+VALUES = st.recursive(
+    TEXTS | st.integers() | st.none() | st.floats(allow_nan=True),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(VALUES, st.sampled_from([0, 1, DEPTH - 2, DEPTH - 1, DEPTH, DEPTH + 1]))
+def test_lines_that_look_plain_are_read_as_those_that_are_looked_into(value: Any, levels: int) -> None:
+    """A line of bytes is looked into only where its text asks for it; a text always is."""
+    text = "[" * levels + json.dumps(value) + "]" * levels
+
+    def read(given: bytes | str) -> str:
+        try:
+            return repr(parse_json(given))
+        except NotJSON as problem:
+            return f"refused: {problem}"
+
+    assert read(text.encode()) == read(text)
 
 
 def test_values_that_are_read_are_written_to_the_same(tmp_path: Path) -> None:
