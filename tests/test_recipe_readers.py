@@ -29,6 +29,7 @@ SECTIONS = (
 KEYS = {(cls.__name__, key.name) for cls in SECTIONS for key in dataclasses.fields(cls)}
 COMMANDS = [tools.ROOT / name for name in ("deepspec", "tools", "launch")]
 NO_READERS = (
+    "arguments.py",
     "recipe_files.py",
     "sections.py",
     "quickstart",
