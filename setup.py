@@ -45,7 +45,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["deepspec", "deepspec.*"]),
-    package_data={"deepspec": ["py.typed", "evaluate/*.yaml", "quickstart/*"]},
+    package_data={"deepspec": ["py.typed", "evaluate/*.yaml", "demos/quickstart/*"]},
     install_requires=CORE,
     extras_require={
         "dev": DEV,

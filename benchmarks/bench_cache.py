@@ -37,13 +37,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.codecs.uniform import to_float
-from deepspec.cache.folders import LocalFolder
 from deepspec.cache.format import HIDDEN_CHUNK
 from deepspec.cache.forward import DTYPES, forward_batch, load_renderer
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.plan import Plan, PlannedPart, batches, read_rows, render, scan
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import write_part
+from deepspec.cache.store import LocalFolder
 from deepspec.cache.writer import Block, layout_of
 from deepspec.data.conversations import write_conversations
 from deepspec.recipe import load_recipe
@@ -99,7 +99,7 @@ def variation(target: Any, exact: NDArray[np.uint16], rounded: NDArray[np.uint16
 
 
 def measure_level(name: str, array: str, values: NDArray[np.uint16]) -> tuple[dict[str, float], NDArray[np.uint16]]:
-    """Ratio, speeds and error of one array at one level, chunk by chunk as in a cache."""
+    """WeightedSum, speeds and error of one array at one level, chunk by chunk as in a cache."""
     codec = getattr(LEVELS[name], array)(values[:SKIPPED])
     chunks = [values[i : i + HIDDEN_CHUNK] for i in range(0, len(values), HIDDEN_CHUNK)]
     coded = [np.frombuffer(codec.encode_rows(chunk), np.uint8) for chunk in chunks]

@@ -83,7 +83,7 @@ def main() -> None:
     prompts = WORK / "prompts" / "held_out.jsonl"
     if not prompts.exists():
         held_out = ("--train", "1500", "--held-out", str(given.prompts), "--output", str(prompts.parent))
-        run(sys.executable, "-m", "deepspec.quickstart", "prompts", *held_out)
+        run(sys.executable, "-m", "deepspec.demos.quickstart", "prompts", *held_out)
     bars: Bars = {}
     exact, _ = accepted_length("lossless", given.recipe, prompts)
     print("| level | bytes per token | accepted length T=0 | against lossless |\n|---|---|---|---|")

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 from bars import Bars, at_least
 
+from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
+from deepspec.demos.quickstart.plan import recipe_of
+from deepspec.demos.runner import Runner
+from deepspec.demos.stages import PYTHON, Stage, evaluate, export, train
 from deepspec.errors import DataError, run_main
 from deepspec.files import write_json
-from deepspec.quickstart.plan import ROOT as QUICKSTART
-from deepspec.quickstart.plan import recipe_of
-from deepspec.quickstart.runner import Runner
-from deepspec.quickstart.stages import PYTHON, Stage, evaluate, export, train
 from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
@@ -109,7 +109,7 @@ def main() -> None:
     given = parser.parse_args()
     if not (QUICKSTART / "cache" / "manifest.json").exists():
         raise DataError("no finished cache", file=QUICKSTART / "cache", remedy="run `make quickstart` first")
-    write = (PYTHON, "-m", "deepspec.quickstart", "prompts", "--held-out", str(given.prompts), "--output")
+    write = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(given.prompts), "--output")
     plan = [Stage("prompts", (*write, str(PROMPTS.parent)), PROMPTS.parent / "train.jsonl.manifest.json")]
     for algorithm in given.drafters:
         first = load_recipe(recipe_of(algorithm)).seed

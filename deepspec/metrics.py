@@ -14,14 +14,14 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Ratio:
+class WeightedSum:
     """A numerator and its denominator, summable over micro-batches and ranks."""
 
     total: Tensor  # scalar or vector
     weight: Tensor  # of the same shape, or a scalar
 
-    def __add__(self, other: Ratio) -> Ratio:
-        return Ratio(self.total + other.total, self.weight + other.weight)
+    def __add__(self, other: WeightedSum) -> WeightedSum:
+        return WeightedSum(self.total + other.total, self.weight + other.weight)
 
     def value(self) -> Tensor:
         """total / weight, 0 where the weight is 0."""
@@ -37,9 +37,9 @@ class LossTerms:
     known from the supervision alone (``Algorithm.loss_weight``).
     """
 
-    terms: Mapping[str, Ratio]
+    terms: Mapping[str, WeightedSum]
     coefficients: Mapping[str, float]
-    metrics: Mapping[str, Ratio] = field(default_factory=dict)
+    metrics: Mapping[str, WeightedSum] = field(default_factory=dict)
 
     def weighted_sum(self) -> Tensor:
         """sum_name coefficient * total: the scalar to differentiate, to be divided by the step's weight."""

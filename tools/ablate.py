@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")
     given = parser.parse_args()
 
-    from deepspec.real.pipeline import ablate
+    from deepspec.demos.smollm2.pipeline import ablate
 
     ablate(given.cores)
 

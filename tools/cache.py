@@ -21,17 +21,17 @@ from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import DTYPES
-from deepspec.cache.levels import LEVELS, cautions
+from deepspec.cache.levels import LEVELS, warnings
 from deepspec.cache.published import EAGLE3_CAUTION, export_published, import_published
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import drop_parts, verify_cache
 from deepspec.cache.writer import Layout
-from deepspec.data.identity import flatten
 from deepspec.data.progress import Progress, clock
 from deepspec.errors import CacheError, DataError, run_main
+from deepspec.identity import flatten
 from deepspec.recipe import load_recipe
-from deepspec.targets import load_target_ends, load_tokenizer
+from deepspec.targets import load_target_embeddings, load_tokenizer
 
 
 def _estimate(options: argparse.Namespace) -> int:
@@ -122,7 +122,9 @@ def _verify(options: argparse.Namespace) -> int:
 def _import(options: argparse.Namespace) -> int:
     recipe = load_recipe(_required(options.recipe, "--recipe"), options.set)
     section = recipe.target
-    spec = load_target_ends(section.path, DTYPES[section.dtype], revision=section.revision).spec  # fetches its files
+    spec = load_target_embeddings(
+        section.path, DTYPES[section.dtype], revision=section.revision
+    ).spec  # fetches its files
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(section.path, section.revision), [])
     progress = Progress("import", None, unit="parts")
@@ -144,7 +146,7 @@ def _export(options: argparse.Namespace) -> int:
 
 def _recode(options: argparse.Namespace) -> int:
     features, last = options.features_level or options.level, options.last_hidden_level or options.level
-    for line in cautions({"features": features, "last_hidden": last}):
+    for line in warnings({"features": features, "last_hidden": last}):
         print(f"recode: {line}", file=sys.stderr)
     progress = Progress("recode", None, unit="parts")
     manifest = recode_cache(options.source, options.output, features, last, _counting(progress))

@@ -41,7 +41,7 @@ def main() -> int:
     given = parser.parse_args()
 
     from deepspec.export.convert import ExportOptions, export_draft, import_draft, target_facts
-    from deepspec.export.parts import Facts
+    from deepspec.export.parts import ImportHints
 
     if given.format:
         options = ExportOptions(
@@ -58,7 +58,7 @@ def main() -> int:
         )
         return 0
     anchor = None if given.sample_from_anchor is None else given.sample_from_anchor == "yes"
-    facts = Facts(target_facts(given.target), given.target_layers, given.max_draft, anchor)
+    facts = ImportHints(target_facts(given.target), given.target_layers, given.max_draft, anchor)
     draft, origin = import_draft(given.source, given.output, given.origin, facts)
     name, count = draft.algorithm.name, draft.parsed.max_draft
     print(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")

@@ -15,7 +15,7 @@ def main() -> None:
     """Parse the arguments and run the pipeline."""
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-    from deepspec.quickstart.pipeline import quickstart
+    from deepspec.demos.quickstart.pipeline import quickstart
 
     quickstart()
 

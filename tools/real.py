@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
     given = parser.parse_args()
 
-    from deepspec.real.pipeline import real
+    from deepspec.demos.smollm2.pipeline import real
 
     real(given.scale, given.tasks, given.cores)
 

@@ -12,7 +12,7 @@ def main() -> None:
     """Parse the arguments and write the page."""
     Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
-    from deepspec.real.results import MEASURED, PAGE, README, write_results
+    from deepspec.demos.smollm2.results import MEASURED, PAGE, README, write_results
 
     write_results()
     print(f"{PAGE}, {MEASURED}, {README}")

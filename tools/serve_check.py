@@ -45,8 +45,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the results here too")
     given = parser.parse_args()
 
-    from deepspec.export.serve_check import CheckOptions, ServeCheck, engine_version, table, to_json
     from deepspec.files import write_json
+    from deepspec.serving.check import CheckOptions, ServeCheck, engine_version, table, to_json
 
     options = CheckOptions(
         quickstart=given.quickstart,

@@ -200,7 +200,7 @@ class DraftModel(nn.Module):
         ids = (self.t2d.cumsum(0) - 1).clamp_min(0)
         return ids[tokens], self.t2d[tokens]
 
-    def whole_logits(self, logits: Tensor) -> Tensor:
+    def expand_to_target_vocab(self, logits: Tensor) -> Tensor:
         """Logits [.., V] from those over the draft's vocabulary [.., V']: -inf outside it."""
         kept = self.kept_tokens
         if kept is None:

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from deepspec.algorithms.base import Algorithm, DraftModel, Proposal, Sampler
 from deepspec.batch import Supervision
 from deepspec.families.base import Family, Shape
-from deepspec.metrics import Ratio
+from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.losses import HeadRows
@@ -159,13 +159,13 @@ def by_block(values_R: Tensor, plan: BlockPlan, block_size: int) -> tuple[Tensor
     return dense.view(-1, block_size), mask.view(-1, block_size)
 
 
-def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, Ratio]:
+def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, WeightedSum]:
     """accept_rate by position, and tau = mean over blocks of 1 + sum_k prod_{j <= k} c*_j."""
     blocks = mask_NK[:, 0].sum() if mask_NK.shape[0] else mask_NK.sum()
     prefix = (accept_NK * mask_NK).cumprod(dim=-1)
     return {
-        "accept_rate": Ratio((accept_NK * mask_NK).sum(dim=0), mask_NK.sum(dim=0)),
-        "tau": Ratio(prefix.sum() + blocks, blocks),
+        "accept_rate": WeightedSum((accept_NK * mask_NK).sum(dim=0), mask_NK.sum(dim=0)),
+        "tau": WeightedSum(prefix.sum() + blocks, blocks),
     }
 
 
@@ -227,7 +227,7 @@ class BlockDrafter:
                 latent, state = model.markov_head.step(embedded, hidden[:, k], state)
                 slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
                 embeddings.append(embedded)
-            previous, prob = sample(model.whole_logits(slot_logits), k)
+            previous, prob = sample(model.expand_to_target_vocab(slot_logits), k)
             tokens.append(previous)
             if prob is not None:
                 probs.append(prob)

@@ -24,7 +24,7 @@ from deepspec.algorithms.block import (
 from deepspec.batch import Batch, Supervision
 from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
-from deepspec.metrics import LossTerms, Ratio
+from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.chunk import LossWeights
 from deepspec.nn.heads import MarkovHead
 from deepspec.nn.losses import HeadLoss, head_loss
@@ -193,7 +193,7 @@ class DFlash(Algorithm):
         """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""
         slots = block_loss(model, batch, LossWeights(ce=1.0), anchors)
         accept, mask = by_block(slots.head.hit_R, slots.plan, model.config.max_draft)
-        ce = Ratio(slots.head.combined, slots.weight)
+        ce = WeightedSum(slots.head.combined, slots.weight)
         return LossTerms({"ce": ce}, {"ce": 1.0}, acceptance_metrics(accept, mask))
 
     def drafter(self, model: BlockDraft, batch_size: int, max_length: int) -> Drafter:

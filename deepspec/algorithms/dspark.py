@@ -25,7 +25,7 @@ from deepspec.algorithms.block import (
 )
 from deepspec.algorithms.dflash import DFlash, DFlashConfig, SlotLoss, block_loss
 from deepspec.batch import Batch
-from deepspec.metrics import LossTerms, Ratio
+from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.chunk import LossWeights
 
 
@@ -57,7 +57,7 @@ class DSparkConfig(DFlashConfig):
 
 def confidence_terms(
     model: BlockDraft, slots: SlotLoss, accept_NK: Tensor, mask_NK: Tensor
-) -> tuple[Ratio, dict[str, Ratio]]:
+) -> tuple[WeightedSum, dict[str, WeightedSum]]:
     """Weighted BCE of the confidence head against the analytic acceptance rate, and how far off it is.
 
     Metrics: mean |sigmoid - c*|, mean signed error, and the signed error of the prefix products (survival).
@@ -75,11 +75,11 @@ def confidence_terms(
         survival = (predicted_NK * mask_NK).cumprod(dim=-1) - (accept_NK * mask_NK).cumprod(dim=-1)
         count = mask_NK.sum()
         metrics = {
-            "confidence_error": Ratio(error_R.abs().sum(), count),
-            "confidence_bias": Ratio(error_R.sum(), count),
-            "confidence_prefix_bias": Ratio((survival * mask_NK).sum(), count),
+            "confidence_error": WeightedSum(error_R.abs().sum(), count),
+            "confidence_bias": WeightedSum(error_R.sum(), count),
+            "confidence_prefix_bias": WeightedSum((survival * mask_NK).sum(), count),
         }
-    return Ratio(bce, slots.weight), metrics
+    return WeightedSum(bce, slots.weight), metrics
 
 
 class DSpark(DFlash):
@@ -118,9 +118,9 @@ class DSpark(DFlash):
         slots = block_loss(model, batch, weights, anchors)
         measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
         accept, mask = by_block(measured, slots.plan, config.max_draft)
-        terms, factors = {"head": Ratio(slots.head.combined, slots.weight)}, {"head": 1.0}
+        terms, factors = {"head": WeightedSum(slots.head.combined, slots.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
-        metrics |= {name: Ratio(total, slots.weight) for name, total in slots.head.sums.items()}
+        metrics |= {name: WeightedSum(total, slots.weight) for name, total in slots.head.sums.items()}
         if config.confidence_head:
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight

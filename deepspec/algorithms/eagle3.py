@@ -35,7 +35,7 @@ from deepspec.algorithms.base import (
 from deepspec.algorithms.block import acceptance_metrics
 from deepspec.batch import Batch, Supervision
 from deepspec.families.base import Family, Shape
-from deepspec.metrics import LossTerms, Ratio
+from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend, no_own_keys
 from deepspec.nn.chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
@@ -124,7 +124,7 @@ class Eagle3Draft(DraftModel):
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [.., V] of hidden states before the final norm; -inf outside the reduced vocabulary."""
-        return self.whole_logits(self.head.logits(self.norm(hidden)).float())
+        return self.expand_to_target_vocab(self.head.logits(self.norm(hidden)).float())
 
     def start(self, features: Tensor) -> Tensor:
         """g [.., D] = fc(features [.., L*D]), without a norm."""
@@ -392,9 +392,9 @@ class Eagle3(Algorithm):
         head = head_loss(hidden_RD, model.head, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
         weight = torch.tensor(float(len(supervision.lengths)), device=device)
         metrics = self._metrics(head.accept_R, plan)
-        return LossTerms({"soft_ce": Ratio(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
+        return LossTerms({"soft_ce": WeightedSum(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
 
-    def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, Ratio]:
+    def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, WeightedSum]:
         if accept_R is None:
             return {}
         T, slots = plan.num_steps, plan.active_BN.numel()

@@ -17,7 +17,6 @@ from zarr.storage import LocalStore
 
 from deepspec import __version__
 from deepspec.cache.codecs.raw import RawCodec
-from deepspec.cache.folders import Folder
 from deepspec.cache.format import (
     MANIFEST,
     PARTS,
@@ -33,12 +32,13 @@ from deepspec.cache.format import (
 from deepspec.cache.plan import Plan
 from deepspec.cache.progress import raw_bytes
 from deepspec.cache.shard import ShardWriter
+from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
 TABLE_CHUNK = 256
 
 
-def whole_part(folder: Folder, name: str) -> bool:
+def whole_part(folder: Store, name: str) -> bool:
     """Whether a part is there with all its files in their right sizes."""
     try:
         manifest = PartManifest.load(folder, name)
@@ -52,7 +52,7 @@ def whole_part(folder: Folder, name: str) -> bool:
     )
 
 
-def sweep(folder: Folder) -> None:
+def sweep(folder: Store) -> None:
     """Delete what a killed build left under temporary names."""
     for name in folder.names(PARTS):
         if name.startswith("."):
@@ -71,7 +71,7 @@ def sample_table(manifests: list[PartManifest]) -> NDArray[np.int64]:
     return np.ascontiguousarray(table[np.argsort(table[:, 0], kind="stable")])
 
 
-def finish_cache(folder: Folder, plan: Plan) -> Manifest:
+def finish_cache(folder: Store, plan: Plan) -> Manifest:
     """Write what makes the parts of ``plan`` a cache; a cache that is already finished stays as it is.
 
     Raises:
@@ -116,12 +116,12 @@ def _entry(part: PartManifest) -> PartEntry:
     return PartEntry(part.name, len(part.sample_ids), sum(part.lengths), sum(part.rows), size, sha256)
 
 
-def _write_changed(folder: Folder, name: str, data: bytes) -> None:
+def _write_changed(folder: Store, name: str, data: bytes) -> None:
     if folder.size(name) != len(data) or folder.read(name) != data:
         folder.write(name, data)
 
 
-def _write_table(folder: Folder, name: str, table: NDArray[np.int64]) -> ArrayInfo:
+def _write_table(folder: Store, name: str, table: NDArray[np.int64]) -> ArrayInfo:
     """The sample table as a Zarr array of the folder."""
     place = Path(tempfile.mkdtemp(prefix="deepspec-cache-"))
     try:

@@ -22,16 +22,16 @@ import torch
 
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
-from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
 from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
-from deepspec.cache.levels import cautions
+from deepspec.cache.levels import warnings
 from deepspec.cache.lock import build_lock
 from deepspec.cache.pipeline import ByteQueue
 from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, render, samples_per_part, scan
 from deepspec.cache.plan import batches as cut_batches
 from deepspec.cache.progress import BuildProgress
 from deepspec.cache.ranks import Ranks
+from deepspec.cache.store import Store, open_folder
 from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
 from deepspec.data.chat import Renderer
 from deepspec.distributed import World, pick_device
@@ -109,7 +109,7 @@ class Planner:
     """What rank 0 does before the others begin."""
 
     recipe: Recipe
-    folder: Folder
+    folder: Store
     conversations: Path
     target: Target | ServedTarget
     renderer: Renderer
@@ -141,7 +141,7 @@ class Planner:
         return plan, todo
 
     def _new_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
-        for line in cautions(wanted["levels"]):
+        for line in warnings(wanted["levels"]):
             print(f"build: {line}", file=sys.stderr, flush=True)
         plan = Plan(wanted, self.recipe.cache.tokens_per_batch, 0.0, ())
         return self._add(plan, source, 0, 0)
@@ -188,7 +188,7 @@ class _Builder:
     def __init__(
         self,
         recipe: Recipe,
-        folder: Folder,
+        folder: Store,
         conversations: Path,
         target: Target | ServedTarget,
         renderer: Renderer,
@@ -274,7 +274,7 @@ class _Builder:
     def _finish(self, usable: _Usable, progress: BuildProgress) -> None:
         writer = self._current
         manifest = writer.finish(usable.rejected)
-        self.folder.adopt(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
+        self.folder.commit(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
         self._writer = None
         progress.part_done(manifest)
 
@@ -316,7 +316,7 @@ def _stoppable(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _disk_error(problem: OSError, folder: Folder) -> DeepSpecError:
+def _disk_error(problem: OSError, folder: Store) -> DeepSpecError:
     with_remedy = cast(DeepSpecError, system_error(problem, folder.url))
     text = f"cannot write the cache; finished parts stay ({with_remedy.problem})"
     return CacheError(text, file=with_remedy.file, remedy=with_remedy.remedy)

@@ -9,9 +9,9 @@ from typing import Any
 from deepspec import registry
 from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import codec_for
-from deepspec.data.identity import as_recorded, differences, identity_of
 from deepspec.errors import CacheError
 from deepspec.files import sha256_file
+from deepspec.identity import as_recorded, differences, identity_of
 from deepspec.recipe import Recipe
 from deepspec.targets import TargetSpec
 
@@ -24,7 +24,7 @@ def fingerprint_of(recipe: Recipe, spec: TargetSpec, tokenizer: Any, sources: li
 
     Args:
         recipe: names target, layers, rendering and levels.
-        spec: of the target; see :func:`deepspec.data.identity.identity_of`.
+        spec: of the target; see :func:`deepspec.identity.identity_of`.
         tokenizer: the target's.
         sources: one ``{"name", "rows", "sha256"}`` for each conversation file.
 

@@ -11,7 +11,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deepspec.cache.folders import Folder
+from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
 FORMAT = "deepspec.cache/1"
@@ -29,7 +29,7 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def from_json(folder: Folder, name: str) -> Any:
+def from_json(folder: Store, name: str) -> Any:
     """A JSON file of the cache.
 
     Raises:
@@ -79,7 +79,7 @@ class PartManifest:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Folder, name: str, sha256: str | None = None) -> PartManifest:
+    def load(cls, folder: Store, name: str, sha256: str | None = None) -> PartManifest:
         """Read a part's manifest; ``sha256`` is what the cache's manifest says of it.
 
         Raises:
@@ -130,7 +130,7 @@ class Manifest:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Folder) -> Manifest:
+    def load(cls, folder: Store) -> Manifest:
         """Read the manifest.
 
         Raises:

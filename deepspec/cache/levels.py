@@ -55,7 +55,7 @@ LEVELS = {
 }
 
 
-def cautions(levels: Mapping[str, str | None]) -> list[str]:
+def warnings(levels: Mapping[str, str | None]) -> list[str]:
     """A line for each array kept at a level that costs accepted length (``{"features": level, "last_hidden": ..}``)."""
     known = {name: LEVELS[name].caution for name in levels.values() if name is not None}
     return [f"level {name}: {caution}" for name, caution in known.items() if caution is not None]

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from deepspec.cache.folders import Folder, LocalFolder
+from deepspec.cache.store import FolderStore, Store
 from deepspec.errors import CacheError
 from deepspec.locks import LOCK, me, one_writer
 
@@ -16,7 +16,7 @@ RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so its ho
 
 
 @contextmanager
-def build_lock(folder: Folder) -> Iterator[None]:
+def build_lock(folder: Store) -> Iterator[None]:
     """Hold the folder's build lock.
 
     On a local disk the system lets go of it however the process ends; behind a URL a killed builder's lock is free
@@ -25,17 +25,17 @@ def build_lock(folder: Folder) -> Iterator[None]:
     Raises:
         CacheError: another process builds here, or the folder cannot be written.
     """
-    with one_writer(folder.path, "build", CacheError) if isinstance(folder, LocalFolder) else _remote_lock(folder):
+    with one_writer(folder.path, "build", CacheError) if isinstance(folder, FolderStore) else _remote_lock(folder):
         yield
 
 
-def _refuse(folder: Folder, holder: str) -> CacheError:
+def _refuse(folder: Store, holder: str) -> CacheError:
     problem, remedy = "another process works here, this build does not start", "wait until it has ended, or end it"
     return CacheError(problem, file=folder.url, found=holder, remedy=remedy)
 
 
 @contextmanager
-def _remote_lock(folder: Folder) -> Iterator[None]:
+def _remote_lock(folder: Store) -> Iterator[None]:
     mine = f"{me()} ({time.time_ns()})"
 
     def sign() -> None:

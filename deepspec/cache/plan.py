@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.cache.folders import Folder
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
+from deepspec.cache.store import Store
 from deepspec.data.chat import Rendered, Renderer, render_row
 from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
 from deepspec.data.lines import is_blank, numbered_lines, parse_line
@@ -47,7 +47,7 @@ class Plan:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Folder) -> Plan:
+    def load(cls, folder: Store) -> Plan:
         """Read a plan.
 
         Raises:

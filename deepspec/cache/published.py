@@ -21,12 +21,12 @@ import torch
 from numpy.typing import NDArray
 
 from deepspec.cache.assemble import finish_cache, whole_part
-from deepspec.cache.folders import open_folder
 from deepspec.cache.format import Manifest
 from deepspec.cache.lock import build_lock
 from deepspec.cache.plan import Plan, PlannedPart, samples_per_part
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import claim_plan, write_part
+from deepspec.cache.store import open_folder
 from deepspec.cache.writer import Block, layout_of, next_supervised
 from deepspec.errors import CacheError
 from deepspec.files import named, sha256_file, undone_on_error, write_bytes, write_json

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import PARTS, Manifest, PartManifest
 from deepspec.cache.memory import empty
 from deepspec.cache.shard import ShardReader
+from deepspec.cache.store import Store, open_folder
 from deepspec.errors import CacheError
 
 OPEN_PARTS = 256  # whose indexes and calibration tables are kept in memory
@@ -50,7 +50,7 @@ class Padded:
 class PartReader:
     """The arrays of one part, opened when first used."""
 
-    def __init__(self, folder: Folder, name: str, sha256: str) -> None:
+    def __init__(self, folder: Store, name: str, sha256: str) -> None:
         self.folder, self.name = folder, f"{PARTS}/{name}"
         self.manifest = PartManifest.load(folder, name, sha256)
         self._arrays: dict[str, ShardReader] = {}

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
-from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import PART_MANIFEST, PARTS, PLAN, Manifest
 from deepspec.cache.levels import LEVELS, level_of
 from deepspec.cache.lock import build_lock
 from deepspec.cache.plan import Plan
 from deepspec.cache.reader import PartReader, TargetCache
+from deepspec.cache.store import Store, open_folder
 from deepspec.cache.writer import Block, Layout, PartWriter, layout_of, temporary_part
 from deepspec.errors import CacheError
 from deepspec.files import named
@@ -69,7 +69,7 @@ def recode_cache(
         return finish_cache(folder, plan)
 
 
-def claim_plan(folder: Folder, plan: Plan) -> None:
+def claim_plan(folder: Store, plan: Plan) -> None:
     """Write the plan, or see that the folder's is the same.
 
     Raises:
@@ -83,7 +83,7 @@ def claim_plan(folder: Folder, plan: Plan) -> None:
 
 
 def write_part(
-    folder: Folder,
+    folder: Store,
     name: str,
     layout: Layout,
     pool: ThreadPoolExecutor,
@@ -98,13 +98,13 @@ def write_part(
             for block in blocks:
                 writer.append(block)
             writer.finish(rejected)
-            folder.adopt(writer.folder, f"{PARTS}/{name}", PART_MANIFEST)
+            folder.commit(writer.folder, f"{PARTS}/{name}", PART_MANIFEST)
     except BaseException:
         writer.abandon()
         raise
 
 
-def _recode_part(part: PartReader, folder: Folder, name: str, layout: Layout, pool: ThreadPoolExecutor) -> None:
+def _recode_part(part: PartReader, folder: Store, name: str, layout: Layout, pool: ThreadPoolExecutor) -> None:
     write_part(folder, name, layout, pool, _blocks(part), part.manifest.rejected)
 
 

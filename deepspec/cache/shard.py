@@ -26,8 +26,8 @@ from zarr.storage import LocalStore
 from deepspec.cache.codecs import CODECS
 from deepspec.cache.codecs.bits import scratch
 from deepspec.cache.codecs.raw import RawCodec
-from deepspec.cache.folders import Folder
 from deepspec.cache.format import REBUILD, STORED_DTYPES, ArrayInfo, array_file, digest
+from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
 CALIBRATION_ROWS = 512  # rows at an array's beginning from which its codec learns its tables
@@ -202,7 +202,7 @@ class ShardReader:
         CacheError: a missing file, a size or digest other than the manifest's, or a broken index.
     """
 
-    def __init__(self, folder: Folder, place: str, info: ArrayInfo) -> None:
+    def __init__(self, folder: Store, place: str, info: ArrayInfo) -> None:
         self.folder, self.info = folder, info
         self.file = array_file(place, len(info.shape))
         metadata = folder.read(f"{place}/zarr.json")

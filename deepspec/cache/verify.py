@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from deepspec.cache.assemble import sample_table
-from deepspec.cache.folders import Folder, open_folder
 from deepspec.cache.format import MANIFEST, PARTS, Manifest, PartEntry, PartManifest
 from deepspec.cache.lock import build_lock
 from deepspec.cache.reader import PartReader, TargetCache
 from deepspec.cache.shard import ShardReader
+from deepspec.cache.store import Store, open_folder
 from deepspec.cache.writer import next_supervised
 from deepspec.errors import CacheError
 
@@ -70,7 +70,7 @@ def verify_cache(
     return found
 
 
-def _verify_part(folder: Folder, entry: PartEntry) -> tuple[PartManifest | None, list[Problem]]:
+def _verify_part(folder: Store, entry: PartEntry) -> tuple[PartManifest | None, list[Problem]]:
     try:
         part = PartReader(folder, entry.name, entry.sha256)
     except CacheError as problem:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from deepspec.cache.codecs.raw import RawCodec
-from deepspec.cache.folders import Folder, LocalFolder
 from deepspec.cache.format import HIDDEN_CHUNK, PART_MANIFEST, PARTS, TOKEN_CHUNK, PartManifest
 from deepspec.cache.levels import codec_for
 from deepspec.cache.shard import ShardWriter, stored_dtype
+from deepspec.cache.store import FolderStore, Store
 
 
 @dataclass(frozen=True)
@@ -68,9 +68,9 @@ def next_supervised(loss_mask: NDArray[Any], lengths: list[int]) -> NDArray[np.b
     return rows
 
 
-def temporary_part(folder: Folder, name: str) -> Path:
+def temporary_part(folder: Store, name: str) -> Path:
     """Where a part is written before the folder takes it over."""
-    if isinstance(folder, LocalFolder):
+    if isinstance(folder, FolderStore):
         return folder.path / PARTS / f".{name}.{os.getpid()}.tmp"
     return Path(tempfile.gettempdir()) / f"deepspec-cache-{name}-{secrets.token_hex(8)}"
 

@@ -19,7 +19,6 @@ from jinja2.exceptions import TemplateError
 from deepspec import registry
 from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefixes
 from deepspec.data.conversations import Message
-from deepspec.data.date import dated, template_date
 from deepspec.data.marks import Field, Reading, mark
 from deepspec.data.messages import THINK, Unusable, normal_row, opened_again, opens_reasoning
 from deepspec.data.places import MARK, Place, PlaceFinder
@@ -45,6 +44,7 @@ from deepspec.data.shown import (
 )
 from deepspec.errors import DataError
 from deepspec.families.base import Family
+from deepspec.targets.date import dated, template_date
 from deepspec.targets.load import TargetSpec
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.data.conversations import dump_row
-from deepspec.data.identity import differences, shown
 from deepspec.errors import DataError
 from deepspec.files import named
+from deepspec.identity import differences, shown
 
 FORMAT = "deepspec.regeneration/1"
 

@@ -18,7 +18,6 @@ from deepspec.data.answer import answer_text, call_mark, read_answer
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
-from deepspec.data.identity import identity_of
 from deepspec.data.local import Generated, LocalSampler, Request, Sampling
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
@@ -28,6 +27,7 @@ from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sha256_file
+from deepspec.identity import identity_of
 from deepspec.locks import lock_file
 from deepspec.recipe import Recipe, RegenerateSection
 from deepspec.targets.positions import check_room

@@ -16,13 +16,13 @@ from urllib.parse import urlsplit
 
 from deepspec.data.answer import read_answer
 from deepspec.data.chat import Renderer
-from deepspec.data.date import server_keywords
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Sampling, draw_seed
 from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
 from deepspec.data.pool import Pool, Server
 from deepspec.errors import DataError, DeepSpecError
+from deepspec.targets.date import server_keywords
 
 
 @dataclass(frozen=True)

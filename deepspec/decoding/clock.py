@@ -12,7 +12,7 @@ import torch
 PHASES = ("prefill", "draft", "verify", "head")
 
 
-class Turn(NamedTuple):
+class StepTiming(NamedTuple):
     """One turn of the loop, prefill left out."""
 
     rows: int  # that decoded
@@ -37,7 +37,7 @@ class PhaseClock:
         self.verified = 0  # tokens sent to the target, one a row for the newest token included
         self.wall = 0.0
         self.now: Callable[[], float] = time.perf_counter
-        self.turns: list[Turn] | None = None
+        self.turns: list[StepTiming] | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

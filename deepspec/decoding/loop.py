@@ -19,12 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.decoding.clock import PhaseClock, Turn
+from deepspec.decoding.clock import PhaseClock, StepTiming
 from deepspec.decoding.kv import PackedTarget, Step
 from deepspec.decoding.records import DecodeSettings, Generation, Request, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
 from deepspec.decoding.tree import path_tokens, tree_of, walk
-from deepspec.decoding.verify import Uniforms, Verdict, sample, verify_greedy, verify_sampled
+from deepspec.decoding.verify import Uniforms, VerifyResult, sample, verify_greedy, verify_sampled
 from deepspec.errors import DataError
 from deepspec.targets.load import Target
 from deepspec.targets.positions import check_room
@@ -131,7 +131,7 @@ class Decoder:
             if self.clock.turns is not None:
                 rows, verified = self.clock.row_rounds - before[0], self.clock.verified - before[1]
                 drafted = 0 if proposal is None else proposal.tokens.shape[1]
-                self.clock.turns.append(Turn(rows, verified, self._emitted, drafted, end - entered))
+                self.clock.turns.append(StepTiming(rows, verified, self._emitted, drafted, end - entered))
             yield from finished
 
     def _enter(self, requests: deque[Request]) -> None:
@@ -371,7 +371,7 @@ class Decoder:
         self.clock.row_rounds += int((counts > 0).sum())
         self.clock.verified += int(counts.sum())
 
-    def _extend(self, features: Tensor, tokens: Tensor, step: Step, verdict: Verdict) -> None:
+    def _extend(self, features: Tensor, tokens: Tensor, step: Step, verdict: VerifyResult) -> None:
         """Hand the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
 
         ``features`` are packed, ``tokens`` [R, Q] are those of the step.
@@ -388,7 +388,7 @@ class Decoder:
         with self.clock.phase("draft"):
             self.drafter.extend(features[index], after, kept, reach)  # type: ignore[union-attr]
 
-    def _judge(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, step: Step) -> Verdict:
+    def _judge(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, step: Step) -> VerifyResult:
         if self._tree is not None:
             return walk(self._tree, logits.argmax(-1)[step.index], torch.nn.functional.pad(drafts, (1, 0)))
         lengths = (step.counts - 1).clamp_min_(0)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.records import DecodeSettings
-from deepspec.decoding.verify import Verdict
+from deepspec.decoding.verify import VerifyResult
 from deepspec.errors import EvaluationError
 from deepspec.nn.tree import Tree
 
@@ -97,8 +97,8 @@ def _fitting(children: tuple[int, ...], drafter: TreeDrafter) -> Tree:
     return Tree(children, drafter.model.device)
 
 
-def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> Verdict:
-    """The longest path of the target's own choices, as ``Verdict(node that it ends in, choice after it)``, [R] each.
+def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
+    """The longest path of the target's own choices, as ``VerifyResult(its last node, choice after it)``, [R] each.
 
     Args:
         tree: of M nodes.
@@ -109,10 +109,10 @@ def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> Verdict:
     right[:, 0] = True  # the root is committed already
     whole = (right[:, None] | ~tree.lineage).all(-1)  # [R, M] the node and all of its ancestors
     node = (whole * torch.arange(len(tree), device=tokens.device)).amax(1)  # deeper nodes have larger numbers
-    return Verdict(node, choice.gather(1, node[:, None]).squeeze(1))
+    return VerifyResult(node, choice.gather(1, node[:, None]).squeeze(1))
 
 
-def walk_plain(tree: Tree, choice: Tensor, tokens: Tensor) -> Verdict:
+def walk_plain(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
     """The same node by node; the twin that tests compare with."""
     ends = []
     for row in range(len(tokens)):
@@ -125,7 +125,7 @@ def walk_plain(tree: Tree, choice: Tensor, tokens: Tensor) -> Verdict:
                     break
         ends.append(node)
     accepted = torch.tensor(ends, device=tokens.device)
-    return Verdict(accepted, torch.stack([choice[row, node] for row, node in enumerate(ends)]))
+    return VerifyResult(accepted, torch.stack([choice[row, node] for row, node in enumerate(ends)]))
 
 
 def path_tokens(tree: Tree, node: int, drafted: Sequence[int], stops: Collection[int]) -> list[int]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Verdict:
+class VerifyResult:
     """What a round commits: ``accepted`` drafted tokens ([B]) and then ``token`` ([B])."""
 
     accepted: Tensor
@@ -31,7 +31,7 @@ class Uniforms:
     last: Tensor
 
 
-def verify_greedy(logits: Tensor, drafts: Tensor, index: Tensor, lengths: Tensor) -> Verdict:
+def verify_greedy(logits: Tensor, drafts: Tensor, index: Tensor, lengths: Tensor) -> VerifyResult:
     """Accept drafts [B, K], ``lengths`` [B] of which were sent, while they are the argmax of packed logits [T, V].
 
     ``index`` [B, K + 1] is the place of each of a row's logits in T; behind its last one anything valid.
@@ -39,7 +39,7 @@ def verify_greedy(logits: Tensor, drafts: Tensor, index: Tensor, lengths: Tensor
     choice = logits.argmax(-1)[index]  # [B, K + 1]
     matches = (choice[:, :-1] == drafts).cumprod(1).sum(1)
     accepted = torch.minimum(matches, lengths)  # what was not sent can only lengthen a run beyond what was
-    return Verdict(accepted, choice.gather(1, accepted[:, None]).squeeze(1))
+    return VerifyResult(accepted, choice.gather(1, accepted[:, None]).squeeze(1))
 
 
 def verify_sampled(
@@ -50,7 +50,7 @@ def verify_sampled(
     lengths: Tensor,
     temperature: float,
     uniforms: Uniforms,
-) -> Verdict:
+) -> VerifyResult:
     """Rejection sampling of drafts [B, K] from ``draft_probs`` [B, K, V] against packed target logits [T, V].
 
     Only the probabilities of the drafted tokens and one whole distribution a row are computed.
@@ -71,7 +71,7 @@ def verify_sampled(
         # A residual of zero mass means p = q up to rounding: then the rejection itself had no probability.
         usable = (accepted < lengths) & (residual.sum(-1) > 0)
         weights = torch.where(usable[:, None], residual, weights)
-    return Verdict(accepted, sample(weights, uniforms.last))
+    return VerifyResult(accepted, sample(weights, uniforms.last))
 
 
 def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def verify_plain(
     lengths: Tensor,
     temperature: float,
     uniforms: Uniforms | None,
-) -> Verdict:
+) -> VerifyResult:
     """The same as the two functions above, a row and a token at a time; the twin that tests compare with."""
     accepted, tokens = [], []
     for row in range(len(drafts)):
@@ -117,4 +117,4 @@ def verify_plain(
             count += 1
         accepted.append(count)
         tokens.append(token)
-    return Verdict(torch.tensor(accepted, device=drafts.device), torch.tensor(tokens, device=drafts.device))
+    return VerifyResult(torch.tensor(accepted, device=drafts.device), torch.tensor(tokens, device=drafts.device))

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from deepspec.arguments import TEMPERATURE, Parser
-from deepspec.data.identity import differences
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.log import RowLog
 from deepspec.files import read_json, write_json
+from deepspec.identity import differences
 
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from deepspec.data.progress import Progress
-from deepspec.decoding.clock import Turn
+from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
 
 PASSES = 2  # over all concurrencies, so that a slow minute does not fall on one of them alone
@@ -32,7 +32,7 @@ class Runs(Protocol):
         """K."""
         ...
 
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
+    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
         """Decode and return the turns."""
         ...
 
@@ -61,8 +61,8 @@ class Probe:
 
 def profile(bench: Runs, concurrency: Sequence[int]) -> StepCosts:
     """Measure and fit the costs of a round at each concurrency."""
-    ragged: dict[int, list[Turn]] = {c: [] for c in concurrency}
-    even: dict[int, list[Turn]] = {c: [] for c in concurrency}
+    ragged: dict[int, list[StepTiming]] = {c: [] for c in concurrency}
+    even: dict[int, list[StepTiming]] = {c: [] for c in concurrency}
     progress = Progress("profile of step costs", PASSES * len(ragged), "turns")
     for attempt in range(PASSES):
         for c in ragged:
@@ -79,7 +79,7 @@ def profile(bench: Runs, concurrency: Sequence[int]) -> StepCosts:
     return StepCosts(table, saved, less)
 
 
-def saving(costs: StepCosts, even: Sequence[Turn]) -> float:
+def saving(costs: StepCosts, even: Sequence[StepTiming]) -> float:
     """Seconds by which rounds that always verify all they draft undercut ``costs``; 0 where they do not."""
     expected = [float(costs.seconds(turn.rows, np.array([turn.verified]), turn.drafted)[0]) for turn in even]
     return max(0.0, float(np.median(np.array(expected) - np.array([turn.seconds for turn in even]))))
@@ -95,7 +95,7 @@ def choosing(costs: StepCosts, rows: int, slots: int) -> float:
     return float(np.median(spent))
 
 
-def fit(turns: Sequence[Turn], rows: int, slots: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+def fit(turns: Sequence[StepTiming], rows: int, slots: int) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
     """Least squares of a round's seconds, without outliers.
 
         seconds = base + convex, never falling part of the tokens - saving a slot left out - saving of no draft at all

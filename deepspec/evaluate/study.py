@@ -27,7 +27,7 @@ from deepspec.algorithms.base import DraftModel
 from deepspec.arguments import COUNT, SHARE, TOGETHER, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
-from deepspec.decoding.clock import Turn
+from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Request
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshold, Throughput
@@ -100,7 +100,7 @@ class Bench:
         alone = self.target.device.type == "cpu" and torch.get_num_threads() == 1
         return time.process_time if alone else time.perf_counter
 
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[Turn]:
+    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
         """Decode at ``concurrency`` and return the turns until no prompt waits any more, or ``turns`` of them.
 
         Raises:
@@ -135,7 +135,9 @@ def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[
         f"threshold {options.threshold:g}": lambda: Threshold(options.threshold),
         SCHEDULER: lambda: Throughput(costs),
     }
-    runs: dict[tuple[int, str], list[list[Turn]]] = {(c, name): [] for c in options.concurrency for name in makers}
+    runs: dict[tuple[int, str], list[list[StepTiming]]] = {
+        (c, name): [] for c in options.concurrency for name in makers
+    }
     progress = Progress("policies", None, "turns")
     unsure = list(options.concurrency)
     for repeat in range(max(options.repeats, options.most_repeats)):
@@ -152,7 +154,7 @@ def compare(bench: Bench, costs: StepCosts, options: StudyOptions) -> list[dict[
     return [_row(c, name, attempts) for (c, name), attempts in runs.items()]
 
 
-def _row(concurrency: int, policy: str, attempts: Sequence[Sequence[Turn]]) -> dict[str, Any]:
+def _row(concurrency: int, policy: str, attempts: Sequence[Sequence[StepTiming]]) -> dict[str, Any]:
     rates = [sum(turn.emitted for turn in turns) / sum(turn.seconds for turn in turns) for turns in attempts]
     turns = [turn for attempt in attempts for turn in attempt]
     rows = sum(turn.rows for turn in turns)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from deepspec import registry
-from deepspec.data.identity import target_fields
+from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError, DraftError
-from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
+from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, recipe_at
-from deepspec.targets import TargetSpec, load_spec, load_target_ends
+from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -157,5 +157,5 @@ def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings
 
 def _frozen_weights(recipe: Recipe, kind: torch.dtype) -> dict[str, Tensor]:
     """The target's embedding and head, as exact as its files have them, not as training rounded them."""
-    target = load_target_ends(recipe.target.path, kind, "cpu", recipe.target.revision)
+    target = load_target_embeddings(recipe.target.path, kind, "cpu", recipe.target.revision)
     return dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))

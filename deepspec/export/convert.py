@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from deepspec.data.identity import shown
+from deepspec.checkpoints import steps_of
 from deepspec.drafts import FROZEN, SHARD_BYTES, build_draft, check_weights, read_weights, save_draft, weights_sha256
 from deepspec.errors import DraftError, nearest
 from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
 from deepspec.export.hub import fetch_draft
-from deepspec.export.manifest import steps_of
-from deepspec.export.parts import Draft, Facts, Format, ascending
+from deepspec.export.parts import Draft, Format, ImportHints, ascending
 from deepspec.files import read_json, undone_on_error, write_text
+from deepspec.identity import shown
 from deepspec.locks import is_free, one_writer
-from deepspec.targets import load_spec, load_target_ends
+from deepspec.targets import load_spec, load_target_embeddings
 from deepspec.targets.digests import digest_like
 
 FORMATS = {
@@ -176,7 +176,7 @@ def _with_frozen(draft: Draft, options: ExportOptions) -> Draft:
     provenance = _provenance(folder)
     trained_on = provenance.get("target") or {}
     revision = trained_on.get("revision") if path == trained_on.get("path") else None
-    target = load_target_ends(path, draft.state["fc.weight"].dtype, "cpu", revision)
+    target = load_target_embeddings(path, draft.state["fc.weight"].dtype, "cpu", revision)
     _check_weights(path, revision, provenance, folder)
     weights = dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
     return Draft(draft.config, draft.state | {name: weights[name] for name in lacking}, draft.file)
@@ -203,7 +203,7 @@ def _check_weights(path: str, revision: str | None, provenance: Mapping[str, Any
 
 
 def import_draft(
-    source: str | Path, output: str | Path, format_name: str = "auto", facts: Facts | None = None
+    source: str | Path, output: str | Path, format_name: str = "auto", facts: ImportHints | None = None
 ) -> tuple[Draft, str]:
     """Write a draft of another format to ``output`` in ours, so that our evaluator can measure it.
 
@@ -221,10 +221,10 @@ def import_draft(
     """
     with one_writer(output, "import", DraftError):
         _check_free(Path(output))
-        return _import(str(source), Path(output), format_name, facts or Facts())
+        return _import(str(source), Path(output), format_name, facts or ImportHints())
 
 
-def _import(named: str, output: Path, format_name: str, facts: Facts) -> tuple[Draft, str]:
+def _import(named: str, output: Path, format_name: str, facts: ImportHints) -> tuple[Draft, str]:
     source = fetch_draft(named)
     config = read_json(source / "config.json", DraftError, "name a folder with config.json and *.safetensors")
     format_ = recognise(config, source) if format_name == "auto" else find_format(format_name)
@@ -252,7 +252,7 @@ def recognise(config: dict[str, Any], source: Path) -> Format:
         DraftError: none that we know.
     """
     for name in FORMATS:
-        if find_format(name).recognises(config):
+        if find_format(name).matches(config):
             return find_format(name)
     raise DraftError(
         "no format that we know", file=source / "config.json", key="architectures", found=config.get("architectures"),
@@ -260,7 +260,7 @@ def recognise(config: dict[str, Any], source: Path) -> Format:
     )  # fmt: skip
 
 
-def _check_target(draft: Draft, facts: Facts) -> None:
+def _check_target(draft: Draft, facts: ImportHints) -> None:
     """The draft's widths are those of the target that the user names, before anything is written."""
     if facts.target is None:
         return

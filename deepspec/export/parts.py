@@ -2,7 +2,7 @@
 
 A format module writes such a draft into an engine's own layout and reads one back. What a layout has no field for
 (the training length of Eagle3, the number of anchors) stands under one key ``deepspec`` of its config.json, which
-engines ignore; a foreign file lacks it, and the user states what is missing as :class:`Facts`.
+engines ignore; a foreign file lacks it, and the user states what is missing as :class:`ImportHints`.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Facts:
+class ImportHints:
     """What the user says of a foreign draft where its config is silent."""
 
     target: TargetSpec | None = None
@@ -95,8 +95,8 @@ class Format:
 
     name: str
     write: Callable[[Draft], Draft]
-    read: Callable[[Draft, Facts], Draft]
-    recognises: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Draft, ImportHints], Draft]
+    matches: Callable[[Mapping[str, Any]], bool]
     command: Callable[[Draft, str, str], str]  # (published draft, target, exported folder) -> how to serve it
     checked: str = field(default="")  # what the engine was seen to do with it
 
@@ -197,7 +197,7 @@ def published(
     transformer: Mapping[str, Any],
     state: dict[str, Tensor],
     layers: tuple[int, ...] | None,
-    facts: Facts,
+    facts: ImportHints,
     fields: Mapping[str, Any],
 ) -> Draft:
     """A foreign draft in the published layout.
@@ -234,7 +234,7 @@ def published(
     return Draft(config, state, draft.file)
 
 
-def _stated_layers(draft: Draft, layers: tuple[int, ...] | None, facts: Facts) -> tuple[int, ...]:
+def _stated_layers(draft: Draft, layers: tuple[int, ...] | None, facts: ImportHints) -> tuple[int, ...]:
     """The layers in the order in which the columns of ``fc`` take them: the user's word before the file's.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from deepspec.export.parts import Draft, Facts, Format
+from deepspec.export.parts import Draft, Format, ImportHints
 
 
 def write(draft: Draft) -> Draft:
@@ -14,12 +14,12 @@ def write(draft: Draft) -> Draft:
     return Draft(draft.config | stated, draft.state, draft.file)
 
 
-def read(draft: Draft, facts: Facts) -> Draft:
+def read(draft: Draft, facts: ImportHints) -> Draft:
     """A released draft; where it is silent the architecture's convention holds: the anchor's slot drafts too."""
     return write(draft)
 
 
-def recognises(config: Mapping[str, Any]) -> bool:
+def matches(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this layout."""
     name = (config.get("architectures") or [""])[0]
     return name.endswith(("DSparkModel", "Eagle3Model")) and "deepspec" not in config and not _is_speculators(config)
@@ -38,4 +38,4 @@ def _is_speculators(config: Mapping[str, Any]) -> bool:
     return "speculators_model_type" in config
 
 
-FORMAT = Format("deepspec", write, read, recognises, command)
+FORMAT = Format("deepspec", write, read, matches, command)

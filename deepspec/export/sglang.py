@@ -20,8 +20,8 @@ from deepspec.export import vllm, zlab
 from deepspec.export.parts import (
     EXTRAS,
     Draft,
-    Facts,
     Format,
+    ImportHints,
     refuse,
     whole_vocabulary,
     with_head_rows,
@@ -93,7 +93,7 @@ def _write_dspark(draft: Draft) -> Draft:
     return Draft(config, state, draft.file)
 
 
-def read(draft: Draft, facts: Facts) -> Draft:
+def read(draft: Draft, facts: ImportHints) -> Draft:
     """A draft of SGLang's form in ours.
 
     Raises:
@@ -114,7 +114,7 @@ def read(draft: Draft, facts: Facts) -> Draft:
     return vllm.read_eagle3(draft, facts, draft.config, layers)
 
 
-def recognises(config: Mapping[str, Any]) -> bool:
+def matches(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in a form of SGLang's alone (its others are vLLM's too)."""
     return (config.get("architectures") or [""])[0] == EAGLE3
 
@@ -130,4 +130,4 @@ def command(draft: Draft, target: str, folder: str) -> str:
     return f"python -m sglang.launch_server --model-path {target} {options}"
 
 
-FORMAT = Format(NAME, write, read, recognises, command, "SGLang: its code was read, it was not run")
+FORMAT = Format(NAME, write, read, matches, command, "SGLang: its code was read, it was not run")

@@ -15,8 +15,8 @@ from deepspec.export import vllm
 from deepspec.export.parts import (
     EXTRAS,
     Draft,
-    Facts,
     Format,
+    ImportHints,
     drop_zero_markov,
     missing,
     own_names,
@@ -105,7 +105,7 @@ def _heads(draft: Draft, state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def read(draft: Draft, facts: Facts) -> Draft:
+def read(draft: Draft, facts: ImportHints) -> Draft:
     """A draft of the speculators format in ours.
 
     Raises:
@@ -147,7 +147,7 @@ def read(draft: Draft, facts: Facts) -> Draft:
     return published(draft, algorithm, transformer, state, _layers(config, "aux_hidden_state_layer_ids"), facts, fields)
 
 
-def _read_eagle3(draft: Draft, facts: Facts, transformer: dict[str, Any]) -> Draft:
+def _read_eagle3(draft: Draft, facts: ImportHints, transformer: dict[str, Any]) -> Draft:
     config = draft.config
     odd = [key for key in ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output") if config.get(key)]
     if odd:
@@ -156,7 +156,7 @@ def _read_eagle3(draft: Draft, facts: Facts, transformer: dict[str, Any]) -> Dra
         remedy = "write false or true into its config.json: the library and vLLM disagree on the default"
         raise missing(draft, "norm_before_residual", remedy)
     methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-    stated = Facts(facts.target, facts.target_layers, facts.max_draft or methods[0].get("speculative_tokens"))
+    stated = ImportHints(facts.target, facts.target_layers, facts.max_draft or methods[0].get("speculative_tokens"))
     names = Draft(config, own_names(draft, TRAINING_ONLY), draft.file)
     return vllm.read_eagle3(names, stated, transformer, _layers(config, "eagle_aux_hidden_state_layer_ids"))
 
@@ -166,9 +166,9 @@ def _layers(config: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     return None if ids is None else tuple(int(i) - 1 for i in ids)
 
 
-def recognises(config: Mapping[str, Any]) -> bool:
+def matches(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this format."""
     return "speculators_model_type" in config
 
 
-FORMAT = Format(NAME, write, read, recognises, vllm.command, vllm.CHECKED)
+FORMAT = Format(NAME, write, read, matches, vllm.command, vllm.CHECKED)

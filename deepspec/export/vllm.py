@@ -19,8 +19,8 @@ from deepspec.export import zlab
 from deepspec.export.parts import (
     EXTRAS,
     Draft,
-    Facts,
     Format,
+    ImportHints,
     drop_zero_markov,
     missing,
     own_names,
@@ -91,7 +91,7 @@ def write_dspark(draft: Draft) -> Draft:
     return Draft(config, state, draft.file)
 
 
-def read(draft: Draft, facts: Facts) -> Draft:
+def read(draft: Draft, facts: ImportHints) -> Draft:
     """A draft of vLLM's form in ours.
 
     Raises:
@@ -114,7 +114,7 @@ def read(draft: Draft, facts: Facts) -> Draft:
     return read_eagle3(draft, facts, draft.config, layers)
 
 
-def read_eagle3(draft: Draft, facts: Facts, config: Mapping[str, Any], layers: tuple[int, ...] | None) -> Draft:
+def read_eagle3(draft: Draft, facts: ImportHints, config: Mapping[str, Any], layers: tuple[int, ...] | None) -> Draft:
     """An Eagle3 with its fields flat beside the transformer's, whatever the engine.
 
     Args:
@@ -145,7 +145,7 @@ def read_eagle3(draft: Draft, facts: Facts, config: Mapping[str, Any], layers: t
     return made if facts.max_draft is None else Draft(made.config | {"ttt_length": length}, made.state, made.file)
 
 
-def read_dspark(draft: Draft, facts: Facts) -> Draft:
+def read_dspark(draft: Draft, facts: ImportHints) -> Draft:
     """A flat DSpark config; a Markov head of rank 1 that is zero means DFlash."""
     config = draft.config
     state = own_names(draft, ("t2d",))
@@ -171,7 +171,7 @@ def read_dspark(draft: Draft, facts: Facts) -> Draft:
     return published(draft, algorithm, transformer, state, tuple(config["target_layer_ids"]), facts, fields)
 
 
-def from_anchor(draft: Draft, facts: Facts, stated: bool | None) -> bool:
+def from_anchor(draft: Draft, facts: ImportHints, stated: bool | None) -> bool:
     """Whether the anchor's slot drafts: the user's word before the file's.
 
     Raises:
@@ -186,7 +186,7 @@ def from_anchor(draft: Draft, facts: Facts, stated: bool | None) -> bool:
     return bool(value)
 
 
-def recognises(config: Mapping[str, Any]) -> bool:
+def matches(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in one of vLLM's forms (a published DSpark without our key is our own layout)."""
     name = (config.get("architectures") or [""])[0]
     return name in EAGLE3.values() or (name in DSPARK.values() and EXTRAS in config)
@@ -206,4 +206,4 @@ def command(draft: Draft, target: str, folder: str) -> str:
 
 
 CHECKED = "vLLM 0.32.0 on CPU: `make serve-check`"
-FORMAT = Format(NAME, write, read, recognises, command, CHECKED)
+FORMAT = Format(NAME, write, read, matches, command, CHECKED)

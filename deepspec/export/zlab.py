@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspec.errors import DraftError
-from deepspec.export.parts import EXTRAS, Draft, Facts, Format, own_names, published, refuse, whole_vocabulary
+from deepspec.export.parts import EXTRAS, Draft, Format, ImportHints, own_names, published, refuse, whole_vocabulary
 
 ARCHITECTURE = "DFlashDraftModel"
 # what may stand in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
@@ -48,7 +48,7 @@ def write(draft: Draft) -> Draft:
     return Draft(config, dict(draft.state), draft.file)
 
 
-def read(draft: Draft, facts: Facts) -> Draft:
+def read(draft: Draft, facts: ImportHints) -> Draft:
     """A DFlash draft of z-lab's form in ours; the architecture states its convention.
 
     Raises:
@@ -87,7 +87,7 @@ def read(draft: Draft, facts: Facts) -> Draft:
     )  # fmt: skip
 
 
-def recognises(config: Mapping[str, Any]) -> bool:
+def matches(config: Mapping[str, Any]) -> bool:
     """Whether a config.json is in this form."""
     return (config.get("architectures") or [""])[0] == ARCHITECTURE and "speculators_model_type" not in config
 
@@ -99,4 +99,4 @@ def command(draft: Draft, target: str, folder: str) -> str:
     return vllm_command(draft, target, folder)
 
 
-FORMAT = Format("zlab", write, read, recognises, command)
+FORMAT = Format("zlab", write, read, matches, command)

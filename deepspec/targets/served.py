@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.ends import TargetEnds, load_target_ends
+from deepspec.targets.embeddings import TargetEmbeddings, load_target_embeddings
 from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
 from deepspec.targets.stored import open_stored
 
@@ -63,7 +63,7 @@ class ServedTarget:
         self.spec = load_spec(path, revision)
         self.spec.check_layers(layers)
         self._places = {layer: place for place, layer in enumerate(server_layers(layers, self.spec))}
-        self._ends: TargetEnds | Target = load_target_ends(path, dtype, "cpu", revision)
+        self._ends: TargetEmbeddings | Target = load_target_embeddings(path, dtype, "cpu", revision)
         self._norm = load_final_norm(path, dtype, revision)
         self._pool = ThreadPoolExecutor(concurrency)
         self._name = self._served_name()

@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
-from deepspec.data.identity import as_recorded, differences, flatten
+from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
 from deepspec.errors import CheckpointError
-from deepspec.export.manifest import Manifest, read_manifest, steps_of, target_differences
 from deepspec.files import named, sync_folder, write_json
+from deepspec.identity import as_recorded, differences, flatten
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
 HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may change, when told so

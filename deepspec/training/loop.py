@@ -15,7 +15,7 @@ from deepspec.errors import CheckpointError, system_error
 from deepspec.recipe import Recipe
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
-from deepspec.training.feeder import Feeder, Step
+from deepspec.training.prefetch import Prefetcher, Step
 from deepspec.training.report import Meter, Reporter
 from deepspec.training.schedule import lr_factor
 from deepspec.training.signals import StopSignal
@@ -57,7 +57,7 @@ class Trainer:
         self,
         recipe: Recipe,
         engine: Engine,
-        feeder: Feeder,
+        feeder: Prefetcher,
         checkpoints: Checkpoints,
         manifest: Manifest,
         *,

@@ -12,23 +12,23 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
-from deepspec.data.identity import target_fields
 from deepspec.distributed import World, pick_device, together
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
+from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
-from deepspec.targets import Target, TargetEnds, load_spec, load_target, load_target_ends
+from deepspec.sources.base import FeatureSource
+from deepspec.sources.opening import open_source, open_validation
+from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.compiler import loss_backend
 from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
-from deepspec.training.feeder import Feeder
 from deepspec.training.loop import Trainer
-from deepspec.training.opening import open_source, open_validation
 from deepspec.training.plan import Plan
+from deepspec.training.prefetch import Prefetcher
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
-from deepspec.training.sources import FeatureSource
 from deepspec.training.validation import HeldOut
 from deepspec.training.vocabulary import frequent_tokens
 from deepspec.training.warm_start import warm_start
@@ -92,7 +92,7 @@ class Prepared:
     """Everything that can be wrong with a run's input, opened and checked; made without talking to other ranks."""
 
     recipe: Recipe
-    target: TargetEnds | Target
+    target: TargetEmbeddings | Target
     source: FeatureSource
     held_out: FeatureSource | None
     plan: Plan
@@ -133,11 +133,11 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
     return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
 
 
-def frozen_target(recipe: Recipe, device: torch.device) -> TargetEnds | Target:
+def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings | Target:
     """The whole target where the run feeds it (online, or decoding in validations), else its embedding and head."""
     validation = recipe.train.validation
     runs = recipe.data.source == "online" or (validation is not None and validation.decode_every is not None)
-    load = load_target if runs else load_target_ends
+    load = load_target if runs else load_target_embeddings
     return load(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
 
 
@@ -157,7 +157,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
         warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, kept)
-    feeder = Feeder(
+    feeder = Prefetcher(
         prepared.source,
         prepared.plan,
         lambda masks: algorithm.loss_weight(recipe.draft, masks),

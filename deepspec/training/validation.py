@@ -17,11 +17,11 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World, world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
-from deepspec.targets import Target, TargetEnds
+from deepspec.sources.base import FeatureSource, collate
+from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
-from deepspec.training.sources import FeatureSource, collate
 
 
 class HeldOut:
@@ -35,7 +35,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEnds | Target
+        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings | Target
     ) -> None:
         self.recipe, self.section, self.source = recipe, section, source
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)

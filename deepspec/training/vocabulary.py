@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepspec.training.sources import FeatureSource
+from deepspec.sources.base import FeatureSource
 
 
 def frequent_tokens(source: FeatureSource, vocab_size: int, config: Any) -> Tensor:

@@ -1,0 +1,269 @@
+"""Where a cache lies: a local folder, or any URL that fsspec opens (``s3://bucket/prefix``, ``memory://``, ...)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from deepspec import files
+from deepspec.errors import CacheError
+
+OPEN_FILES = 256  # kept open by one FolderStore
+_VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
+
+
+class Store(Protocol):
+    """A folder of named byte strings; names are relative paths with ``/``."""
+
+    url: str
+
+    def read(self, name: str) -> bytes:
+        """All bytes.
+
+        Raises:
+            CacheError: missing.
+        """
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None when it is missing."""
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers``, one after the other, from ``offset`` on.
+
+        Raises:
+            CacheError: missing, or too short.
+        """
+
+    def names(self, name: str) -> list[str]:
+        """Entries of a folder, sorted; empty when there is none."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write whole or not at all."""
+
+    def commit(self, local: Path, name: str, marker: str) -> None:
+        """Take over the finished local folder as ``name``; the file ``marker`` in it becomes visible last."""
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder with all in it; nothing happens when it is missing."""
+
+
+class _File:
+    """A file descriptor that closes when the last user lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.handle = -1
+        self.handle = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+
+    def __del__(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+
+
+class FolderStore:
+    """A folder on this machine's disks."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.url = str(path)
+        self._open: OrderedDict[str, _File] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["path"])  # type: ignore[misc]
+
+    def read(self, name: str) -> bytes:
+        """All bytes of a file."""
+        try:
+            return (self.path / name).read_bytes()
+        except OSError as problem:
+            raise CacheError(f"cannot read ({problem.strerror})", file=self.path / name) from None
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None when it is missing."""
+        try:
+            return (self.path / name).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def _file(self, name: str) -> _File:
+        with self._lock:
+            if name in self._open:
+                self._open.move_to_end(name)
+                return self._open[name]
+        file = _File(self.path / name)
+        with self._lock:
+            self._open[name] = file
+            while len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)
+        return file
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers`` from ``offset`` on: one system call for up to 512 of them, no copy in between."""
+        try:
+            file = self._file(name)
+            for first in range(0, len(buffers), _VECTORS):
+                offset = self._fill(file, name, offset, list(buffers[first : first + _VECTORS]))
+        except OSError as problem:
+            raise CacheError(f"cannot read ({problem.strerror})", file=self.path / name) from None
+
+    def _fill(self, file: _File, name: str, offset: int, group: list[memoryview]) -> int:
+        while group:
+            got = os.preadv(file.handle, group, offset)
+            if got == 0:
+                raise CacheError("file too short", file=self.path / name, found=f"{offset} bytes", wanted="more")
+            offset += got
+            while group and got >= len(group[0]):
+                got -= len(group.pop(0))
+            if got:
+                group[0] = group[0][got:]
+        return offset
+
+    def names(self, name: str) -> list[str]:
+        """Entries of a folder, sorted."""
+        folder = self.path / name
+        return sorted(os.listdir(folder)) if folder.is_dir() else []
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write whole or not at all."""
+        files.write_bytes(self.path / name, data)
+
+    def commit(self, local: Path, name: str, marker: str) -> None:
+        """Rename a finished folder of the same file system into place, synced to disk."""
+        for folder, _, found in os.walk(local, topdown=False):
+            for one in found:
+                _sync_file(Path(folder) / one)
+            files.sync_folder(Path(folder))
+        place = self.path / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.rename(local, place)
+        except OSError as problem:
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (place / marker).exists():
+                raise
+            shutil.rmtree(local)  # a process of an earlier run that outlived it finished the same part
+        files.sync_folder(place.parent)
+
+    def remove(self, name: str) -> None:
+        """Delete a file or a folder."""
+        place = self.path / name
+        with self._lock:
+            for known in [known for known in self._open if known == name or known.startswith(f"{name}/")]:
+                del self._open[known]
+        if place.is_dir():
+            shutil.rmtree(place)
+        else:
+            place.unlink(missing_ok=True)
+
+
+def _sync_file(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class RemoteStore:
+    """A folder behind an fsspec URL. An object is written whole or not at all by the protocols themselves."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        self._pid = -1
+        self._filesystem: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"url": self.url}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["url"])  # type: ignore[misc]
+
+    @property
+    def _fs(self) -> Any:
+        if self._pid != os.getpid():  # connections and event loops do not survive a fork
+            import fsspec
+
+            try:
+                fresh = self._pid >= 0
+                self._filesystem, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=fresh)
+            except (ImportError, ValueError) as problem:
+                raise CacheError(f"cannot open the URL ({problem})", file=self.url) from None
+            self._pid = os.getpid()
+        return self._filesystem
+
+    def _place(self, name: str) -> str:
+        self._fs  # noqa: B018 (sets _root)
+        return f"{self._root}/{name}" if name else str(self._root)
+
+    def _failed(self, name: str, problem: Exception) -> CacheError:
+        return CacheError(f"cannot read ({problem or type(problem).__name__})", file=f"{self.url}/{name}")
+
+    def read(self, name: str) -> bytes:
+        """All bytes of an object."""
+        try:
+            data: bytes = self._fs.cat_file(self._place(name))
+        except (OSError, ValueError) as problem:
+            raise self._failed(name, problem) from None
+        return data
+
+    def size(self, name: str) -> int | None:
+        """Bytes of an object, None when it is missing."""
+        try:
+            return int(self._fs.size(self._place(name)))
+        except FileNotFoundError:
+            return None
+
+    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
+        """Fill ``buffers`` by one range request."""
+        total = sum(len(buffer) for buffer in buffers)
+        try:
+            data = memoryview(self._fs.cat_file(self._place(name), start=offset, end=offset + total))
+        except (OSError, ValueError) as problem:
+            raise self._failed(name, problem) from None
+        if len(data) != total:
+            raise CacheError("object too short", file=f"{self.url}/{name}", found=offset + len(data), wanted="more")
+        start = 0
+        for buffer in buffers:
+            buffer[:] = data[start : start + len(buffer)]
+            start += len(buffer)
+
+    def names(self, name: str) -> list[str]:
+        """Entries of a folder, sorted."""
+        self._fs.invalidate_cache()
+        try:
+            found = self._fs.ls(self._place(name), detail=False)
+        except FileNotFoundError:
+            return []
+        return sorted(one.rstrip("/").rsplit("/", 1)[1] for one in found)
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write an object."""
+        self._fs.pipe_file(self._place(name), data)
+
+    def commit(self, local: Path, name: str, marker: str) -> None:
+        """Upload a finished local folder, the marker last, and delete the local one."""
+        found = sorted(path for path in local.rglob("*") if path.is_file())
+        for path in sorted(found, key=lambda path: path == local / marker):
+            self._fs.put_file(str(path), self._place(f"{name}/{path.relative_to(local)}"))
+        shutil.rmtree(local)
+
+    def remove(self, name: str) -> None:
+        """Delete an object or all below a prefix."""
+        if self._fs.exists(self._place(name)):
+            self._fs.rm(self._place(name), recursive=True)
+
+
+def open_folder(place: str | Path) -> Store:
+    """The folder behind a path or a URL (``file://`` counts as a path)."""
+    text = str(place)
+    if text.startswith("file://"):
+        return FolderStore(text[len("file://") :])
+    return RemoteStore(text) if "://" in text else FolderStore(text)

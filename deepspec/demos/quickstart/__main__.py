@@ -1,0 +1,35 @@
+"""The quickstart's own stages, each alone: ``python -m deepspec.demos.quickstart {prompts,target} --output DIR``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepspec.arguments import COUNT, Parser
+from deepspec.errors import run_main
+
+
+def main() -> int:
+    """Parse the arguments and run one stage."""
+    parser = Parser(prog="python -m deepspec.demos.quickstart", description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    prompts = stages.add_parser("prompts", help="write training and held-out prompts")
+    prompts.add_argument("--train", type=COUNT, default=4000, help="prompts to train on")
+    prompts.add_argument("--held-out", type=COUNT, default=32, help="prompts to evaluate on")
+    prompts.add_argument("--output", type=Path, required=True)
+    target = stages.add_parser("target", help="train the tiny target")
+    target.add_argument("--steps", type=COUNT, help="optimizer steps")
+    target.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.stage == "prompts":
+        from deepspec.demos.quickstart.prompts import write_prompts
+
+        write_prompts(options.output, options.train, options.held_out)
+    else:
+        from deepspec.demos.quickstart.target import STEPS, make_target
+
+        make_target(options.output, options.steps or STEPS)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

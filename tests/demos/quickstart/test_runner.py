@@ -1,0 +1,76 @@
+"""The runner of the stages: order, skipping, cores, failures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepspec.demos.quickstart.plan import plan
+from deepspec.demos.runner import Runner, stage_seconds
+from deepspec.demos.stages import PYTHON, Stage
+from deepspec.errors import DeepSpecError
+from deepspec.registry import ALGORITHMS
+
+
+def writing(name: str, folder: Path, needs: tuple[str, ...] = (), code: str = "", cores: int = 1) -> Stage:
+    """A stage that runs ``code`` and then writes its file."""
+    whole = folder / f"{name}.json"
+    program = (
+        f"import time, pathlib; print('hello from {name}'); {code or 'pass'}\npathlib.Path({str(whole)!r}).touch()"
+    )
+    return Stage(name, (PYTHON, "-c", program), whole, needs, cores)
+
+
+def test_stages_run_after_what_they_need_and_not_twice(tmp_path: Path, capsys) -> None:
+    needed = f"assert pathlib.Path({str(tmp_path / 'first.json')!r}).exists()"
+    stages = [writing("first", tmp_path, code="time.sleep(0.3)"), writing("second", tmp_path, ("first",), needed)]
+    Runner(stages, tmp_path / "logs", cores=2).run()
+    assert set(stage_seconds(tmp_path / "logs")) == {"first", "second"}
+    assert stage_seconds(tmp_path / "logs")["first"] >= 0.3
+    assert "hello from second" in (tmp_path / "logs" / "second.log").read_text()
+    assert "[ 2/2] second: done" in capsys.readouterr().out
+    (tmp_path / "logs" / "second.log").unlink()
+    Runner(stages, tmp_path / "logs", cores=2).run()
+    assert capsys.readouterr().out.count("whole already") == 2
+    assert not (tmp_path / "logs" / "second.log").exists()
+
+
+def test_independent_stages_share_the_cores_and_never_exceed_them(tmp_path: Path) -> None:
+    mark = f"path = pathlib.Path({str(tmp_path)!r})"
+    code = f"{mark}; (path / '{{0}}.on').touch(); time.sleep(0.8); n = len(list(path.glob('*.on')))"
+    code += "; (path / '{0}.seen').write_text(str(n)); (path / '{0}.on').unlink()"
+    stages = [writing(name, tmp_path, code=code.format(name)) for name in "abc"]
+    Runner(stages, tmp_path / "logs", cores=2).run()
+    seen = [int((tmp_path / f"{name}.seen").read_text()) for name in "abc"]
+    assert max(seen) == 2
+
+
+def test_a_failing_stage_names_its_log_and_ends_the_others(tmp_path: Path, capsys) -> None:
+    stages = [writing("slow", tmp_path, code="time.sleep(60)"), writing("bad", tmp_path, code="raise ValueError('no')")]
+    with pytest.raises(DeepSpecError, match=r"bad\.log: stage 'bad' failed \(exit code 1\)"):
+        Runner(stages, tmp_path / "logs", cores=2).run()
+    assert "ValueError: no" in capsys.readouterr().out
+    assert not (tmp_path / "slow.json").exists()
+
+
+def test_a_stage_that_writes_nothing_has_failed(tmp_path: Path) -> None:
+    stage = Stage("empty", (PYTHON, "-c", "pass"), tmp_path / "empty.json")
+    with pytest.raises(DeepSpecError, match="ended without writing"):
+        Runner([stage], tmp_path / "logs", cores=1).run()
+
+
+def test_a_stage_wider_than_the_machine_still_runs(tmp_path: Path) -> None:
+    Runner([writing("wide", tmp_path, cores=2)], tmp_path / "logs", cores=1).run()
+    assert (tmp_path / "wide.json").exists()
+
+
+def test_the_plan_covers_every_algorithm_in_an_order_that_works() -> None:
+    stages = plan()
+    before: set[str] = set()
+    for stage in stages:
+        assert set(stage.needs) <= before
+        before.add(stage.name)
+    assert before >= {f"{verb} {algorithm}" for verb in ("train", "export", "evaluate") for algorithm in ALGORITHMS}
+    assert all(Path(sys.executable).with_name("deepspeed").exists() for stage in stages if stage.command[0] != PYTHON)

@@ -1,0 +1,69 @@
+"""The tiny target: its optimizer against a plain one, its batches, and a short training."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepspec.demos.quickstart.muon import NEWTON_SCHULZ, Muon, orthogonalize
+from deepspec.demos.quickstart.target import MANIFEST, PROMPT_WEIGHT, collate, make_target
+from deepspec.demos.quickstart.text import conversations
+from deepspec.demos.quickstart.tokenizer import END, MASK_TOKEN_ID, VOCAB_SIZE, train_tokenizer
+from deepspec.distributed import multiplies_bfloat16
+from deepspec.targets import load_spec, load_target, load_tokenizer
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 8, 32), (2, 32, 8)])
+def test_orthogonal_updates_have_singular_values_near_one(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)).float())
+    assert values.min() > 0.3
+    assert values.max() < 1.4
+
+
+def test_muon_on_many_matrices_equals_muon_on_each() -> None:
+    torch.manual_seed(0)
+    start, gradients = [torch.randn(12, 6) for _ in range(3)], [[torch.randn(12, 6) for _ in range(3)] for _ in "ab"]
+    together = [torch.nn.Parameter(value.clone()) for value in start]
+    batched = Muon(together, lr=0.1)
+    for step in gradients:
+        for parameter, gradient in zip(together, step, strict=True):
+            parameter.grad = gradient.clone()
+        batched.step()
+    for i, value in enumerate(start):
+        plain, momentum = value.clone(), torch.zeros_like(value)
+        for step in gradients:
+            momentum = 0.95 * momentum + 0.05 * step[i]
+            update = 0.05 * step[i] + 0.95 * momentum
+            x = (update / update.norm()).mT
+            x = x.bfloat16() if multiplies_bfloat16() else x
+            for a, b, c in NEWTON_SCHULZ:
+                x = a * x + (b * (x @ x.mT) + c * (x @ x.mT) @ (x @ x.mT)) @ x
+            plain -= 0.1 * 2**0.5 * x.mT.float()
+        torch.testing.assert_close(together[i].detach(), plain, atol=5e-3, rtol=0)
+
+
+def test_batches_weigh_prompt_answer_and_padding_apart() -> None:
+    rows = list(islice(conversations(0), 40))
+    tokenizer = train_tokenizer(text for row in rows for text in (row.question, row.answer))
+    ids, weights = collate(tokenizer, rows[:4])
+    for row, row_ids, row_weights in zip(rows, ids, weights, strict=False):
+        answer = tokenizer.decode(row_ids[row_weights == 1])
+        assert answer == row.answer + END + "\n"
+        assert row.question in tokenizer.decode(row_ids[row_weights == PROMPT_WEIGHT])
+    assert weights.unique().tolist() == pytest.approx([0.0, PROMPT_WEIGHT, 1.0])
+
+
+def test_a_short_training_ends_in_a_target_that_the_pipeline_loads(tmp_path: Path, capsys) -> None:
+    make_target(tmp_path / "target", steps=12)
+    losses = [line for line in capsys.readouterr().out.splitlines() if line.startswith("target step")]
+    assert "12/12" in losses[-1]
+    assert (tmp_path / "target" / MANIFEST).exists()
+    spec = load_spec(tmp_path / "target")
+    assert (spec.family.name, spec.num_layers, spec.hidden_size) == ("qwen3", 6, 128)
+    assert spec.vocab_size == VOCAB_SIZE > MASK_TOKEN_ID >= len(load_tokenizer(tmp_path / "target"))
+    target = load_target(tmp_path / "target", torch.float32)
+    assert target.embed_weight.data_ptr() == target.head_weight.data_ptr()

@@ -1,0 +1,99 @@
+"""docs/results.md: what is on disk comes into the table, what is not says so, and nothing known is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepspec.demos.smollm2 import ablation, results
+from deepspec.demos.smollm2.plan import SCALES
+from deepspec.errors import DeepSpecError
+from deepspec.evaluate.measure import PromptResult, summarise
+from deepspec.files import write_json
+
+
+@pytest.fixture
+def _folder(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("docs").mkdir()
+
+
+def evaluation(folder: Path, temperatures: tuple[float, ...], tokens: int, task: str = "t") -> None:
+    """A finished evaluation in which every round commits ``tokens``."""
+    rows = []
+    for temperature in temperatures:
+        prompts = [
+            PromptResult(task, i, temperature, 2 * tokens, [tokens] * 2, [7] * 2, [tokens - 1] * 2) for i in (0, 1)
+        ]
+        row = summarise(task, temperature, prompts).to_row()
+        rows.append(row | {"speed_up": 1.25, "seconds": 2.0, "equal_to_plain": 1.0})
+    about: dict[str, Any] = {"command": ["x/__main__.py", "--target", "T"], "versions": {"torch": "2"}, "seed": 5}
+    write_json(folder / "results.json", {"summaries": rows, "provenance": about | {"finished": "2026-11-24T18:00:00Z"}})
+
+
+@pytest.mark.usefixtures("_folder")
+def test_where_nothing_has_run_every_table_says_so() -> None:
+    text = results.write_results()
+    assert text.count(results.NOT_RUN) > 20
+    assert not any(character.isdigit() for line in text.split("\n") if "held-out chat |" in line for character in line)
+
+
+@pytest.mark.usefixtures("_folder")
+def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
+    root = SCALES["full"].root
+    evaluation(root / "dspark-chat", (0.0, 1.0), 3)
+    evaluation(root / "dspark-speed", (0.0, 1.0), 3)
+    evaluation(root / "dspark-tasks", (0.0, 1.0), 2, "gsm8k")
+    evaluation(ablation.ROOT / "layers-1" / "results", (0.0,), 4)
+    part = {"parts": [{"tokens": 10}], "coded_bytes": 670, "raw_bytes": 1000}
+    write_json(ablation.ROOT / "cache-raw" / "manifest.json", part)
+    text = results.write_results()
+    assert "| held-out chat | not run | not run | 3.00 (3.00-3.00) |" in text
+    assert "| gsm8k | not run | not run | 2.00 (2.00-2.00) |" in text
+    assert "| 1 layer | 4.00 (4.00-4.00) |" in text
+    assert "| raw | 67 |" in text
+    assert "| dspark | 0 | 1.25x | 6.0 | 3.00 (3.00-3.00) | 100% of 2 |" in text
+    assert "`python -m deepspec.evaluate --target T`" in text
+    kept = json.loads(Path("docs/results.json").read_text())
+    assert kept["real"]["chat"]["dspark"]["provenance"]["seed"] == 5
+    assert Path("docs/results.md").read_text() == text
+
+
+@pytest.mark.usefixtures("_folder")
+def test_what_was_gathered_before_outlives_its_folder() -> None:
+    place = SCALES["full"].root / "dspark-chat"
+    evaluation(place, (0.0, 1.0), 3)
+    before = results.write_results()
+    (place / "results.json").unlink()
+    evaluation(SCALES["full"].root / "dflash-chat", (0.0, 1.0), 2)
+    after = results.write_results()
+    assert "3.00 (3.00-3.00)" in before
+    assert "| held-out chat | not run | 2.00 (2.00-2.00) | 3.00 (3.00-3.00) |" in after
+
+
+@pytest.mark.usefixtures("_folder")
+def test_the_readme_gets_its_table_and_keeps_the_rest() -> None:
+    before = f"# A\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\n## B\n"
+    Path("README.md").write_text(before)
+    evaluation(SCALES["full"].root / "dspark-chat", (0.0, 1.0), 3)
+    results.write_results()
+    once = Path("README.md").read_text()
+    assert "| held-out chat | not run | not run | 3.00 (3.00-3.00) |" in once
+    assert once.startswith("# A\n")
+    assert once.endswith(f"{results.MARKS[1]}\n\n## B\n")
+    assert "old" not in once
+    results.write_results()
+    assert Path("README.md").read_text() == once
+    Path("README.md").write_text("# A\n")
+    with pytest.raises(DeepSpecError, match="no place for the results"):
+        results.write_results()
+
+
+def test_the_committed_readme_shows_the_committed_results() -> None:
+    root = Path(__file__).parents[3]
+    real = json.loads((root / results.MEASURED).read_text())["real"]
+    readme = (root / results.README).read_text()
+    assert results.with_results(readme, real) == readme

@@ -1,0 +1,107 @@
+"""Tasks: files, folders that lack some, choice of prompts, and templates that give the published task files."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from evaluate_tools import write_task
+
+from deepspec.errors import EvaluationError
+from deepspec.evaluate.tasks import TASK_FILE, load_tasks, missing_tasks, turns_of
+
+EVAL = Path(__file__).parents[2].parent / "shared" / "eval"
+KNOWN = yaml.safe_load(TASK_FILE.read_text())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty file"),
+        ('{"turns": ["a"]}\n{"turn": 1}\n', "line 2"),
+        ("not json\n", "line 1"),
+        ('{"turns": []}', "line 1"),
+    ],
+)
+def test_a_bad_task_file_is_named(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(EvaluationError, match=message):
+        load_tasks([str(tmp_path / "x.jsonl")], None, 0)
+
+
+def test_an_unknown_task_names_the_nearest() -> None:
+    with pytest.raises(EvaluationError, match="did you mean 'gsm8k'"):
+        load_tasks(["gsm8"], None, 0)
+    with pytest.raises(EvaluationError, match="no such file"):
+        load_tasks(["nowhere.jsonl"], None, 0)
+
+
+def test_two_tasks_of_one_name_are_refused(tmp_path: Path) -> None:
+    files = [str(write_task(tmp_path / folder / "t.jsonl", [["a"]])) for folder in ("one", "two")]
+    with pytest.raises(EvaluationError, match="two tasks of one name"):
+        load_tasks(files, None, 0)
+
+
+def test_samples_are_drawn_by_seed_and_keep_their_places(tmp_path: Path) -> None:
+    write_task(tmp_path / "t.jsonl", [[str(n)] for n in range(50)])
+    first, again, other = (load_tasks([str(tmp_path)], 10, seed)[0] for seed in (1, 1, 2))
+    assert first == again
+    assert first.prompts != other.prompts
+    assert list(first.prompts) == sorted(first.prompts)
+    assert all(turns == (str(place),) for place, turns in first.prompts.items())
+    assert first.digest != other.digest
+
+
+def test_a_folder_of_benchmarks_says_what_it_lacks(tmp_path: Path) -> None:
+    write_task(tmp_path / "gsm8k.jsonl", [["a"]])
+    lacking = missing_tasks([str(tmp_path)])
+    assert set(lacking) == set(KNOWN) - {"gsm8k"}
+    assert "alpaca" not in missing_tasks([str(tmp_path), "alpaca"])  # given beside the folder
+    write_task(tmp_path / "own" / "mine.jsonl", [["a"]])
+    assert missing_tasks([str(tmp_path / "own")]) == {}
+
+
+@pytest.mark.skipif(not EVAL.exists(), reason="the published task files are not there")
+def test_the_shared_folder_lacks_alpaca_alone() -> None:
+    assert list(missing_tasks([str(EVAL)])) == ["alpaca"]
+    sizes = {task.name: len(task.prompts) for task in load_tasks([str(EVAL)], None, 0)}
+    assert sizes == {name: row["samples"] for name, row in KNOWN.items() if name != "alpaca"}
+
+
+@pytest.mark.skipif(not EVAL.exists(), reason="the published task files are not there")
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"alpaca"}))
+def test_templates_give_the_published_files(name: str) -> None:
+    """Every line of a published file comes out of the template again, from the columns read off it."""
+    row = KNOWN[name]
+    for line in (EVAL / f"{name}.jsonl").read_text(encoding="utf-8").split("\n"):
+        if not line:
+            continue
+        turns = json.loads(line)["turns"]
+        if "turns" in row:
+            item = {row["turns"]: turns if len(turns) > 1 else turns[0]}
+        else:
+            endings = [row["ending"]["filled"], row["ending"]["empty"]] if "ending" in row else [""]
+            item = next(found for ending in endings if (found := columns(row["text"] + ending, turns[0])) is not None)
+            if "ending" in row:
+                item.setdefault(row["ending"]["column"], "")
+        assert list(turns_of(row, item)) == turns
+
+
+def columns(template: str, text: str) -> dict[str, str] | None:
+    """What stood for each {column} of ``template``; None where the text has another form."""
+    parts = re.split(r"(?<!\{)\{(\w+)\}(?!\})", template)
+    pattern = "".join(
+        f"(?P<{part}>.*)" if number % 2 else re.escape(part.replace("{{", "{").replace("}}", "}"))
+        for number, part in enumerate(parts)
+    )
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    return found.groupdict() if found else None
+
+
+def test_an_ending_follows_its_column() -> None:
+    row = {"text": "{q}\n\n", "ending": {"column": "code", "filled": "Use {code}", "empty": "Write"}}
+    assert turns_of(row, {"q": "a", "code": "f()"}) == ("a\n\nUse f()",)
+    assert turns_of(row, {"q": "a", "code": ""}) == ("a\n\nWrite",)

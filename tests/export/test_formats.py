@@ -1,0 +1,304 @@
+"""Round trips ours -> format -> ours for every format and algorithm, what a format refuses, strict imports."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from algorithm_tools import random_batch, tiny_target
+from export_tools import KINDS, LAYERS, made
+from safetensors.torch import load_file, save_file
+
+from deepspec.drafts import FROZEN, load_draft, read_weights, save_draft
+from deepspec.errors import DraftError
+from deepspec.export.convert import FORMATS, ExportOptions, export_draft, import_draft
+from deepspec.export.parts import ImportHints
+
+# what a format cannot carry, and a word of the reason
+REFUSED = {
+    ("vllm", "dspark-gated", "qwen3"): "vanilla heads alone",
+    ("sglang", "eagle3", "qwen3"): "norms of the heads",
+    ("sglang", "eagle3-reduced", "qwen3"): "norms of the heads",
+    ("sglang", "dspark-k-1", "qwen3"): "anchor's slot too",
+    ("sglang", "dflash-reduced", "qwen3"): "whole vocabulary",
+    ("sglang", "dspark-reduced", "qwen3"): "whole vocabulary",
+    ("sglang", "dspark-no-markov", "qwen3"): "Markov features",
+    ("speculators", "dspark-gated", "qwen3"): "vanilla heads alone",
+    ("vllm", "eagle3", "gemma4"): "no Eagle3 class",
+    ("speculators", "eagle3", "gemma4"): "layers of qwen3 or llama",
+    ("speculators", "dspark", "gemma4"): "layers of qwen3",
+    ("vllm", "dflash", "llama"): "norm every head",
+    ("vllm", "dflash-k-1", "gemma4"): "Qwen3 layers alone",
+    ("sglang", "dspark", "gemma4"): "Qwen3's layers",
+    **{("zlab", kind, "qwen3"): "DFlash drafts alone" for kind in KINDS if not kind.startswith("dflash")},
+    **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
+}
+CASES = [
+    *((name, kind, "qwen3") for name in FORMATS for kind in KINDS),
+    *((name, kind, "llama") for name in FORMATS for kind in ("eagle3", "eagle3-reduced") if name != "zlab"),
+    *((name, kind, "gemma4") for name in ("deepspec", "vllm") for kind in ("dflash", "dspark")),
+    ("deepspec", "eagle3", "gemma4"),
+    ("deepspec", "dspark", "llama"),
+]
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """Logits of every slot or TTT step of a small batch."""
+    batch = random_batch([14, 9])
+    if model.algorithm.name == "eagle3":
+        slots = torch.arange(8).expand(2, -1)
+        hidden = model.train_hidden(batch.features, batch.input_ids, slots, model.config.ttt_length, 9)
+        return model.draft_logits(hidden)
+    hidden = model.train_slots(batch.features, batch.input_ids, torch.tensor([[2, 5], [1, 4]]), 6)
+    base = model.head.logits(hidden)
+    if model.markov_head is None:
+        return base
+    previous = batch.input_ids[:, None, : hidden.shape[2]].expand(-1, 2, -1)
+    return base + model.markov_head.markov_w2(model.markov_head.latents(model.markov_head.markov_w1(previous), hidden))
+
+
+@pytest.mark.parametrize(("format_name", "kind", "family"), CASES)
+def test_round_trip_gives_equal_weights_config_and_logits(
+    format_name: str, kind: str, family: str, tmp_path: Path
+) -> None:
+    target, model, ours = made(tmp_path, kind, family)
+    if reason := REFUSED.get((format_name, kind, family)):
+        with pytest.raises(DraftError, match=reason):
+            export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+        assert not (tmp_path / "out").exists()
+        return
+    export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+    _, found = import_draft(tmp_path / "out", tmp_path / "back", format_name)
+    back = load_draft(tmp_path / "back", target)
+    written, kept = read_weights(ours), read_weights(tmp_path / "back")
+    if model.config.draft_vocab_size and format_name != "deepspec":  # engines hold 20 rows of the head
+        written = {name: tensor for name, tensor in written.items() if name not in FROZEN}
+    assert found == format_name
+    assert sorted(kept) == sorted(written)
+    assert all(torch.equal(kept[name], written[name]) for name in written)
+    same = ("ttt_length", "step_loss_decay", "draft_vocab_size", "num_anchors")
+    assert all(getattr(back.config, key, None) == getattr(model.config, key, None) for key in same)
+    assert (back.config.target_layers, back.config.max_draft) == (tuple(LAYERS), model.config.max_draft)
+    assert back.shape == model.shape
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("format_name", "kind", "family"), [key for key in REFUSED if key[2] != "qwen3"])
+def test_a_format_refuses_what_its_engine_has_no_class_for(
+    format_name: str, kind: str, family: str, tmp_path: Path
+) -> None:
+    _, _, ours = made(tmp_path, kind, family)
+    with pytest.raises(DraftError, match=REFUSED[format_name, kind, family]):
+        export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+
+
+FOREIGN = [
+    ("vllm", "eagle3"), ("vllm", "eagle3-reduced"), ("vllm", "dflash"), ("vllm", "dspark"), ("vllm", "dspark-reduced"),
+    ("vllm", "dflash-k-1"),
+    ("speculators", "eagle3-reduced"), ("speculators", "dspark-reduced"), ("speculators", "dflash-k-1"),
+    ("speculators", "dspark"), ("zlab", "dflash-k-1"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_name", "kind"), FOREIGN)
+def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, kind: str, tmp_path: Path) -> None:
+    """What others write: no `deepspec` key, defaults of the transformer left out, names behind `model.`."""
+    target, model, ours = made(tmp_path, kind)
+    export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("deepspec", "attention_dropout", "rms_norm_eps", "use_cache"):
+        config.pop(key, None)
+        config.get("transformer_layer_config", {}).pop(key, None)
+    config.pop("num_target_layers", None)
+    path.write_text(json.dumps(config))
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    renamed = {n if n in ("d2t", "t2d", "lm_head.weight") else f"model.{n}": t for n, t in state.items()}
+    save_file(renamed, tmp_path / "out" / "model.safetensors")
+    flat = kind in ("dflash", "dspark", "dspark-reduced")  # the released layout of DSpark, too
+    origin = format_name if flat else "auto"
+    with pytest.raises(DraftError, match=r"num_target_layers.*--target|ttt_length.*--max-draft"):
+        import_draft(tmp_path / "out", tmp_path / "back", origin)
+    length = model.config.max_draft if "eagle3" in kind else None
+    _, found = import_draft(tmp_path / "out", tmp_path / "back", origin, ImportHints(target.spec, max_draft=length))
+    back = load_draft(tmp_path / "back", target)
+    assert found == ("zlab" if kind == "dflash-k-1" and format_name != "speculators" else format_name)
+    own = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert own["own_head"]
+    assert own["own_embedding"]
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
+
+
+def test_a_draft_with_a_head_of_its_own_uses_it(tmp_path: Path) -> None:
+    target, model, ours = made(tmp_path, "eagle3-reduced", "llama")
+    export_draft(ours, tmp_path / "out", ExportOptions("sglang"))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["deepspec"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert state["lm_head.weight"].shape[0] == 20
+    save_file({**state, "lm_head.weight": 2 * state["lm_head.weight"]}, tmp_path / "out" / "model.safetensors")
+    import_draft(tmp_path / "out", tmp_path / "back", "auto", ImportHints(target.spec, max_draft=3))
+    back = load_draft(tmp_path / "back", target)
+    torch.testing.assert_close(logits(back), 2 * logits(model))
+    with pytest.raises(DraftError, match="not a draft of SGLang's"):
+        import_draft(ours, tmp_path / "again", "sglang")
+
+
+def test_names_and_shapes_of_engines(tmp_path: Path) -> None:
+    _, _, ours = made(tmp_path, "eagle3-reduced")
+    export_draft(ours, tmp_path / "vllm", ExportOptions("vllm", embeddings=False))
+    state = read_weights(tmp_path / "vllm")
+    config = json.loads((tmp_path / "vllm" / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4]
+    assert "target_layer_ids" not in config
+    assert state["lm_head.weight"].shape == (20, 32)
+    assert "embed_tokens.weight" not in state
+    assert state["d2t"].dtype == torch.int64
+    _, _, ours = made(tmp_path / "b", "dflash")
+    export_draft(ours, tmp_path / "dflash", ExportOptions("vllm", embeddings=False))
+    config = json.loads((tmp_path / "dflash" / "config.json").read_text())
+    state = read_weights(tmp_path / "dflash")
+    assert (config["architectures"], config["markov_rank"]) == (["Qwen3DSparkModel"], 1)
+    assert config["sample_from_anchor"] is True
+    assert not state["markov_head.markov_w1.weight"].any()
+    _, _, ours = made(tmp_path / "c", "dflash-k-1")
+    export_draft(ours, tmp_path / "plain", ExportOptions("sglang", embeddings=False))
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert config["architectures"] == ["DFlashDraftModel"]
+    assert config["dflash_config"] == {"mask_token_id": 95, "target_layer_ids": LAYERS, "sample_from_anchor": False}
+
+
+def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
+    target, _, ours = made(tmp_path, "dspark")
+    export_draft(ours, tmp_path / "spec", ExportOptions("speculators"))
+    path = tmp_path / "spec" / "config.json"
+    config = json.loads(path.read_text())
+    del config["sample_from_anchor"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(DraftError, match=r"sample_from_anchor.*--sample-from-anchor"):
+        import_draft(tmp_path / "spec", tmp_path / "back")
+    import_draft(tmp_path / "spec", tmp_path / "back", facts=ImportHints(sample_from_anchor=True))
+    assert load_draft(tmp_path / "back", target).config.max_draft == 4
+    _, _, ours = made(tmp_path / "e", "eagle3")
+    export_draft(ours, tmp_path / "eagle", ExportOptions("speculators"))
+    path = tmp_path / "eagle" / "config.json"
+    config = json.loads(path.read_text())
+    for change, reason in (({"norm_before_residual": True}, "norms that ours has not"), ({}, "norm_before_residual")):
+        config.pop("norm_before_residual", None)
+        path.write_text(json.dumps(config | change))
+        with pytest.raises(DraftError, match=reason):
+            import_draft(tmp_path / "eagle", tmp_path / "never")
+    config |= {"norm_before_residual": False}
+    config.pop("eagle_aux_hidden_state_layer_ids")
+    path.write_text(json.dumps(config))
+    with pytest.raises(DraftError, match="--target-layers"):
+        import_draft(tmp_path / "eagle", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
+    _, _, ours = made(tmp_path, "dflash-k-1")
+    export_draft(ours, tmp_path / "out", ExportOptions("zlab"))
+    path = tmp_path / "out" / "model.safetensors"
+    state = load_file(path)
+    for change, reason in (
+        ({"layers.0.gate.weight": torch.zeros(1)}, "layers.0.gate.weight"),
+        ({"fc.weight": torch.zeros(32, 64)}, "wrong shape"),
+    ):
+        save_file(state | change, path)
+        with pytest.raises(DraftError, match=reason):
+            import_draft(tmp_path / "out", tmp_path / "never")
+    save_file({name: tensor for name, tensor in state.items() if name != "norm.weight"}, path)
+    with pytest.raises(DraftError, match=r"norm\.weight"):
+        import_draft(tmp_path / "out", tmp_path / "never")
+    save_file(state, path)
+    wide = tiny_target("qwen3", hidden_size=64)
+    with pytest.raises(DraftError, match="hidden_size"):
+        import_draft(tmp_path / "out", tmp_path / "never", facts=ImportHints(wide.spec))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key, value in {
+        "projector_type": "domino",
+        "attention_mode": "mla",
+        "causal": True,
+        "causal_head": True,
+    }.items():
+        changed = {**config, "dflash_config": {**config["dflash_config"], key: value}}
+        (tmp_path / "out" / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(DraftError, match=f"{key}: a variant of DFlash"):
+            import_draft(tmp_path / "out", tmp_path / "never")
+    (tmp_path / "out" / "config.json").write_text(json.dumps({"architectures": ["Medusa"]}))
+    with pytest.raises(DraftError, match="no format that we know"):
+        import_draft(tmp_path / "out", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+def test_an_engines_layout_is_not_loaded_as_ours(tmp_path: Path) -> None:
+    target, _, ours = made(tmp_path, "dflash-k-1")
+    export_draft(ours, tmp_path / "out", ExportOptions("vllm"))
+    with pytest.raises(DraftError, match="import it first"):
+        load_draft(tmp_path / "out", target)
+
+
+def test_embeddings_of_another_target_are_refused(tmp_path: Path) -> None:
+    target, _, ours = made(tmp_path, "dspark")
+    load_draft(ours, target)
+    state = read_weights(ours)
+    state["lm_head.weight"] = state["lm_head.weight"] + 1
+    config = json.loads((ours / "config.json").read_text())
+    save_draft(tmp_path / "other", state, config, {})
+    with pytest.raises(DraftError, match=r"lm_head\.weight: draft of another target"):
+        load_draft(tmp_path / "other", target)
+    save_draft(tmp_path / "half", {n: t.bfloat16() if t.is_floating_point() else t for n, t in
+               read_weights(ours).items()}, config, {})  # fmt: skip
+    load_draft(tmp_path / "half", target)  # the same weights, rounded
+
+
+def test_weights_are_cut_into_files_above_a_size(tmp_path: Path) -> None:
+    target, model, ours = made(tmp_path, "dspark")
+    export_draft(ours, tmp_path / "cut", ExportOptions("deepspec", shard_bytes=20_000))
+    files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    assert len(files) > 3
+    index = json.loads((tmp_path / "cut" / "model.safetensors.index.json").read_text())
+    assert sorted(index["weight_map"]) == sorted(read_weights(ours))
+    torch.testing.assert_close(logits(load_draft(tmp_path / "cut", target)), logits(model), rtol=0, atol=0)
+    single = read_weights(tmp_path / "cut")
+    save_file({name: tensor + 1 for name, tensor in single.items()}, tmp_path / "cut" / "model.safetensors")
+    assert torch.equal(
+        read_weights(tmp_path / "cut")["fc.weight"], single["fc.weight"] + 1
+    )  # before an index beside it
+    (tmp_path / "cut" / "model.safetensors").unlink()
+    (tmp_path / "cut" / files[1]).unlink()
+    with pytest.raises(DraftError, match="no such file"):
+        load_draft(tmp_path / "cut", target)
+    with pytest.raises(DraftError, match="is not empty"):
+        export_draft(ours, tmp_path / "cut", ExportOptions("deepspec"))
+
+
+def test_a_config_as_z_lab_publishes_it(tmp_path: Path) -> None:
+    """Old rope fields, a tied flag copied from the target, code to trust, everything of drafting in dflash_config."""
+    target, model, ours = made(tmp_path, "dflash-k-1", frozen=False)
+    config = {
+        "architectures": ["DFlashDraftModel"], "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+        "attention_bias": False, "block_size": 4, "dtype": "bfloat16", "model_type": "qwen3", "head_dim": 8,
+        "dflash_config": {"mask_token_id": 95, "target_layer_ids": LAYERS, "projector_type": "dflash"},
+        "hidden_act": "silu", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "num_target_layers": 4, "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6, "rope_scaling": None, "rope_theta": 10000.0, "tie_word_embeddings": True,
+        "layer_types": ["full_attention"] * 2, "max_window_layers": 5, "vocab_size": 96, "use_cache": True,
+        "transformers_version": "4.57.3", "initializer_range": 0.02,
+    }  # fmt: skip
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text(json.dumps(config))
+    save_file(read_weights(ours), tmp_path / "theirs" / "model.safetensors")
+    draft, found = import_draft(tmp_path / "theirs", tmp_path / "back")
+    back = load_draft(tmp_path / "back", target)
+    assert (found, draft.algorithm.name, back.config.max_draft) == ("zlab", "dflash", 3)
+    assert back.shape.rope == model.shape.rope
+    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)

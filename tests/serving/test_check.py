@@ -1,0 +1,184 @@
+"""The serve check: its verdicts with a pretended engine, and, under the mark `vllm`, the real one."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from algorithm_tools import tiny_draft, tiny_target
+
+from deepspec.decoding.records import Generation, Request, Round
+from deepspec.drafts import save_draft
+from deepspec.errors import DeepSpecError, DraftError
+from deepspec.serving import check as serve_check
+from deepspec.serving.check import CheckOptions, Kind, ServeCheck, compare, table
+from deepspec.serving.extraction import server_arguments
+from deepspec.targets.served import server_layers
+
+ROOT = Path(__file__).resolve().parents[2]
+KIND = Kind("dspark", "dspark", "vllm")
+
+
+def generation(*accepted: int) -> Generation:
+    return Generation(Request((1,), 0), rounds=[Round((), 7, count, count + 1, count + 1, ()) for count in accepted])
+
+
+def engine_row(tokens: list[int], *accepted: int) -> dict[str, Any]:
+    return {"tokens": tokens, "rounds": [[7, count] for count in accepted]}
+
+
+def test_equal_tokens_and_rounds_are_equal() -> None:
+    row = compare(KIND, [generation(3, 2, 6)], [engine_row([5, 6], 3, 2, 0)], [[5, 6]])
+    assert (row.status, row.lossless, row.ours, row.engine) == ("equal", "1/1", 3.5, 3.5)  # the last round is cut
+    assert (row.same_rounds, row.difference) == ("2/2", 0.0)
+
+
+def test_other_tokens_fail_whatever_was_accepted() -> None:
+    row = compare(KIND, [generation(3, 2, 6)], [engine_row([5, 7], 3, 2, 6)], [[5, 6]])
+    assert row.status == "FAILED"
+    assert "not those of the engine" in row.note
+
+
+@pytest.mark.parametrize(("theirs", "status"), [((10, 10, 0), "equal"), ((10, 9, 0), "equal"), ((9, 9, 0), "FAILED")])
+def test_five_per_cent_are_allowed(theirs: tuple[int, ...], status: str) -> None:
+    row = compare(KIND, [generation(10, 10, 3)], [engine_row([5], *theirs)], [[5]])
+    assert row.status == status
+
+
+def test_no_round_at_all_is_a_failure() -> None:
+    assert compare(KIND, [generation(3)], [engine_row([5], 3)], [[5]]).status == "FAILED"
+
+
+def pretended(folder: Path, script: str) -> Path:
+    """An engine environment whose python runs ``script``."""
+    (folder / "bin").mkdir(parents=True)
+    (folder / ".ready").touch()
+    python = folder / "bin" / "python"
+    python.write_text(f"#!{sys.executable}\n{script}")
+    python.chmod(python.stat().st_mode | stat.S_IEXEC)
+    return folder
+
+
+ECHO = """
+import json, os, sys
+job = json.load(open(sys.argv[3]))
+assert sys.argv[2] == "deepspec.serving.vllm_run"
+if job["speculative_config"] and os.environ.get("FAIL"):
+    sys.exit("ValueError: no such method")
+tokens = json.load(open(os.environ["ANSWERS"]))
+rows = [{"tokens": t, "rounds": r if job["speculative_config"] else []} for t, r in tokens]
+json.dump({"version": "0", "rows": rows}, open(sys.argv[4], "w"))
+"""
+
+
+class Bytes:
+    """A tokenizer for :class:`Renderer`'s place: a byte is a token."""
+
+    stop_token_ids = (2,)
+
+    def prompt(self, messages: list[dict[str, str]]) -> list[int]:
+        return [3 + byte % 90 for byte in messages[0]["content"].encode()]
+
+
+@pytest.fixture
+def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as the quickstart leaves it, of a tiny target and an untrained Eagle3."""
+    root = tmp_path / "quickstart"
+    target = tiny_target("qwen3", head_dim=32)
+    target.model.save_pretrained(root / "target")
+    (root / "prompts").mkdir()
+    lines = [json.dumps({"turns": [text]}) for text in ("one", "another", "third")]
+    (root / "prompts" / "held_out.jsonl").write_text("\n".join(lines) + "\n")
+    model = tiny_draft("eagle3", target, target_layers=[0, 1, 3])
+    config = model.algorithm.config_json(model.config, target.spec)
+    save_draft(root / "eagle3-draft", model.state_dict(), config, {})
+    monkeypatch.setattr(serve_check, "load_tokenizer", lambda path: None)
+    monkeypatch.setattr(serve_check, "Renderer", lambda *_: Bytes())
+    return root
+
+
+def check(quickstart: Path, script: str = ECHO, **options: Any) -> ServeCheck:
+    work = quickstart.parent / "work"
+    engine = pretended(quickstart.parent / "engine", script)
+    given = {"kinds": ("eagle3",), "max_tokens": 12, "prompts": 2, **options}
+    return ServeCheck(CheckOptions(quickstart=quickstart, work=work, engine=engine, **given))
+
+
+def test_a_run_with_an_engine_that_answers_as_we_do(quickstart: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.json"
+    one = check(quickstart, environment={"ANSWERS": str(answers)})
+    ours = one.ours("eagle3", quickstart / "eagle3-draft")
+    answers.write_text(json.dumps([[g.output_ids, [[r.length, r.accepted] for r in g.rounds]] for g in ours]))
+    (row,) = one.run()
+    assert (row.status, row.lossless) == ("equal", "2/2")
+    assert "| eagle3 | vllm | equal | 2/2 |" in table([row], "vllm 0")
+    job = json.loads((tmp_path / "work" / "eagle3.job.json").read_text())
+    assert job["speculative_config"]["method"] == "eagle3"
+    assert job["speculative_config"]["num_speculative_tokens"] == 3
+
+
+def test_what_the_engine_answered_is_told(quickstart: Path, tmp_path: Path) -> None:
+    (tmp_path / "answers.json").write_text("[[[1], []], [[1], []]]")
+    environment = {"ANSWERS": str(tmp_path / "answers.json"), "FAIL": "1"}
+    one = check(quickstart, environment=environment)
+    (row,) = one.run()
+    assert row.status == "FAILED"
+    assert "ValueError: no such method" in row.note
+    row = one.check(Kind("eagle3", "eagle3", "vllm", v2=True, shim=True))
+    assert row.status == "not run"
+    assert "needs the CPU shim" in row.note
+    assert "no such method" in row.note
+    refused = one.check(Kind("eagle3", "eagle3", "sglang"))
+    assert refused.status == "refused"
+    assert one.check_hidden_states().status == "not run"
+
+
+def test_bad_surroundings_are_named(quickstart: Path, tmp_path: Path) -> None:
+    with pytest.raises(DraftError, match=r"no target to serve.*make quickstart"):
+        ServeCheck(CheckOptions(quickstart=tmp_path / "none"))
+    tiny_target("qwen3").model.save_pretrained(quickstart / "target")
+    with pytest.raises(DraftError, match="refuse this head size; found 8"):
+        ServeCheck(CheckOptions(quickstart=quickstart))
+
+
+def test_an_environment_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, int("pip" in command), "", "ERROR: no matching distribution\n")
+
+    monkeypatch.setattr(serve_check.subprocess, "run", run)
+    with pytest.raises(DeepSpecError, match="no matching distribution"):
+        serve_check.make_environment(tmp_path / "engine")
+
+
+def test_arguments_of_a_server_that_hands_out_hidden_states() -> None:
+    spec = tiny_target("qwen3").spec
+    arguments = server_arguments("T", server_layers([-1, 1], spec), "/s", "cuda")
+    speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
+    assert speculative["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
+    transfer = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector"] == "ExampleHiddenStatesConnector"
+    assert transfer["kv_connector_extra_config"] == {"shared_storage_path": "/s"}
+
+
+@pytest.mark.vllm
+def test_the_real_engine_serves_every_kind(tmp_path: Path) -> None:
+    """``make serve-check`` on four prompts; DEEPSPEC_VLLM names the engine's environment where it is elsewhere."""
+    quickstart = ROOT / "build" / "quickstart"
+    if not (quickstart / "results.json").exists():
+        pytest.skip("no finished quickstart in build/quickstart (make quickstart)")
+    engine = Path(os.environ.get("DEEPSPEC_VLLM", ROOT / ".venv-vllm"))
+    command = [sys.executable, "tools/serve_check.py", "--engine", str(engine), "--prompts", "4", "--max-tokens", "32"]
+    command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    result = json.loads((tmp_path / "result.json").read_text())
+    allowed = {"equal"} if result["shim"] else {"equal", "not run"}
+    assert {row["status"] for row in result["rows"]} <= allowed
+    assert torch.tensor([row["status"] == "equal" for row in result["rows"]]).any()

@@ -1,0 +1,198 @@
+"""Hidden states out of a served target, with a server that plays vLLM's part over a tiny real model."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from algorithm_tools import FAMILIES, tiny_target
+from cache_tools import make_setup
+from safetensors.torch import save_file
+
+from deepspec.cache.build import build_cache
+from deepspec.cache.forward import forward_batch
+from deepspec.cache.reader import TargetCache
+from deepspec.data.chat import Rendered
+from deepspec.errors import TargetError
+from deepspec.sources.online import OnlineSource
+from deepspec.targets import served
+from deepspec.targets.load import Target, load_target
+from deepspec.targets.served import ServedTarget, server_layers
+
+LAYERS = [-1, 0, 2]
+
+
+class FakeServer:
+    """Answers completions with the target's raw layer outputs in a locked file; ``change`` spoils its answers."""
+
+    def __init__(self, target: Target, folder: Path, layers: list[int]) -> None:
+        self.target, self.folder, self.layers = target, folder, layers
+        self.change: dict[str, Any] = {}
+        self.requests: list[dict[str, Any]] = []
+        self.one_at_a_time = threading.Lock()  # the hooks of two forwards side by side would mix
+        owner = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                self._reply(200, {"data": [{"id": "tiny"}]})
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                owner.requests.append(body)
+                if codes := owner.change.get("codes"):
+                    self._reply(codes.pop(0), {"error": "not now"})
+                    return
+                self._reply(200, {"choices": [{"text": ""}], "kv_transfer_params": owner.write(body["prompt"])})
+
+            def _reply(self, code: int, value: dict[str, Any]) -> None:
+                data = json.dumps(value).encode()
+                self.send_response(code)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def write(self, prompt: list[int]) -> dict[str, Any] | None:
+        """As the engine does: the file comes to be after the answer, under a lock that is taken before it."""
+        if self.change.get("no_params"):
+            return None
+        path = self.folder / f"{len(self.requests)}-{threading.get_ident()}.safetensors"
+        lock = open(f"{path}.lock", "w")  # noqa: SIM115 - closed by the thread that writes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        threading.Thread(target=self._write, args=(path, lock, prompt)).start()
+        return {"hidden_states_path": str(path)}
+
+    def _write(self, path: Path, lock: Any, prompt: list[int]) -> None:
+        time.sleep(0.05)
+        ids = [layer - 1 for layer in self.layers]
+        with self.one_at_a_time:
+            made = self.target.forward(torch.tensor([prompt]), ids).features[0]
+        hidden = made.view(len(prompt), len(ids), -1)
+        tokens = torch.tensor(self.change.get("tokens", prompt))
+        save_file({"hidden_states": hidden.contiguous(), "token_ids": tokens}, path)
+        self.held = lock if self.change.get("hangs") else lock.close()
+
+
+@pytest.fixture(params=FAMILIES)
+def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Target, FakeServer, Path]]:
+    yield from serve(request.param, tmp_path)
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Iterator[tuple[Target, FakeServer, Path]]:
+    yield from serve("qwen3", tmp_path)
+
+
+def serve(family: str, folder: Path) -> Iterator[tuple[Target, FakeServer, Path]]:
+    tiny_target(family).model.save_pretrained(folder / "target")
+    target = load_target(folder / "target", torch.float32)
+    (folder / "states").mkdir()
+    fake = FakeServer(target, folder / "states", server_layers(LAYERS, target.spec))
+    yield target, fake, folder / "target"
+    fake.server.shutdown()
+
+
+def rows() -> list[Any]:
+    generator = torch.Generator().manual_seed(3)
+    made = []
+    for number, length in enumerate((7, 12, 3)):
+        ids = torch.randint(3, 90, (length,), generator=generator).tolist()
+        made.append((number, f"row-{number}", Rendered(ids, [0] + [1] * (length - 1))))
+    return made
+
+
+def test_equal_to_the_target_in_process_for_every_family(pair: tuple[Target, FakeServer, Path]) -> None:
+    target, fake, path = pair
+    remote = ServedTarget(fake.url, path, LAYERS, torch.float32)
+    assert remote.weights_digest() == target.weights_digest()
+    assert torch.equal(remote.embed_weight, target.embed_weight)
+    for layers in (LAYERS, [2], [2, -1]):
+        size, block = forward_batch(target, layers, True, rows())  # what the cache builder calls
+        size_there, block_there = forward_batch(remote, layers, True, rows())
+        assert size == size_there
+        here, there = block(), block_there()
+        torch.testing.assert_close(torch.from_numpy(there.features), torch.from_numpy(here.features))
+        torch.testing.assert_close(torch.from_numpy(there.last_hidden), torch.from_numpy(here.last_hidden))
+    assert not list(fake.folder.iterdir())  # what was read is gone
+    assert all(request["max_tokens"] == 1 for request in fake.requests)
+
+
+def test_a_busy_server_is_asked_again(qwen: tuple[Target, FakeServer, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, fake, path = qwen
+    monkeypatch.setattr(served, "PAUSE", 0.01)
+    remote = ServedTarget(fake.url, path, LAYERS, torch.float32)
+    fake.change["codes"] = [503, 429]
+    assert remote.forward(torch.tensor([[4, 5, 6]]), [0]).features.shape == (1, 3, 32)
+    assert len(fake.requests) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"no_params": True}, "hands out no hidden states"),
+        ({"tokens": [1, 2, 3]}, r"hidden states of other tokens.*prefix caching"),
+        ({"codes": [404]}, r"does not answer; found '404"),
+        ({"hangs": True}, "does not finish it"),
+    ],
+)
+def test_what_a_server_does_wrong_is_named(
+    change: dict[str, Any], reason: str, qwen: tuple[Target, FakeServer, Path]
+) -> None:
+    _, fake, path = qwen
+    remote = ServedTarget(fake.url, path, LAYERS, torch.float32, timeout=1.0)
+    fake.change = change
+    with pytest.raises(TargetError, match=reason):
+        remote.forward(torch.tensor([[4, 5, 6]]), [0])
+
+
+def test_other_layers_than_the_servers_are_refused(qwen: tuple[Target, FakeServer, Path]) -> None:
+    _, fake, path = qwen
+    remote = ServedTarget(fake.url, path, [0], torch.float32)
+    with pytest.raises(TargetError, match="does not give these layers"):
+        remote.forward(torch.tensor([[4, 5]]), [1])
+    with pytest.raises(TargetError, match="another shape"):  # the server was started for more of them
+        remote.forward(torch.tensor([[4, 5]]), [0])
+    with pytest.raises(TargetError, match="whole prompts only"):
+        remote.forward(torch.tensor([[4, 5]]), [0], position_ids=torch.tensor([[3, 4]]))
+
+
+def test_no_server_is_an_error_in_one_line(qwen: tuple[Target, FakeServer, Path], monkeypatch: Any) -> None:
+    _, fake, path = qwen
+    monkeypatch.setattr(served, "PAUSE", 0.0)
+    fake.server.server_close()
+    with pytest.raises(TargetError, match=r"does not answer.*is it up"):
+        ServedTarget("http://127.0.0.1:9", path, LAYERS, torch.float32)
+
+
+def test_a_cache_and_online_samples_are_those_of_the_target_in_process(tmp_path: Path) -> None:
+    setup = make_setup(tmp_path, samples=6, dtype="float32")
+    recipe = setup.load()
+    target = load_target(recipe.target.path, torch.float32)
+    (tmp_path / "states").mkdir()
+    fake = FakeServer(target, tmp_path / "states", server_layers(recipe.target.layers, target.spec))
+    here = build_cache(recipe, setup.data, tmp_path / "here")
+    there = build_cache(recipe, setup.data, tmp_path / "there", server=fake.url)
+    assert (there.fingerprint, there.samples, there.tokens) == (here.fingerprint, here.samples, here.tokens)
+    one, other = TargetCache.open(tmp_path / "here"), TargetCache.open(tmp_path / "there")
+    remote = ServedTarget(fake.url, recipe.target.path, recipe.target.layers, torch.float32)
+    online = OnlineSource(recipe.for_target(target.spec), remote, setup.data)  # type: ignore[arg-type]
+    for number in range(here.samples):
+        expected = one.sample(number)
+        for sample in (other.sample(number), online.load([number])[0]):
+            assert sample.input_ids.tolist() == expected.input_ids.tolist()
+            torch.testing.assert_close(sample.features, expected.features, atol=1e-5, rtol=1e-5)
+    fake.server.shutdown()
