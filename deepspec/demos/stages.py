@@ -5,14 +5,14 @@ The functions here write the commands of the pipeline's own tools; each demonstr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.distributed import multiplies_bfloat16
 from deepspec.errors import RecipeError
 from deepspec.recipe import load_recipe
-from deepspec.registry import ALGORITHMS
+from deepspec.registry import ALGORITHMS, algorithm
 
 PYTHON = "python"  # what a user types; the runner puts its own interpreter there
 Names = tuple[str, ...]
@@ -39,6 +39,14 @@ def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
     if not found:
         raise RecipeError("no such recipe", file=recipe_of("*"), remedy="run this command in the checkout's root")
     return found
+
+
+def shared_recipe(found: Mapping[str, str]) -> str:
+    """The recipe that answers and cache are made by for all drafts: the first whose loss reads all of a cache."""
+    for name, path in found.items():
+        if algorithm(name).needs_last_hidden(load_recipe(path).draft):
+            return path
+    return next(iter(found.values()))
 
 
 def settings(overrides: Sequence[str]) -> Names:

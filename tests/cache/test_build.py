@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from deepspec.cache import build
 from deepspec.cache.build import BuildStopped, Planner, build_cache
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, require_fingerprint
-from deepspec.cache.forward import load_renderer
 from deepspec.cache.lock import build_lock
 from deepspec.cache.plan import batches, samples_per_part, scan
 from deepspec.cache.ranks import Ranks
@@ -27,6 +26,7 @@ from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.store import FolderStore
 from deepspec.cache.verify import verify_cache
+from deepspec.data.chat import load_renderer
 from deepspec.data.conversations import write_conversations
 from deepspec.errors import CacheError, DataError
 from deepspec.targets import load_spec, load_target, load_tokenizer

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, recipes, train
+from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 
 ROOT = Path("build/quickstart")  # of everything generated; the recipes name it too
 LOGS = ROOT / "logs"
@@ -38,7 +38,7 @@ def plan() -> list[Stage]:
     """All stages, in an order in which each one's needs come before it."""
     prompts, target, conversations = ROOT / "prompts", ROOT / "target", ROOT / "conversations.jsonl"
     found = recipes(recipe_of)
-    shared = next(iter(found.values()))  # target, sampling and data of all recipes are the same
+    shared = shared_recipe(found)
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),

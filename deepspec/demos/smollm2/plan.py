@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, recipes, train
+from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 from deepspec.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
         cores: processes of a training.
     """
     root, prompts, found = scale.root, scale.root / "prompts", recipes(recipe_of)
-    shared = next(iter(found.values()))  # target, sampling and data of all recipes are the same
+    shared = shared_recipe(found)
     counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
     kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
     own = (PYTHON, "-m", "deepspec.demos.smollm2")
