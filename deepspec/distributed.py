@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepspec.errors import DeepSpecError, system_error
+
+if TYPE_CHECKING:
+    import torch  # at run time only the functions that need it import it: logging asks for the rank without torch
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for a rank that has much more to do than the others
@@ -75,6 +75,8 @@ def process_group(
     Raises:
         error: the launcher does not say where the ranks find each other, or they cannot.
     """
+    import torch.distributed as dist
+
     if dist.is_initialized() or (world.size == 1 and not even_alone):
         yield world
         return
@@ -131,12 +133,15 @@ def barrier(world: World) -> None:
         DeepSpecError: another rank ended.
     """
     if world.size > 1:
-        _exchange(dist.barrier)
+        _exchange("barrier")
 
 
-def _exchange(collective: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+def _exchange(collective: str, *arguments: Any, **options: Any) -> None:
+    """Run a collective of torch.distributed; it returns into its arguments."""
+    import torch.distributed as dist
+
     try:
-        collective(*arguments, **options)
+        getattr(dist, collective)(*arguments, **options)
     except RuntimeError as problem:
         raise DeepSpecError(f"the other ranks do not answer ({problem})", remedy="see what they printed") from None
 
@@ -150,7 +155,7 @@ def on_rank0(world: World, work: Callable[[], T], error: type[DeepSpecError] = D
     result, problem = _outcome(work, error) if world.is_main else (None, None)
     if world.size > 1:
         told: list[Any] = [(result, problem is not None)]
-        _exchange(dist.broadcast_object_list, told, src=0)
+        _exchange("broadcast_object_list", told, src=0)
         if not world.is_main:
             result, failed = told[0]
             if failed:
@@ -170,7 +175,7 @@ def on_all_ranks(world: World, work: Callable[[], T]) -> T:
     errors = [error]
     if world.size > 1:
         texts: list[str | None] = [None] * world.size
-        _exchange(dist.all_gather_object, texts, None if error is None else str(error))
+        _exchange("all_gather_object", texts, None if error is None else str(error))
         errors = [None if text is None else DeepSpecError(text) for text in texts]
     failed = next((one for one in errors if one is not None), None)
     if failed is None:
@@ -191,6 +196,8 @@ def _outcome(work: Callable[[], T], error: type[DeepSpecError]) -> tuple[T | Non
 
 def pick_device(local_rank: int = 0) -> torch.device:
     """The GPU of this local rank where there is one, else the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
@@ -201,6 +208,8 @@ def multiplies_bfloat16() -> bool:
 
     A CPU without them rounds in software: one with AVX2 alone takes eight times as long as in float32.
     """
+    import torch
+
     if torch.cuda.is_available():
         return True
     try:

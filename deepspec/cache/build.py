@@ -23,16 +23,16 @@ import torch
 from deepspec.cache.assemble import finish_cache, sweep, whole_part
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
 from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
-from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
+from deepspec.cache.forward import DTYPES, Conversation, forward_batch
 from deepspec.cache.levels import warnings
 from deepspec.cache.lock import build_lock
 from deepspec.cache.pipeline import ByteQueue
-from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, render, samples_per_part, scan
+from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, samples_per_part, scan
 from deepspec.cache.plan import batches as cut_batches
 from deepspec.cache.progress import BuildProgress
 from deepspec.cache.store import Store, open_folder
 from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
-from deepspec.data.chat import Renderer
+from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.distributed import World, barrier, on_rank0, pick_device
 from deepspec.errors import CacheError, DeepSpecError, system_error
 from deepspec.recipe import Recipe
@@ -233,7 +233,7 @@ class _Builder:
         for number, row in read_rows(self.conversations, part.offset, part.first, part.rows):
             sample = part.first_sample + number - part.first
             name = row["id"] if isinstance(row, dict) else f"row {number + 1}"
-            rendered = render(self.renderer, row, self.recipe.data.min_supervised)
+            rendered = render_row(self.renderer, row, self.recipe.data.min_supervised)
             if isinstance(rendered, str):
                 rejected.append((sample, name, rendered))
             else:

@@ -20,7 +20,6 @@ import torch
 from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
-from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.decoding.tree import count_nodes, tree_of
@@ -37,6 +36,7 @@ from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
+from deepspec.progress import Progress
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import room_for
 

@@ -13,7 +13,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from cache_tools import LAYERS, Setup, contents, conversation_rows, make_setup
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,13 +22,13 @@ from deepspec import distributed
 from deepspec.cache import build
 from deepspec.cache.build import BuildStopped, Planner, build_cache
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, require_fingerprint
-from deepspec.cache.forward import load_renderer
 from deepspec.cache.lock import build_lock
 from deepspec.cache.plan import batches, samples_per_part, scan
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.store import FolderStore
 from deepspec.cache.verify import verify_cache
+from deepspec.data.chat import load_renderer
 from deepspec.data.conversations import write_conversations
 from deepspec.distributed import World
 from deepspec.errors import CacheError, DataError
@@ -99,8 +98,8 @@ def _rank_0_as_it_answers(rank: int, output: Path, setup: Setup) -> Callable[...
     planner = Planner(recipe, FolderStore(output), setup.data, target, load_renderer(recipe, target.spec), append=False)
     answers = iter([(None, False), (planner.begin(), False), (None, True)])  # (result, failed): a part is missing
 
-    def exchange(collective: Callable[..., None], *arguments: list[object], **_: object) -> None:
-        if rank > 0 and collective is dist.broadcast_object_list:
+    def exchange(collective: str, *arguments: list[object], **_: object) -> None:
+        if rank > 0 and collective == "broadcast_object_list":
             arguments[0][0] = next(answers)
 
     return exchange
