@@ -36,17 +36,17 @@ def build() -> int:
     given = parser.parse_args()
 
     from deepspec.cache.build import BuildStopped, build_cache
-    from deepspec.cache.ranks import connect
     from deepspec.data.refusals import refusal_lines
+    from deepspec.distributed import process_group, world_from_environment
 
     recipe, data = _read(given)
-    with connect() as ranks:
+    with process_group(world_from_environment(), error=CacheError) as world:
         try:
-            manifest = build_cache(recipe, data, given.output, ranks, given.append, given.server)
+            manifest = build_cache(recipe, data, given.output, world, given.append, given.server)
         except BuildStopped as problem:
             log.info("build: %s", problem)
             return 143
-        if ranks.is_main:
+        if world.is_main:
             rejected = sum(manifest.rejected.values())
             lines = [f"{_summary(given.output, manifest)}, {rejected} rejected", *refusal_lines(manifest.rejected)]
             print("\n  ".join(lines))
