@@ -192,7 +192,8 @@ def test_a_cache_and_online_samples_are_those_of_the_target_in_process(tmp_path:
     online = OnlineSource(recipe.for_target(target.spec), remote, setup.data)  # type: ignore[arg-type]
     for number in range(here.samples):
         expected = one.sample(number)
-        for sample in (other.sample(number), online.load([number])[0]):
-            assert sample.input_ids.tolist() == expected.input_ids.tolist()
-            torch.testing.assert_close(sample.features, expected.features, atol=1e-5, rtol=1e-5)
+        sample, batch = other.sample(number), online.batch([number], 0, 0)
+        for ids, features in ((sample.input_ids, sample.features), (batch.input_ids[0], batch.features[0])):
+            assert ids.tolist() == expected.input_ids.tolist()
+            torch.testing.assert_close(features, expected.features, atol=1e-5, rtol=1e-5)
     fake.server.shutdown()
