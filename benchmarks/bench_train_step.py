@@ -185,9 +185,7 @@ def in_process(*arguments: str, package: Path | None = None) -> dict[str, float]
     """Run one measurement in a fresh process, of the deepspec in the folder ``package`` where one is given."""
     environment = os.environ if package is None else {**os.environ, "PYTHONPATH": str(package.resolve())}
     command, here = [sys.executable, __file__, "--one", *arguments], Path(__file__).parent
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent, env=environment
-    )
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=here, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
