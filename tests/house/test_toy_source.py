@@ -88,7 +88,7 @@ class TestToySource(SourceSuite):
 
 
 def test_it_trains(recipe: Path, world: World) -> None:
-    trainer = run.assemble(run.prepare(recipe, [], world, False), world, profile=False)
+    trainer = run.assemble(run.prepare(load_recipe(recipe), world, False), world, profile=False)
     assert trainer.run(0)
     trainer.engine.close()
     losses = [row["loss"] for row in tools.log_of(trainer.checkpoints.run)]
@@ -98,4 +98,4 @@ def test_it_trains(recipe: Path, world: World) -> None:
 
 def test_what_it_needs_is_asked_for(recipe: Path, world: World) -> None:
     with pytest.raises(RecipeError, match=r"data\.prompts: data\.source toy needs it"):
-        run.prepare(recipe, ["data.prompts=null"], world, False)
+        run.prepare(load_recipe(recipe, ["data.prompts=null"]), world, False)

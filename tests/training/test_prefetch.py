@@ -17,6 +17,7 @@ from deepspec import registry
 from deepspec.batch import Supervision
 from deepspec.distributed import World
 from deepspec.nn import chunk
+from deepspec.recipe import load_recipe
 from deepspec.training import run
 
 pytest_plugins = ["training_fixtures"]
@@ -75,7 +76,7 @@ def test_a_micro_batch_is_planned_once_by_the_threads_that_read(
     monkeypatch.setattr(owner, "plan", plan, raising=False)
     target = tools.make_target(tmp_path / "target")
     recipe = tools.write_recipe(tmp_path / "a", target, max_steps=3, micro_batch=2, workers=workers)
-    trainer = run.assemble(run.prepare(recipe, [], world, False), world, profile=False)
+    trainer = run.assemble(run.prepare(load_recipe(recipe), world, False), world, profile=False)
     assert trainer.run(0)
     trainer.engine.close()
     seen = [one[:2] for one in planned]
