@@ -111,14 +111,9 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     source = kind.open(recipe, target)
     train = recipe.train
     plan = RunPlan(
-        source.lengths,
-        source.group_sizes,
-        seed=recipe.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        micro_tokens=train.micro_tokens,
-        group_weights=recipe.data.cache_weights,
-    )
+        source.lengths, source.group_sizes, seed=recipe.seed, global_batch=train.global_batch,
+        micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=recipe.data.cache_weights,
+    )  # fmt: skip
     total = train.epochs * plan.steps_per_epoch
     identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
     manifest = store.Manifest(
@@ -163,13 +158,9 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, saved)
     prefetcher = Prefetcher(
-        prepared.source,
-        prepared.plan,
-        partial(algorithm.plan, recipe.draft),
-        seed=recipe.seed,
-        world=world,
+        prepared.source, prepared.plan, partial(algorithm.plan, recipe.draft), seed=recipe.seed, world=world,
         workers=recipe.train.workers,
-    )
+    )  # fmt: skip
     trace = saved.run / "profile" if profile else None
     validator, section = None, recipe.train.validation
     if section is not None and prepared.held_out is not None:
@@ -194,22 +185,15 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
         raise CheckpointError("of another precision", file=folder, found=now.dtype, wanted=old.dtype, remedy=remedy)
     if old.step > now.total_steps:
         raise CheckpointError(
-            "the run is already past this recipe's end",
-            file=folder,
-            key="train.max_steps",
-            found=now.total_steps,
+            "the run is already past this recipe's end", file=folder, key="train.max_steps", found=now.total_steps,
             wanted=f"at least {old.step}",
-        )
+        )  # fmt: skip
     stages = {old.zero_stage, now.zero_stage}
     if len(stages) > 1 and not stages <= {1, 2}:
         raise CheckpointError(
-            "of another ZeRO stage",
-            file=folder,
-            key="train.deepspeed",
-            found=now.zero_stage,
-            wanted=f"stage {old.zero_stage}",
-            remedy="only stages 1 and 2 can follow each other",
-        )
+            "of another ZeRO stage", file=folder, key="train.deepspeed", found=now.zero_stage,
+            wanted=f"stage {old.zero_stage}", remedy="only stages 1 and 2 can follow each other",
+        )  # fmt: skip
     moved = old.world_size != now.world_size or len(stages) > 1
     return Start(old.step, folder, universal=moved and old.zero_stage > 0, changes=tuple(changes))
 
