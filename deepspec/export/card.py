@@ -51,26 +51,9 @@ def model_card(
 
 
 def _facts(draft: Draft) -> list[tuple[str, object]]:
-    parsed, config = draft.parsed, draft.config
-    rows: list[tuple[str, object]] = [
-        ("layers", parsed.num_layers),
-        ("target layers whose OUTPUT is read (0-based, -1 the embedding)", list(parsed.target_layers)),
-        ("tokens drafted a round", parsed.max_draft),
-    ]
-    if parsed.algorithm != "eagle3":
-        meaning = "the anchor's slot drafts too" if parsed.sample_from_anchor else "the anchor's slot drafts nothing"
-        rows += [
-            ("block size", parsed.block_size),
-            ("sample_from_anchor", f"{str(parsed.sample_from_anchor).lower()}: {meaning}"),
-            ("mask token", parsed.mask_token_id),
-            ("sequential head", f"{config['markov_head_type']}, rank {config['markov_rank']}"
-             if config.get("markov_rank") else "none"),
-            ("confidence head", "yes" if config.get("enable_confidence_head") else "none"),
-        ]  # fmt: skip
-    elif parsed.draft_vocab_size:
-        rows.append(("vocabulary", f"{parsed.draft_vocab_size} of {draft.shape.vocab_size} tokens"))
+    rows = draft.algorithm.card_rows(draft.parsed, draft.shape)
     parameters = sum(tensor.numel() for name, tensor in draft.state.items() if "weight" in name or "bias" in name)
-    return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", config.get("dtype"))]
+    return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", draft.config.get("dtype"))]
 
 
 def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:

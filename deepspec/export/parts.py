@@ -1,7 +1,7 @@
 """What every export format works with: a draft as a config and its tensors, in the published layout of deepspec.
 
 A format module writes such a draft into an engine's own layout and reads one back. What a layout has no field for
-(the training length of Eagle3, the number of anchors) stands under one key ``deepspec`` of its config.json, which
+(its training length, the number of anchors) stands under one key ``deepspec`` of its config.json, which
 engines ignore; a foreign file lacks it, and the user states what is missing as :class:`ImportHints`.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspec import registry
 from deepspec.drafts import FROZEN, draft_algorithm
 from deepspec.errors import DraftError
 from deepspec.families.base import Family, Shape
@@ -24,19 +25,9 @@ from deepspec.targets.load import family_of
 EMBED, HEAD = FROZEN
 EXTRAS = "deepspec"  # our own key in an engine's config.json
 
-# fields of the published layout that no transformer config has
-OWN = (
-    "architectures", "target_layer_ids", "target_model_name_or_path", "target_model_type", "num_target_layers",
-    "draft_num_hidden_layers", "ttt_length", "step_loss_decay", "draft_vocab_size",
-    "block_size", "num_anchors", "mask_token_id", "sample_from_anchor",
-    "markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
-    "own_embedding", "own_head",
-)  # fmt: skip
-# of them, those that no engine's layout has a field for
-UNKNOWN_TO_ENGINES = (
-    "target_model_name_or_path", "target_model_type", "num_target_layers", "ttt_length", "step_loss_decay",
-    "num_anchors", "own_embedding", "own_head",
-)  # fmt: skip
+# fields of the published layout that no transformer config has, besides the algorithm's own
+FROM_TARGET = ("target_model_name_or_path", "target_model_type", "num_target_layers", "own_embedding", "own_head")
+OWN = ("architectures", "target_layer_ids", "draft_vocab_size", *FROM_TARGET)
 
 
 @dataclass(frozen=True)
@@ -70,13 +61,15 @@ class Draft:
     @property
     def transformer(self) -> dict[str, Any]:
         """The config without the fields of drafting: what a transformer of these layers has."""
-        return {key: value for key, value in self.config.items() if key not in OWN}
+        own = {*OWN, *(one.key for one in self.algorithm.own_fields)}
+        return {key: value for key, value in self.config.items() if key not in own}
 
     @property
     def extras(self) -> dict[str, Any]:
         """What engines have no field for, and which algorithm it is."""
-        known = {key: self.config[key] for key in UNKNOWN_TO_ENGINES if key in self.config}
-        return {"algorithm": self.algorithm.name, **known}
+        algorithm = self.algorithm
+        keys = (*FROM_TARGET, *(one.key for one in algorithm.own_fields if one.training_only))
+        return {"algorithm": algorithm.name, **{key: self.config[key] for key in keys if key in self.config}}
 
 
 @dataclass(frozen=True)
@@ -227,10 +220,9 @@ def published(
     if facts.target is not None:
         extras.setdefault("target_model_name_or_path", facts.target.path)
         extras.setdefault("target_model_type", facts.target.model_type)
-    kind = "Eagle3" if algorithm == "eagle3" else "DSpark"
     config |= {"num_target_layers": int(depth), "target_layer_ids": [int(i) for i in layers], **fields, **extras}
     config |= _frozen_fields(draft, config, state)
-    config["architectures"] = [f"{family.class_prefix}{kind}Model"]
+    config["architectures"] = registry.algorithm(algorithm).architectures(family)
     return Draft(config, state, draft.file)
 
 
