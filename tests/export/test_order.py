@@ -128,6 +128,6 @@ def test_a_foreign_list_that_does_not_rise_is_refused_unless_its_order_is_stated
     path.write_text(json.dumps(foreign | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
     facts = {"target": target.spec, "max_draft": 3}
     with pytest.raises(DraftError, match=r"layers do not rise.*found \[3, 0, 1\].*--target-layers"):
-        import_draft(tmp_path / "out", tmp_path / "back", facts=ImportHints(**facts))
-    import_draft(tmp_path / "out", tmp_path / "back", facts=ImportHints(**facts, target_layers=(0, 1, 3)))
+        import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts))
+    import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts, target_layers=(0, 1, 3)))
     assert load_draft(tmp_path / "back", target).config.target_layers == (0, 1, 3)
