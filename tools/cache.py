@@ -22,7 +22,7 @@ from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import LEVELS, warnings
-from deepspec.cache.published import EAGLE3_CAUTION, export_published, import_published
+from deepspec.cache.published import PUBLISHED_CAUTION, export_published, import_published
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import drop_parts, verify_cache
@@ -140,7 +140,7 @@ def _export(options: argparse.Namespace) -> int:
         options.source, options.output, report=_counting(Progress("export", None, unit="samples"))
     )
     print(f"{options.output}: {samples:,} samples")
-    print(f"export: {EAGLE3_CAUTION}", file=sys.stderr)
+    print(f"export: {PUBLISHED_CAUTION}", file=sys.stderr)
     return 0
 
 

@@ -1,7 +1,7 @@
 """Serve the quickstart's drafts with vLLM on CPU and compare with our own decoding: ``make serve-check``.
 
 Needs a finished quickstart (``make quickstart``). The engine gets an environment of its own (``--engine``, or
-DEEPSPEC_VLLM; made where missing). DSpark and DFlash need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default
+DEEPSPEC_VLLM; made where missing). Block drafters need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default
 ../shared/vllm_cpu/shim): without it they are reported as not run, with what the engine answered.
 Exit code 1 when a kind failed.
 """

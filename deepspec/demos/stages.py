@@ -6,10 +6,11 @@ The functions here write the commands of the pipeline's own tools; which of them
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deepspec import registry
 from deepspec.distributed import multiplies_bfloat16
 from deepspec.recipe import load_recipe
 
@@ -26,6 +27,12 @@ class Stage:
     whole: Path  # exists = this stage's artefact is whole
     needs: Names = ()  # stages that must be whole before
     cores: int = 1  # processes that compute at the same time
+
+
+def shared_recipe(recipe_of: Callable[[str], str]) -> str:
+    """The recipe of target, answers and cache, which all drafts share: the first whose loss reads all of a cache."""
+    paths = {name: recipe_of(name) for name in registry.ALGORITHMS}
+    return next(p for name, p in paths.items() if registry.algorithm(name).needs_last_hidden(load_recipe(p).draft))
 
 
 def settings(overrides: Sequence[str]) -> Names:

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from deepspec.export.engines.base import ExportEngine
-from deepspec.export.parts import DraftCheckpoint, card_rows
+from deepspec.export.parts import DraftCheckpoint
 from deepspec.metrics import length_text
 
 
@@ -52,13 +52,7 @@ def model_card(
 
 
 def _facts(draft: DraftCheckpoint) -> list[tuple[str, object]]:
-    parsed = draft.parsed
-    rows: list[tuple[str, object]] = [
-        ("layers", parsed.num_layers),
-        ("target layers whose OUTPUT is read (0-based, -1 the embedding)", list(parsed.target_layers)),
-        ("tokens drafted a round", parsed.max_draft),
-    ]
-    rows += card_rows(draft)
+    rows = draft.algorithm.card_rows(draft.parsed, draft.shape)
     parameters = sum(tensor.numel() for name, tensor in draft.state.items() if "weight" in name or "bias" in name)
     return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", draft.config.get("dtype"))]
 

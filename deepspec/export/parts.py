@@ -23,19 +23,9 @@ from deepspec.targets.load import family_of
 EMBED, HEAD = FROZEN
 EXTRAS = "deepspec"  # our own key in an engine's config.json
 
-# fields of our layout that no transformer config has
-OWN = (
-    "architectures", "target_layer_ids", "target_model_name_or_path", "target_model_type", "num_target_layers",
-    "draft_num_hidden_layers", "ttt_length", "step_loss_decay", "draft_vocab_size",
-    "block_size", "num_anchors", "mask_token_id", "sample_from_anchor",
-    "markov_rank", "markov_head_type", "enable_confidence_head", "confidence_head_with_markov",
-    "own_embedding", "own_head",
-)  # fmt: skip
-# of them, those that no engine's layout has a field for
-UNKNOWN_TO_ENGINES = (
-    "target_model_name_or_path", "target_model_type", "num_target_layers", "ttt_length", "step_loss_decay",
-    "num_anchors", "own_embedding", "own_head",
-)  # fmt: skip
+# fields of our layout that no transformer config has, besides the algorithm's own
+FROM_TARGET = ("target_model_name_or_path", "target_model_type", "num_target_layers", "own_embedding", "own_head")
+COMMON = ("architectures", "target_layer_ids", "draft_vocab_size", *FROM_TARGET)
 
 
 class Reason(NamedTuple):
@@ -83,13 +73,14 @@ class DraftCheckpoint:
     @property
     def transformer(self) -> dict[str, Any]:
         """The config without the fields of drafting: what a transformer of these layers has."""
-        return {key: value for key, value in self.config.items() if key not in OWN}
+        own = {*COMMON, *(one.key for one in self.algorithm.own_fields)}
+        return {key: value for key, value in self.config.items() if key not in own}
 
     @property
     def extras(self) -> dict[str, Any]:
         """What engines have no field for, and which algorithm it is."""
-        known = {key: self.config[key] for key in UNKNOWN_TO_ENGINES if key in self.config}
-        return {"algorithm": self.algorithm.name, **known}
+        keys = (*FROM_TARGET, *(one.key for one in self.algorithm.own_fields if one.training_only))
+        return {"algorithm": self.algorithm.name, **{key: self.config[key] for key in keys if key in self.config}}
 
 
 @dataclass(frozen=True)
@@ -105,28 +96,3 @@ class ImportHints:
 def missing(draft: DraftCheckpoint, key: str, remedy: str | None = None) -> DraftError:
     """The error that a foreign config does not say something that cannot be guessed."""
     return DraftError("does not say", file=draft.file, key=key, wanted=f"{key} stated", remedy=remedy)
-
-
-# -- until an algorithm states them itself ----------------------------------------------------------------------------
-
-
-def architecture(algorithm: str, family: Family) -> str:
-    """The class in config.json of an algorithm's drafts over layers of ``family``."""
-    return f"{family.class_prefix}{'Eagle3' if algorithm == 'eagle3' else 'DSpark'}Model"
-
-
-def card_rows(draft: DraftCheckpoint) -> list[tuple[str, object]]:
-    """What a model card says of the algorithm's own fields: (field, value)."""
-    parsed, config = draft.parsed, draft.config
-    if parsed.algorithm == "eagle3":
-        size = parsed.draft_vocab_size
-        return [("vocabulary", f"{size} of {draft.shape.vocab_size} tokens")] if size else []
-    meaning = "the anchor's slot drafts too" if parsed.sample_from_anchor else "the anchor's slot drafts nothing"
-    head = f"{config['markov_head_type']}, rank {config['markov_rank']}" if config.get("markov_rank") else "none"
-    return [
-        ("block size", parsed.block_size),
-        ("sample_from_anchor", f"{str(parsed.sample_from_anchor).lower()}: {meaning}"),
-        ("mask token", parsed.mask_token_id),
-        ("sequential head", head),
-        ("confidence head", "yes" if config.get("enable_confidence_head") else "none"),
-    ]

@@ -50,7 +50,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]  # `model_type` of the targets' configs, text configs included
-    class_prefix: str  # of `architectures`: Qwen3DSparkModel, Gemma4Eagle3Model
+    class_prefix: str  # of `architectures`; the algorithm's own part stands behind it
     draft_model_type: str  # `model_type` of an exported draft's config
     read_shape: Callable[[Mapping[str, Any]], Shape]
     draft_config: Callable[

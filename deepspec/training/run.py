@@ -151,8 +151,8 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
     model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank), quiet=not world.is_main)
-    if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
-        model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
+    if recipe.draft.draft_vocab_size is not None and start.folder is None:
+        model.set_draft_vocab(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     if recipe.train.init == "target" and start.folder is None:
         warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)

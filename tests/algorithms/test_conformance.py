@@ -114,7 +114,7 @@ def test_loading_is_strict(tmp_path: Path) -> None:
     save_draft(tmp_path / "extra", {**state, "layers.9.weight": torch.zeros(1)}, config, {})
     save_draft(tmp_path / "less", {k: v for k, v in state.items() if k != "norm.weight"}, config, {})
     save_draft(tmp_path / "other", state, {**config, "num_target_layers": 7}, {})
-    save_draft(tmp_path / "engine", state, {**config, "dflash_config": {}}, {})
+    save_draft(tmp_path / "engine", state, {**config, "architectures": ["DFlashDraftModel"]}, {})
     wanted = {"extra": "layers.9.weight", "less": "norm.weight", "other": "num_target_layers", "engine": "import it"}
     for name, text in wanted.items():
         with pytest.raises(DraftError, match=text):
@@ -163,7 +163,7 @@ def test_reduced_vocabulary_drafts_within_it_and_stays_lossless(algorithm: str, 
     target = tiny_target("qwen3")
     model = tiny_draft(algorithm, target, draft_vocab_size=20)
     kept = torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values
-    model.set_vocabulary(kept)
+    model.set_draft_vocab(kept)
     batch = random_batch([30])
     model(batch).loss().backward()
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
@@ -173,7 +173,7 @@ def test_reduced_vocabulary_drafts_within_it_and_stays_lossless(algorithm: str, 
     config = model.algorithm.config_json(model.config, target.spec)
     save_draft(tmp_path / "draft", model.state_dict(), config, {})
     loaded = load_draft(tmp_path / "draft", target)
-    assert loaded.kept_tokens.tolist() == kept.tolist()
+    assert loaded.draft_vocab_tokens.tolist() == kept.tolist()
     assert loaded.t2d.nonzero()[:, 0].tolist() == kept.tolist()
     settings = DecodeSettings(temperature=0.0, max_new_tokens=20)
     plain = generate(target, None, PROMPTS, settings, 4)

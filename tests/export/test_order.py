@@ -87,7 +87,7 @@ def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     made(tmp_path, "qwen3", "dflash", [0, 1, 3], {})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 96}))
-    with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted an id below 96"):
+    with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted .*below 96"):
         load_draft(tmp_path)
 
 

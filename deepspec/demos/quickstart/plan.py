@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, export, train
+from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, export, shared_recipe, train
 from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
@@ -30,7 +30,7 @@ def results_folder(algorithm: str) -> Path:
 def plan() -> list[Stage]:
     """All stages, in an order in which each one's needs come before it."""
     prompts, target, conversations = ROOT / "prompts", ROOT / "target", ROOT / "conversations.jsonl"
-    shared = recipe_of("dspark")  # target, sampling and data of the three recipes are the same
+    shared = shared_recipe(recipe_of)
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),

@@ -1,7 +1,7 @@
 """What each choice of a draft costs or brings, on the quickstart's target: a table of variants, minutes each.
 
-Every variant is the quickstart's DSpark with something changed, trained from the same seed for as many steps on the
-same answers, and decoded over the same held-out prompts.
+Every variant is one of the quickstart's drafts with something changed, trained from the same seed for as many steps on
+the same answers, and decoded over the same held-out prompts.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
-from deepspec.demos.quickstart.plan import recipe_of
 from deepspec.demos.stages import PYTHON, Names, Stage, evaluate, export, train
 
 ROOT = Path("build/ablations")
 LOGS = ROOT / "logs"
 STUDY = ROOT / "scheduler" / "study.json"
 CALIBRATION = ROOT / "sts.json"  # figures of the fit, which is in the draft's folder only where it helps
-RECIPE = recipe_of("dspark")
+RECIPE = "recipes/ablation.yaml"
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 HELD_OUT = 256  # prompts
 BASE = "base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, export, train
+from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, export, shared_recipe, train
 from deepspec.registry import ALGORITHMS
 
 SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
@@ -57,7 +57,7 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
         tasks: files of evaluation prompts: kept out of the training prompts, and decoded at the end.
         cores: processes of a training.
     """
-    root, prompts, shared = scale.root, scale.root / "prompts", recipe_of("dspark")
+    root, prompts, shared = scale.root, scale.root / "prompts", shared_recipe(recipe_of)
     counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
     kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
     own = (PYTHON, "-m", "deepspec.demos.smollm2")
@@ -73,7 +73,7 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
             answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), scale.answering),
             cache(f"cache {shard}", shared, conversations, place, (f"answers {shard}",)),
         ]
-    for algorithm in ("dspark", *(name for name in ALGORITHMS if name != "dspark")):
+    for algorithm in ALGORITHMS:
         stages += _draft_stages(scale, algorithm, tasks, cores)
     return stages
 

@@ -164,7 +164,7 @@ def ablation_text(found: Row) -> str:
 
     def variants(names: Sequence[str]) -> str:
         rows = [[about[name], length(pick(measured.get(name), 0.0))] for name in names]
-        return table(["DSpark with", "accepted length, T=0"], rows)
+        return table(["the draft with", "accepted length, T=0"], rows)
 
     base = ablation.BASE
     steps = [(step, measured.get(f"step-{step}")) for step in ablation.CURVE]

@@ -10,8 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from deepspec import registry
 from deepspec.errors import DraftError
-from deepspec.export.parts import EMBED, EXTRAS, HEAD, DraftCheckpoint, ImportHints, Reason, architecture, missing
+from deepspec.export.parts import EMBED, EXTRAS, HEAD, DraftCheckpoint, ImportHints, Reason, missing
 from deepspec.targets.load import family_of
 
 Requirement = Callable[[DraftCheckpoint], Reason | None]  # None: the draft meets it
@@ -144,7 +145,7 @@ def our_layout(
         extras.setdefault("target_model_type", hints.target.model_type)
     config |= {"num_target_layers": int(depth), "target_layer_ids": [int(i) for i in ids], **fields, **extras}
     config |= _frozen_fields(draft, config, state)
-    config["architectures"] = [architecture(algorithm, family_of(config["model_type"], draft.file))]
+    config["architectures"] = registry.algorithm(algorithm).architectures(family_of(config["model_type"], draft.file))
     return DraftCheckpoint(config, state, draft.file)
 
 
