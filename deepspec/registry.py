@@ -25,6 +25,8 @@ ENGINES = {  # an import that is told nothing asks them in this order: the more 
     "sglang": "deepspec.export.engines.sglang:SGLANG",
 }
 
+SERVERS = {"vllm": "deepspec.serving.vllm:VLLMServer"}  # engines that run here, for the serve check
+
 FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
