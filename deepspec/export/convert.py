@@ -19,7 +19,7 @@ from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.hub import fetch_draft
-from deepspec.export.parts import DraftCheckpoint, ImportHints
+from deepspec.export.parts import DraftCheckpoint, ImportHints, ascending
 from deepspec.files import read_json, undone_on_error, write_text
 from deepspec.identity import shown
 from deepspec.locks import is_free, one_writer
@@ -95,21 +95,6 @@ def _export(source: Path, output: Path, engine: ExportEngine, options: ExportOpt
         write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, output.name))
         engine.save(output, written, provenance, recipe, options.shard_bytes)
     return draft
-
-
-def ascending(draft: DraftCheckpoint) -> DraftCheckpoint:
-    """The draft with its target layers in rising order, the columns of ``fc`` moved with them.
-
-    Engines hand features out layer by layer, whatever the order of the list.
-    """
-    layers = draft.parsed.target_layers
-    order = sorted(range(len(layers)), key=layers.__getitem__)
-    if order == list(range(len(layers))):
-        return draft
-    weight = draft.state["fc.weight"]  # [D, L*D]
-    moved = weight.unflatten(1, (len(layers), -1))[:, order].flatten(1)
-    config = draft.config | {"target_layer_ids": [layers[index] for index in order]}
-    return DraftCheckpoint(config, draft.state | {"fc.weight": moved}, draft.file)
 
 
 def _check_taken(draft: DraftCheckpoint, engine: ExportEngine) -> None:

@@ -96,3 +96,18 @@ class ImportHints:
 def missing(draft: DraftCheckpoint, key: str, remedy: str | None = None) -> DraftError:
     """The error that a foreign config does not say something that cannot be guessed."""
     return DraftError("does not say", file=draft.file, key=key, wanted=f"{key} stated", remedy=remedy)
+
+
+def ascending(draft: DraftCheckpoint) -> DraftCheckpoint:
+    """The draft with its target layers in rising order, the columns of ``fc`` moved with them.
+
+    Engines hand features out layer by layer, whatever the order of the list.
+    """
+    layers = draft.parsed.target_layers
+    order = sorted(range(len(layers)), key=layers.__getitem__)
+    if order == list(range(len(layers))):
+        return draft
+    weight = draft.state["fc.weight"]  # [D, L*D]
+    moved = weight.unflatten(1, (len(layers), -1))[:, order].flatten(1)
+    config = draft.config | {"target_layer_ids": [layers[index] for index in order]}
+    return DraftCheckpoint(config, draft.state | {"fc.weight": moved}, draft.file)
