@@ -33,7 +33,7 @@ from bars import Bars, at_most, write_bars
 from deepspec.distributed import World
 from deepspec.errors import run_main
 from deepspec.training.engine import end_processes, start_processes
-from deepspec.training.plan import Plan
+from deepspec.training.plan import RunPlan
 from deepspec.training.run import assemble, prepare
 
 WORK = Path("build/bench_training")
@@ -60,7 +60,7 @@ def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[s
         trainer.run(0)
     cpu = torch.tensor(time.process_time() - begun)
     dist.all_reduce(cpu)
-    plan = trainer.feeder.plan
+    plan = trainer.prefetcher.plan
     tokens = sum(int(plan.step(number).lengths.sum()) for number in range(steps))
     trainer.engine.close()
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()][1:]
@@ -81,7 +81,7 @@ def throughput(recipe: str, world: World, steps: int, rounds: int) -> dict[str, 
 
 def padding(lengths: np.ndarray, global_batch: int, cut: dict[str, int], world_size: int) -> tuple[float, float]:
     """(share of padding over an epoch, padded tokens of the fullest rank at a time against the mean)."""
-    plan = Plan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
+    plan = RunPlan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
     real = padded = slowest = 0
     for step in map(plan.step, range(plan.steps_per_epoch)):
         costs = [int(lengths[part].max()) * len(part) for part in step.micro_batches(world_size)]

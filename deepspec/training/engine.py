@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -97,9 +96,8 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def forward(self, batch: Batch) -> LossTerms:
-        """The loss terms of a micro-batch, which is moved to the device and the model's dtype (its masks stay)."""
-        moved = replace(batch.to(self.device, self.dtype), supervision=batch.supervision)
-        terms: LossTerms = self.engine(moved)
+        """The loss terms of a micro-batch, which is moved to the device and the model's dtype."""
+        terms: LossTerms = self.engine(batch.to(self.device, self.dtype))
         return terms
 
     def backward(self, terms: LossTerms, step_weight: float) -> Tensor:

@@ -15,9 +15,9 @@ from deepspec.errors import CheckpointError, system_error
 from deepspec.recipe import Recipe
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
-from deepspec.training.prefetch import Prefetcher, Step
+from deepspec.training.plan import lr_factor
+from deepspec.training.prefetch import Prefetcher, TrainStep
 from deepspec.training.report import Meter, Reporter
-from deepspec.training.schedule import lr_factor
 from deepspec.training.signals import StopSignal
 
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
@@ -46,7 +46,7 @@ class Trainer:
     Args:
         recipe: resolved and checked.
         engine: the draft under DeepSpeed.
-        feeder: the run's data.
+        prefetcher: the run's data.
         checkpoints: where they are kept.
         manifest: of this run; step and score are filled in at each save.
         validator: None without `train.validation`.
@@ -57,14 +57,14 @@ class Trainer:
         self,
         recipe: Recipe,
         engine: Engine,
-        feeder: Prefetcher,
+        prefetcher: Prefetcher,
         checkpoints: Checkpoints,
         manifest: Manifest,
         *,
         validator: Validator | None = None,
         profile: Path | None = None,
     ) -> None:
-        self.recipe, self.train, self.engine, self.feeder = recipe, recipe.train, engine, feeder
+        self.recipe, self.train, self.engine, self.prefetcher = recipe, recipe.train, engine, prefetcher
         self.checkpoints, self.manifest, self.total_steps = checkpoints, manifest, manifest.total_steps
         self.validator, self.profile = validator, profile
         self.meter = Meter(engine.sum)
@@ -85,7 +85,7 @@ class Trainer:
             self.reporter = Reporter(self.recipe, self.checkpoints.run, self.total_steps, start)
         try:
             with StopSignal() as stop, self._profiler() as profiler:
-                for step in self.feeder.steps(start, self.total_steps):
+                for step in self.prefetcher.steps(start, self.total_steps):
                     flags = torch.stack([step.weight, torch.tensor(float(stop.asked), dtype=torch.float64)])
                     weight, asked = self.engine.sum(flags).tolist()
                     if asked:
@@ -101,7 +101,7 @@ class Trainer:
             if self.reporter is not None:
                 self.reporter.close()
 
-    def _optimize(self, step: Step, weight: float) -> None:
+    def _optimize(self, step: TrainStep, weight: float) -> None:
         lr = self.train.lr * lr_factor(step.number, self.total_steps, self.train.warmup_ratio)
         for number, batch in enumerate(step.batches):
             self.engine.begin_micro_batch(last=number + 1 == step.count)
@@ -134,7 +134,7 @@ class Trainer:
         values["lr"] = self.train.lr * lr_factor(done - 1, self.total_steps, self.train.warmup_ratio)
         values["grad_norm"] = self.engine.grad_norm()
         waited = torch.zeros(self.engine.world.size, dtype=torch.float64)
-        waited[self.engine.world.rank], self.feeder.wait_seconds = self.feeder.wait_seconds, 0.0
+        waited[self.engine.world.rank], self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
         longest = self.engine.sum(waited).max().item()  # the rank that waits longest holds all others up
         if self.reporter is not None:
             self.reporter.training(done, values, longest)

@@ -1,4 +1,4 @@
-"""The plan of a run: which samples make optimizer step s, in which micro-batches.
+"""The plan of a run: which samples make optimizer step s, in which micro-batches, and its learning rate.
 
 A pure function of (seed, epoch, sample lengths, global batch, cache weights). A step's samples are an unbiased draw:
 their lengths say nothing about which step they come in. Lengths only decide how a step's own samples are cut into
@@ -8,6 +8,7 @@ the same samples meet in the same step whatever the machine, and a resumed run n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -48,7 +49,7 @@ class StepPlan:
         return int((self.lengths[edges[:-1]] * np.diff(edges)).sum())
 
 
-class Plan:
+class RunPlan:
     """The steps of a whole run.
 
     Args:
@@ -148,3 +149,18 @@ def _edges_within(lengths: np.ndarray, budget: int) -> list[int]:
         edges.append(begin)
         begin += max(1, budget // int(lengths[begin]))
     return edges
+
+
+def lr_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """The share of the peak rate at optimizer step ``step`` (0-based) of ``total``: linear warm-up, then cosine decay.
+
+    With W = ceil(warmup_ratio * total): (step + 1) / W while step < W, then a half cosine that starts at 1 in step W
+    and would reach 0 in step ``total``, one after the last. 0 from ``total`` on. A pure function of the step: a resumed
+    run needs no state for it, and an extended run has the rate of its new horizon.
+    """
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= total:
+        return 0.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,14 +20,13 @@ from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
-from deepspec.sources.base import FeatureSource
-from deepspec.sources.opening import open_source, open_validation
+from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.compiler import loss_backend
 from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
 from deepspec.training.loop import Trainer
-from deepspec.training.plan import Plan
+from deepspec.training.plan import RunPlan
 from deepspec.training.prefetch import Prefetcher
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
 from deepspec.training.validation import HeldOut
@@ -95,7 +95,7 @@ class Prepared:
     target: TargetEmbeddings | Target
     source: FeatureSource
     held_out: FeatureSource | None
-    plan: Plan
+    plan: RunPlan
     manifest: store.Manifest
     start: Start
 
@@ -113,8 +113,9 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
     """
     settings = deepspeed_settings(recipe.train, world.size)
     recipe = recipe.for_target(load_spec(recipe.target.path, recipe.target.revision))
+    kind = source_class(recipe)
     target = frozen_target(recipe, pick_device(world.local_rank))
-    source = open_source(recipe, target)
+    source = kind.open(recipe, target)
     plan = plan_of(recipe, source)
     identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
     manifest = store.Manifest(
@@ -130,14 +131,15 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
         versions=versions(),
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
-    return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
+    held_out = None if recipe.train.validation is None else kind.open(recipe, target, held_out=True)
+    return Prepared(recipe, target, source, held_out, plan, manifest, start)
 
 
 def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings | Target:
-    """The whole target where the run feeds it (online, or decoding in validations), else its embedding and head."""
+    """The complete target where this process runs it (for the source, or in validations), else embedding and head."""
     validation = recipe.train.validation
-    runs = recipe.data.source == "online" or (validation is not None and validation.decode_every is not None)
-    load = load_target if runs else load_target_embeddings
+    decodes = validation is not None and validation.decode_every is not None
+    load = load_target if decodes or source_class(recipe).needs_model else load_target_embeddings
     return load(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
 
 
@@ -157,11 +159,10 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
         warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, kept)
-    feeder = Prefetcher(
+    prefetcher = Prefetcher(
         prepared.source,
         prepared.plan,
-        lambda masks: algorithm.loss_weight(recipe.draft, masks),
-        last_hidden=algorithm.needs_last_hidden(recipe.draft),
+        partial(algorithm.plan, recipe.draft),
         seed=recipe.seed,
         world=world,
         workers=recipe.train.workers,
@@ -170,13 +171,13 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     validator, section = None, recipe.train.validation
     if section is not None and prepared.held_out is not None:
         validator = HeldOut(recipe, section, prepared.held_out, prepared.target)
-    return Trainer(recipe, engine, feeder, kept, prepared.manifest, validator=validator, profile=trace)
+    return Trainer(recipe, engine, prefetcher, kept, prepared.manifest, validator=validator, profile=trace)
 
 
-def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:
+def plan_of(recipe: Recipe, source: FeatureSource) -> RunPlan:
     """The run's plan: which samples make which step."""
     train = recipe.train
-    return Plan(
+    return RunPlan(
         source.lengths,
         source.group_sizes,
         seed=recipe.seed,
@@ -187,7 +188,7 @@ def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:
     )
 
 
-def total_steps(recipe: Recipe, plan: Plan) -> int:
+def total_steps(recipe: Recipe, plan: RunPlan) -> int:
     """Optimizer steps of the whole run."""
     steps = recipe.train.epochs * plan.steps_per_epoch
     return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import training_tools as tools
 
+from deepspec import registry
 from deepspec.training import run
 from deepspec.training.engine import end_processes, start_processes
 
@@ -25,12 +25,12 @@ def train(job: dict, world) -> None:
     prepared = run.prepare(job["recipe"], job.get("set", []), world, job.get("accept", False))
     trainer = run.assemble(prepared, world, profile=False)
     if job.get("steps"):
-        ask = trainer.feeder.steps
+        ask = trainer.prefetcher.steps
 
         def until(start: int, stop: int):
             yield from ask(start, min(stop, job["steps"]))
 
-        trainer.feeder.steps = until
+        trainer.prefetcher.steps = until
     trainer.run(prepared.start.step)
     if job.get("steps"):
         trainer._stop(job["steps"])
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("jobs")
     parser.add_argument("--local_rank")
     options = parser.parse_args()
-    run.open_source = tools.open_memory
+    registry.SOURCES["cache"] = "training_tools:MemorySource"
     world = start_processes()
     for job in json.loads(Path(options.jobs).read_text()):
         train(job, world)

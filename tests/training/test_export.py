@@ -151,7 +151,7 @@ def test_an_export_reads_embedding_and_head_alone(
 def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
     output = Path(shutil.copytree(place / "a" / "run", tmp_path / "run"))
     manifest = steps_of(output)[4] / "manifest.json"
     values = json.loads(manifest.read_text())

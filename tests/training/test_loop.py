@@ -31,7 +31,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def memory_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
 
 
 def trainer_of(recipe: Path, world: World, *overrides: str, profile: bool = False) -> Trainer:
@@ -47,10 +47,10 @@ def train(recipe: Path, world: World, *overrides: str, profile: bool = False) ->
 
 def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path, target: Path, world: World) -> None:
     trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=6, save_every=1), world)
-    numbers = trainer.feeder.plan.step(2).samples
+    numbers = trainer.prefetcher.plan.step(2).samples
     bad = int(numbers[1])
-    first = next(s for s in range(6) if bad in trainer.feeder.plan.step(s).samples)
-    trainer.feeder.source.samples[bad].features[:] = float("nan")  # type: ignore[attr-defined]
+    first = next(s for s in range(6) if bad in trainer.prefetcher.plan.step(s).samples)
+    trainer.prefetcher.source.samples[bad][2][:] = float("nan")  # type: ignore[attr-defined]
     with pytest.raises(NonFiniteLoss, match=rf"optimizer step {first + 1}, sample ids \[{100 + bad}\]"):
         trainer.run(0)
     trainer.checkpoints.wait()
@@ -106,13 +106,13 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, target: P
 def test_a_gradient_is_that_of_one_large_batch(tmp_path: Path, target: Path, world: World) -> None:
     """Plain twin: the same samples in one batch, one backward, no DeepSpeed."""
     trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=1, grad_clip=0.5), world)
-    plan = trainer.feeder.plan.step(0)
+    plan = trainer.prefetcher.plan.step(0)
     model = trainer.engine.model
     algorithm = run.registry.algorithm("dspark")
     plain = algorithm.build(trainer.recipe.draft, run.load_spec(str(target)), trainer.recipe.seed)
     frozen = model.frozen  # type: ignore[attr-defined]
     plain.attach(frozen.embed_VD, frozen.head_VD)
-    batch = trainer.feeder.batch(plan.samples.tolist(), 0)
+    batch = trainer.prefetcher.source.batch(plan.samples.tolist(), trainer.recipe.seed, 0)
     loss = plain(batch).loss()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])

@@ -56,7 +56,7 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(recipe: Path, world: World, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, torch.Tensor]:
     """Train the recipe to its end; the live weights."""
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
     trainer = run.assemble(run.prepare(recipe, overrides, world, False), world, profile=False)
     for name, buffer in trainer.engine.model.named_buffers():
         if name.endswith("layer_scalar"):

@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 
 from deepspec.errors import DataError, RecipeError
 from deepspec.recipe import TrainSection
-from deepspec.training.plan import Plan
-from deepspec.training.schedule import lr_factor
+from deepspec.training.plan import RunPlan, lr_factor
 from deepspec.training.settings import FROM_RECIPE, accumulation_steps, deepspeed_settings
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 
 
-def make(lengths: np.ndarray, sizes: tuple[int, ...] | None = None, **over: object) -> Plan:
+def make(lengths: np.ndarray, sizes: tuple[int, ...] | None = None, **over: object) -> RunPlan:
     values = {"seed": 1, "global_batch": 8, "micro_batch": 2, **over}
-    return Plan(lengths, sizes or (len(lengths),), **values)  # type: ignore[arg-type]
+    return RunPlan(lengths, sizes or (len(lengths),), **values)  # type: ignore[arg-type]
 
 
 CUTS = st.one_of(

@@ -223,7 +223,7 @@ def prepare(
     from deepspec.distributed import World
     from deepspec.training import run
 
-    monkeypatch.setattr(run, "open_source", lambda recipe, target: tools.open_memory(recipe, target, count))
+    tools.use_memory_source(monkeypatch, count=count)
     return run.prepare(place / "recipe.yaml", overrides, World(), accept)
 
 

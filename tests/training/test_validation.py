@@ -125,16 +125,13 @@ def test_validation_measures_the_held_out_samples(
 def plain_measures(trainer: Trainer) -> dict[str, Any]:
     """Loss, tau and acceptance by position as sums over samples."""
     held_out = trainer.validator.source  # type: ignore[union-attr]
-    feeder = trainer.feeder
-    feeder.source = held_out
     sums: dict[str, Any] = {}
     with torch.no_grad():
         for number in range(10):
-            terms = trainer.engine.model(feeder.batch([number], 0))
+            terms = trainer.engine.model(held_out.batch([number], trainer.recipe.seed, 0))
             for name, ratio in {**terms.terms, **terms.metrics}.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + ratio.total.double(), old[1] + ratio.weight.double())
-    feeder.source = run.open_source(trainer.recipe, trainer.validator.target)  # type: ignore[union-attr]
     means = {name: (total / weight).tolist() for name, (total, weight) in sums.items()}
     return means | {"loss": sum(factor * means[name] for name, factor in terms.coefficients.items())}
 

@@ -32,8 +32,8 @@ def test_vocabulary_is_counted_trained_and_exported(algorithm: str, zero: str, t
     loaded = load_draft(tmp_path / "draft", load_target(target, torch.float32))
     source = tools.MemorySource(load_target(target, torch.float32))
     counts = np.zeros(64, dtype=int)
-    for sample in source.samples:
-        for token in sample.input_ids[sample.loss_mask].tolist():
+    for ids, mask, *_ in source.samples:
+        for token in ids[mask].tolist():
             counts[token] += 1
     wanted = sorted(sorted(range(64), key=lambda token: (-counts[token], token))[:20])
     assert loaded.draft_vocab_tokens.tolist() == wanted
