@@ -1,7 +1,7 @@
 """Export a draft for an engine, or import somebody else's.
 
-    python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab
-    python tools/export.py FOREIGN OUT --from auto|vllm|sglang|speculators|zlab --target TARGET
+    python tools/export.py DRAFT OUT --format ENGINE
+    python tools/export.py FOREIGN OUT --from auto|ENGINE --target TARGET
 
 DRAFT is a draft folder, a checkpoint or a run. An import checks every weight, and refuses a draft whose slot
 convention, layers or drafted tokens are stated neither in its config.json nor on the command line.
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import argparse
 
+from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.errors import run_main
-
-FORMATS = ("deepspec", "vllm", "sglang", "speculators", "zlab")
 
 
 def layers(text: str) -> tuple[int, ...]:
@@ -28,8 +27,8 @@ def main() -> int:
     parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--format", choices=FORMATS, help="export to this")
-    way.add_argument("--from", choices=("auto", *FORMATS), dest="origin", help="import from this")
+    way.add_argument("--format", choices=registry.ENGINES, help="export to this")
+    way.add_argument("--from", choices=("auto", *registry.ENGINES), dest="origin", help="import from this")
     parser.add_argument("--target", help="the target: a folder or hub id; default: what the draft names")
     parser.add_argument("--without-embeddings", action="store_true", help="leave the target's embedding and head out")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of a checkpoint's weights; default: as trained")
@@ -40,8 +39,9 @@ def main() -> int:
     parser.add_argument("--sample-from-anchor", choices=("yes", "no"), help="import: does the anchor's slot draft too?")
     given = parser.parse_args()
 
-    from deepspec.export.convert import ExportOptions, export_draft, import_draft, target_facts
+    from deepspec.export.convert import ExportOptions, export_draft, import_draft
     from deepspec.export.parts import ImportHints
+    from deepspec.targets import load_spec
 
     if given.format:
         options = ExportOptions(
@@ -58,8 +58,9 @@ def main() -> int:
         )
         return 0
     anchor = None if given.sample_from_anchor is None else given.sample_from_anchor == "yes"
-    facts = ImportHints(target_facts(given.target), given.target_layers, given.max_draft, anchor)
-    draft, origin = import_draft(given.source, given.output, given.origin, facts)
+    target = None if given.target is None else load_spec(given.target)
+    hints = ImportHints(target, given.target_layers, given.max_draft, anchor)
+    draft, origin = import_draft(given.source, given.output, given.origin, hints)
     name, count = draft.algorithm.name, draft.parsed.max_draft
     print(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")
     return 0

@@ -9,26 +9,11 @@ Exit code 1 when a kind failed.
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.errors import run_main
-
-SHIM = Path(__file__).resolve().parents[2] / "shared" / "vllm_cpu" / "shim"
-
-
-def shim_folder(named: Path | None) -> Path | None:
-    """The shim to use: the named one, else the default where it exists.
-
-    Raises:
-        DraftError: the named folder is no shim; with it every kind that needs one would fail for another reason.
-    """
-    from deepspec.errors import DraftError
-
-    if named is not None and not (named / "tricpu").is_dir():
-        raise DraftError("no CPU shim", file=named, key="--shim", wanted="a folder that holds tricpu/")
-    return named or (SHIM if SHIM.is_dir() else None)
 
 
 def main() -> int:
@@ -36,8 +21,8 @@ def main() -> int:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
-    parser.add_argument("--engine", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm")))
-    parser.add_argument("--shim", type=Path, default=os.environ.get("DEEPSPEC_VLLM_SHIM"))
+    parser.add_argument("--engine", type=Path, help="folder of the engine's environment")
+    parser.add_argument("--shim", help="folder of the CPU shim")
     parser.add_argument("--prompts", type=COUNT, default=12)
     parser.add_argument("--max-tokens", type=COUNT, default=48)
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
@@ -46,21 +31,16 @@ def main() -> int:
     given = parser.parse_args()
 
     from deepspec.files import write_json
-    from deepspec.serving.check import CheckOptions, ServeCheck, engine_version, table, to_json
+    from deepspec.serving.check import CheckOptions, ServeCheck, table, to_json
 
-    options = CheckOptions(
-        quickstart=given.quickstart,
-        work=given.work,
-        engine=given.engine,
-        shim=shim_folder(None if given.shim is None else Path(given.shim)),
-        prompts=given.prompts,
-        max_tokens=given.max_tokens,
-        timeout=given.timeout,
-        kinds=tuple(given.kind),
-    )
-    check = ServeCheck(options)
+    name = next(iter(registry.SERVERS))  # the one engine that runs here
+    kind = registry.lookup("server", registry.SERVERS, name)
+    folder, shim = given.engine or kind.default_folder(), kind.find_shim(given.shim)
+    server = kind(given.work, folder, shim, given.timeout)
+    options = CheckOptions(given.quickstart, given.prompts, given.max_tokens, tuple(given.kind))
+    check = ServeCheck(options, server)
     rows = check.run()
-    print(table(rows, engine_version(given.engine)))
+    print(table(rows, server.version))
     if given.json:
         write_json(given.json, to_json(rows, check))
     return int(any(row.status == "FAILED" for row in rows))

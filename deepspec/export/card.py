@@ -7,13 +7,14 @@ from typing import Any
 
 import yaml
 
-from deepspec.export.parts import Draft, Format
+from deepspec.export.engines.base import ExportEngine
+from deepspec.export.parts import DraftCheckpoint
 from deepspec.metrics import length_text
 
 
 def model_card(
-    draft: Draft,
-    format_: Format,
+    draft: DraftCheckpoint,
+    engine: ExportEngine,
     provenance: Mapping[str, Any],
     recipe_text: str | None,
     results: Mapping[str, Any] | None,
@@ -23,7 +24,7 @@ def model_card(
 
     Args:
         draft: the draft in our layout.
-        format_: what it is exported to.
+        engine: what it is exported to.
         provenance: where it came from.
         recipe_text: its recipe as YAML, if known.
         results: results.json of an evaluation, if there is one.
@@ -32,7 +33,7 @@ def model_card(
     parsed, target = draft.parsed, str(draft.config.get("target_model_name_or_path") or "TARGET")
     front: dict[str, Any] = {
         "tags": ["speculative-decoding", "deepspec", parsed.algorithm],
-        "library_name": format_.name,
+        "library_name": engine.name,
     }
     if "/" in target and not target.startswith((".", "/")) and target.count("/") == 1:
         front["base_model"] = target
@@ -41,8 +42,8 @@ def model_card(
         f"# {folder}: a {parsed.algorithm} draft for {target}",
         f"It drafts {parsed.max_draft} tokens a round for speculative decoding; the target verifies every one, so what "
         "is generated is the target's own. It is of no use by itself.",
-        f"## Serve it\n\n```\n{format_.command(draft, target, folder)}\n```",
-        format_.checked and f"Checked with: {format_.checked}.",
+        f"## Serve it\n\n```\n{engine.command(draft, target, folder)}\n```",
+        engine.checked and f"Checked with: {engine.checked}.",
         "## What it is\n\n" + _table(("field", "value"), _facts(draft)),
         _training(provenance, recipe_text),
         "## Measured\n\n" + (_measured(results) if results else "Not measured before this export."),
@@ -50,7 +51,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _facts(draft: Draft) -> list[tuple[str, object]]:
+def _facts(draft: DraftCheckpoint) -> list[tuple[str, object]]:
     rows = draft.algorithm.card_rows(draft.parsed, draft.shape)
     parameters = sum(tensor.numel() for name, tensor in draft.state.items() if "weight" in name or "bias" in name)
     return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", draft.config.get("dtype"))]

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
+from deepspec.checkpoints import read_buffers
 from deepspec.distributed import World, pick_device, together
 from deepspec.errors import CheckpointError, DeepSpecError
-from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer

@@ -12,9 +12,10 @@ from algorithm_tools import random_batch, tiny_target
 from export_tools import KINDS, LAYERS, made
 from safetensors.torch import load_file, save_file
 
+from deepspec import registry
 from deepspec.drafts import FROZEN, load_draft, read_weights, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.convert import FORMATS, ExportOptions, export_draft, import_draft
+from deepspec.export.convert import ExportOptions, export_draft, import_draft
 from deepspec.export.parts import ImportHints
 
 # what a format cannot carry, and a word of the reason
@@ -37,8 +38,8 @@ REFUSED = {
     **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
 }
 CASES = [
-    *((name, kind, "qwen3") for name in FORMATS for kind in KINDS),
-    *((name, kind, "llama") for name in FORMATS for kind in ("eagle3", "eagle3-reduced") if name != "zlab"),
+    *((name, kind, "qwen3") for name in registry.ENGINES for kind in KINDS),
+    *((name, kind, "llama") for name in registry.ENGINES for kind in ("eagle3", "eagle3-reduced") if name != "zlab"),
     *((name, kind, "gemma4") for name in ("deepspec", "vllm") for kind in ("dflash", "dspark")),
     ("deepspec", "eagle3", "gemma4"),
     ("deepspec", "dspark", "llama"),
@@ -145,7 +146,7 @@ def test_a_draft_with_a_head_of_its_own_uses_it(tmp_path: Path) -> None:
     import_draft(tmp_path / "out", tmp_path / "back", "auto", ImportHints(target.spec, max_draft=3))
     back = load_draft(tmp_path / "back", target)
     torch.testing.assert_close(logits(back), 2 * logits(model))
-    with pytest.raises(DraftError, match="not a draft of SGLang's"):
+    with pytest.raises(DraftError, match="not a draft in the sglang format"):
         import_draft(ours, tmp_path / "again", "sglang")
 
 
@@ -183,7 +184,7 @@ def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(DraftError, match=r"sample_from_anchor.*--sample-from-anchor"):
         import_draft(tmp_path / "spec", tmp_path / "back")
-    import_draft(tmp_path / "spec", tmp_path / "back", facts=ImportHints(sample_from_anchor=True))
+    import_draft(tmp_path / "spec", tmp_path / "back", hints=ImportHints(sample_from_anchor=True))
     assert load_draft(tmp_path / "back", target).config.max_draft == 4
     _, _, ours = made(tmp_path / "e", "eagle3")
     export_draft(ours, tmp_path / "eagle", ExportOptions("speculators"))
@@ -220,7 +221,7 @@ def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
     save_file(state, path)
     wide = tiny_target("qwen3", hidden_size=64)
     with pytest.raises(DraftError, match="hidden_size"):
-        import_draft(tmp_path / "out", tmp_path / "never", facts=ImportHints(wide.spec))
+        import_draft(tmp_path / "out", tmp_path / "never", hints=ImportHints(wide.spec))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for key, value in {
         "projector_type": "domino",

@@ -16,7 +16,6 @@ ROOMS = (
     "deepspec/registry.py",  # its rows
     "deepspec/export/forms/",  # the layouts and engines that name the forms which they take
     "deepspec/export/engines/",
-    *(f"deepspec/export/{name}.py" for name in ("published", "sglang", "speculators", "vllm", "zlab")),
     "deepspec/serving/check.py",  # which forms an engine is asked to serve
 )
 ALLOWED = re.compile(r"recipes/[\w./{}]+|the \w+ paper")  # a recipe's file, a paper

@@ -12,11 +12,11 @@ import torch
 import training_tools as tools
 from safetensors.torch import load_file, save_file
 
-from deepspec.checkpoints import read_manifest, steps_of
+from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import World
 from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
-from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.targets import embeddings, load_target
 from deepspec.targets.digests import sampled_digest
