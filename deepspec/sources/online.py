@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -16,12 +17,13 @@ from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.forward import load_renderer
 from deepspec.cache.plan import read_rows, render, scan
 from deepspec.data.refusals import RenderCounts
-from deepspec.distributed import world_from_environment
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
 from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.served import ServedTarget
+
+log = logging.getLogger(__name__)
 
 
 class OnlineSource(FeatureSource):
@@ -66,8 +68,8 @@ class OnlineSource(FeatureSource):
         if not self._ids:
             raise DataError("no usable conversation in the file", file=path, found=counts.dropped)
         self.rejected = counts.dropped
-        if counts.dropped and world_from_environment().is_main:
-            print("\n  ".join([f"{path}: {len(self._ids):,} samples", *counts.lines()]), flush=True)
+        if counts.dropped:
+            log.info("\n  ".join([f"{path}: {len(self._ids):,} samples", *counts.lines()]))
         self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
         self.group_sizes = (len(self._ids),)
         self._fingerprint = fingerprint_of(recipe, target.spec, renderer.tokenizer, [found.entry()])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
-from deepspec.cache.forward import DTYPES
 from deepspec.distributed import world_from_environment
 from deepspec.recipe import Recipe
 from deepspec.sources.online import OnlineSource
@@ -39,7 +39,7 @@ class ServedSource(OnlineSource):
     def __init__(self, recipe: Recipe, target: TargetEmbeddings | Target, path: str | Path) -> None:
         section, servers = recipe.target, recipe.data.servers
         url = servers[world_from_environment().rank % len(servers)]
-        served = ServedTarget(url, section.path, section.layers, DTYPES[section.dtype], section.revision)
+        served = ServedTarget(url, section.path, section.layers, getattr(torch, section.dtype), section.revision)
         super().__init__(recipe, served, path)
 
     def announce(self, numbers: Sequence[int]) -> None:

@@ -13,6 +13,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from deepspec import registry
 from deepspec.algorithms.base import Algorithm, Drafter, DraftModel, Proposal
 from deepspec.batch import Batch
 from deepspec.data.conversations import write_conversations
@@ -21,7 +22,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.demos.quickstart.tokenizer import VOCAB_SIZE, train_tokenizer
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.convert import FORMATS, find_format, read_draft
+from deepspec.export.convert import read_draft
 from deepspec.export.parts import ImportHints, ascending
 from deepspec.metrics import LossTerms
 from deepspec.targets import Target
@@ -142,8 +143,8 @@ def equal_rows(proposal: Proposal, alone: list[Proposal]) -> None:
 def engine_answers(folder: Path) -> dict[str, str | DraftError]:
     """What every engine says of the draft in ``folder``: the algorithm that it reads back, or its refusal."""
     answers: dict[str, str | DraftError] = {}
-    for name in FORMATS:
-        engine = find_format(name)
+    for name in registry.ENGINES:
+        engine = registry.engine(name)
         try:
             answers[name] = engine.read(engine.write(ascending(read_draft(folder))), ImportHints()).algorithm.name
         except DraftError as refusal:

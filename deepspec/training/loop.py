@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -19,25 +20,20 @@ from deepspec.training.plan import lr_factor
 from deepspec.training.prefetch import Prefetcher, TrainStep
 from deepspec.training.report import Meter, Reporter
 from deepspec.training.signals import StopSignal
+from deepspec.training.validation import HeldOut
 
+log = logging.getLogger(__name__)
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
 
 
-def save_error(problem: OSError | RuntimeError, place: Path) -> CheckpointError:
+def save_error(problem: OSError | RuntimeError, folder: Path) -> CheckpointError:
     """A checkpoint that could not be written, the line of who raised it inside."""
-    known = system_error(problem, place, CheckpointError)
+    known = system_error(problem, folder, CheckpointError)
     line = known.problem if known is not None else next(iter(str(problem).strip().splitlines()), repr(problem))
     remedy = (known and known.remedy) or "look for room and permissions, then run the same command again"
     return CheckpointError(
-        f"the checkpoint cannot be written ({line}); earlier ones are whole", file=place, remedy=remedy
+        f"the checkpoint cannot be written ({line}); earlier ones are complete", file=folder, remedy=remedy
     )
-
-
-class Validator(Protocol):
-    """Measures the draft on held-out samples."""
-
-    def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
-        """The measures after ``step`` steps, and the score for `keep_best` (None where this validation has none)."""
 
 
 class Trainer:
@@ -61,7 +57,7 @@ class Trainer:
         checkpoints: Checkpoints,
         manifest: Manifest,
         *,
-        validator: Validator | None = None,
+        validator: HeldOut | None = None,
         profile: Path | None = None,
     ) -> None:
         self.recipe, self.train, self.engine, self.prefetcher = recipe, recipe.train, engine, prefetcher
@@ -163,8 +159,7 @@ class Trainer:
             self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
         except (OSError, RuntimeError) as problem:  # torch's writer makes RuntimeErrors of a full disk
             self.checkpoints.discard(done)
-            place = self.checkpoints.folder / f"step_{done}"
-            raise save_error(problem, place) from problem
+            raise save_error(problem, self.checkpoints.folder / f"step_{done}") from problem
         self.engine.barrier()
         if self.engine.world.is_main:
             self.checkpoints.commit(replace(self.manifest, step=done, score=score))
@@ -176,8 +171,7 @@ class Trainer:
             self._save(done)
         self.checkpoints.wait()
         self.engine.barrier()
-        if self.engine.world.is_main:
-            print(f"stopped by a signal after step {done}/{self.total_steps}; run again to go on", flush=True)
+        log.info("stopped by a signal after step %d/%d; run again to go on", done, self.total_steps)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:

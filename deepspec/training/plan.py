@@ -3,7 +3,7 @@
 A pure function of (seed, epoch, sample lengths, global batch, cache weights). A step's samples are an unbiased draw:
 their lengths say nothing about which step they come in. Lengths only decide how a step's own samples are cut into
 micro-batches (by count, or by a budget of tokens) and dealt to ranks; the loss of a step does not depend on the cut. So
-the same samples meet in the same step whatever the machine, and a resumed run needs nothing but its step number.
+the same samples make the same step whatever the machine, and a resumed run needs nothing but its step number.
 """
 
 from __future__ import annotations
@@ -42,11 +42,6 @@ class StepPlan:
         Neighbours in length run at the same time on different ranks, so that no rank waits long for another.
         """
         return self.micro_batches(world_size)[rank::world_size]
-
-    def padded_tokens(self, world_size: int = 1) -> int:
-        """Tokens that the step computes, padding included."""
-        edges = np.cumsum([0, *(len(numbers) for numbers in self.micro_batches(world_size))])
-        return int((self.lengths[edges[:-1]] * np.diff(edges)).sum())
 
 
 class RunPlan:
@@ -110,12 +105,6 @@ class RunPlan:
             drawn.append(start + np.concatenate([np.zeros(0, dtype=np.int64), *order])[:count])
             start += size
         return random.permutation(np.concatenate(drawn).astype(np.int64))
-
-    def padding_share(self, steps: int, world_size: int = 1) -> float:
-        """Share of padding in all tokens computed over the first ``steps`` steps."""
-        plans = [self.step(number) for number in range(steps)]
-        real = sum(int(plan.lengths.sum()) for plan in plans)
-        return 1.0 - real / sum(plan.padded_tokens(world_size) for plan in plans)
 
 
 def balanced_edges(lengths: np.ndarray, micro_tokens: int, world_size: int) -> list[int]:

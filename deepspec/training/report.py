@@ -1,8 +1,9 @@
-"""What a run tells: sums kept on the device between log steps, one line per log step, TensorBoard, a JSONL of all."""
+"""What a run reports: sums kept on the device between log steps, one line per log step, TensorBoard, a JSONL of all."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import named, write_text
 from deepspec.metrics import LossTerms
 from deepspec.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(DeepSpecError):
@@ -70,11 +73,11 @@ class Meter:
             return
         if bad.any():
             step, samples = self._samples[int(bad.nonzero()[0])]
-            place = f"in optimizer step {step + 1}, sample ids {list(samples)}"
+            where = f"in optimizer step {step + 1}, sample ids {list(samples)}"
         else:
-            place = "on another rank"
+            where = "on another rank"
         raise NonFiniteLoss(
-            f"the loss is not finite {place}",
+            f"the loss is not finite {where}",
             found=float(shares[bad][0]) if bad.any() else None,
             remedy="lower train.lr or look at these samples; the last checkpoint is from before",
         )
@@ -87,13 +90,13 @@ class Meter:
         parts = [loss, self.counts] + [part.reshape(-1).cpu() for name in names for part in self._sums[name]]
         flat = self.reduce(torch.cat(parts))
         values: dict[str, Any] = {"loss": float(flat[0]) / max(self.steps, 1)} if self._shares else {}
-        place = 4
+        start = 4
         for name, shape in zip(names, shapes, strict=True):
             size = math.prod(shape)
-            total, weight = flat[place : place + size], flat[place + size : place + 2 * size]
+            total, weight = flat[start : start + size], flat[start + size : start + 2 * size]
             mean = total / weight.clamp_min(1e-12)
             values[name] = mean.tolist() if len(shape) else float(mean)
-            place += 2 * size
+            start += 2 * size
         values |= {
             "samples": int(flat[1]),
             "tokens": int(flat[2]),
@@ -101,16 +104,6 @@ class Meter:
         }
         self.__init__(self.reduce)  # type: ignore[misc]
         return values
-
-
-class Writer(Protocol):
-    """A sink of scalars (TensorBoard, Weights & Biases)."""
-
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """Record the numbers of ``values`` at ``step``."""
-
-    def close(self) -> None:
-        """Flush."""
 
 
 class TensorBoardWriter:
@@ -166,14 +159,14 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            flat |= {f"{name}@{place + 1}": float(one) for place, one in enumerate(value)}
+            flat |= {f"{name}@{position}": float(one) for position, one in enumerate(value, 1)}
         elif isinstance(value, int | float):
             flat[name] = float(value)
     return flat
 
 
 class Reporter:
-    """The run's voice on rank 0: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
+    """What rank 0 reports: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
 
     A run that goes on after ``first_step`` steps does later ones again (it was killed after its last checkpoint): their
     rows are taken out of the log first, so that each step stands there once.
@@ -182,7 +175,7 @@ class Reporter:
     def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
         self.run, self.total, self.first = run, total_steps, first_step
         cut_log(run / "log.jsonl", first_step)
-        self.writers: list[Writer] = []
+        self.writers: list[TensorBoardWriter | WandbWriter] = []
         if recipe.train.tensorboard:
             self.writers.append(TensorBoardWriter(run, first_step))
         if recipe.train.wandb_project:
@@ -209,13 +202,13 @@ class Reporter:
             f"mem {rates['memory_gb']:.2f} GB",
             f"left {timedelta(seconds=round(left))}",
         ]
-        print(" | ".join(line), flush=True)
+        log.info(" | ".join(line))
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
         """The result of a validation."""
         shown = {name: value for name, value in values.items() if name not in ("samples", "tokens", "padding")}
         self._write("validation", step, shown)
-        print(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]), flush=True)
+        log.info(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]))
 
     def exclude(self, seconds: float) -> None:
         """Leave time spent outside training steps (validation) out of the next rates."""

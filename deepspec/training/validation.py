@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,7 +14,7 @@ from deepspec import registry
 from deepspec.cache.forward import load_renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.distributed import World, world_from_environment
+from deepspec.distributed import World
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
 from deepspec.sources.base import FeatureSource
@@ -21,6 +22,8 @@ from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut:
@@ -30,7 +33,7 @@ class HeldOut:
         recipe: of the run.
         section: its `train.validation`.
         source: the held-out samples.
-        target: decodes; the whole one where `decode_every` is set.
+        target: decodes; the complete one where `decode_every` is set.
     """
 
     def __init__(
@@ -51,12 +54,12 @@ class HeldOut:
         return self.source.tokens(number)[:first].tolist()
 
     def _fitting(self, prompts: list[list[int]]) -> list[Sequence[int]]:
-        """The prompts that fit the target's positions with the new tokens; how many do not is said once."""
+        """The prompts that fit the target's positions with the new tokens; how many do not is reported."""
         config, new = self.target.spec.config, self.section.max_new_tokens  # type: ignore[union-attr]
-        kept = fitting(config, prompts, new, "train.validation.max_new_tokens")
-        if len(kept) < len(prompts) and world_from_environment().is_main:
-            print(f"validation: {len(prompts) - len(kept)} prompts do not fit the target's positions and are left out")
-        return kept
+        chosen = fitting(config, prompts, new, "train.validation.max_new_tokens")
+        if left_out := len(prompts) - len(chosen):
+            log.info("validation: %d prompts do not fit the target's positions and are left out", left_out)
+        return chosen
 
     def _cut(self, world: World) -> list[list[int]]:
         """Micro-batches for all ranks; at least one for each."""
@@ -98,12 +101,12 @@ class HeldOut:
         own = batches[world.rank :: world.size]
         rounds = math.ceil(len(batches) / world.size)  # every rank runs as often: ZeRO-3 gathers together
         with engine.evaluating():
-            for place in range(rounds):
-                numbers = own[min(place, len(own) - 1)]
+            for index in range(rounds):
+                numbers = own[min(index, len(own) - 1)]
                 batch = self.source.batch(numbers, self.recipe.seed, 0)
                 plan = self.algorithm.plan(self.recipe.draft, batch.supervision)
                 terms = engine.forward(batch.planned(plan))
-                if place < len(own):
+                if index < len(own):
                     meter.add(0, batch, terms)
                     coefficients = dict(terms.coefficients)
         values = meter.take()
@@ -112,9 +115,9 @@ class HeldOut:
     def _decode(self, engine: Engine, target: Target) -> tuple[float, float]:
         """Tokens committed (the bonus tokens included) and rounds of greedy decoding with the weights of now."""
         draft = self.recipe.draft
-        with engine.whole_model() as live:
+        with engine.complete_model() as live:
             weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}
-        # a plain copy: ranks decode different prompts, which a sharded module could not
+        # an unsharded copy: ranks decode different prompts, which a sharded module could not
         model = self.algorithm.build_model(draft, target.spec.shape, target.spec.family)
         model.load_state_dict(weights)
         model = model.to(target.device, target.dtype).eval()

@@ -16,13 +16,15 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from deepspec import registry
+from deepspec.log import start_logging
+from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.engine import end_processes, start_processes
 
 
 def train(job: dict, world) -> None:
     """One run; ``steps`` ends it early as a signal would."""
-    prepared = run.prepare(job["recipe"], job.get("set", []), world, job.get("accept", False))
+    prepared = run.prepare(load_recipe(job["recipe"], job.get("set", [])), world, job.get("accept", False))
     trainer = run.assemble(prepared, world, profile=False)
     if job.get("steps"):
         ask = trainer.prefetcher.steps
@@ -35,7 +37,7 @@ def train(job: dict, world) -> None:
     if job.get("steps"):
         trainer._stop(job["steps"])
     if job.get("gather"):
-        with trainer.engine.whole_model() as model:
+        with trainer.engine.complete_model() as model:
             if world.is_main:
                 torch.save(model.state_dict(), job["gather"])
     trainer.engine.close()
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--local_rank")
     options = parser.parse_args()
     registry.SOURCES["cache"] = "training_tools:MemorySource"
+    start_logging()
     world = start_processes()
     for job in json.loads(Path(options.jobs).read_text()):
         train(job, world)

@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def assembled(recipe: Path, world: World, *overrides: str) -> Trainer:
-    return run.assemble(run.prepare(recipe, overrides, world, False), world, profile=False)
+    return run.assemble(run.prepare(load_recipe(recipe, overrides), world, False), world, profile=False)
 
 
 def train(trainer: Trainer) -> list[float]:
@@ -104,7 +104,7 @@ def test_several_caches_are_mixed_by_weight(tmp_path: Path, inputs: Inputs, worl
     assert np.isfinite(train(trainer)).all()
     swapped = both | {"cache": both["cache"][::-1]}
     with pytest.raises(CheckpointError, match="data are not the run's"):
-        run.prepare(inputs.recipe(tmp_path, data=swapped, max_steps=20, micro_batch=2), [], world, False)
+        run.prepare(load_recipe(inputs.recipe(tmp_path, data=swapped, max_steps=20, micro_batch=2)), world, False)
     reweighted = both | {"cache_weights": [1, 1]}
     with pytest.raises(CheckpointError, match=r"data\.cache_weights: a run cannot change this"):
-        run.prepare(inputs.recipe(tmp_path, data=reweighted, max_steps=20, micro_batch=2), [], world, False)
+        run.prepare(load_recipe(inputs.recipe(tmp_path, data=reweighted, max_steps=20, micro_batch=2)), world, False)

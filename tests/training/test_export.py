@@ -18,6 +18,7 @@ from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
+from deepspec.recipe import load_recipe
 from deepspec.targets import embeddings, load_target
 from deepspec.targets.digests import sampled_digest
 from deepspec.training import run
@@ -158,10 +159,10 @@ def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
     del values["identity"]
     values["target_digest"] = sampled_digest(place / "target", torch.float32)
     manifest.write_text(json.dumps(values))
-    start = run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False).start
+    start = run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False).start
     assert start.step == 4
     assert "is of an earlier version" in capsys.readouterr().err
     values["target_digest"] = "0" * 64
     manifest.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"target\.weights: run 000000000000\.\.\., now"):
-        run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False)
+        run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False)

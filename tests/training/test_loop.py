@@ -35,7 +35,7 @@ def memory_source(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def trainer_of(recipe: Path, world: World, *overrides: str, profile: bool = False) -> Trainer:
-    return run.assemble(run.prepare(recipe, overrides, world, False), world, profile)
+    return run.assemble(run.prepare(load_recipe(recipe, overrides), world, False), world, profile)
 
 
 def train(recipe: Path, world: World, *overrides: str, profile: bool = False) -> list[dict[str, Any]]:

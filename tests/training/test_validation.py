@@ -90,7 +90,7 @@ def test_validation_prompts_beyond_the_targets_positions_are_left_out(
 
 
 def assembled(recipe: Path, world: World) -> Trainer:
-    return run.assemble(run.prepare(recipe, [], world, False), world, profile=False)
+    return run.assemble(run.prepare(load_recipe(recipe), world, False), world, profile=False)
 
 
 def finish(trainer: Trainer) -> list[dict[str, Any]]:
@@ -203,7 +203,7 @@ def test_the_evaluator_measures_of_the_draft_folder_what_it_measures_of_the_live
         plain=False,
     )
     exported = Evaluation(options, target=target).run()
-    with trainer.engine.whole_model() as live:
+    with trainer.engine.complete_model() as live:
         live.attach(target.embed_weight, target.head_weight)  # type: ignore[operator]
         of_live = replace(options, output=str(tmp_path / "live"))
         measured = Evaluation(of_live, target=target, draft=live).run()  # type: ignore[arg-type]

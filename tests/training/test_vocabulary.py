@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from deepspec.drafts import load_draft
 from deepspec.export.consolidate import consolidate
 from deepspec.targets import load_target
-from deepspec.training.vocabulary import frequent_tokens
+from deepspec.training.initial import frequent_tokens
 
 
 @pytest.mark.parametrize(
