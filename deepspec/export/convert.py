@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,6 +25,8 @@ from deepspec.identity import shown
 from deepspec.locks import is_free, one_writer
 from deepspec.targets import load_spec, load_target_embeddings
 from deepspec.targets.digests import digest_like
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,7 @@ def _check_weights(path: str, revision: str | None, provenance: Mapping[str, Any
     """
     known = (provenance.get("target") or {}).get("weights")
     if known is None:
-        note = f"note: {folder} does not say which target's weights it was trained for; those of {path} are taken"
-        print(note, file=sys.stderr, flush=True)
+        log.warning("%s does not say which target's weights it was trained for; those of %s are taken", folder, path)
         return
     caches = (provenance.get("data") or {}).get("caches") or [{}]  # the dtype that an older digest was made in
     found = digest_like(known, path, getattr(torch, caches[0].get("dtype", "bfloat16")), revision)
