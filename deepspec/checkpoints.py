@@ -75,7 +75,7 @@ def target_differences(
 
 
 def steps_of(run: Path) -> dict[int, Path]:
-    """Whole checkpoints of a run, by step, in rising order."""
+    """Complete checkpoints of a run, by step, in rising order."""
     folders = {}
     for path in (run / "checkpoints").glob("step_*"):
         match = re.fullmatch(r"step_(\d+)", path.name)
@@ -131,8 +131,8 @@ def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] 
     shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["param_shapes"]
     weights: dict[str, Tensor] = {}
     for group, named in enumerate(shapes):
-        flat, place = torch.cat([one[group].flatten() for one in slices]), 0
+        flat, start = torch.cat([one[group].flatten() for one in slices]), 0
         for name, shape in named.items():
-            weights[name] = flat[place : place + shape.numel()].view(shape).clone()
-            place += shape.numel()
+            weights[name] = flat[start : start + shape.numel()].view(shape).clone()
+            start += shape.numel()
     return weights

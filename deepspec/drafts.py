@@ -164,7 +164,7 @@ def load_draft(
     folder = Path(folder)
     config = read_json(folder / "config.json", DraftError, "is this a draft folder?")
     if target is not None:
-        _check_target(folder, config, target)
+        check_target(config, target.spec, folder / "config.json")
     model = build_draft(config, folder / "config.json")
     state = read_weights(folder)
     frozen = {name: state.pop(name) for name in FROZEN if name in state}
@@ -256,15 +256,14 @@ def _check_same(folder: Path, name: str, stored: Tensor, theirs: Tensor, target:
     )  # fmt: skip
 
 
-def _check_target(folder: Path, config: Mapping[str, Any], target: Target) -> None:
-    pairs = {
-        "hidden_size": target.spec.hidden_size,
-        "vocab_size": target.spec.vocab_size,
-        "num_target_layers": target.spec.num_layers,
-    }
-    for key, wanted in pairs.items():
-        if config.get(key) != wanted:
-            raise DraftError(
-                "draft of another target", file=folder / "config.json", key=key, found=config.get(key),
-                wanted=f"{wanted} as in {target.spec.path}",
-            )  # fmt: skip
+def check_target(config: Mapping[str, Any], target: TargetSpec, file: Path | None) -> None:
+    """Check that a draft's widths are the target's.
+
+    Raises:
+        DraftError: they are not.
+    """
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "num_target_layers": target.num_layers}
+    for key, size in sizes.items():
+        if config.get(key) != size:
+            wanted = f"{size} as in {target.path}"
+            raise DraftError("draft of another target", file=file, key=key, found=config.get(key), wanted=wanted)

@@ -10,6 +10,7 @@ import yaml
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.parts import DraftCheckpoint
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 
 def model_card(
@@ -44,14 +45,14 @@ def model_card(
         "is generated is the target's own. It is of no use by itself.",
         f"## Serve it\n\n```\n{engine.command(draft, target, folder)}\n```",
         engine.checked and f"Checked with: {engine.checked}.",
-        "## What it is\n\n" + _table(("field", "value"), _facts(draft)),
+        "## What it is\n\n" + Table(("field", "value"), _rows(draft)).markdown(),
         _training(provenance, recipe_text),
         "## Measured\n\n" + (_measured(results) if results else "Not measured before this export."),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _facts(draft: DraftCheckpoint) -> list[tuple[str, object]]:
+def _rows(draft: DraftCheckpoint) -> list[tuple[str, object]]:
     rows = draft.algorithm.card_rows(draft.parsed, draft.shape)
     parameters = sum(tensor.numel() for name, tensor in draft.state.items() if "weight" in name or "bias" in name)
     return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", draft.config.get("dtype"))]
@@ -67,7 +68,7 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
         for source in cache.get("sources", ())
     ]
     if sources:
-        parts.append("Data:\n\n" + _table(("file", "conversations", "SHA-256"), sources))
+        parts.append("Data:\n\n" + Table(("file", "conversations", "SHA-256"), sources).markdown())
     if recipe_text:
         parts.append(f"The resolved recipe:\n\n```yaml\n{recipe_text.rstrip()}\n```")
     if len(parts) == 1:
@@ -81,14 +82,8 @@ def _measured(results: Mapping[str, Any]) -> str:
         equal = "" if row.get("equal_to_plain") is None else f"{row['equal_to_plain']:.0%}"
         rate = "" if row["verify_rate"] is None else f"{row['verify_rate']:.0%}"
         rows.append((row["task"], f"{row['temperature']:g}", length_text(row), rate, equal, row["prompts"]))
-    table = _table(
-        ("task", "T", "accepted length (95 %)", "accepted/verified", "greedy text equal to the target's", "prompts"),
-        rows,
-    )
+    equal_text = "greedy text equal to the target's"
+    head = ("task", "T", "acceptance length (95 %)", "accepted/verified", equal_text, "prompts")
+    table = Table(head, rows).markdown()
     command = (results.get("provenance") or {}).get("command")
     return table + (f"\n\nBy `{' '.join(command)}`." if command else "")
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(str(cell) for cell in row) for row in rows)]
-    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)

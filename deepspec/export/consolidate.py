@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepspec import registry
 from deepspec.checkpoints import Manifest, read_manifest, read_weights, steps_of, target_differences
@@ -14,25 +13,25 @@ from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
-from deepspec.recipe import Recipe, recipe_at
+from deepspec.recipe import recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """``path`` itself where it is a checkpoint, or the newest whole checkpoint of the run ``path``.
+    """``path`` itself where it is a checkpoint, or the newest complete checkpoint of the run ``path``.
 
     Raises:
         CheckpointError: neither.
     """
     if (path / "manifest.json").is_file():
         return path
-    whole = steps_of(path)
-    if not whole:
+    complete = steps_of(path)
+    if not complete:
         remedy = "name a folder <run>/checkpoints/step_N with a manifest.json, or a run that has one"
         raise CheckpointError("not a checkpoint", file=path, remedy=remedy)
-    return list(whole.values())[-1]
+    return list(complete.values())[-1]
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = None, embeddings: bool = True) -> Path:
@@ -48,7 +47,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         The checkpoint folder that was taken.
 
     Raises:
-        CheckpointError: no whole checkpoint, broken shards, or a target with other weights than in training.
+        CheckpointError: no complete checkpoint, broken shards, or a target with other weights than in training.
         DraftError: ``output`` already holds a draft, or another process works there.
     """
     with one_writer(output, "consolidation", DraftError):
@@ -61,11 +60,12 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
-    frozen = _frozen_weights(recipe, kind) if embeddings else {}
     _check_target(spec, manifest, folder, embeddings)
     weights = read_weights(folder, manifest)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    state |= frozen
+    if embeddings:  # as exact as the target's files have them, not as training rounded them
+        target = load_target_embeddings(spec.path, kind, "cpu", spec.revision)
+        state |= dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
     provenance: dict[str, Any] = {
         "checkpoint": str(folder),
         "step": manifest.step,
@@ -97,9 +97,3 @@ def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings
             remedy += ", or leave its embeddings out (--without-embeddings)"
         problem = f"the target's files are not those of the training: {'; '.join(lines)}"
         raise CheckpointError(problem, file=folder, key=spec.path, remedy=remedy)
-
-
-def _frozen_weights(recipe: Recipe, kind: torch.dtype) -> dict[str, Tensor]:
-    """The target's embedding and head, as exact as its files have them, not as training rounded them."""
-    target = load_target_embeddings(recipe.target.path, kind, "cpu", recipe.target.revision)
-    return dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))

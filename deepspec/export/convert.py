@@ -13,7 +13,16 @@ import torch
 
 from deepspec import registry
 from deepspec.checkpoints import steps_of
-from deepspec.drafts import FROZEN, SHARD_BYTES, build_draft, check_weights, read_weights, save_draft, weights_sha256
+from deepspec.drafts import (
+    FROZEN,
+    SHARD_BYTES,
+    build_draft,
+    check_target,
+    check_weights,
+    read_weights,
+    save_draft,
+    weights_sha256,
+)
 from deepspec.errors import DraftError
 from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
@@ -182,7 +191,9 @@ def import_draft(
         config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
         engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
         draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
-        _check_target(draft, hints)
+        if hints.target is not None and "num_target_layers" in draft.config:  # released drafts do not all say it
+            check_target(draft.config, hints.target, draft.file)
+            hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
         _checked(draft, folder)
         provenance = _provenance(folder)
         provenance["import"] = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
@@ -204,19 +215,6 @@ def find_engine(config: Mapping[str, Any], folder: Path) -> ExportEngine:
         "no format that we know", file=folder / "config.json", key="architectures", found=config.get("architectures"),
         wanted=f"one of {', '.join(registry.ENGINES)}", remedy="name it (--from)",
     )  # fmt: skip
-
-
-def _check_target(draft: DraftCheckpoint, hints: ImportHints) -> None:
-    """The draft's widths are those of the target that the user names, before anything is written."""
-    target = hints.target
-    if target is None or "num_target_layers" not in draft.config:
-        return
-    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "num_target_layers": target.num_layers}
-    for key, wanted in sizes.items():
-        if draft.config.get(key) != wanted:
-            found, wanted_text = draft.config.get(key), f"{wanted} as in {target.path}"
-            raise DraftError("draft of another target", file=draft.file, key=key, found=found, wanted=wanted_text)
-    target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
 
 
 def _provenance(folder: Path) -> dict[str, Any]:

@@ -55,8 +55,8 @@ class Kind:
     @property
     def name(self) -> str:
         """What the report calls it."""
-        plain = self.source.replace(REDUCED, " reduced vocabulary").replace(FILL_IN, " K-1")
-        return plain if self.first else f"{plain} {self.format}"
+        text = self.source.replace(REDUCED, " reduced vocabulary").replace(FILL_IN, " K-1")
+        return text if self.first else f"{text} {self.format}"
 
 
 def kinds_of(formats: Sequence[str]) -> list[Kind]:
@@ -261,13 +261,8 @@ def reduce_vocabulary(source: Path, output: Path) -> None:
 def compare(
     kind: Kind, ours: Sequence[Generation], engine: Sequence[Mapping[str, Any]], baseline: list[list[int]]
 ) -> Row:
-    """The verdict on one kind.
-
-    Args:
-        kind: which.
-        ours: our generations.
-        engine: per prompt its tokens and (drafted, accepted) of every round.
-        baseline: the engine's own tokens without a draft.
+    """The verdict on one kind: of every prompt our generation, the engine's tokens and (drafted, accepted) of every
+    round, and its own tokens without a draft.
     """
     equal = sum(row["tokens"] == tokens for row, tokens in zip(engine, baseline, strict=True))
     own = [[one.accepted for one in generation.rounds[:-1]] for generation in ours]

@@ -21,13 +21,7 @@ ERRORS = ("Error:", "error:", "error, ", "not supported")  # marks of a line tha
 def run(
     command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None, timeout: float | None = None
 ) -> None:
-    """Run a program to its end; stdout and stderr go to ``output``.
-
-    Args:
-        command: what to run.
-        output: a log file, replaced.
-        environment: added to this process's.
-        timeout: seconds; None: as long as it takes.
+    """Run a program to its end; stdout and stderr go to the log ``output``, ``environment`` adds to this process's.
 
     Raises:
         DeepSpecError: it failed or took too long; ``found`` is the last error in its log.
@@ -47,11 +41,11 @@ def run(
 def serve(
     command: Sequence[str], output: Path, environment: Mapping[str, str], timeout: float, health: str = "/health"
 ) -> Iterator[str]:
-    """The URL of a server that runs until the block ends.
+    """The URL of a server that runs until the block ends; see :func:`run`.
 
     Args:
         command: without ``--host`` and ``--port``, which are added.
-        output: its log, replaced.
+        output: its log.
         environment: added to this process's.
         timeout: seconds that it has to become ready.
         health: the path that replies 200 once it is.

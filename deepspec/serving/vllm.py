@@ -120,12 +120,7 @@ class VLLMServer:
         return dict(registry.engine(format_name).speculative(draft, str(folder.resolve())))
 
     def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
-        """One run over prompts in its own process.
-
-        Args:
-            name: of the job's files in ``work``.
-            job: what :mod:`deepspec.serving.vllm_run` takes.
-            form: of the draft in it.
+        """One run in its own process of what :mod:`deepspec.serving.vllm_run` takes; ``form`` is that of its draft.
 
         Raises:
             DeepSpecError: it failed; ``found`` is the last error in its log.

@@ -48,7 +48,6 @@ class SGLangDSpark(DSpark):
     """Wants the size of a head; the anchor's slot always drafts."""
 
     def stated(self, draft: DraftCheckpoint) -> dict[str, Any]:
-        """See :meth:`DSpark.stated`."""
         return {"head_dim": draft.shape.head_dim, "sample_from_anchor": True}
 
 

@@ -37,7 +37,6 @@ class VLLMEngine(ExportEngine):
     checked = "vLLM 0.32.0 on CPU: `make serve-check`"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
-        """See :meth:`ExportEngine.command`."""
         return f"vllm serve {target} --speculative-config '{json.dumps(self.speculative(draft, folder))}'"
 
     def speculative(self, draft: DraftCheckpoint, folder: str) -> dict[str, object]:

@@ -45,7 +45,6 @@ class DSpark(Form):
         return {"sample_from_anchor": from_anchor, "dspark_bonus_anchor": not from_anchor}
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """See :meth:`Form.write`."""
         config, state = draft.config | {EXTRAS: draft.extras}, with_head_rows(draft)
         if not config.get("markov_rank"):  # rank 0 kills an engine's process
             config |= {"markov_rank": 1, "markov_head_type": "vanilla", "confidence_head_with_markov": False}
@@ -56,7 +55,6 @@ class DSpark(Form):
         return DraftCheckpoint(config, state, draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """See :meth:`Form.read`."""
         config = draft.config
         stated = config.get("sample_from_anchor", True)
         return read_block(draft, hints, config, config, config.get("target_layer_ids"), stated)
@@ -73,7 +71,6 @@ class DFlash(Form):
     name: str = "dflash"
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """See :meth:`Form.write`."""
         parsed = draft.parsed
         config = draft.transformer | {
             "architectures": [self.classes[draft.family.name]],

@@ -24,7 +24,6 @@ class Eagle3(Form):
     name: str = "eagle3"
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """See :meth:`Form.write`."""
         layers = [layer + 1 for layer in draft.parsed.target_layers]
         fields = {"eagle_aux_hidden_state_layer_ids": layers}
         return self._flat(draft, fields, {"norm_before_residual": False})
@@ -41,7 +40,6 @@ class Eagle3(Form):
         return DraftCheckpoint(config, with_head_rows(draft), draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """See :meth:`Form.read`."""
         refuse_norms(draft)
         return read_eagle3(draft, hints, draft.config, one_lower(draft.config.get("eagle_aux_hidden_state_layer_ids")))
 
@@ -51,7 +49,6 @@ class Eagle3Midlayer(Eagle3):
     """``midlayer.*``; ``eagle_config`` names the layers whose OUTPUT is read, as ours does."""
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """See :meth:`Form.write`."""
         layers = list(draft.parsed.target_layers)
         inner = {"eagle_aux_hidden_state_layer_ids": layers, "use_aux_hidden_state": True}
         flat = self._flat(draft, {"head_dim": draft.shape.head_dim, "eagle_config": inner}, {})
@@ -59,7 +56,6 @@ class Eagle3Midlayer(Eagle3):
         return DraftCheckpoint(flat.config, state, draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """See :meth:`Form.read`."""
         if int(draft.config.get("num_hidden_layers", 1)) != 1:
             raise DraftError("further layers of an Eagle3 are not ours", file=draft.file, key="num_hidden_layers")
         ids = (draft.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")

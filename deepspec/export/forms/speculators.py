@@ -35,7 +35,6 @@ class Speculator(Form):
         return config.get(self.key)
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """See :meth:`Form.write`."""
         state = with_head_rows(draft)
         config: dict[str, Any] = {
             "architectures": [self.classes[draft.family.name]],
@@ -69,11 +68,9 @@ class SpeculatorEagle3(Speculator):
     name: str = "eagle3"
 
     def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
-        """See :meth:`Speculator.fields`."""
         return {"eagle_aux_hidden_state_layer_ids": layers, "norm_before_residual": False}
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """See :meth:`Form.read`."""
         config = draft.config
         refuse_norms(draft)
         if "norm_before_residual" not in config:
@@ -92,7 +89,6 @@ class SpeculatorBlock(Speculator):
     heads: bool = False
 
     def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
-        """See :meth:`Speculator.fields`."""
         parsed, rank = draft.parsed, draft.config.get("markov_rank") or 0
         fields = {
             "aux_hidden_state_layer_ids": layers,
@@ -112,7 +108,6 @@ class SpeculatorBlock(Speculator):
         }
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """See :meth:`Form.read`."""
         config = draft.config
         if config.get("projector_type", "dflash") != "dflash" or config.get("shift_label"):
             key = "projector_type / shift_label"
