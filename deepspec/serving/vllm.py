@@ -29,10 +29,8 @@ HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # 16 and 24
 INTERPRETER = {"TRITON_INTERPRET": "1"}  # with the shim alone: without it its Triton backend cannot run a kernel
 # forms that need the CPU shim -> whether in the V2 runner, whose kernels are Triton's
 SHIM_FORMS = {"dflash": "0", "dspark": "1"}
-CONNECTORS = {  # where the engine runs -> its own connector of hidden states, or the CPU shim's
-    "cuda": {"kv_connector": "ExampleHiddenStatesConnector"},
-    "cpu": {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": "tricpu.hs_connector"},
-}
+# the shim's; on CUDA the engine's own ExampleHiddenStatesConnector serves (docs/serving.md has the command)
+CONNECTOR = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": "tricpu.hs_connector"}
 
 
 @dataclass(frozen=True)
@@ -140,7 +138,7 @@ class VLLMServer:
         """The URL of a server that hands out the target's hidden states of ``layers`` while a block runs."""
         storage.mkdir(parents=True, exist_ok=True)
         folder = str(Path(spec.path).resolve())
-        arguments = server_arguments(folder, server_layers(layers, spec), str(storage.resolve()), "cpu")
+        arguments = server_arguments(folder, server_layers(layers, spec), str(storage.resolve()))
         arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
         environment = DEFAULTS | INTERPRETER | {
             "PYTHONPATH": str(Path(self.shim or "").resolve()),
@@ -151,14 +149,13 @@ class VLLMServer:
         return serve(command, storage.with_suffix(".log"), environment, self.timeout)
 
 
-def server_arguments(target: str, layers: Sequence[int], storage: str, device: str) -> list[str]:
+def server_arguments(target: str, layers: Sequence[int], storage: str) -> list[str]:
     """Arguments of its server for hidden states of the engine's layer ids ``layers``.
 
     Args:
         target: folder or hub id.
         layers: what :func:`deepspec.targets.served.server_layers` gives.
         storage: folder that server and reader share.
-        device: ``cuda`` or ``cpu``.
     """
     speculative = {
         "method": "extract_hidden_states",
@@ -166,7 +163,7 @@ def server_arguments(target: str, layers: Sequence[int], storage: str, device: s
         "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}},
     }
     transfer = {
-        **CONNECTORS[device],
+        **CONNECTOR,
         "kv_role": "kv_producer",
         "kv_connector_extra_config": {"shared_storage_path": storage},
     }

@@ -200,11 +200,11 @@ def test_the_kinds_are_those_of_the_engines_tables() -> None:
 
 def test_arguments_of_a_server_that_hands_out_hidden_states() -> None:
     spec = tiny_target("qwen3").spec
-    arguments = server_arguments("T", server_layers([-1, 1], spec), "/s", "cuda")
+    arguments = server_arguments("T", server_layers([-1, 1], spec), "/s")
     speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
     assert speculative["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
     transfer = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
-    assert transfer["kv_connector"] == "ExampleHiddenStatesConnector"
+    assert transfer["kv_connector"] == "CPUHiddenStatesConnector"
     assert transfer["kv_connector_extra_config"] == {"shared_storage_path": "/s"}
 
 
