@@ -14,8 +14,8 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.batch import Batch
 from deepspec.cache.fingerprint import fingerprint_of
-from deepspec.cache.forward import load_renderer
-from deepspec.cache.plan import read_rows, render, scan
+from deepspec.cache.plan import read_rows, scan
+from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.refusals import RenderCounts
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
@@ -58,7 +58,7 @@ class OnlineSource(FeatureSource):
         self._sample_ids: list[int] = []
         counts = RenderCounts()
         for number, row in read_rows(found.path, 0, 0, found.rows):
-            rendered = render(renderer, row, recipe.data.min_supervised)
+            rendered = render_row(renderer, row, recipe.data.min_supervised)
             if isinstance(rendered, str):
                 counts.drop(rendered, row["id"] if isinstance(row, dict) else f"row {number + 1}")
                 continue

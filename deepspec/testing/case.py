@@ -105,18 +105,22 @@ def greedy(logits: Tensor, _slot: int) -> tuple[Tensor, None]:
     return logits.argmax(-1), None
 
 
+def newest(prompt: list[int]) -> int:
+    """A token that stands behind a prompt's own."""
+    return 3 + sum(prompt) % 90
+
+
 def extend(case: Case, drafter: Drafter, prompts: list[list[int]], rows: list[int]) -> None:
-    """Give ``rows`` the contexts of ``prompts``: all of their tokens but the newest."""
+    """Give ``rows`` the contexts of ``prompts``: every position with the token after it."""
     longest = max(map(len, prompts))
     tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    width = len(case.config.target_layers) * case.target.spec.hidden_size
-    features = torch.zeros(len(prompts), longest, width)
-    for place, prompt in enumerate(prompts):
-        seen = case.target.forward(torch.tensor([prompt]), case.config.target_layers)
-        features[place, : len(prompt)] = seen.features[0]
-        tokens[place, : len(prompt) - 1] = torch.tensor(prompt[1:])
-    counts = torch.tensor([len(prompt) - 1 for prompt in prompts])
-    drafter.extend(features, tokens, counts, longest, torch.tensor(rows))
+    features = torch.zeros(*tokens.shape, len(case.config.target_layers) * case.target.spec.hidden_size)
+    for row, prompt in enumerate(prompts):
+        features[row, : len(prompt)] = case.target.forward(torch.tensor([prompt]), case.config.target_layers).features[
+            0
+        ]
+        tokens[row, : len(prompt)] = torch.tensor([*prompt[1:], newest(prompt)])
+    drafter.extend(features, tokens, torch.tensor([len(prompt) for prompt in prompts]), longest, torch.tensor(rows))
 
 
 def started(case: Case, model: DraftModel, size: int, prompts: list[list[int]], rows: list[int]) -> Drafter:
@@ -129,7 +133,7 @@ def started(case: Case, model: DraftModel, size: int, prompts: list[list[int]], 
 
 def propose(drafter: Drafter, prompts: list[list[int]], max_draft: int | None = None) -> Proposal:
     """What the first rows draft greedily behind the newest tokens of ``prompts``."""
-    return drafter.propose(torch.tensor([prompt[-1] for prompt in prompts]), greedy, max_draft)
+    return drafter.propose(torch.tensor([newest(prompt) for prompt in prompts]), greedy, max_draft)
 
 
 def equal_rows(proposal: Proposal, alone: list[Proposal]) -> None:

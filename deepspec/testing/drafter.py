@@ -280,21 +280,19 @@ class TrainingRunSuite(_Cases):
     @pytest.fixture(scope="session")
     def process_group(self) -> Iterator[None]:
         """Of this process, until the session ends: DeepSpeed cannot start a second one."""
-        from deepspec.training.engine import end_processes, start_processes  # DeepSpeed takes seconds to import
+        from deepspec.training.engine import training_processes  # DeepSpeed takes seconds to import
 
-        start_processes()
-        yield
-        end_processes()
+        with training_processes():
+            yield
 
     @pytest.mark.usefixtures("process_group")
     def test_two_steps_of_training_become_a_draft_that_decodes(
-        self, case: Case, zero_stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, case: Case, zero_stage: int, tmp_path: Path
     ) -> None:
         """From a recipe file over conversations and the target itself to a consolidated folder."""
         from deepspec.export.consolidate import consolidate
         from deepspec.training import run
 
-        monkeypatch.setattr(run, "end_processes", lambda: None)
         recipe = write_run(tmp_path, case, zero_stage)
         assert run.train(recipe) == 0
         rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]

@@ -50,16 +50,9 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        prefetcher: Prefetcher,
-        checkpoints: Checkpoints,
-        manifest: Manifest,
-        *,
-        validator: HeldOut | None = None,
-        profile: Path | None = None,
-    ) -> None:
+        self, recipe: Recipe, engine: Engine, prefetcher: Prefetcher, checkpoints: Checkpoints, manifest: Manifest, *,
+        validator: HeldOut | None = None, profile: Path | None = None,
+    ) -> None:  # fmt: skip
         self.recipe, self.train, self.engine, self.prefetcher = recipe, recipe.train, engine, prefetcher
         self.checkpoints, self.manifest, self.total_steps = checkpoints, manifest, manifest.total_steps
         self.validator, self.profile = validator, profile

@@ -61,27 +61,19 @@ class RunPlan:
     """
 
     def __init__(
-        self,
-        lengths: np.ndarray,
-        group_sizes: Sequence[int],
-        *,
-        seed: int,
-        global_batch: int,
-        micro_batch: int = 1,
-        micro_tokens: int | None = None,
-        group_weights: Sequence[float] | None = None,
-    ) -> None:
+        self, lengths: np.ndarray, group_sizes: Sequence[int], *, seed: int, global_batch: int, micro_batch: int = 1,
+        micro_tokens: int | None = None, group_weights: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         self.lengths, self.group_sizes, self.seed = np.asarray(lengths), tuple(group_sizes), seed
         self.global_batch, self.micro_batch, self.micro_tokens = global_batch, micro_batch, micro_tokens
         self.group_weights = tuple(group_weights or group_sizes)
         self.steps_per_epoch = len(self.lengths) // global_batch
         if self.steps_per_epoch == 0:
             raise DataError(
-                "too few samples for one optimizer step",
-                found=len(self.lengths),
+                "too few samples for one optimizer step", found=len(self.lengths),
                 wanted=f"at least train.global_batch = {global_batch}",
                 remedy="add conversations, or lower train.global_batch",
-            )
+            )  # fmt: skip
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def step(self, number: int) -> StepPlan:

@@ -44,15 +44,9 @@ class Prefetcher:
     """
 
     def __init__(
-        self,
-        source: FeatureSource,
-        plan: RunPlan,
-        plan_loss: Callable[[Supervision], LossPlan],
-        *,
-        seed: int,
-        world: World,
-        workers: int,
-    ) -> None:
+        self, source: FeatureSource, plan: RunPlan, plan_loss: Callable[[Supervision], LossPlan], *, seed: int,
+        world: World, workers: int,
+    ) -> None:  # fmt: skip
         self.source, self.plan, self.plan_loss = source, plan, plan_loss
         self.seed, self.world = seed, world
         self.workers = workers if source.reads_ahead else 0

@@ -106,52 +106,24 @@ class Meter:
         return values
 
 
-class TensorBoardWriter:
-    """Event files under ``<run>/tensorboard``."""
+def wandb_session(recipe: Recipe, run: Path, first_step: int) -> Any:
+    """A session of Weights & Biases (extra ``wandb``); by ``<run>/wandb.id`` a resumed run goes on in its own.
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
-
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """One scalar per number; a list gives one per position."""
-        for name, value in flatten(values).items():
-            self.events.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flush to disk."""
-        self.events.close()
-
-
-class WandbWriter:
-    """Weights & Biases (extra ``wandb``); ``<run>/wandb.id`` lets a resumed run go on in its own session there."""
-
-    def __init__(self, recipe: Recipe, run: Path, first_step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
-            raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
-        name = run / "wandb.id"
-        if first_step == 0 or not name.exists():
-            write_text(name, uuid.uuid4().hex[:8])
-        self.session = wandb.init(
-            project=recipe.train.wandb_project,
-            name=recipe.name,
-            id=name.read_text(encoding="utf-8"),
-            dir=str(run),
-            config=recipe.to_dict(),
-            resume="allow",
-        )
-
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """One value per number."""
-        self.session.log({f"{group}/{name}": value for name, value in flatten(values).items()}, step=step)
-
-    def close(self) -> None:
-        """Finish the session."""
-        self.session.finish()
+    Raises:
+        DeepSpecError: the library is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
+        raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
+    name = run / "wandb.id"
+    if first_step == 0 or not name.exists():
+        write_text(name, uuid.uuid4().hex[:8])
+    return wandb.init(
+        project=recipe.train.wandb_project, name=recipe.name, id=name.read_text(encoding="utf-8"), dir=str(run),
+        config=recipe.to_dict(), resume="allow",
+    )  # fmt: skip
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:
@@ -175,11 +147,12 @@ class Reporter:
     def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
         self.run, self.total, self.first = run, total_steps, first_step
         cut_log(run / "log.jsonl", first_step)
-        self.writers: list[TensorBoardWriter | WandbWriter] = []
+        self.events: Any = None  # of TensorBoard
         if recipe.train.tensorboard:
-            self.writers.append(TensorBoardWriter(run, first_step))
-        if recipe.train.wandb_project:
-            self.writers.append(WandbWriter(recipe, run, first_step))
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self.session = wandb_session(recipe, run, first_step) if recipe.train.wandb_project else None
         self.begun = self.last = time.perf_counter()
 
     def training(self, step: int, values: dict[str, Any], wait_seconds: float) -> None:
@@ -218,13 +191,19 @@ class Reporter:
         path = self.run / "log.jsonl"
         with named(path), open(path, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
-        for writer in self.writers:
-            writer.write(group, values, step)
+        flat = {f"{group}/{name}": value for name, value in flatten(values).items()}
+        if self.events is not None:
+            for name, value in flat.items():
+                self.events.add_scalar(name, value, step)
+        if self.session is not None:
+            self.session.log(flat, step=step)
 
     def close(self) -> None:
-        """Flush all writers."""
-        for writer in self.writers:
-            writer.close()
+        """Flush TensorBoard and Weights & Biases."""
+        if self.events is not None:
+            self.events.close()
+        if self.session is not None:
+            self.session.finish()
 
 
 def cut_log(path: Path, last: int) -> None:

@@ -15,7 +15,7 @@ import torch
 
 from deepspec import registry
 from deepspec.checkpoints import read_buffers
-from deepspec.distributed import World, pick_device, together
+from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
 from deepspec.identity import target_fields
@@ -24,7 +24,7 @@ from deepspec.recipe import Recipe, load_recipe
 from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
-from deepspec.training.engine import Engine, end_processes, loss_backend, start_processes, to_universal
+from deepspec.training.engine import Engine, loss_backend, to_universal, training_processes
 from deepspec.training.initial import frequent_tokens, warm_start
 from deepspec.training.loop import Trainer
 from deepspec.training.plan import RunPlan
@@ -50,11 +50,9 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
     Raises:
         DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and report nothing.
     """
-    world = start_processes()
-    with ExitStack() as stack:
-        stack.callback(end_processes)
-        recipe = together(world, lambda: _hold(stack, load_recipe(path, overrides), world))
-        prepared = together(world, lambda: prepare(recipe, world, accept_changes))
+    with training_processes() as world, ExitStack() as stack:
+        recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
+        prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total:
             log.info("already finished: %s", start.folder)
@@ -111,14 +109,9 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     source = kind.open(recipe, target)
     train = recipe.train
     plan = RunPlan(
-        source.lengths,
-        source.group_sizes,
-        seed=recipe.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        micro_tokens=train.micro_tokens,
-        group_weights=recipe.data.cache_weights,
-    )
+        source.lengths, source.group_sizes, seed=recipe.seed, global_batch=train.global_batch,
+        micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=recipe.data.cache_weights,
+    )  # fmt: skip
     total = train.epochs * plan.steps_per_epoch
     identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
     manifest = store.Manifest(
@@ -150,7 +143,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     """The draft under DeepSpeed with the weights of the checkpoint, and the loop around it (all ranks together)."""
     recipe, start = prepared.recipe, prepared.start
     saved = store.Checkpoints(Path(recipe.output), recipe.train)
-    together(world, lambda: _start_folder(saved, prepared) if world.is_main else None)
+    on_rank0(world, lambda: _start_folder(saved, prepared))
     algorithm = registry.algorithm(recipe.algorithm)
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
@@ -163,13 +156,9 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, saved)
     prefetcher = Prefetcher(
-        prepared.source,
-        prepared.plan,
-        partial(algorithm.plan, recipe.draft),
-        seed=recipe.seed,
-        world=world,
+        prepared.source, prepared.plan, partial(algorithm.plan, recipe.draft), seed=recipe.seed, world=world,
         workers=recipe.train.workers,
-    )
+    )  # fmt: skip
     trace = saved.run / "profile" if profile else None
     validator, section = None, recipe.train.validation
     if section is not None and prepared.held_out is not None:
@@ -194,22 +183,15 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
         raise CheckpointError("of another precision", file=folder, found=now.dtype, wanted=old.dtype, remedy=remedy)
     if old.step > now.total_steps:
         raise CheckpointError(
-            "the run is already past this recipe's end",
-            file=folder,
-            key="train.max_steps",
-            found=now.total_steps,
+            "the run is already past this recipe's end", file=folder, key="train.max_steps", found=now.total_steps,
             wanted=f"at least {old.step}",
-        )
+        )  # fmt: skip
     stages = {old.zero_stage, now.zero_stage}
     if len(stages) > 1 and not stages <= {1, 2}:
         raise CheckpointError(
-            "of another ZeRO stage",
-            file=folder,
-            key="train.deepspeed",
-            found=now.zero_stage,
-            wanted=f"stage {old.zero_stage}",
-            remedy="only stages 1 and 2 can follow each other",
-        )
+            "of another ZeRO stage", file=folder, key="train.deepspeed", found=now.zero_stage,
+            wanted=f"stage {old.zero_stage}", remedy="only stages 1 and 2 can follow each other",
+        )  # fmt: skip
     moved = old.world_size != now.world_size or len(stages) > 1
     return Start(old.step, folder, universal=moved and old.zero_stage > 0, changes=tuple(changes))
 

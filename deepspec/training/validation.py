@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from deepspec import registry
-from deepspec.cache.forward import load_renderer
+from deepspec.data.chat import load_renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
@@ -66,12 +66,9 @@ class HeldOut:
         numbers = list(range(min(self.section.samples, len(self.source.lengths))))
         if len(numbers) < world.size:
             raise DataError(
-                "fewer validation samples than processes",
-                file=self.section.path,
-                key="train.validation.samples",
-                found=len(numbers),
-                wanted=f"at least {world.size}",
-            )
+                "fewer validation samples than processes", file=self.section.path, key="train.validation.samples",
+                found=len(numbers), wanted=f"at least {world.size}",
+            )  # fmt: skip
         size = min(self.recipe.train.micro_batch, len(numbers) // world.size)
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 

@@ -19,7 +19,7 @@ from deepspec import registry
 from deepspec.log import start_logging
 from deepspec.recipe import load_recipe
 from deepspec.training import run
-from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.engine import training_processes
 
 
 def train(job: dict, world) -> None:
@@ -50,10 +50,9 @@ def main() -> None:
     options = parser.parse_args()
     registry.SOURCES["cache"] = "training_tools:MemorySource"
     start_logging()
-    world = start_processes()
-    for job in json.loads(Path(options.jobs).read_text()):
-        train(job, world)
-    end_processes()
+    with training_processes() as world:
+        for job in json.loads(Path(options.jobs).read_text()):
+            train(job, world)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.loop import Trainer
-from deepspec.training.report import NonFiniteLoss, WandbWriter
+from deepspec.training.report import NonFiniteLoss, wandb_session
 
 pytest_plugins = ["training_fixtures"]
 
@@ -157,10 +157,10 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_session(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     recipe = load_recipe(tools.write_recipe(tmp_path, target, wandb_project="drafts"))
     for first_step in (0, 4, 0):
-        WandbWriter(recipe, tmp_path, first_step)
+        wandb_session(recipe, tmp_path, first_step)
     ids = [settings["id"] for settings in begun]
     assert ids[0] == ids[1] != ids[2]
     assert {settings["project"] for settings in begun} == {"drafts"}
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DeepSpecError, match=r"wandb is not installed.*pip install 'deepspec\[wandb\]'"):
-        WandbWriter(recipe, tmp_path, 0)
+        wandb_session(recipe, tmp_path, 0)
