@@ -17,6 +17,16 @@ ALGORITHMS = {
     "dspark": "deepspec.algorithms.dspark:DSPARK",
 }
 
+ENGINES = {  # an import that is told nothing asks them in this order: the more particular layouts stand first
+    "speculators": "deepspec.export.engines.speculators:SPECULATORS",
+    "deepspec": "deepspec.export.engines.deepspec:DEEPSPEC",
+    "zlab": "deepspec.export.engines.zlab:ZLAB",
+    "vllm": "deepspec.export.engines.vllm:VLLM",
+    "sglang": "deepspec.export.engines.sglang:SGLANG",
+}
+
+SERVERS = {"vllm": "deepspec.serving.vllm:VLLMServer"}  # engines that run here, for the serve check
+
 FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
@@ -45,6 +55,11 @@ def lookup(kind: str, table: dict[str, str], name: str) -> Any:
 def algorithm(name: str) -> Any:
     """The :class:`deepspec.algorithms.base.Algorithm` called ``name``."""
     return lookup("algorithm", ALGORITHMS, name)
+
+
+def engine(name: str) -> Any:
+    """The :class:`deepspec.export.engines.base.ExportEngine` called ``name``."""
+    return lookup("engine", ENGINES, name)
 
 
 def family(name: str) -> Any:

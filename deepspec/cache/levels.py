@@ -50,7 +50,7 @@ LEVELS = {
     "compact": _rounded(20, 64, (0.423, 0.528), "features to 1.6 %, last_hidden to a TV of 0.003"),
     "smallest": replace(
         _rounded(4, 48, (0.272, 0.5), "features to 8 %, last_hidden to a TV of 0.004"),
-        caution="a DSpark draft trained on it accepted 2.1 % less than on lossless (docs/cache.md): compare on yours",
+        caution="a draft trained on it accepted 2.1 % less than on lossless (docs/cache.md): compare on yours",
     ),
 }
 

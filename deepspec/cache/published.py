@@ -38,10 +38,10 @@ RECORD = np.dtype(
 )
 INDEX = "samples.idx"
 SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the published reader wants ids without gaps
-EAGLE3_CAUTION = (  # of every export: a cache keeps the rows alone that a loss of ours reads
-    "the published Eagle3 compares with the target at the last token of every answer and at the one behind it too (its"
-    " mask is off by two); this cache does not keep those two rows, they are written as zeros, and its loss differs"
-    " (13.417 for 13.403 on one batch); the published DFlash and DSpark do not read them"
+PUBLISHED_CAUTION = (  # of every export: a cache keeps the rows alone that a loss of ours reads
+    "the published draft that goes token by token compares with the target at the last token of every answer and at the"
+    " one behind it too (its mask is off by two); this cache does not keep those two rows, they are written as zeros,"
+    " and its loss differs (13.417 for 13.403 on one batch); the published block drafters do not read them"
 )
 FACTS = {"version": 2, "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 
@@ -194,7 +194,7 @@ def export_published(
     """Write a cache in the published form, for the published training code; returns the number of samples.
 
     Samples are numbered by their place, as its reader asserts; our ids stand in a file beside the index.
-    ``target_last_hidden_states`` is zero where the next token is not supervised: see EAGLE3_CAUTION.
+    ``target_last_hidden_states`` is zero where the next token is not supervised: see PUBLISHED_CAUTION.
 
     Raises:
         CacheError: a cache without last_hidden or of another dtype, layers that do not ascend, or ``output`` is not
@@ -276,5 +276,5 @@ def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dic
         "max_length": mark["max_length"],
         "min_loss_tokens": mark["min_supervised"],
         "deepspec_levels": mark["levels"],
-        "deepspec_caution": EAGLE3_CAUTION,
+        "deepspec_caution": PUBLISHED_CAUTION,
     }

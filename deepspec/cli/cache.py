@@ -208,11 +208,11 @@ def _import(given: argparse.Namespace) -> int:
 
 
 def _export(given: argparse.Namespace) -> int:
-    from deepspec.cache.published import EAGLE3_CAUTION, export_published
+    from deepspec.cache.published import PUBLISHED_CAUTION, export_published
 
     samples = export_published(given.source, given.output, report=_counting(Progress("export", unit="samples")))
     print(f"{given.output}: {samples:,} samples")
-    log.warning(EAGLE3_CAUTION)
+    log.warning(PUBLISHED_CAUTION)
     return 0
 
 

@@ -98,7 +98,7 @@ class Decoder:
         self._stops = frozenset(settings.stop_token_ids)
         # Nothing behind a drafted stop token matters to the output. The published loop verifies it all the same where a
         # draft proposes all slots at once; one that goes token by token (it can draft a tree) stops there by itself.
-        self._cuts_at_stops = not settings.published_limit or hasattr(drafter, "propose_tree")
+        self._cuts_at_stops = not settings.published_limit or (drafter is not None and drafter.max_children > 0)
         self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
         self._limit = settings.max_new_tokens + 2  # rows of the table of random numbers
@@ -173,7 +173,7 @@ class Decoder:
         positions = (len(request.prompt_ids), self.settings.max_new_tokens)
         check_room(self.target.spec.config, *positions, f"sample {request.sample_id}")
         if self._packed is None:
-            layers = self.drafter.model.config.target_layers if self.drafter else ()  # type: ignore[attr-defined]
+            layers = self.drafter.model.config.target_layers if self.drafter else ()
             room = len(request.prompt_ids) + min(self.settings.max_new_tokens, 512) + self._slots + 1
             self._packed = PackedTarget(self.target, layers, self.batch_size, room)
         self._packed.cache.clear(row)
@@ -236,7 +236,7 @@ class Decoder:
         with self.clock.phase("draft"):
             last = self._last[: self._live]
             if self._tree is not None:
-                return self.drafter.propose_tree(last, self._tree)  # type: ignore[attr-defined]
+                return self.drafter.propose_tree(last, self._tree)
             return self.drafter.propose(last, self._sample_draft, slots)
 
     def _uniforms(self) -> Uniforms:

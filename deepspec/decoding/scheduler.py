@@ -265,6 +265,6 @@ def _required(confidence: np.ndarray | None) -> np.ndarray:
     if confidence is None:
         raise EvaluationError(
             "this policy needs a draft with a confidence head",
-            remedy="use a fixed length, or a DSpark draft trained with confidence_head: true",
+            remedy="use a fixed length, or a draft trained with draft.confidence_head: true",
         )
     return confidence

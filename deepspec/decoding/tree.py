@@ -20,7 +20,7 @@ from deepspec.errors import EvaluationError
 from deepspec.nn.tree import Tree
 
 if TYPE_CHECKING:
-    from deepspec.algorithms.base import TreeDrafter
+    from deepspec.algorithms.base import Drafter
 
 MOST_NODES = 1024
 WANTED = "children of every node by depth, for instance 4,2,1,1"
@@ -75,15 +75,15 @@ def tree_of(settings: DecodeSettings, drafter: Any, with_policy: bool = False) -
             "a draft tree is always verified whole", key="tree", found="a policy that cuts drafts",
             remedy="leave --tree out, or --confidence-threshold, or the policy",
         )  # fmt: skip
-    if not hasattr(drafter, "propose_tree"):
+    if not drafter.max_children:
         raise EvaluationError(
             "this draft proposes all slots at once and has no tree", key="tree",
-            found=type(drafter).__name__, wanted="an Eagle3 draft", remedy="leave --tree out",
+            found=type(drafter).__name__, wanted="a draft that goes token by token", remedy="leave --tree out",
         )  # fmt: skip
     return _fitting(settings.tree, drafter)
 
 
-def _fitting(children: tuple[int, ...], drafter: TreeDrafter) -> Tree:
+def _fitting(children: tuple[int, ...], drafter: Drafter) -> Tree:
     if len(children) > drafter.max_draft:
         raise EvaluationError(
             "the draft tree is deeper than the draft was trained to go", key="tree", found=children,

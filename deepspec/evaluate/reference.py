@@ -81,10 +81,8 @@ def check_training(case: Path) -> CaseErrors:
     model = load_draft(case).train()
     model.config = _with_settings(model, train["model_args"])
     model.algorithm = registry.algorithm(model.config.algorithm)
-    if model.config.algorithm == "eagle3":
-        _check_eagle3(model, train, inputs, outputs, errors)
-    else:
-        _check_block(model, train, inputs, outputs, errors)
+    check = _check_blocks if "anchor_positions" in inputs else _check_steps
+    check(model, train, inputs, outputs, errors)
     return errors
 
 
@@ -98,13 +96,21 @@ def _with_settings(model: DraftModel, arguments: dict[str, Any]) -> Any:
         "step_loss_decay": "step_loss_decay",
     }
     config = model.config
-    if config.algorithm == "dflash" and (arguments.get("l1_loss_alpha") or arguments.get("ce_loss_alpha", 1.0) != 1.0):
-        fields = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
-        parse = registry.algorithm("dspark").parse
-        config = parse({**fields, "markov_rank": 0, "confidence_head": False, "confidence_with_markov": False}, None)
+    if arguments.get("l1_loss_alpha") or arguments.get("ce_loss_alpha", 1.0) != 1.0:
+        config = _with_loss_weights(model)
     known = {f.name for f in dataclasses.fields(config)}
     given = {ours: arguments[theirs] for theirs, ours in names.items() if theirs in arguments and ours in known}
     return dataclasses.replace(config, **given)
+
+
+def _with_loss_weights(model: DraftModel) -> Any:
+    """The config as that algorithm has it which trains the same model by these loss terms."""
+    values = {f.name: getattr(model.config, f.name) for f in dataclasses.fields(model.config)}
+    for one in map(registry.algorithm, registry.ALGORITHMS):
+        loss_terms = {f.name for f in dataclasses.fields(one.config_class)} - set(values)
+        if one.architecture == model.algorithm.architecture and "l1_weight" in loss_terms:
+            return one.config_class(**values)
+    return model.config
 
 
 def _batch(inputs: dict[str, Tensor], lengths: Tensor) -> Batch:
@@ -113,7 +119,7 @@ def _batch(inputs: dict[str, Tensor], lengths: Tensor) -> Batch:
     return Batch(supervision, ids, inputs["target_hidden_states"], inputs["target_last_hidden_states"])
 
 
-def _check_block(
+def _check_blocks(
     model: Any, train: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor], errors: CaseErrors
 ) -> None:
     batch = _batch(inputs, inputs["attention_mask"].sum(dim=1))
@@ -161,7 +167,7 @@ def _compare_gradients(model: DraftModel, terms: LossTerms, train: dict[str, Any
             errors.worst("gradient", abs(found - norm) / max(norm, 1e-12))
 
 
-def _check_eagle3(
+def _check_steps(
     model: Any, train: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor], errors: CaseErrors
 ) -> None:
     """The published mask is off by two and its lengths include the padding, so both are passed in."""

@@ -117,7 +117,7 @@ class Evaluation:
             options.batch_size, max((len(task.prompts) for task in self.tasks), default=1)
         )  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
-        if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
+        if options.confidence_threshold > 0 and not self.draft.config.confidence_head:
             raise EvaluationError(
                 "a confidence threshold needs a draft with a confidence head", key="confidence_threshold",
                 found=f"{self.draft.algorithm.name} without one", remedy="leave --confidence-threshold out",

@@ -340,10 +340,10 @@ def _prompts(options: StudyOptions, renderer: Renderer, target: Target) -> tuple
 
 def _draft(options: StudyOptions, target: Target) -> DraftModel:
     draft = load_draft(options.draft, target)
-    if getattr(draft, "confidence_head", None) is None:
+    if not draft.config.confidence_head:
         raise EvaluationError(
             "the scheduler study needs a draft with a confidence head", file=options.draft,
-            found=draft.config.algorithm, remedy="take a DSpark draft trained with confidence_head: true",
+            found=draft.algorithm.name, remedy="take one trained with draft.confidence_head: true",
         )  # fmt: skip
     return draft
 

@@ -1,4 +1,4 @@
-"""The small heads of DSpark: a sequential (Markov) head that corrects the parallel logits, and a confidence head.
+"""A block drafter's small heads: a sequential (Markov) head that corrects the parallel logits, and a confidence head.
 
 A sequential head gives a *latent* per slot; the correction of the logits is ``markov_w2 @ latent``. In training the
 token before each slot is known (teacher forcing), so the latents of all slots are computed at once, except the rnn's

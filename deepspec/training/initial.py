@@ -3,7 +3,8 @@
 A fresh draft first has to learn the language; one that starts from the target has only to learn to guess ahead. Copied
 are the last layers and the final norm, and the projection of the features starts as "the last feature as it is". The
 context keys and values of a block drafter's first layer are then exactly the target's own, where that feature is the
-input of the layer copied. What the target has no counterpart of (the heads, Eagle3's embedding half) starts at random.
+input of the layer copied. What the target has no counterpart of (the heads, the embedding's half of
+a wide layer) starts at random.
 
 D hidden size, L target layers.
 """
@@ -58,21 +59,26 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
             _copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}", section.path)
     _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
-    if (norm := getattr(model, "hidden_norm", None)) is not None:
+    if model.hidden_norm is not None:
         # what a block drafter norms before its context keys and values, the target's layer norms on its way in
-        _copy(norm.weight, files, f"{prefix}layers.{first}.input_layernorm.weight", section.path)
+        _copy(
+            cast(Tensor, model.hidden_norm.weight),
+            files,
+            f"{prefix}layers.{first}.input_layernorm.weight",
+            section.path,
+        )
     size = model.fc.out_features
     model.fc.weight.mul_(NOISE)
     model.fc.weight[:, -size:] += torch.eye(size)
 
 
 def _counterpart(name: str) -> str:
-    """The target's name of a draft layer's weight; Eagle3 norms its hidden state as the target's layer does."""
+    """The target's name of a draft layer's weight; a second norm on its way in starts as the first."""
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 
 def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str) -> None:
-    """Fill ``weight`` [out, in]; of a wider one (Eagle3's [embedding | hidden]) the last columns."""
+    """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns."""
     stored = files.get(name)
     found = None if stored is None else stored.shape
     wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
+from deepspec.checkpoints import read_buffers
 from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
-from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
@@ -150,7 +150,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model.activation_checkpointing = recipe.train.activation_checkpointing
     model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank))
     if recipe.draft.draft_vocab_size is not None and start.folder is None:
-        model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
+        model.set_draft_vocab(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     if recipe.train.init == "target" and start.folder is None:
         warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)

@@ -17,7 +17,7 @@ def test_loss_and_gradients_are_those_of_whole_logits_masked_outside_it(head: st
     target = tiny_target("qwen3")
     model = tiny_draft("dspark", target, draft_vocab_size=40, markov_head=head)
     kept = torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:40].sort().values
-    model.set_vocabulary(kept)
+    model.set_draft_vocab(kept)
     batch = random_batch([25, 14])
     batch = batch.planned(model.algorithm.plan(model.config, batch.supervision))
     slots = block_loss(model, batch, LossWeights(ce=0.7, l1=0.4))

@@ -118,7 +118,7 @@ def test_export_and_import_give_the_cache_back(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert call(monkeypatch, "export", built, tmp_path / "published") == 0
-    assert "published Eagle3" in capsys.readouterr().err
+    assert "published draft that goes token by token" in capsys.readouterr().err
     assert "its loss differs" in json.loads((tmp_path / "published/manifest.json").read_text())["deepspec_caution"]
     assert call(monkeypatch, "import", tmp_path / "published", tmp_path / "c", "--recipe", setup.recipe) == 0
     ours, theirs = TargetCache.open(built), TargetCache.open(tmp_path / "c")

@@ -204,7 +204,7 @@ def test_the_published_counting_cuts_a_block_only_at_an_accepted_stop_token(step
     for published in (False, True):
         drafter = OracleDrafter(texts, 61, batch_size, 4)
         if stepwise:
-            drafter.propose_tree = None  # what a drafter has that can also propose trees
+            drafter.max_children = 61  # what a drafter has that can also propose trees
         settings = DecodeSettings(max_new_tokens=16, stop_token_ids=stops, published_limit=published)
         results[published] = generate(target, drafter, prompts, settings, batch_size)
     wanted = [output[: cut_at(output, stops)] for output in free]

@@ -232,7 +232,7 @@ def test_what_cannot_draft_a_tree_says_so() -> None:
     cases = [
         (DecodeSettings(1.0, tree=(2, 1)), drafter, "temperature 0"),
         (DecodeSettings(confidence_threshold=0.5, tree=(2, 1)), drafter, "confidence-threshold"),
-        (DecodeSettings(tree=(2, 1)), block, "an Eagle3 draft"),
+        (DecodeSettings(tree=(2, 1)), block, "a draft that goes token by token"),
         (DecodeSettings(tree=(1,) * 5), drafter, "at most 4 depths"),
         (DecodeSettings(tree=(97,)), drafter, "at most 96"),
     ]

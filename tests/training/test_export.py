@@ -12,11 +12,11 @@ import torch
 import training_tools as tools
 from safetensors.torch import load_file, save_file
 
-from deepspec.checkpoints import read_manifest, steps_of
+from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import World
 from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
-from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.recipe import load_recipe
 from deepspec.targets import embeddings, load_target
@@ -139,7 +139,7 @@ def test_an_export_reads_embedding_and_head_alone(
     stored, weights = load_file(tmp_path / "out" / "model.safetensors"), load_file(moved / "model.safetensors")
     theirs = (weights["model.embed_tokens.weight"], weights["lm_head.weight"])
     assert all(torch.equal(stored[name], end.to(stored[name].dtype)) for name, end in zip(FROZEN, theirs, strict=True))
-    assert "note" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().err
     with pytest.raises(TargetError, match="cannot load the target"):  # nothing is taken from it, but it must be one
         export_draft(tmp_path / "out", tmp_path / "again", ExportOptions(target=str(tmp_path)))
     silent = Path(shutil.copytree(bare, tmp_path / "silent"))

@@ -19,10 +19,10 @@ import pytest
 import torch
 import training_tools as tools
 
-from deepspec.checkpoints import read_manifest, steps_of
+from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import free_port
 from deepspec.errors import CheckpointError
-from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.consolidate import consolidate
 from deepspec.recipe import load_recipe
 
 STEPS = 8

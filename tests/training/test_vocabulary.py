@@ -36,7 +36,7 @@ def test_vocabulary_is_counted_trained_and_exported(algorithm: str, zero: str, t
         for token in ids[mask].tolist():
             counts[token] += 1
     wanted = sorted(sorted(range(64), key=lambda token: (-counts[token], token))[:20])
-    assert loaded.kept_tokens.tolist() == wanted
+    assert loaded.draft_vocab_tokens.tolist() == wanted
     assert frequent_tokens(source, 64, loaded.config).tolist() == wanted
     stored = load_file(tmp_path / "draft" / "model.safetensors")
     assert stored["d2t"].dtype == torch.int64
