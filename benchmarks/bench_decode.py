@@ -21,7 +21,7 @@ from bars import at_least, at_most, write_bars
 
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, Request
+from deepspec.decoding.records import DecodeSettings, DecodeRequest
 from deepspec.distributed import pick_device
 from deepspec.drafts import load_draft
 from deepspec.errors import run_main
@@ -57,7 +57,7 @@ def main() -> None:
     def run(batch_size: int) -> dict[str, float]:
         decoder = Decoder(target, draft.algorithm.drafter(draft, batch_size, capacity), settings, batch_size)
         start = time.perf_counter()
-        done = list(decoder.stream(deque(Request(ids, number) for number, ids in enumerate(prompts))))
+        done = list(decoder.stream(deque(DecodeRequest(ids, number) for number, ids in enumerate(prompts))))
         seconds, spent = time.perf_counter() - start, decoder.clock.seconds()
         models = spent["draft"] + spent["verify"] + spent["head"]
         return {

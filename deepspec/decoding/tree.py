@@ -112,22 +112,6 @@ def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
     return VerifyResult(node, choice.gather(1, node[:, None]).squeeze(1))
 
 
-def walk_plain(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
-    """The same node by node; the twin that tests compare with."""
-    ends = []
-    for row in range(len(tokens)):
-        node, moved = 0, True
-        while moved:
-            moved = False
-            for child in range(1, len(tree)):
-                if int(tree.parent[child]) == node and tokens[row, child] == choice[row, node]:
-                    node, moved = child, True
-                    break
-        ends.append(node)
-    accepted = torch.tensor(ends, device=tokens.device)
-    return VerifyResult(accepted, torch.stack([choice[row, node] for row, node in enumerate(ends)]))
-
-
 def path_tokens(tree: Tree, node: int, drafted: Sequence[int], stops: Collection[int]) -> list[int]:
     """The tokens from the root (left out) to ``node``, cut behind the first stop token, of all ``drafted`` [M - 1]."""
     tokens = []

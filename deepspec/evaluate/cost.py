@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import Generation, Request
+from deepspec.decoding.records import Generation, DecodeRequest
 
 
 @dataclass
@@ -30,7 +30,7 @@ class CostMeter:
     belongs to the prompts that were in the batch, to each alike.
     """
 
-    def __init__(self, decoder: Decoder, requests: Sequence[Request]) -> None:
+    def __init__(self, decoder: Decoder, requests: Sequence[DecodeRequest]) -> None:
         self.waiting = deque(requests)
         self._decoder = decoder
         self._order = [_place(request) for request in requests]  # in which prompts enter
@@ -39,7 +39,7 @@ class CostMeter:
         self._costs: dict[int, Cost] = defaultdict(Cost)
         self._steps, self._seconds = 0, decoder.clock.seconds()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         """A next turn: it enters when a row is free."""
         self.waiting.append(request)
         self._order.append(_place(request))
@@ -63,6 +63,6 @@ class CostMeter:
         return self._costs.pop(place)
 
 
-def _place(request: Request) -> int:
+def _place(request: DecodeRequest) -> int:
     place, _ = cast(tuple[int, int], request.tag)
     return place

@@ -193,7 +193,7 @@ def check_decoding(case: Path) -> CaseErrors:
             max_new_tokens=reference["max_new_tokens"],
             stop_token_ids=tuple(run["stop_token_ids"] or ()),
             confidence_threshold=run["confidence_threshold"],
-            published_limit=True,
+            release_counting=True,
         )
         capacity = len(run["prompt"]) + reference["max_new_tokens"] + model.config.max_draft + 2
         found = generate(target, model.algorithm.drafter(model, 1, capacity), [run["prompt"]], settings)[0]

@@ -22,7 +22,7 @@ from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, Generation, Request
+from deepspec.decoding.records import DecodeSettings, Generation, DecodeRequest
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World, together
 from deepspec.drafts import load_draft, weights_sha256
@@ -261,7 +261,7 @@ class Evaluation:
         temperature = max(self.options.temperatures)
         settings = DecodeSettings(temperature, WARM_UP_TOKENS, (), self.options.seed, tree=self.options.tree)
         for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
-            requests = deque(Request(prompt, number) for number in range(self.rows))
+            requests = deque(DecodeRequest(prompt, number) for number in range(self.rows))
             deque(Decoder(self.target, drafter, settings, self.rows).stream(requests), maxlen=0)
 
     def _drafter(self, longest: int) -> Drafter:
@@ -338,7 +338,7 @@ class Evaluation:
         prompts = sum(len(self.renderer.prompt([{"role": "user", "content": turn}])) for turn in turns)
         return prompts + self.options.max_new_tokens * (1 + 4 * (len(turns) - 1))
 
-    def _request(self, task: Task, place: int, so_far: list[Generation]) -> Request:
+    def _request(self, task: Task, place: int, so_far: list[Generation]) -> DecodeRequest:
         """The next turn of a prompt, behind the turns before it and their answers."""
         messages: list[dict[str, Any]] = []
         for turn, generation in zip(task.prompts[place], so_far, strict=False):
@@ -346,13 +346,13 @@ class Evaluation:
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
         number = sample_id(task.name, place, len(so_far))
-        return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
+        return DecodeRequest(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
 
     def _prompt_tokens(self, task: Task, place: int) -> int:
         """Tokens of the first turn."""
         return len(self._request(task, place, []).prompt_ids)
 
-    def _following(self, task: Task, place: int, so_far: list[Generation]) -> Request | None:
+    def _following(self, task: Task, place: int, so_far: list[Generation]) -> DecodeRequest | None:
         """The next turn; None behind the last one, and where the next would not fit the target's positions."""
         if len(so_far) == len(task.prompts[place]):
             return None

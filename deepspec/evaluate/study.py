@@ -29,7 +29,7 @@ from deepspec.data.chat import Renderer
 from deepspec.data.progress import Progress
 from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, Request
+from deepspec.decoding.records import DecodeSettings, DecodeRequest
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Threshold, Throughput
 from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
@@ -107,7 +107,7 @@ class Bench:
             EvaluationError: no turn had a round.
         """
         count = concurrency + max(24, concurrency)  # short attempts and many: what disturbs one hits its rivals too
-        requests = deque(Request(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
+        requests = deque(DecodeRequest(ids, number) for number, ids in enumerate(islice(cycle(self.prompts), count)))
         longest = max(map(len, self.prompts)) + self.settings.max_new_tokens + self.slots + 2
         drafter = self.draft.algorithm.drafter(self.draft, concurrency, longest)
         settings = replace(self.settings, seed=self.settings.seed + attempt)  # another attempt, another sample

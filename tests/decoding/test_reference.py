@@ -33,7 +33,7 @@ def test_reference_decodings_are_equal(case: Path, batch_size: int) -> None:
             max_new_tokens=reference["max_new_tokens"],
             stop_token_ids=stops,
             confidence_threshold=threshold,
-            published_limit=True,
+            release_counting=True,
         )
         prompts = [run["prompt"] for run in runs]
         drafter = model.algorithm.drafter(model, batch_size, 200)
