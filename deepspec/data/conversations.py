@@ -9,7 +9,6 @@ answer is context only, never supervised). Readers get every row as :func:`deeps
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sync_folder, write_json
+from deepspec.rows import dump_row
 
 FORMAT = "deepspec.conversations/1"
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -30,12 +30,6 @@ WANTED = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "c
 def manifest_path(path: str | Path) -> Path:
     """``<file>.manifest.json``."""
     return Path(f"{path}.manifest.json")
-
-
-def dump_row(row: Mapping[str, Any]) -> bytes:
-    """One line of the file: compact UTF-8 JSON and a newline."""
-    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
 
 
 def row_problem(row: Any) -> tuple[str, object] | None:

@@ -7,6 +7,7 @@ stands in ``<output>.failures.jsonl``.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -16,22 +17,24 @@ from typing import Any, Protocol
 
 from deepspec.data.answer import answer_text, call_mark, read_answer
 from deepspec.data.chat import Renderer
-from deepspec.data.conversations import dump_row, manifest_path, read_conversations, write_conversations
+from deepspec.data.conversations import manifest_path, read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Generated, LocalSampler, Request, Sampling
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
-from deepspec.data.partial import Partial, setting_differences
 from deepspec.data.progress import Progress
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sha256_file
-from deepspec.identity import identity_of
+from deepspec.identity import differences, identity_of, shown
 from deepspec.locks import lock_file
 from deepspec.recipe import Recipe, RegenerateSection
+from deepspec.rows import RowLog, dump_row
 from deepspec.targets.positions import check_room
 
+PARTIAL_FORMAT = "deepspec.regeneration/1"
+SYNC_SECONDS = 5.0  # a power cut costs the answers of as long
 _REASONED = "with reasoning"  # counted beside the finish reasons
 
 
@@ -169,16 +172,16 @@ def _regenerate(
         partial_path.unlink(missing_ok=True)  # a kill between the manifest and the end of the job left it
         return _told(_finished(output, settings), settings)
     total = sum(1 for _ in read_conversations(prompts))
-    partial = Partial(partial_path, settings)
+    partial = _partial(partial_path, settings)
     try:
         tokens, seconds, failures = _answer_rest(prompts, output, engine, partial, total)
         failed = failures.count
-        if failed > max_failed * total or not partial.places:
+        if failed > max_failed * total or not partial:
             raise DataError(
                 f"{failed} of {total} conversations failed; the first, {failures.first}",
                 file=failures_path(output),
                 wanted=f"at most {max_failed:.1%}",
-                remedy=failures.remedy(bool(partial.places)),
+                remedy=failures.remedy(bool(partial)),
             )
         ends = Counter[str]()
         rows = _counted(_in_order(prompts, partial), ends)
@@ -187,6 +190,42 @@ def _regenerate(
         partial.close()
     partial.path.unlink()
     return _told(_summary(count, failed, tokens, seconds, ends), settings)
+
+
+def _partial(path: Path, settings: Mapping[str, Any]) -> RowLog[str]:
+    """The finished rows of an earlier start.
+
+    Raises:
+        DataError: they were made with other settings.
+    """
+
+    def check(header: dict[str, Any]) -> None:
+        found = header.get("settings", {})
+        lines = setting_differences(found, settings, path)
+        lines += [f"{key}: then {shown(found[key])}, now nothing" for key in sorted(found.keys() - settings.keys())]
+        if lines:
+            remedy = "finish it with its own settings, name another output, or delete this file"
+            problem = f"an unfinished regeneration with other settings: {'; '.join(lines)}"
+            raise DataError(problem, file=path, remedy=remedy)
+
+    header = {"format": PARTIAL_FORMAT, "settings": settings}
+    return RowLog(path, lambda row: str(row["id"]), DataError, header, check, sync_seconds=SYNC_SECONDS)
+
+
+def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> list[str]:
+    """A line for each of ``settings`` that an earlier start had otherwise.
+
+    One without an identity is of an earlier version: only its settings are compared, and a warning says so.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(dict(settings)))
+    before, wanted = found.get("identity"), now.pop("identity", None)
+    lines = [f"{key}: then {shown(found.get(key))}, now {shown(now[key])}" for key in now if found.get(key) != now[key]]
+    if before is None and wanted is not None:
+        note = "weights, config, tokenizer, template and stop tokens are not compared"
+        print(f"note: {file} is of an earlier version; the target's {note}", file=sys.stderr, flush=True)
+    if before is None or wanted is None:
+        return lines
+    return lines + differences(before, wanted, ("then", "now"))
 
 
 def _told(summary: Summary, settings: Mapping[str, Any]) -> Summary:
@@ -239,14 +278,14 @@ def _readable(path: str | Path) -> None:
 
 
 def _answer_rest(
-    prompts: str | Path, output: Path, engine: Engine, partial: Partial, total: int
+    prompts: str | Path, output: Path, engine: Engine, partial: RowLog[str], total: int
 ) -> tuple[int, float, _Failures]:
     """Run the engine over what is not done; returns tokens, seconds and what failed."""
-    done, tokens, failed = len(partial.places), 0, _Failures()
+    done, tokens, failed = len(partial), 0, _Failures()
     if done:
         print(f"resuming: {done} of {total} conversations are there")
     progress = Progress("regenerate", total - done)
-    rows = (row for row in read_conversations(prompts) if row["id"] not in partial.places)
+    rows = (row for row in read_conversations(prompts) if row["id"] not in partial)
     with open(failures_path(output), "wb") as failures:
         for outcome in engine.run(_open_dialogues(rows)):
             if outcome.error is None and not outcome.dialogue.turn:
@@ -270,9 +309,9 @@ def _open_dialogues(rows: Iterable[Mapping[str, Any]]) -> Iterator[Dialogue]:
     return (Dialogue(row) for row in rows)
 
 
-def _in_order(prompts: str | Path, partial: Partial) -> Iterator[dict[str, Any]]:
+def _in_order(prompts: str | Path, partial: RowLog[str]) -> Iterator[dict[str, Any]]:
     """The finished rows in the order of the prompts."""
-    return (partial.row(prompt["id"]) for prompt in read_conversations(prompts) if prompt["id"] in partial.places)
+    return (partial[prompt["id"]] for prompt in read_conversations(prompts) if prompt["id"] in partial)
 
 
 def _counted(rows: Iterable[dict[str, Any]], ends: Counter[str]) -> Iterator[dict[str, Any]]:

@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.cache.plan import read_rows, scan
-from deepspec.data.conversations import dump_row, read_conversations, write_conversations
+from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.lines import DEPTH, NotJSON, parse_json, value_problem
 from deepspec.data.prepare import Contamination, PrepareOptions, prepare
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.evaluate.tasks import load_tasks
+from deepspec.rows import dump_row
 
 GOOD = {
     "id": "a",

@@ -16,10 +16,10 @@ from safetensors import SafetensorError
 
 from deepspec import drafts, files
 from deepspec.data.conversations import ConversationWriter
-from deepspec.data.partial import Partial
 from deepspec.errors import DataError, DeepSpecError, run_main, shown, system_error
 from deepspec.evaluate.log import RowLog
 from deepspec.files import named, undone_on_error, write_bytes, write_json
+from deepspec.rows import RowLog as Rows
 
 ROOT = Path(__file__).parents[2]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write raises it: without a file
@@ -145,10 +145,9 @@ def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(name: str, tmp_p
 
 def test_rows_that_do_not_fit_name_their_file(tmp_path: Path, monkeypatch: Any) -> None:
     row = {"id": "a", "messages": []}
-    partial = Partial(tmp_path / "o.partial", {})
+    partial = Rows(tmp_path / "o.partial", str, DataError)
     log = RowLog(tmp_path, "results")
     Disk(monkeypatch)
-    partial._synced = 0.0
     with pytest.raises(OSError, match=r"No space left.*o\.partial"):
         partial.append(row)
     with pytest.raises(OSError, match=r"No space left.*results\.jsonl"):

@@ -1,0 +1,163 @@
+"""Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job goes on where it stopped."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from deepspec.errors import DeepSpecError
+from deepspec.files import named, write_bytes
+
+K = TypeVar("K", bound=Hashable)
+Row = dict[str, Any]
+
+
+def dump_row(row: Mapping[str, Any]) -> bytes:
+    """One line of a file: compact UTF-8 JSON and a newline."""
+    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
+
+
+class RowLog(Mapping[K, Row]):
+    """The finished rows of a job by their keys; only their positions are in memory.
+
+    Several processes may work on one job: rank 0 appends to ``<name>.jsonl``, rank r to ``<name>.rank<r>.jsonl``, and
+    every rank reads all of them, so that their number may change between a start and the next. A last line without
+    its end is what a kill left: it is no row, and it is removed before the next row is written.
+
+    Args:
+        path: rank 0's file; made with the first row.
+        key: what a row is the result of.
+        error: the class of the refusals.
+        header: the first line of a file that is made here (what the rows depend on); None: files have none.
+        check: called with the header that was found; raises where the job cannot go on with it.
+        rank: of this process.
+        sync_seconds: a row that is appended is on the disk at the latest when the next one is appended after so many
+            seconds; 0: when :meth:`append` returns. The operating system has it at once.
+
+    Raises:
+        DeepSpecError: of type ``error``: a line that is no row, or two rows of one key that differ.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: Callable[[Row], K],
+        error: type[DeepSpecError],
+        header: Mapping[str, Any] | None = None,
+        check: Callable[[Row], None] | None = None,
+        rank: int = 0,
+        sync_seconds: float = 0.0,
+    ) -> None:
+        self.path, self.own = path, path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
+        self._key, self._error, self._header, self._check = key, error, header, check
+        self._sync_seconds, self._synced = sync_seconds, time.monotonic()
+        self._handle: BinaryIO | None = None
+        self._positions: dict[K, tuple[Path, int]] = {}  # file, and byte of the line
+        self._read()
+
+    def __getitem__(self, key: K) -> Row:
+        path, position = self._positions[key]
+        with open(path, "rb") as handle:
+            handle.seek(position)
+            row: Row = json.loads(handle.readline())
+        return row
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._positions
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self._positions)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a finished row."""
+        with named(self.own):
+            handle = self._handle = self._handle or self._open()
+            position = handle.seek(0, os.SEEK_END)
+            handle.write(dump_row(row))
+            handle.flush()
+            if time.monotonic() - self._synced >= self._sync_seconds:
+                os.fsync(handle.fileno())
+                self._synced = time.monotonic()
+        self._positions[self._key(dict(row))] = self.own, position
+
+    def close(self) -> None:
+        """Make all rows of this process last."""
+        if self._handle is not None:
+            with named(self.own), self._handle:
+                os.fsync(self._handle.fileno())
+            self._handle = None
+
+    def merge(self) -> None:
+        """On one rank, when all have closed their files: write the rows of all of them, in order, into the first."""
+        self._read()
+        lines = b"".join(dump_row(self[key]) for key in sorted(self))  # type: ignore[type-var]
+        write_bytes(self.path, (b"" if self._header is None else dump_row(self._header)) + lines)
+        for path in self._rank_files():
+            path.unlink()
+        self._read()
+
+    def _rank_files(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{glob.escape(self.path.stem)}.rank*{self.path.suffix}"))
+
+    def _read(self) -> None:
+        self._positions.clear()
+        for path in (self.path, *self._rank_files()):
+            if path.exists():
+                self._read_file(path)
+
+    def _read_file(self, path: Path) -> None:
+        position = 0
+        with open(path, "rb") as handle:
+            for number, line in enumerate(handle, 1):
+                if line.endswith(b"\n") and line.strip():
+                    self._read_line(line, number, path, position)
+                position += len(line)
+
+    def _read_line(self, line: bytes, number: int, path: Path, position: int) -> None:
+        is_header = number == 1 and self._header is not None
+        try:
+            row = json.loads(line)
+            key = None if is_header else self._key(row)
+        except (ValueError, KeyError, TypeError):
+            raise self._refusal("not a row of results", path, number) from None
+        if key is None:
+            if self._check is not None:
+                self._check(row)
+        elif key not in self._positions:
+            self._positions[key] = path, position
+        elif self[key] != row:
+            raise self._refusal(f"another row for {key} than before", path, number)
+
+    def _refusal(self, problem: str, path: Path, number: int) -> DeepSpecError:
+        remedy = "remove the line and start again: a row that is missing is made again"
+        return self._error(problem, file=path, key=f"line {number}", remedy=remedy)
+
+    def _open(self) -> BinaryIO:
+        self.own.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(self.own, "a+b")  # noqa: SIM115 (closed by close)
+        handle.truncate(_end_of_rows(handle))
+        if handle.seek(0, os.SEEK_END) == 0 and self._header is not None:
+            handle.write(dump_row(self._header))
+        return handle
+
+
+def _end_of_rows(handle: BinaryIO, block: int = 1 << 20) -> int:
+    """The byte after the last complete line."""
+    end = handle.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - block)
+        handle.seek(start)
+        found = handle.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
