@@ -21,7 +21,7 @@ from bars import at_least, at_most, write_bars
 
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, DecodeRequest
+from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.distributed import pick_device
 from deepspec.drafts import load_draft
 from deepspec.errors import run_main

@@ -25,7 +25,7 @@ class Task:
 
     Args:
         name: the registered name, or the file's.
-        prompts: the turns of each prompt, by its place in the file or data set. The place names a prompt in the results
+        prompts: the turns of each prompt, by its index in the file or data set. The index names a prompt in the results
             and is the key of its random numbers, so neither depends on which other prompts were chosen.
         source: file or hub id.
     """
@@ -36,8 +36,8 @@ class Task:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the prompts and their places."""
-        return sha256_json([[place, list(turns)] for place, turns in self.prompts.items()])
+        """SHA-256 of the prompts and their indices."""
+        return sha256_json([[index, list(turns)] for index, turns in self.prompts.items()])
 
     @property
     def turns(self) -> int:
@@ -46,7 +46,7 @@ class Task:
 
     def first_turns(self) -> Task:
         """The same prompts without their later turns."""
-        return Task(self.name, {place: turns[:1] for place, turns in self.prompts.items()}, self.source)
+        return Task(self.name, {index: turns[:1] for index, turns in self.prompts.items()}, self.source)
 
 
 def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callable[[Task, int], int]) -> Task:
@@ -56,22 +56,22 @@ def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callabl
         task: a task.
         room: the target's positions less the new tokens.
         max_new_tokens: those.
-        length: tokens of the prompt at a place.
+        length: tokens of the prompt of an index.
 
     Raises:
         EvaluationError: none is left.
     """
     if room is None:
         return task
-    lengths = {place: length(task, place) for place in task.prompts}
-    kept = {place: turns for place, turns in task.prompts.items() if lengths[place] <= room}
-    if not kept:
+    lengths = {index: length(task, index) for index in task.prompts}
+    fitting = {index: turns for index, turns in task.prompts.items() if lengths[index] <= room}
+    if not fitting:
         raise EvaluationError(
             "no prompt fits the target's positions", file=task.source, key=task.name,
             found=f"the shortest has {min(lengths.values())} tokens", wanted=at_most(room, max_new_tokens),
             remedy="lower --max-new-tokens",
         )  # fmt: skip
-    return Task(task.name, kept, task.source)
+    return Task(task.name, fitting, task.source)
 
 
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
@@ -141,7 +141,7 @@ def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int
     chosen: Iterable[int] = range(len(rows))
     if samples is not None and len(rows) > samples:
         chosen = sorted(random.Random(f"{seed}:{name}").sample(range(len(rows)), samples))
-    return Task(name, {place: rows[place] for place in chosen}, source)
+    return Task(name, {index: rows[index] for index in chosen}, source)
 
 
 def _local(path: Path, samples: int | None, seed: int) -> Task:

@@ -6,7 +6,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
-from deepspec.decoding.records import Generation, DecodeRequest
+from deepspec.decoding.records import DecodeRequest, Generation
 from deepspec.evaluate.cost import CostMeter
 
 
@@ -26,11 +26,11 @@ def test_each_prompt_pays_its_share_of_the_rounds_it_was_in() -> None:
     requests = [DecodeRequest((1,), n, tag=(n, 0)) for n in (10, 11, 12)]
     meter = CostMeter(decoder, requests)
 
-    def leaves(place: int, turn: int, rounds: int, entered: int) -> None:
+    def leaves(index: int, turn: int, rounds: int, entered: int) -> None:
         for _ in range(entered):
             meter.waiting.popleft()
         clock.rounds += rounds
-        meter.left(Generation(DecodeRequest((1,), place, tag=(place, turn))))
+        meter.left(Generation(DecodeRequest((1,), index, tag=(index, turn))))
 
     leaves(10, 0, rounds=4, entered=2)  # 10 and 11 together
     first = meter.take(10)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from algorithm_tools import tiny_draft, tiny_target
 
-from deepspec.decoding.records import Generation, DecodeRequest, Round
+from deepspec.decoding.records import DecodeRequest, Generation, Round
 from deepspec.drafts import save_draft
 from deepspec.errors import DeepSpecError, DraftError
 from deepspec.serving import check as serve_check
