@@ -26,6 +26,7 @@ CORE = [
     "pyarrow>=17",
     "psutil>=5.9,<8",
     "regex>=2024.11.6",
+    "httpx2>=2,<3",
 ]
 DEV = [
     "pytest>=8,<10",

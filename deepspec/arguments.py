@@ -9,9 +9,10 @@ import argparse
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from deepspec.errors import DeepSpecError
+from deepspec.log import LEVELS, start_logging
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,21 @@ TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that refuses in one line, as every other error of a command does."""
+    """An argparse parser of a command: it starts logging, and refuses in one line as every other error does."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        reports = self.add_argument_group("reports")
+        reports.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="only warnings and errors")
+        reports.add_argument(
+            "--log-level", choices=LEVELS, default=argparse.SUPPRESS, help="the least that is reported (default: info)"
+        )
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, then start logging as the command line asks."""
+        given = vars(super().parse_args(args, namespace))
+        start_logging(given.pop("log_level", "info"), given.pop("quiet", False))
+        return argparse.Namespace(**given)
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.

@@ -7,12 +7,12 @@ import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING, TypeVar
 
 from deepspec.errors import DeepSpecError, system_error
+
+if TYPE_CHECKING:
+    import torch  # at run time only the functions that need it import it: logging asks for the rank without torch
 
 T = TypeVar("T")
 
@@ -64,6 +64,8 @@ def together(world: World, work: Callable[[], T]) -> T:
         error = system_error(problem)
     errors = [error]
     if world.size > 1:
+        import torch.distributed as dist
+
         texts: list[str | None] = [None] * world.size
         dist.all_gather_object(texts, None if error is None else str(error))
         errors = [None if text is None else DeepSpecError(text) for text in texts]
@@ -77,6 +79,8 @@ def together(world: World, work: Callable[[], T]) -> T:
 
 def pick_device(local_rank: int = 0) -> torch.device:
     """The GPU of this local rank where there is one, else the CPU."""
+    import torch
+
     if torch.cuda.is_available():
         return torch.device("cuda", local_rank % torch.cuda.device_count())
     return torch.device("cpu")
@@ -87,6 +91,8 @@ def multiplies_bfloat16() -> bool:
 
     A CPU without them rounds in software: one with AVX2 alone takes eight times as long as in float32.
     """
+    import torch
+
     if torch.cuda.is_available():
         return True
     try:

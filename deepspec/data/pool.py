@@ -8,6 +8,7 @@ import threading
 import time
 
 from deepspec.errors import DataError
+from deepspec.http import check_url, without_password
 
 FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds that a server rests after a failure; doubled with each in a row
 
@@ -18,6 +19,8 @@ class Server:
     def __init__(self, url: str) -> None:
         url = url.rstrip("/")
         self.url = url if url.endswith("/v1") else f"{url}/v1"
+        check_url(self.url, "--server", DataError)
+        self.name = without_password(self.url)  # in messages
         self.in_flight, self.failures, self.answered = 0, 0, 0
         self.rests_until = 0.0
         self.plain_fields = False  # refuses fields beyond OpenAI's (see ServerEngine)
@@ -48,7 +51,7 @@ class Pool:
                 if all(server.failures for server in self.servers) and now - self._last_good > self.patience:
                     raise DataError(
                         f"no server has answered for {self.patience:.0f} s",
-                        file=", ".join(server.url for server in self.servers),
+                        file=", ".join(server.name for server in self.servers),
                         remedy="start the servers, then run the same command again: what is answered is kept",
                     )
                 ready = [server for server in self.servers if self._has_room(server, now)]

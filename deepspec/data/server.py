@@ -4,7 +4,6 @@ servers, back-off where one fails. A request that failed is asked again with the
 
 from __future__ import annotations
 
-import http.client
 import json
 import queue
 import sys
@@ -12,7 +11,6 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
 
 from deepspec.data.answer import read_answer
 from deepspec.data.chat import Renderer
@@ -22,6 +20,7 @@ from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
 from deepspec.data.pool import Pool, Server
 from deepspec.errors import DataError, DeepSpecError
+from deepspec.http import NoReply, request
 from deepspec.targets.date import server_keywords
 
 
@@ -178,33 +177,33 @@ class ServerEngine:
         Raises:
             _Retry, _Refused, DataError: see :meth:`_answer_turn`.
         """
-        body = self._body(server, dialogue)
+        body, key = self._body(server, dialogue), self.options.api_key
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
-            status, headers, text = _post(server.url, "/chat/completions", json.dumps(body).encode(), self.options)
-        except ConnectionRefusedError:
-            raise _Retry(f"{server.url} refuses connections", counted=False) from None
-        except (OSError, http.client.HTTPException) as problem:
-            raise _Retry(f"{server.url}: {type(problem).__name__} {problem}") from None
+            reply = request("POST", f"{server.url}/chat/completions", self.options.timeout, body, headers)
+        except NoReply as problem:
+            raise _Retry(str(problem), counted=not problem.refused) from None
+        status = reply.status
         if status in (429, 503):
-            raise _Retry(f"{server.url}: busy ({status})", counted=False, rest=_seconds(headers.get("Retry-After")))
-        excerpt = text[:300].decode(errors="replace")
-        if status == 422 and b"Unexpected fields" in text and "top_k" in body:
+            rest = _seconds(reply.headers.get("Retry-After"))
+            raise _Retry(f"{server.name}: busy ({status})", counted=False, rest=rest)
+        if status == 422 and b"Unexpected fields" in reply.body and "top_k" in body:
             server.plain_fields = True
-            raise _Retry(f"{server.url} takes plain fields only", counted=False, rest=0.0)
-        if status in (401, 403, 404):
+            raise _Retry(f"{server.name} takes plain fields only", counted=False, rest=0.0)
+        if status in (401, 403, 404) or 300 <= status < 400:
             remedy = "check the URL, --model and the API key"
-            raise DataError(f"the server refuses us ({status})", file=server.url, found=excerpt, remedy=remedy)
+            raise DataError("the server refuses us", file=server.name, found=reply.summary, remedy=remedy)
         if 400 <= status < 500 and status not in (408, 409, 425):
-            raise _Refused(f"{server.url}: {status} {excerpt}")
+            raise _Refused(f"{server.name}: {reply.summary}")
         if status != 200:
-            raise _Retry(f"{server.url}: {status} {excerpt}")
+            raise _Retry(f"{server.name}: {reply.summary}")
         try:
-            reply = json.loads(text)
+            value = json.loads(reply.body)
         except (ValueError, RecursionError):
-            raise _Retry(f"{server.url}: broken JSON {excerpt!r}") from None
-        if not isinstance(reply, dict):
-            raise _Retry(f"{server.url}: not a completion: {excerpt!r}")
-        return reply
+            raise _Retry(f"{server.name}: broken JSON, {reply.summary}") from None
+        if not isinstance(value, dict):
+            raise _Retry(f"{server.name}: not a completion: {reply.summary}")
+        return value
 
     def _read_reply(
         self, server: Server, dialogue: Dialogue, reply: Mapping[str, Any], prompt_length: int, opened: bool
@@ -223,15 +222,15 @@ class ServerEngine:
             calls = [{"type": "function", "function": one["function"]} for one in given.get("tool_calls") or []]
             tokens, prompt_tokens = int(usage.get("completion_tokens") or 0), usage.get("prompt_tokens")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise _Retry(f"{server.url}: not a completion: {str(reply)[:300]}") from None
+            raise _Retry(f"{server.name}: not a completion: {str(reply)[:300]}") from None
         if not isinstance(content, str) or not isinstance(thought, str | None):
-            raise _Retry(f"{server.url}: not a completion: {str(reply)[:300]}")
+            raise _Retry(f"{server.name}: not a completion: {str(reply)[:300]}")
         if reason not in ("stop", "length", "tool_calls"):
-            raise _Retry(f"{server.url}: finish_reason {reason!r}")
+            raise _Retry(f"{server.name}: finish_reason {reason!r}")
         if prompt_tokens not in (None, prompt_length) and not dialogue.tools:  # tools: servers normalise the schemas
             raise DataError(
                 "the server renders the prompt otherwise than we do",
-                file=server.url,
+                file=server.name,
                 key=dialogue.id,
                 found=f"{prompt_tokens} prompt tokens",
                 wanted=f"{prompt_length}",
@@ -251,22 +250,6 @@ def _sent(message: Message) -> Message:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": text}})
     return message | ({"tool_calls": calls} if calls else {})
-
-
-def _post(url: str, path: str, body: bytes, options: ServerOptions) -> tuple[int, Mapping[str, str], bytes]:
-    """One HTTP exchange: status, headers, body."""
-    parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=options.timeout)
-    headers = {"Content-Type": "application/json"}
-    if options.api_key:
-        headers["Authorization"] = f"Bearer {options.api_key}"
-    try:
-        connection.request("POST", parts.path + path, body, headers)
-        response = connection.getresponse()
-        return response.status, dict(response.headers.items()), response.read()
-    finally:
-        connection.close()
 
 
 def _seconds(text: str | None) -> float | None:
