@@ -126,7 +126,7 @@ def _evaluate(given: argparse.Namespace) -> int:
     if results is not None:
         write_report(results.to_row(), Path(given.output))
         print(markdown(results.to_row()))
-        print(f"\n{given.output}/results.json, {given.output}/report.html")
+        log.info("%s/results.json, %s/report.html", given.output, given.output)
     return 0
 
 
@@ -149,7 +149,7 @@ def _study(given: argparse.Namespace) -> int:
         "device": str(pick_device()),
     }
     print(markdown(run_study(StudyOptions(**_fields(StudyOptions, vars(given) | more)))))
-    print(f"\n{given.output}/study.json, study.md, costs.json and plots")
+    log.info("%s/study.json, study.md, costs.json and plots", given.output)
     return 0
 
 

@@ -11,6 +11,7 @@ such a head would measure with the same predictions is reported beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +22,13 @@ import numpy as np
 from deepspec.arguments import TEMPERATURE, Parser
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
-from deepspec.evaluate.report import number, table
+from deepspec.evaluate.report import number
 from deepspec.evaluate.results import open_rows
 from deepspec.files import read_json, write_json
 from deepspec.identity import differences
+from deepspec.tables import Table
 
+log = logging.getLogger(__name__)
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
 STS_FILE = "sts.json"
@@ -242,7 +245,7 @@ def markdown(result: dict[str, Any]) -> str:
     header = ["position", "rounds", "temperature", "ECE before", "after", "if perfect", "AUC before", "after"]
     cells = []
     for one, other, temperature in zip(result["before"], result["after"], result["temperatures"], strict=True):
-        own = [str(one["position"]), str(one["rounds"]), f"{temperature:.3f}"]
+        own = [one["position"], one["rounds"], f"{temperature:.3f}"]
         own += [f"{error:.2%}" for error in (one["ece"], other["ece"], other["ece_if_perfect"])]
         cells.append([*own, *(number(row[key], ".3f") for key in ("auc", "brier") for row in (one, other))])
     before, after = (mean_ece(result[key]) for key in ("before", "after"))
@@ -250,7 +253,7 @@ def markdown(result: dict[str, Any]) -> str:
     cells.append(["mean", "", "", f"{before:.2%}", f"{after:.2%}", f"{perfect:.2%}", *[""] * 4])
     (fitted, assessed), errors = result["rounds"].values(), result["fitted_ece"]
     lines = [
-        table([*header, "Brier before", "after"], cells) + "\n",
+        Table([*header, "Brier before", "after"], cells).markdown() + "\n",
         f"Mean ECE on the {fitted:,} rounds fitted on: {errors['before']:.2%} before, {errors['after']:.2%} after.",
         f"Mean ECE on the {assessed:,} other rounds: {before:.2%} before, {after:.2%} after.",
     ]
@@ -273,9 +276,9 @@ def main() -> None:
         write_json(given.report, result)
     file = given.draft / STS_FILE
     if result["saved"]:
-        print(f"\n{file}: written")
+        log.info("%s: written", file)
     elif file.exists():
-        print(f"\n{file}: the earlier fit stays in use; remove it to decode without one")
+        log.info("%s: the earlier fit stays in use; remove it to decode without one", file)
 
 
 if __name__ == "__main__":

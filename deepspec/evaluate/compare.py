@@ -16,9 +16,10 @@ import numpy as np
 from deepspec.arguments import Parser
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import MACRO, quantiles, resampled
-from deepspec.evaluate.report import speed_up, table
+from deepspec.evaluate.report import number, speed_up
 from deepspec.evaluate.results import Key, Results, open_rows
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,11 @@ def comparison(runs: Sequence[Run]) -> str:
                 if (summary.task, summary.temperature) != (task, temperature):
                     continue
                 row = summary.to_row()
-                verified = "" if summary.verify_rate is None else f"{summary.verify_rate:.0%}"
                 change = _change(runs[0], run, task, temperature)
                 own = [task, f"{temperature:g}", name, run.results.algorithm, length_text(row), change]
-                cells.append([*own, verified, speed_up(row), str(summary.prompts)])
+                cells.append([*own, number(summary.verify_rate, ".0%"), speed_up(row), summary.prompts])
     header = ["task", "T", "run", "algorithm", "acceptance length (95 %)", "against the first (95 %, paired)"]
-    return table([*header, "accepted/verified", "speed-up (95 %)", "prompts"], cells)
+    return Table([*header, "accepted/verified", "speed-up (95 %)", "prompts"], cells).markdown()
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 from deepspec.evaluate.measure import MACRO, PHASES
 from deepspec.files import write_text
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
@@ -20,13 +21,7 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:
 Rows = Sequence[Mapping[str, Any]]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def summary_table(rows: Rows) -> str:
+def summary_table(rows: Rows) -> Table:
     """Acceptance length, verify rate and speed, a row a task and temperature."""
     with_paper = any(row.get("published") is not None for row in rows)
     header = ["task", "T", "acceptance length (95 %)", *(["paper"] if with_paper else []), "accepted/verified"]
@@ -36,8 +31,8 @@ def summary_table(rows: Rows) -> str:
         own = [*_names(row), length_text(row), *([number(row.get("published"))] if with_paper else [])]
         own += [number(row["verify_rate"], ".0%"), number(row["tokens_per_second"], ",.0f")]
         own += [number(row["plain_tokens_per_second"], ",.0f"), speed_up(row), number(row["equal_to_plain"], ".0%")]
-        cells.append([*own, str(row["prompts"])])
-    return table(header, cells)
+        cells.append([*own, row["prompts"]])
+    return Table(header, cells)
 
 
 def speed_up(row: Mapping[str, Any]) -> str:
@@ -48,17 +43,17 @@ def speed_up(row: Mapping[str, Any]) -> str:
     return f"{row['speed_up']:.2f}x" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
 
 
-def position_table(rows: Rows) -> str:
+def position_table(rows: Rows) -> Table:
     """At each position ``conditional / prefix`` acceptance."""
     slots = max((len(row["conditional"]) for row in rows), default=0)
     cells = []
     for row in rows:
         both = [f"{one:.3f} / {so_far:.3f}" for one, so_far in zip(row["conditional"], row["prefix"], strict=True)]
         cells.append([*_names(row), *both, *[""] * (slots - len(both))])
-    return table(["task", "T", *map(str, range(1, slots + 1))], cells)
+    return Table(["task", "T", *map(str, range(1, slots + 1))], cells)
 
 
-def time_table(rows: Rows) -> str:
+def time_table(rows: Rows) -> Table:
     """Milliseconds a round of the batch by phase, and what a round verified."""
     phases = [phase for phase in PHASES if phase != "prefill"]
     header = ["task", "T", *(f"{phase} ms" for phase in phases), "round ms", "verified tokens", "prefill s"]
@@ -68,7 +63,7 @@ def time_table(rows: Rows) -> str:
         times = [number(spent.get(phase), ".3f") for phase in (*phases, "total")]
         verified, prefill = number(row["verified_length"]), f"{row['phases'].get('prefill', 0.0):.2f}"
         cells.append([*_names(row), *times, verified, prefill])
-    return table(header, cells)
+    return Table(header, cells)
 
 
 def _names(row: Mapping[str, Any]) -> list[str]:
@@ -76,12 +71,12 @@ def _names(row: Mapping[str, Any]) -> list[str]:
 
 
 def number(value: float | None, form: str = ".2f") -> str:
-    """A formatted number; empty for None."""
+    """A number in a cell; empty for None."""
     return "" if value is None else format(value, form)
 
 
-def sections(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(title, Markdown table) of everything that a run measured."""
+def sections(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """(title, table) of everything that a run measured."""
     rows = results["summaries"]
     return [
         ("Acceptance length and speed", summary_table(rows)),
@@ -113,7 +108,7 @@ def remarks(rows: Rows) -> list[str]:
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables of a run, each under its title, and what they leave out."""
-    tables = [f"{title}\n\n{text}" for title, text in sections(results)]
+    tables = [f"{title}\n\n{table.markdown()}" for title, table in sections(results)]
     return "\n\n".join([*tables, *remarks(results["summaries"])])
 
 
@@ -196,9 +191,8 @@ def page(title: str, parts: Sequence[str]) -> str:
 
 def html_table(text: str) -> str:
     """A Markdown table as HTML."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[2:])
-    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in rows[0])}</tr>{body}</table>"
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return Table(header, rows).html()
 
 
 def write_report(results: Mapping[str, Any], output: Path) -> None:
@@ -212,8 +206,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> None:
         figure(lambda axes: plot_phases(axes, rows), (6.4, height + 0.3)),
     ]
     parts = []
-    for (title, text), plot in zip(sections(results), plots, strict=True):
-        parts.append(f"<h2>{html.escape(title)}</h2>{html_table(text)}{plot}")
+    for (title, table), plot in zip(sections(results), plots, strict=True):
+        parts.append(f"<h2>{html.escape(title)}</h2>{table.html()}{plot}")
     parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
     parts.append(f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>")

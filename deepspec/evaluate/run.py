@@ -23,7 +23,6 @@ import torch.distributed as dist
 from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
-from deepspec.data.progress import Progress
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation
 from deepspec.decoding.tree import count_nodes, tree_of
@@ -39,6 +38,7 @@ from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
+from deepspec.progress import Progress
 from deepspec.rows import RowLog
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import room_for
@@ -307,7 +307,7 @@ class Evaluation:
         done: dict[int, list[Generation]] = defaultdict(list)
         label = f"{task.name} at temperature {temperature:g}, {'drafted' if with_draft else 'baseline'}"
         shown = label if self.world.size == 1 else f"{label}, rank 0 of {self.world.size}"
-        progress = Progress(shown, len(indices)) if self.world.is_main else None
+        progress = Progress(shown, len(indices))
         for generation in decoder.stream(meter.waiting):
             meter.left(generation)
             index, _ = cast(tuple[int, int], generation.request.tag)
@@ -317,10 +317,9 @@ class Evaluation:
                 meter.submit(following)
             else:
                 yield index, done.pop(index), meter.take(index)
-            if progress:
-                progress.add(int(index not in done), len(generation.output_ids))
-        if progress:
-            progress.finish()
+            progress.add(int(index not in done), len(generation.output_ids))
+        progress.finish()
+
 
     def _settings(self, temperature: float) -> DecodeSettings:
         options, stops = self.options, self.renderer.stop_token_ids

@@ -26,7 +26,6 @@ import torch
 from deepspec.algorithms.base import DraftModel
 from deepspec.arguments import COUNT, SHARE, TOGETHER, check_fields
 from deepspec.data.chat import Renderer
-from deepspec.data.progress import Progress
 from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
@@ -36,11 +35,13 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.measure import bootstrap
 from deepspec.evaluate.profile import profile
-from deepspec.evaluate.report import png, table
+from deepspec.evaluate.report import png
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_bytes, write_json, write_text
 from deepspec.locks import one_writer
+from deepspec.progress import Progress
+from deepspec.tables import Table
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import fitting
 
@@ -228,7 +229,7 @@ def markdown(study: dict[str, Any]) -> str:
         for policy in dict.fromkeys(row["policy"] for row in rows):
             values = {row["concurrency"]: row[key] for row in rows if row["policy"] == policy}
             cells.append([policy, *(format(values[c], form) for c in loads)])
-        parts.append(f"{title}, by requests decoding together\n\n" + table(["policy", *map(str, loads)], cells))
+        parts.append(f"{title}, by requests decoding together\n\n" + Table(["policy", *loads], cells).markdown())
     parts.append("\n".join(f"- {sentence(finding)}" for finding in study["findings"]))
     return "\n\n".join(parts)
 

@@ -117,8 +117,8 @@ def test_no_round_at_all_is_no_acceptance_length(tmp_path: Path) -> None:
     assert (none.acceptance_length, none.interval, none.verify_rate, none.verified_length) == (None, None, None, None)
     row = json.loads(json.dumps(none.to_row()))
     assert row["accepted_length"] is None
-    assert "| t | 0 | none |  | 0 |" in summary_table([row])
-    assert position_table([row]).count("\n") == time_table([row]).count("\n") == 2
+    assert "| t | 0 | none |  | 0 |" in summary_table([row]).markdown()
+    assert position_table([row]).markdown().count("\n") == time_table([row]).markdown().count("\n") == 2
     plot = figure(lambda axes: plot_lengths(axes, [row]))
     assert plot.startswith("<img")
     other = summarise("u", 0.0, one_round_or_none(3, 3))
@@ -135,11 +135,11 @@ def test_no_round_at_all_is_no_acceptance_length(tmp_path: Path) -> None:
 def test_one_prompt_has_no_interval(tmp_path: Path) -> None:
     one = summarise("t", 0.0, one_round_or_none(4))
     assert (one.acceptance_length, one.interval) == (4.0, None)
-    assert "| 4.00 (one prompt) |" in summary_table([one.to_row()])
+    assert "| 4.00 (one prompt) |" in summary_table([one.to_row()]).markdown()
     assert summarise("t", 1.0, [timed(0, 1.0, 2.0)]).speed_up_interval is None
     (macro,) = macro_averages([one, summarise("u", 0.0, one_round_or_none(3, 3))])
     assert (macro.acceptance_length, macro.interval) == (3.5, None)
-    assert "| 3.50 (no interval) |" in summary_table([macro.to_row()])
+    assert "| 3.50 (no interval) |" in summary_table([macro.to_row()]).markdown()
     first, other = write_run(tmp_path / "a", [3, 0]), write_run(tmp_path / "b", [5, 2])
     found = difference(first, other, "t", 0.0)
     assert found is not None
@@ -151,9 +151,12 @@ def test_tables_show_every_measure() -> None:
     summary = summarise("t", 1.0, [timed(n, 1.0, 2.0) for n in range(4)])
     summary.paper_value = 6.11
     rows = [summary.to_row()]
-    assert "| t | 1 | 2.00 (2.00-2.00) | 6.11 | 25% | 10 | 5 | 2.00x (2.00-2.00) |  | 4 |" in summary_table(rows)
-    assert "| 1.000 / 1.000 | 0.000 / 0.000 | 0.000 / 0.000 |" in position_table(rows)
-    assert "| 140.000 | 20.000 | 10.000 | 10.000 | 180.000 | 4.00 | 0.40 |" in time_table(rows)
+    assert (
+        "| t | 1 | 2.00 (2.00-2.00) | 6.11 | 25% | 10 | 5 | 2.00x (2.00-2.00) |  | 4 |"
+        in summary_table(rows).markdown()
+    )
+    assert "| 1.000 / 1.000 | 0.000 / 0.000 | 0.000 / 0.000 |" in position_table(rows).markdown()
+    assert "| 140.000 | 20.000 | 10.000 | 10.000 | 180.000 | 4.00 | 0.40 |" in time_table(rows).markdown()
 
 
 def write_run(folder: Path, lengths: list[int], digest: str = "same") -> Run:
