@@ -127,10 +127,9 @@ class Decoder:
             self._verify(proposal)
             end = self.clock.now()
             self.clock.wall += end - start
-            if self.clock.turns is not None:
+            if self.clock.timings is not None:
                 rows, verified = self.clock.row_rounds - before[0], self.clock.verified - before[1]
-                drafted = 0 if proposal is None else proposal.tokens.shape[1]
-                self.clock.turns.append(StepTiming(rows, verified, self._emitted, drafted, end - entered))
+                self.clock.timings.append(StepTiming(rows, verified, self._emitted, end - entered))
             yield from finished
 
     def _enter(self, requests: deque[DecodeRequest]) -> None:

@@ -79,16 +79,6 @@ class Generation:
         return [one.committed for one in self.rounds]
 
     @property
-    def emitted_lengths(self) -> list[int]:
-        """Tokens each round added to the output; their sum is len(output_ids) - 1 (the prompt's own pass gives one)."""
-        return [one.emitted for one in self.rounds]
-
-    @property
-    def proposal_lengths(self) -> list[int]:
-        """Drafted tokens each round verified."""
-        return [one.length for one in self.rounds]
-
-    @property
     def proposals(self) -> list[list[int]]:
         """What each round sent to the target: the newest committed token and the drafts up to the first stop token."""
         rows, newest = [], 0

@@ -7,32 +7,18 @@ the rows differ, as the scheduler's do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from deepspec.decoding.clock import StepTiming
-from deepspec.decoding.scheduler import Policy, StepCosts
+from deepspec.decoding.scheduler import StepCosts
 from deepspec.progress import Progress
 
 PASSES = 2  # over all concurrencies, so that a slow minute does not hit one of them alone
 KNOTS = (0.0, 0.25, 0.5, 0.75)  # where the fitted costs may bend, of the way from the fewest tokens to the most
 OUTLIER = 4.0  # rounds slower than the fit by so many median deviations are left out: another process ran
 SWEEPS = 2000  # of the coordinate descent
-
-
-class Runs(Protocol):
-    """What :func:`profile` needs of a bench: the draft's slots, and timings of a policy at a concurrency."""
-
-    @property
-    def slots(self) -> int:
-        """K."""
-        ...
-
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
-        """Decode and return the timings."""
-        ...
 
 
 class Probe:
@@ -49,17 +35,23 @@ class Probe:
         return self._random.binomial(drafted, self._random.random(), size=rows).astype(np.int64)
 
 
-def profile(bench: Runs, concurrency: Sequence[int]) -> StepCosts:
-    """Measure and fit the costs of a round at each concurrency."""
+def profile(run: Callable[..., list[StepTiming]], slots: int, concurrency: Sequence[int]) -> StepCosts:
+    """Measure and fit the costs of a round at each concurrency.
+
+    Args:
+        run: ``run(policy, concurrency, rounds=..., attempt=...)`` decodes and returns the timings.
+        slots: that the draft has.
+        concurrency: each a number of rows that decode together.
+    """
     timings: dict[int, list[StepTiming]] = {c: [] for c in concurrency}
     progress = Progress("profile of step costs", PASSES * len(timings), "rounds")
     for attempt in range(PASSES):
         for c, seen in timings.items():
-            seen += bench.run(Probe(attempt), c, turns=120 + 360 // c, attempt=attempt)
+            seen += run(Probe(attempt), c, rounds=120 + 360 // c, attempt=attempt)
             progress.add(1, len(seen))
     progress.finish()
     rows = {c: round(float(np.mean([timing.rows for timing in seen]))) for c, seen in timings.items()}
-    return StepCosts({rows[c]: fit(seen, rows[c], bench.slots) for c, seen in timings.items()})
+    return StepCosts({rows[c]: fit(seen, rows[c], slots) for c, seen in timings.items()})
 
 
 def fit(timings: Sequence[StepTiming], rows: int, slots: int) -> tuple[np.ndarray, np.ndarray]:

@@ -320,7 +320,6 @@ class Evaluation:
             progress.add(int(index not in done), len(generation.output_ids))
         progress.finish()
 
-
     def _settings(self, temperature: float) -> DecodeSettings:
         options, stops = self.options, self.renderer.stop_token_ids
         return DecodeSettings(

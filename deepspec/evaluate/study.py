@@ -104,8 +104,8 @@ class Bench:
         alone = self.target.device.type == "cpu" and torch.get_num_threads() == 1
         return time.process_time if alone else time.perf_counter
 
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
-        """Decode at ``concurrency`` and return the timings until no prompt waits any more, or ``turns`` of them.
+    def run(self, policy: Policy, concurrency: int, rounds: int | None = None, attempt: int = 0) -> list[StepTiming]:
+        """Decode at ``concurrency`` and return the timings until no prompt waits any more, or of ``rounds`` rounds.
 
         Raises:
             EvaluationError: no round was timed.
@@ -116,11 +116,12 @@ class Bench:
         drafter = self.draft.algorithm.drafter(self.draft, concurrency, longest)
         settings = replace(self.settings, seed=self.settings.seed + attempt)  # another attempt, another sample
         decoder = Decoder(self.target, drafter, settings, concurrency, policy)
-        decoder.clock.now, decoder.clock.turns = self.clock, []
+        timings: list[StepTiming] = []
+        decoder.clock.now, decoder.clock.timings = self.clock, timings
         for _ in decoder.stream(requests):
-            if not requests or (turns is not None and len(decoder.clock.turns) >= turns):
+            if not requests or (rounds is not None and len(timings) >= rounds):
                 break
-        measured = [turn for turn in decoder.clock.turns[:turns] if turn.rows]
+        measured = [timing for timing in timings[:rounds] if timing.rows]
         if not measured:
             raise EvaluationError("nothing to measure: every answer was one token", remedy="raise --max-new-tokens")
         return measured
@@ -173,7 +174,6 @@ def judge(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     ``ratio`` of their tokens per second is the mean over attempts (pairs that ran in the same minutes), with its 95 %
     ``interval``. It is ``sure`` where the interval is at most ``SURE`` wide to either side, or that far from 1.
-
     """
     findings = []
     for c in dict.fromkeys(row["concurrency"] for row in rows):
@@ -272,8 +272,8 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
     output = Path(options.output)
     with one_writer(output, "study", EvaluationError):
         bench = _bench(options)
-        bench.run(FixedLength(), options.concurrency[0], turns=8)  # the first forwards of a process are slower
-        costs = profile(bench, options.concurrency)
+        bench.run(FixedLength(), options.concurrency[0], rounds=8)  # the first forwards of a process are slower
+        costs = profile(bench.run, bench.slots, options.concurrency)
         write_json(output / "costs.json", costs.to_row())
         rows = compare(bench, costs, options)
         study: dict[str, Any] = {

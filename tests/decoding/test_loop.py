@@ -135,7 +135,7 @@ def test_greedy_output_equals_plain_decoding(family: str, batch_size: int) -> No
     assert [one.output_ids for one in plain] == expected
     assert [one.output_ids for one in drafted] == expected
     for one in drafted:
-        assert sum(one.emitted_lengths) == 12
+        assert sum(round_.emitted for round_ in one.rounds) == 12
         assert one.finish == "length"
     accepted = [length for one in drafted for length in one.acceptance_lengths]
     assert 1.3 < sum(accepted) / len(accepted) < 4.5  # the draft was right sometimes and wrong sometimes
@@ -187,7 +187,7 @@ def test_stop_token_ends_the_output_and_limit_is_exact() -> None:
         drafter = FakeDrafter(bigram_table(target, 0.3), 1, 5)
         [one] = generate(target, drafter, [prompt], DecodeSettings(max_new_tokens=limit))
         assert one.output_ids == free[:limit]
-        assert sum(one.emitted_lengths) == limit - 1 <= sum(one.acceptance_lengths)
+        assert sum(round_.emitted for round_ in one.rounds) == limit - 1 <= sum(one.acceptance_lengths)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

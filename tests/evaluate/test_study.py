@@ -32,7 +32,7 @@ from deepspec.evaluate.study import (
 def test_fitted_costs_are_convex_and_never_fall(seed: int, slots: int, rows: int) -> None:
     random = np.random.default_rng(seed)
     timings = [
-        StepTiming(rows, rows + int(random.integers(0, rows * slots + 1)), 1, slots, seconds)
+        StepTiming(rows, rows + int(random.integers(0, rows * slots + 1)), 1, seconds)
         for seconds in random.uniform(0.5, 2.0, 40)
     ]
     tokens, seconds = fit(timings, rows, slots)
@@ -48,7 +48,7 @@ def test_costs_are_found_again_beneath_noise_and_outliers() -> None:
     for _ in range(600):
         tokens = int(random.integers(4, 33))
         seconds = 1.0 + 0.05 * max(0, tokens - 18)
-        timings.append(StepTiming(4, tokens, 1, 7, seconds * random.uniform(0.97, 1.03) + (random.random() < 0.05)))
+        timings.append(StepTiming(4, tokens, 1, seconds * random.uniform(0.97, 1.03) + (random.random() < 0.05)))
     tokens, seconds = fit(timings, 4, 7)
     np.testing.assert_allclose(np.interp([4, 18, 32], tokens, seconds), [1.0, 1.0, 1.7], atol=0.02)
 
@@ -91,11 +91,11 @@ class NoisyBench:
     def __init__(self, seconds: dict[int, list[float]]) -> None:
         self.seconds, self.runs = seconds, []
 
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
+    def run(self, policy: Policy, concurrency: int, rounds: int | None = None, attempt: int = 0) -> list[StepTiming]:
         self.runs.append((concurrency, attempt))
         own = self.seconds[concurrency]
         spent = own[attempt % len(own)] if isinstance(policy, Throughput) else 1.0
-        return [StepTiming(concurrency, 2 * concurrency, 100, 2, spent)]
+        return [StepTiming(concurrency, 2 * concurrency, 100, spent)]
 
 
 def test_attempts_go_on_at_the_noisy_loads_alone_and_are_bounded() -> None:
@@ -132,7 +132,7 @@ def test_a_study_of_a_tiny_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     target = tiny_target("qwen3")
     draft = tiny_draft("dspark", target)
     bench = Bench(target, draft, DecodeSettings(max_new_tokens=4), ((1, 5, 9), (4, 7), (3,)))
-    costs = profile(bench, (6,))
+    costs = profile(bench.run, bench.slots, (6,))
     options = StudyOptions("", "", "", concurrency=(6,), repeats=1, most_repeats=1)
     rows = compare(bench, costs, options)
     assert {row["policy"] for row in rows} == {"fixed 1", "fixed 2", "fixed 3", "fixed 4", "threshold 0.5", SCHEDULER}

@@ -200,8 +200,9 @@ def check_decoding(case: Path) -> CaseErrors:
         found = generate(target, model.algorithm.drafter(model, 1, capacity), [run["prompt"]], settings)[0]
         equal = run["prompt"] + found.output_ids == run["output_ids"]
         equal &= found.acceptance_lengths == run["acceptance_lengths"]
-        equal &= found.proposal_lengths == run["proposal_lengths"]
-        pairs = zip(found.proposals, found.proposal_lengths, run["proposals"], strict=False)
+        lengths = [one.length for one in found.rounds]
+        equal &= lengths == run["proposal_lengths"]
+        pairs = zip(found.proposals, lengths, run["proposals"], strict=False)
         equal &= all(list(mine) == theirs["verify_input_ids"][: count + 1] for mine, count, theirs in pairs)
         errors.worst("decoding", (errors.decoding or 0.0) + (not equal))
     return errors
