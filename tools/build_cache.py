@@ -11,9 +11,9 @@ import argparse
 
 from deepspec.arguments import Parser
 from deepspec.cache.build import BuildStopped, build_cache
-from deepspec.cache.ranks import connect
 from deepspec.data.refusals import refusal_lines
-from deepspec.errors import DataError, run_main
+from deepspec.distributed import process_group, world_from_environment
+from deepspec.errors import CacheError, DataError, run_main
 from deepspec.recipe import load_recipe
 
 
@@ -32,13 +32,13 @@ def main() -> int:
     data = options.data or recipe.data.conversations
     if data is None:
         raise DataError("no conversations named", key="data.conversations", remedy="give --data")
-    with connect() as ranks:
+    with process_group(world_from_environment(), error=CacheError) as world:
         try:
-            manifest = build_cache(recipe, data, options.output, ranks, options.append, options.server)
+            manifest = build_cache(recipe, data, options.output, world, options.append, options.server)
         except BuildStopped as problem:
             print(f"build: {problem}", flush=True)
             return 143
-        if ranks.is_main:
+        if world.is_main:
             rejected = sum(manifest.rejected.values())
             print(
                 f"{options.output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "

@@ -27,9 +27,9 @@ from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import drop_parts, verify_cache
 from deepspec.cache.writer import Layout
-from deepspec.data.progress import Progress, clock
 from deepspec.errors import CacheError, DataError, run_main
 from deepspec.identity import flatten
+from deepspec.progress import Progress, clock
 from deepspec.recipe import load_recipe
 from deepspec.targets import load_target_embeddings, load_tokenizer
 

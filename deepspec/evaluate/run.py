@@ -10,15 +10,13 @@ import json
 import logging
 import os
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 
 from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
@@ -26,7 +24,7 @@ from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation
 from deepspec.decoding.tree import count_nodes, tree_of
-from deepspec.distributed import World, together
+from deepspec.distributed import World, barrier, on_rank0, process_group
 from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
@@ -167,11 +165,11 @@ class Evaluation:
             if count:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
                 log.info("left out: %d prompts of %s (%s)", count, name, text)
-        with process_group(self.world) as barrier, ExitStack() as stack:
-            together(self.world, lambda: self._claim(stack) if self.world.is_main else None)
+        with process_group(self.world, error=EvaluationError), ExitStack() as stack:
+            on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
             drafted, baseline = (open_rows(self.output, name, self.world.rank) for name in ("results", "plain"))
-            barrier()  # every rank has read before any writes
+            barrier(self.world)  # every rank has read before any writes
             work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
             if any(self._missing(*one, drafted) for one in work):
                 self._warm_up()
@@ -179,7 +177,7 @@ class Evaluation:
                 self._run_task(task, temperature, drafted, baseline)
             drafted.close()
             baseline.close()
-            barrier()
+            barrier(self.world)
             if not self.world.is_main:
                 return None
             drafted.merge()
@@ -225,7 +223,7 @@ class Evaluation:
             return
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
         tokens = self.rows * (drafted + 1)
-        threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
+        threads = choose_threads(self.target, tokens, own_cores(self.world.local_size))
         write_json(path, {"identity": self.identity, "threads": threads})
 
     def _check_same_run(self, known: dict[str, Any]) -> None:
@@ -251,12 +249,7 @@ class Evaluation:
         """All ranks, and a run that goes on, use the thread count that was chosen first."""
         threads = read_json(self.output / "run.json", EvaluationError).get("threads")
         if threads is not None and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(threads, own_cores(self._neighbours)))
-
-    @property
-    def _neighbours(self) -> int:
-        """Processes of this run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
+            torch.set_num_threads(min(threads, own_cores(self.world.local_size)))
 
     def _warm_up(self) -> None:
         """Decode a few tokens that are not measured, with the draft and without it."""
@@ -410,26 +403,3 @@ def _digest(generations: list[Generation]) -> str:
 
 def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
-
-
-@contextmanager
-def process_group(world: World) -> Iterator[Callable[[], None]]:
-    """Yield the barrier of all ranks of ``world``; one process alone never waits.
-
-    Raises:
-        EvaluationError: a launcher that does not name an address for the ranks.
-    """
-    if world.size == 1:
-        yield lambda: None
-        return
-    if "MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ:
-        raise EvaluationError(
-            "no address where the ranks can connect", key="MASTER_ADDR, MASTER_PORT",
-            remedy="start with torchrun or deepspeed, or set both",
-        )  # fmt: skip
-    # days: a rank with short prompts waits for one with long prompts
-    dist.init_process_group("gloo", rank=world.rank, world_size=world.size, timeout=timedelta(days=7))
-    try:
-        yield dist.barrier
-    finally:
-        dist.destroy_process_group()
