@@ -4,7 +4,7 @@ A forward of the target sees its tokens *packed*: one sequence of T tokens of se
 Linear layers never compute padding, so verifying costs the tokens verified. Only attention unpacks to [rows, queries]
 and back (:func:`_ragged_attention`, set through transformers' attention registry by :func:`ragged_attention`).
 
-Rolling back is lowering a row's length: what lies behind it is overwritten by the next tokens and never visible.
+Rolling back is lowering a row's length: what comes after it is overwritten by the next tokens and never visible.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PackedBatch:
     def bias(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         """``mask`` as :func:`score_bias` for ``groups`` query heads a KV head, made once for all layers."""
         key = (id(mask), groups)
-        if key not in self._folded:  # the mask is kept beside it, so that its id stays its own
+        if key not in self._folded:  # the mask is stored with it, so that no other object takes its id
             self._folded[key] = mask, score_bias(mask[:, 0], groups, dtype)
         return self._folded[key][1]
 
@@ -73,7 +73,7 @@ class _Layout:
     slots: np.ndarray  # [Q] 0 .. Q - 1
     inside: np.ndarray  # [R, Q] which of the padded queries are tokens
     rectangular: bool
-    fixed: np.ndarray  # the batch's dense, index and counts, one behind the other
+    fixed: np.ndarray  # the batch's dense, index and counts, concatenated
 
 
 @lru_cache(maxsize=256)
@@ -91,8 +91,9 @@ def _layout(counts: tuple[int, ...]) -> _Layout:
 class RaggedCache(Cache):
     """Keys and values of B rows over a buffer of ``capacity`` positions each, growing when a row needs more.
 
-    ``lengths`` (host, [B]) are the committed positions; :meth:`plan` lays out a forward behind them, and :meth:`commit`
+    ``lengths`` (host, [B]) are the committed positions; :meth:`plan` lays out a forward after them, and :meth:`commit`
     keeps as many of the written positions as were accepted.
+
     """
 
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:

@@ -324,7 +324,8 @@ class Decoder:
         return len(generation.output_ids) >= self.settings.max_new_tokens
 
     def _admit(self, drafts: np.ndarray, logits: np.ndarray | None) -> None:
-        """Let the policy choose how many drafts of each row to verify; none behind a drafted stop token."""
+        """Let the policy choose how many drafts of each row to verify; none after a drafted stop token."""
+
         numbers = [number for number, row in enumerate(self._rows) if row is not None]
         if not numbers:
             return

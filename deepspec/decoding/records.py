@@ -22,7 +22,7 @@ class DecodeSettings:
         confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
         tree: draft this static tree, children of every node by depth; empty: a chain. At temperature 0 alone.
         release_counting: count as the released implementation does, only to compare with its results: go on until the
-            rounds alone reach the limit, and verify what a block drafter proposes behind a drafted stop token too.
+            rounds alone reach the limit, and verify what a block drafter proposes after a drafted stop token too.
 
     Raises:
         EvaluationError: a number out of its range.

@@ -73,7 +73,8 @@ class Threshold:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """Seconds of a whole round (draft, verify, head, the rest) by tokens per verify step, measured on one machine.
+    """Seconds of a complete round (draft, verify, head, the rest) by tokens per verify step, measured on one machine.
+
 
     Args:
         table: ``table[rows]`` is a pair of ascending arrays (tokens, seconds) with that many rows decoding together.

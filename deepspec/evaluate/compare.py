@@ -109,7 +109,7 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The last parts of the paths, as many as make them differ."""
     parts = [Path(path).resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-depth:]) for one in parts]

@@ -234,7 +234,7 @@ def _positions(lists: Sequence[Sequence[float]]) -> list[float]:
 
 
 def _verified_slots(result: PromptResult) -> Sequence[int]:
-    """Slots (of a tree: depths) of each round that could have been accepted; none behind an accepted stop token."""
+    """Slots (of a tree: depths) of each round that could have been accepted; none after an accepted stop token."""
     if result.tree_depth is None:
         return result.proposed
     rounds = zip(result.committed, result.accepted, strict=True)

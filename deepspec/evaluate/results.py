@@ -142,7 +142,7 @@ def paper_value(
     """The acceptance length that the paper reports where it measured as here; else None and what differs.
 
     Args:
-        target: a folder or hub id; its name says which model.
+        target: a folder or hub id; its last part is the name of the model.
         draft: the draft's config.
         task: its name.
         prompts: of the task, that are decoded.

@@ -48,7 +48,7 @@ WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a proc
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says.
+    """The settings of the command line.
 
     Raises:
         EvaluationError: a number out of its range, or a temperature named twice.

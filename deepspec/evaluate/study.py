@@ -54,7 +54,7 @@ Line = tuple[str, Any, Any]  # label, x and y of a plotted line
 
 @dataclass(frozen=True)
 class StudyOptions:
-    """What the command line says.
+    """The settings of the command line.
 
     Raises:
         EvaluationError: a number out of its range, or a concurrency named twice.
