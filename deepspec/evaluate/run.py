@@ -47,31 +47,47 @@ WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a proc
 
 
 @dataclass(frozen=True)
-class Options:
-    """The settings of the command line.
-
-    Raises:
-        EvaluationError: a number out of its range, or a temperature named twice.
-    """
+class Models:
+    """What an evaluation and a study both name: target, draft, tasks, and how prompts are rendered."""
 
     target: str
     draft: str
     output: str
     tasks: tuple[str, ...] = ()
-    temperatures: tuple[float, ...] = (1.0,)
-    batch_size: int = 1
-    max_new_tokens: int = 2048
     samples: int | None = None
     seed: int = 980406
     thinking: bool = False
     system_prompt: str | None = None
+    dtype: str = "auto"
+    revision: str | None = None  # of a target of the hub
+    device: str = "cpu"
+
+    def load_target(self) -> Target:
+        """Load the target in its dtype."""
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return load_target(self.target, dtype, self.device, self.revision)
+
+    def renderer(self, target: Target) -> Renderer:
+        """Renders prompts for the target."""
+        tokenizer = load_tokenizer(self.target, self.revision)
+        return Renderer(tokenizer, target.spec, self.system_prompt, self.thinking)
+
+
+@dataclass(frozen=True)
+class Options(Models):
+    """The settings of an evaluation.
+
+    Raises:
+        EvaluationError: a number out of its range, or a temperature named twice.
+    """
+
+    temperatures: tuple[float, ...] = (1.0,)
+    batch_size: int = 1
+    max_new_tokens: int = 2048
     confidence_threshold: float = 0.0
     tree: tuple[int, ...] = ()  # static draft tree: children of every node by depth; empty: a chain
     baseline: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
     first_turn: bool = False  # of each prompt, as the paper measured
-    dtype: str = "auto"
-    revision: str | None = None  # of a target of the hub
-    device: str = "cpu"
 
     def __post_init__(self) -> None:
         TEMPERATURE.check_each("temperature", self.temperatures, EvaluationError)
@@ -104,18 +120,12 @@ class Evaluation:
         tasks = load_tasks(options.tasks, options.samples, options.seed)
         tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
         self.skipped = missing_tasks(options.tasks)
-        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.target: Target = target or load_target(options.target, dtype, options.device, options.revision)
+        self.target: Target = target or options.load_target()
         self.draft: DraftModel = draft or load_draft(options.draft, self.target)
         self._given = draft is not None
-        tokenizer = load_tokenizer(options.target, options.revision)
-        self.renderer = Renderer(tokenizer, self.target.spec, options.system_prompt, options.thinking)
-        self.tokenizer = tokenizer
+        self.renderer = options.renderer(self.target)
         self.room = room_for(self.target.spec.config, options.max_new_tokens)
         self.tasks = [leave_out(task, self.room, options.max_new_tokens, self._first_tokens) for task in tasks]
-        self.too_long = {
-            task.name: len(task.prompts) - len(used.prompts) for task, used in zip(tasks, self.tasks, strict=True)
-        }
         most = max((len(task.prompts) for task in self.tasks), default=1)
         self.rows = min(options.batch_size, most)  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
@@ -138,7 +148,7 @@ class Evaluation:
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
         spec = self.target.spec
-        identity = identity_of(spec, self.tokenizer, self.renderer.stop_token_ids)
+        identity = identity_of(spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
@@ -161,10 +171,10 @@ class Evaluation:
         """
         for name, folder in self.skipped.items():
             log.info("skipped: %s (no %s.jsonl in %s)", name, name, folder)
-        for name, count in self.too_long.items():
-            if count:
+        for task in self.tasks:
+            if task.too_long:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
-                log.info("left out: %d prompts of %s (%s)", count, name, text)
+                log.info("left out: %d prompts of %s (%s)", task.too_long, task.name, text)
         with process_group(self.world, error=EvaluationError), ExitStack() as stack:
             on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
@@ -196,7 +206,8 @@ class Evaluation:
                     )  # fmt: skip
                 own = [PromptResult.from_row(rows[task.name, temperature, index]) for index in task.prompts]
                 summary = summarise(task.name, temperature, own, options.seed)
-                summary.too_long = self.too_long[task.name]
+                summary.too_long = task.too_long
+
                 summary.paper_value, summary.paper_differs = self._paper_value(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
@@ -333,7 +344,7 @@ class Evaluation:
         """The next turn of a prompt, after the turns before it and their answers."""
         messages: list[dict[str, Any]] = []
         for turn, generation in zip(task.prompts[index], so_far, strict=False):
-            answer = self.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
+            answer = self.renderer.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
             messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
         messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
         number = sample_id(task.name, index, len(so_far))
@@ -371,7 +382,7 @@ class Evaluation:
             **cost.to_row(),
             baseline_tokens=None if alone is None else alone["output_tokens"],
             baseline_seconds=None if alone is None else alone["seconds"],
-            text=self.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
+            text=self.renderer.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
         )
 
     def _provenance(self, summaries: list[TaskSummary]) -> Provenance:

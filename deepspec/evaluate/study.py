@@ -37,12 +37,13 @@ from deepspec.evaluate.measure import bootstrap
 from deepspec.evaluate.profile import profile
 from deepspec.evaluate.report import png
 from deepspec.evaluate.results import environment
+from deepspec.evaluate.run import Models
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_bytes, write_json, write_text
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
 from deepspec.tables import Table
-from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets import Target
 from deepspec.targets.positions import fitting
 
 log = logging.getLogger(__name__)
@@ -53,30 +54,19 @@ Line = tuple[str, Any, Any]  # label, x and y of a plotted line
 
 
 @dataclass(frozen=True)
-class StudyOptions:
-    """The settings of the command line.
+class StudyOptions(Models):
+    """The settings of a study.
 
     Raises:
         EvaluationError: a number out of its range, or a concurrency named twice.
     """
 
-    target: str
-    draft: str
-    output: str
-    tasks: tuple[str, ...] = ()
-    samples: int | None = None
-    seed: int = 980406
     temperature: float = 0.0
     max_new_tokens: int = 256
     concurrency: tuple[int, ...] = (1, 4, 16, 64)
     repeats: int = 10  # of every policy
     most_repeats: int = 30  # where so few differ too much to tell
     threshold: float = 0.5
-    thinking: bool = False
-    system_prompt: str | None = None
-    dtype: str = "auto"
-    device: str = "cpu"
-    revision: str | None = None  # of a target of the hub
 
     def __post_init__(self) -> None:
         TOGETHER.check_each("concurrency", self.concurrency, EvaluationError)
@@ -294,16 +284,14 @@ def run_study(options: StudyOptions) -> dict[str, Any]:
 
 
 def _bench(options: StudyOptions) -> Bench:
-    dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    target = load_target(options.target, dtype, options.device, options.revision)
+    target = options.load_target()
     draft = load_draft(options.draft, target)
     if getattr(draft, "confidence_head", None) is None:
         raise EvaluationError(
             "the scheduler study needs a draft with a confidence head", file=options.draft,
             found=draft.config.algorithm, remedy="take a draft trained with confidence_head: true",
         )  # fmt: skip
-    tokenizer = load_tokenizer(options.target, options.revision)
-    renderer = Renderer(tokenizer, target.spec, options.system_prompt, options.thinking)
+    renderer = options.renderer(target)
     settings = DecodeSettings(
         options.temperature, options.max_new_tokens, renderer.stop_token_ids, options.seed,
         confidence_temperatures=load_sts(Path(options.draft)),
