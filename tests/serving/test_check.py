@@ -14,7 +14,7 @@ import pytest
 import torch
 from algorithm_tools import tiny_draft, tiny_target
 
-from deepspec.decoding.records import Generation, Request, Round
+from deepspec.decoding.records import DecodeRequest, Generation, Round
 from deepspec.drafts import save_draft
 from deepspec.errors import DeepSpecError, DraftError
 from deepspec.http import NoReply, request
@@ -29,7 +29,9 @@ KIND = Kind("dspark", "vllm", "dspark")
 
 
 def generation(*accepted: int) -> Generation:
-    return Generation(Request((1,), 0), rounds=[Round((), 7, count, count + 1, count + 1, ()) for count in accepted])
+    return Generation(
+        DecodeRequest((1,), 0), rounds=[Round((), 7, count, count + 1, count + 1, ()) for count in accepted]
+    )
 
 
 def engine_row(tokens: list[int], *accepted: int) -> dict[str, Any]:

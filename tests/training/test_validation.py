@@ -200,7 +200,7 @@ def test_the_evaluator_measures_of_the_draft_folder_what_it_measures_of_the_live
         tasks=(str(tasks),),
         temperatures=(0.0, 1.0),
         max_new_tokens=24,
-        plain=False,
+        baseline=False,
     )
     exported = Evaluation(options, target=target).run()
     with trainer.engine.complete_model() as live:
@@ -208,6 +208,6 @@ def test_the_evaluator_measures_of_the_draft_folder_what_it_measures_of_the_live
         of_live = replace(options, output=str(tmp_path / "live"))
         measured = Evaluation(of_live, target=target, draft=live).run()  # type: ignore[arg-type]
     trainer.engine.close()
-    lengths = [[(row.task, row.accepted_length) for row in one.summaries] for one in (exported, measured)]
+    lengths = [[(row.task, row.acceptance_length) for row in one.summaries] for one in (exported, measured)]
     assert lengths[0] == lengths[1]
     assert all(length > 1.0 for _, length in lengths[0])

@@ -1,8 +1,8 @@
-"""Compare with reference cases computed by the published implementation.
+"""Compare with reference cases computed by the released implementation: what ``tools/check_reference.py`` runs.
 
 A folder holds training cases (``<case>/{config.json, model.safetensors, inputs.safetensors, outputs.safetensors,
 train.json}``) and greedy decodings (``infer_*/{draft/, results.json}`` with their target's folder). Equal means: logits
-within 2e-5, losses within 2e-6, gradient norms within 5e-4 relative, decoded ids, proposals and accepted lengths equal.
+within 2e-5, losses within 2e-6, gradient norms within 5e-4 relative; ids, proposals and acceptance lengths equal.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class CaseErrors:
     logits: float | None = None  # absolute
     loss: float | None = None  # absolute over all terms, relative above 1
     gradient: float | None = None  # relative, of the gradient's norm per parameter
-    decoding: float | None = None  # runs that differ in any id, proposal or accepted length
+    decoding: float | None = None  # runs that differ in any id, proposal or acceptance length
 
     def worst(self, field: str, error: float) -> None:
         """Keep the larger of the known error and ``error`` (a NaN counts as infinite)."""
@@ -170,7 +170,8 @@ def _compare_gradients(model: DraftModel, terms: LossTerms, train: dict[str, Any
 def _check_steps(
     model: Any, train: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor], errors: CaseErrors
 ) -> None:
-    """The published mask is off by two and its lengths include the padding, so both are passed in."""
+    """The released mask is off by two and its lengths include the padding, so both are passed in."""
+
     mask, real = inputs["loss_mask"].bool(), inputs["attention_mask"].sum(dim=1)
     B, S = mask.shape
     batch = _batch(inputs, torch.full((B,), S))
@@ -203,14 +204,15 @@ def check_decoding(case: Path) -> CaseErrors:
             max_new_tokens=reference["max_new_tokens"],
             stop_token_ids=tuple(run["stop_token_ids"] or ()),
             confidence_threshold=run["confidence_threshold"],
-            published_limit=True,
+            release_counting=True,
         )
         capacity = len(run["prompt"]) + reference["max_new_tokens"] + model.config.max_draft + 2
         found = generate(target, model.algorithm.drafter(model, 1, capacity), [run["prompt"]], settings)[0]
         equal = run["prompt"] + found.output_ids == run["output_ids"]
         equal &= found.acceptance_lengths == run["acceptance_lengths"]
-        equal &= found.proposal_lengths == run["proposal_lengths"]
-        pairs = zip(found.proposals, found.proposal_lengths, run["proposals"], strict=False)
+        lengths = [one.length for one in found.rounds]
+        equal &= lengths == run["proposal_lengths"]
+        pairs = zip(found.proposals, lengths, run["proposals"], strict=False)
         equal &= all(list(mine) == theirs["verify_input_ids"][: count + 1] for mine, count, theirs in pairs)
         errors.worst("decoding", (errors.decoding or 0.0) + (not equal))
     return errors
