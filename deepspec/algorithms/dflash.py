@@ -25,8 +25,8 @@ from deepspec.batch import Batch, Supervision
 from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.chunk import LossWeights
 from deepspec.nn.heads import MarkovHead
+from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadLoss, head_loss
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec

@@ -26,7 +26,7 @@ from deepspec.algorithms.block import (
 from deepspec.algorithms.dflash import DFlash, DFlashConfig, SlotLoss, block_loss
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.chunk import LossWeights
+from deepspec.nn.loss_chunk import LossWeights
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from algorithm_tools import ALGORITHMS, MASK_TOKEN, random_batch, tiny_draft, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_losses import supervised_slots_NK
 from torch import Tensor
 
 from deepspec.algorithms.block import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
 from deepspec.batch import Batch, Supervision
-from deepspec.nn.plain import supervised_slots_NK
 
 TARGET = tiny_target("qwen3")
 
