@@ -38,13 +38,14 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.codecs.uniform import to_float
 from deepspec.cache.format import HIDDEN_CHUNK
-from deepspec.cache.forward import DTYPES, forward_batch, load_renderer
+from deepspec.cache.forward import DTYPES, forward_batch
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.plan import Plan, PlannedPart, batches, read_rows, render, scan
+from deepspec.cache.plan import Plan, PlannedPart, batches, read_rows, scan
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import write_part
 from deepspec.cache.store import LocalFolder
 from deepspec.cache.writer import Block, layout_of
+from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.conversations import write_conversations
 from deepspec.recipe import load_recipe
 from deepspec.targets import load_target, load_tokenizer
@@ -351,7 +352,7 @@ def bare_forward(recipe_path: Path, data: Path, parts: list[dict[str, Any]], bud
     renderer, source, seconds, tokens = load_renderer(recipe, target.spec), scan(data), 0.0, 0
     for part in parts:
         rows = read_rows(data, source.offsets[part["first"]], part["first"], part["rows"])
-        rendered = [render(renderer, row, recipe.data.min_supervised) for _, row in rows]
+        rendered = [render_row(renderer, row, recipe.data.min_supervised) for _, row in rows]
         usable = [("0", one) for one in rendered if not isinstance(one, str)]
         for batch in batches([len(one.input_ids) for _, one in usable], budget):
             chosen = [(0, *usable[i]) for i in batch]

@@ -14,11 +14,11 @@ import numpy as np
 
 from deepspec import registry
 from deepspec.cache.format import HIDDEN_CHUNK
-from deepspec.cache.forward import DTYPES, Conversation, forward_batch, load_renderer
+from deepspec.cache.forward import DTYPES, Conversation, forward_batch
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.plan import Source, read_rows, render, samples_per_part, scan
+from deepspec.cache.plan import Source, read_rows, samples_per_part, scan
 from deepspec.cache.writer import Block, Layout, PartWriter
-from deepspec.data.chat import Renderer
+from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.distributed import pick_device
 from deepspec.recipe import Recipe
 from deepspec.targets import load_spec, load_target
@@ -90,7 +90,7 @@ def usable_rows(source: Source, renderer: Renderer, min_supervised: int, wanted:
     rows = []
     for row in range(0, source.rows, max(1, source.rows // wanted)):
         ((_, content),) = read_rows(source.path, source.offsets[row], row, 1)
-        rendered = render(renderer, content, min_supervised)
+        rendered = render_row(renderer, content, min_supervised)
         if not isinstance(rendered, str):
             rows.append((row, str(row), rendered))
     return rows

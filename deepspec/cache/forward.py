@@ -9,24 +9,12 @@ import numpy as np
 import torch
 
 from deepspec.cache.writer import Block, next_supervised
-from deepspec.data.chat import Rendered, Renderer
-from deepspec.recipe import Recipe
-from deepspec.targets import Target, TargetSpec, load_tokenizer
+from deepspec.data.chat import Rendered
+from deepspec.targets import Target
 from deepspec.targets.served import ServedTarget
 
 Conversation = tuple[int, str, Rendered]  # sample id, the conversation's own id, tokens
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
-
-def load_renderer(recipe: Recipe, spec: TargetSpec) -> Renderer:
-    """The recipe's rendering of conversations."""
-    return Renderer(
-        load_tokenizer(recipe.target.path, recipe.target.revision),
-        spec,
-        system_prompt=recipe.data.system_prompt,
-        thinking=recipe.data.thinking,
-        max_length=recipe.data.max_length,
-    )
 
 
 def forward_batch(

@@ -11,7 +11,7 @@ from typing import Any
 
 from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
 from deepspec.cache.store import Store
-from deepspec.data.chat import Rendered, Renderer, render_row
+from deepspec.data.chat import Renderer, render_row
 from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
 from deepspec.data.lines import is_blank, numbered_lines, parse_line
 from deepspec.errors import CacheError, DataError
@@ -109,18 +109,13 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
             yield number, usable_row(line)
 
 
-def render(renderer: Renderer, row: dict[str, Any] | str, min_supervised: int) -> Rendered | str:
-    """A row's tokens, or why it cannot be used; a row that is none already says what is wrong with it."""
-    return row if isinstance(row, str) else render_row(renderer, row, min_supervised)
-
-
 def mean_tokens(source: Source, renderer: Renderer, min_supervised: int) -> float:
     """Mean length of the usable ones among rows spread over the file; 0 when none is."""
     step = max(1, source.rows // PROBED_ROWS)
     lengths = []
     for row in range(0, source.rows, step):
         ((_, content),) = read_rows(source.path, source.offsets[row], row, 1)
-        rendered = render(renderer, content, min_supervised)
+        rendered = render_row(renderer, content, min_supervised)
         if not isinstance(rendered, str):
             lengths.append(len(rendered.input_ids))
     return sum(lengths) / len(lengths) if lengths else 0.0

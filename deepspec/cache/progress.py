@@ -7,8 +7,8 @@ import threading
 import time
 
 from deepspec.cache.format import PartManifest
-from deepspec.data.progress import clock
 from deepspec.distributed import World
+from deepspec.progress import clock
 
 SECONDS = 10.0  # between lines
 

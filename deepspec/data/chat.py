@@ -1,9 +1,9 @@
 """The one way in which messages become token ids, and which of these ids are supervised.
 
 Regeneration, cache, training and evaluation all go through :class:`Renderer`, so that system prompt, template and
-thinking flag cannot differ between them. A conversation is rendered whole and tokenised once; where an answer begins
-and ends is told by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by tokenising
-pieces of text. The same marks tell what the template leaves out.
+thinking flag cannot differ between them. A conversation is rendered and tokenised once as a whole; where an answer
+begins and ends is told by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by
+tokenising pieces of text. The same marks tell what the template leaves out.
 """
 
 from __future__ import annotations
@@ -17,35 +17,36 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from deepspec import registry
-from deepspec.data.bounds import Answer, bounds_from_offsets, bounds_from_prefixes
-from deepspec.data.conversations import Message
+from deepspec.data.answer_spans import MARK, Answer, Span, SpanFinder, spans_from_offsets, spans_from_prefixes
 from deepspec.data.marks import Field, Reading, mark
-from deepspec.data.messages import THINK, Unusable, normal_row, opened_again, opens_reasoning
-from deepspec.data.places import MARK, Place, PlaceFinder
+from deepspec.data.messages import (
+    THINK,
+    Message,
+    developer_as_system,
+    for_template,
+    opened_again,
+    opens_reasoning,
+    read_message,
+    stops_in_reasoning,
+)
 from deepspec.data.refusals import (
-    NO_PLACE,
+    NO_SPAN,
     NO_SUPERVISION,
     OPEN_THOUGHT,
     OTHER_HISTORY,
     OTHER_TOKENS,
+    NoSupervision,
+    RenderCounts,
     left_out,
     reason_of,
     template_refuses,
     too_little,
 )
-from deepspec.data.refusals import NoSupervision as NoSupervision
-from deepspec.data.refusals import RenderCounts as RenderCounts
-from deepspec.data.shown import (
-    developer_as_system,
-    for_template,
-    read_message,
-    read_tools,
-    stops_in_reasoning,
-)
 from deepspec.errors import DataError
 from deepspec.families.base import Family
+from deepspec.recipe import Recipe
 from deepspec.targets.date import dated, template_date
-from deepspec.targets.load import TargetSpec
+from deepspec.targets.load import TargetSpec, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Rendered:
 
 
 class Renderer:
-    """Messages to token ids and loss mask.
+    """Messages in normal form (see :func:`deepspec.data.messages.normal_row`) to token ids and loss mask.
 
     Args:
         tokenizer: the target's (fast) tokenizer, with its chat template.
@@ -102,13 +103,13 @@ class Renderer:
         if not tokenizer.is_fast:
             raise DataError("a fast tokenizer is needed", file=tokenizer.name_or_path, found=type(tokenizer).__name__)
         tail, self._ending, self._end_of_turn = self._probe_end_of_turn()
-        self._places = PlaceFinder(self._render, tail)
+        self._spans = SpanFinder(self._render, tail)
 
     # -- prompts ------------------------------------------------------------------------------------------------------
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The rendered prompt, generation prompt included."""
-        messages, tools = self.with_system(messages), read_tools(tools)
+        messages = self.with_system(messages)
         if messages[-1]["role"] == "assistant":
             raise DataError("a prompt ends with a user or tool message", found="assistant", key="messages")
         text = self._render(messages, tools, generation_prompt=True)
@@ -174,13 +175,13 @@ class Renderer:
             DataError: a template that refuses the messages or leaves out some of them, a token that is half prompt and
                 half answer, or one that the target does not have.
         """
-        given, tools = self._read(messages) if messages else [], read_tools(tools)
+        given = self._read(messages) if messages else []
         last = max((i for i, message in enumerate(given) if message["role"] == "assistant"), default=None)
         if last is None or last == 0:
             raise NoSupervision("no assistant message that answers something", key="messages")
         prompt, text, answers = self._text_and_answers(given[: last + 1], tools)
-        ids, bounds = self._encode_with_bounds(text, answers)
-        ids, mask = self._join(self._encode(prompt), ids, bounds, answers)
+        ids, spans = self._encode_with_spans(text, answers)
+        ids, mask = self._join(self._encode(prompt), ids, spans, answers)
         limit = self.max_length or len(ids)
         rendered = Rendered(self._known(ids[:limit]), mask[:limit])
         if not rendered.supervised:
@@ -204,30 +205,27 @@ class Renderer:
                 field for field in missing if field.message == len(shown) - 1
             ]
         self._refuse_left_out(shown, missing)
-        find = self._generations if self._has_marks else self._places.find
-        places = find(shown, tools, full, reading)
+        find = self._generations if self._has_marks else self._spans.find
+        spans = find(shown, tools, full, reading)
         cut = stops_in_reasoning(shown[-1])
         if cut:
             thought = reading.span(len(shown) - 1, "reasoning_content")
             if thought is None:
                 found = reading.has(len(shown) - 1, "reasoning_content")
-                raise DataError(NO_PLACE if found else left_out("reasoning_content"), key="messages")
-            places[-1] = (places[-1][0], thought[1])
-        text, places = self._after_prompt(full, prompt, places)
-        text = text[: places[-1][1]] if cut else text
+                raise DataError(NO_SPAN if found else left_out("reasoning_content"), key="messages")
+            spans[-1] = (spans[-1][0], thought[1])
+        text, spans = self._after_prompt(full, prompt, spans)
+        text = text[: spans[-1][1]] if cut else text
         turns = [message for message in given if message["role"] == "assistant"]
         numbers = [i for i, message in enumerate(shown) if message["role"] == "assistant"]
-        opened = opens_reasoning(prompt) is not None
-        return (
-            prompt,
-            text,
-            [
-                self._answer(
-                    text, *place, turn, turn.get("weight", 1) != 0 and self._is_written(shown, i, reading, opened)
-                )
-                for place, turn, i in zip(places, turns, numbers, strict=True)
-            ],
-        )
+        opened, answers = opens_reasoning(prompt) is not None, []
+        for (start, end), turn, i in zip(spans, turns, numbers, strict=True):
+            supervised = turn.get("weight", 1) != 0 and self._is_written(shown, i, reading, opened)
+            ends = text.startswith(self._ending, end)
+            if turn.get("finish_reason") == "length" and not turn.get("tool_calls"):
+                ends = False
+            answers.append(Answer(start, end + len(self._ending) * ends, supervised))
+        return prompt, text, answers
 
     def _is_written(self, shown: list[Message], i: int, reading: Reading, opened: bool) -> bool:
         """Whether the text has answer ``i`` as the target wrote it.
@@ -249,18 +247,18 @@ class Renderer:
             )
         return not thought and not opened
 
-    def _after_prompt(self, full: str, prompt: str, places: list[Place]) -> tuple[str, list[Place]]:
-        """The text that begins with the prompt of the last answer, and the answers' places in it."""
-        start, end = places[-1]
+    def _after_prompt(self, full: str, prompt: str, spans: list[Span]) -> tuple[str, list[Span]]:
+        """The text that begins with the prompt of the last answer, and the answers' spans in it."""
+        start, end = spans[-1]
         if full.startswith(prompt):  # the marks may include what the generation prompt already says
-            return full, [*places[:-1], (max(start, len(prompt)), end)]
+            return full, [*spans[:-1], (max(start, len(prompt)), end)]
         # The template renders a finished answer otherwise than a prompt and its answer (Gemma4 leaves out the empty
         # thinking channel that its generation prompt has): the target saw the prompt, so the prompt it is.
         shared = _shared(full, prompt)
-        if any(place[1] + len(self._ending) > shared for place in places[:-1]):
+        if any(stop + len(self._ending) > shared for _, stop in spans[:-1]):
             raise DataError(OTHER_HISTORY, key="messages")
         start = min(end, start + opened_again(prompt, full[start:]))
-        return prompt + full[start:], [*places[:-1], (len(prompt), end + len(prompt) - start)]
+        return prompt + full[start:], [*spans[:-1], (len(prompt), end + len(prompt) - start)]
 
     def _marked(
         self, messages: list[Message], tools: Sequence[Any] | None, plain: str, generation_prompt: bool = False
@@ -283,8 +281,8 @@ class Renderer:
 
     def _generations(
         self, messages: list[Message], tools: Sequence[Any] | None, _full: str, _reading: Reading
-    ) -> list[Place]:
-        """The answers' places from the template's generation marks."""
+    ) -> list[Span]:
+        """The answers' spans from the template's generation marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         rendered: Any = render_jinja_template(
@@ -303,43 +301,34 @@ class Renderer:
                 found=f"{len(marks)} marks",
                 wanted=f"{turns}, one for each assistant message",
             )
-        places = []
+        spans = []
         for start, end in marks:  # marks may hold the end of turn, and white space after it, or neither
             inside = text.rfind(self._ending, start, end)
             last_words = inside >= 0 and not text[inside + len(self._ending) : end].strip()
-            places.append((start, inside if last_words else end))
-        return places
-
-    def _answer(self, text: str, start: int, end: int, message: Message, supervised: bool) -> Answer:
-        cut = message.get("finish_reason") == "length" and not message.get("tool_calls")
-        has_end = text.startswith(self._ending, end) and not cut
-        return Answer(start, end + len(self._ending) if has_end else end, supervised)
+            spans.append((start, inside if last_words else end))
+        return spans
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
-    def _encode_with_bounds(self, text: str, answers: list[Answer]) -> tuple[list[int], list[tuple[int, int]]]:
-        """The ids of ``text``, and [first, last) token of every answer."""
+    def _encode_with_spans(self, text: str, answers: list[Answer]) -> tuple[list[int], list[Span]]:
+        """The ids of ``text``, and the tokens of every answer."""
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
-        bounds = bounds_from_offsets(offsets, len(text), answers)
-        if bounds is None:
-            bounds = bounds_from_prefixes(self._encode, text, ids, answers)
-        return ids, bounds
+        spans = spans_from_offsets(offsets, len(text), answers)
+        return ids, spans_from_prefixes(self._encode, text, ids, answers) if spans is None else spans
 
     def _join(
-        self, prompt: list[int], ids: list[int], bounds: list[tuple[int, int]], answers: list[Answer]
+        self, prompt: list[int], ids: list[int], spans: list[Span], answers: list[Answer]
     ) -> tuple[list[int], list[int]]:
         """Ids and mask, the ids before the last answer being exactly the prompt's."""
-        first = bounds[-1][0]
+        first, stop = spans[-1]
         shift = len(prompt) - first
-        if ids[:first] != prompt and len(bounds) > 1 and bounds[-2][1] > _shared(ids, prompt):
+        if ids[:first] != prompt and len(spans) > 1 and spans[-2][1] > _shared(ids, prompt):
             raise DataError(OTHER_TOKENS, key="messages")
         ids = prompt + ids[first:]
         mask = [0] * len(ids)
-        for (begin, end), answer in zip(bounds[:-1], answers[:-1], strict=True):
+        for (begin, end), answer in zip([*spans[:-1], (first + shift, stop + shift)], answers, strict=True):
             mask[begin:end] = [int(answer.supervised)] * (end - begin)
-        begin, end = bounds[-1][0] + shift, bounds[-1][1] + shift
-        mask[begin:end] = [int(answers[-1].supervised)] * (end - begin)
         return ids, mask
 
     def _known(self, ids: list[int]) -> list[int]:
@@ -368,17 +357,16 @@ class Renderer:
 
     @cached_property
     def _knows_developer(self) -> bool:
-        return self._shows([{"role": "developer", "content": MARK}, {"role": "user", "content": "a"}])
+        try:
+            return MARK in self._render(
+                [{"role": "developer", "content": MARK}, {"role": "user", "content": "a"}], None
+            )
+        except DataError:
+            return False
 
     @cached_property
     def _opens_think(self) -> bool:
         return opens_reasoning(self._render([{"role": "user", "content": "a"}], None, generation_prompt=True)) == THINK
-
-    def _shows(self, messages: list[Message]) -> bool:
-        try:
-            return MARK in self._render(messages, None)
-        except DataError:
-            return False
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, generation_prompt: bool = False) -> str:
         try:
@@ -417,13 +405,18 @@ def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
 
 
-def render_row(renderer: Renderer, row: Mapping[str, Any], min_supervised: int) -> Rendered | str:
-    """A row's tokens and mask, or the reason why it cannot be used."""
+def load_renderer(recipe: Recipe, spec: TargetSpec) -> Renderer:
+    """The recipe's rendering of conversations for its target."""
+    tokenizer, data = load_tokenizer(recipe.target.path, recipe.target.revision), recipe.data
+    return Renderer(tokenizer, spec, data.system_prompt, data.thinking, data.max_length)
+
+
+def render_row(renderer: Renderer, row: Mapping[str, Any] | str, min_supervised: int) -> Rendered | str:
+    """The tokens and mask of a reader's row, or the reason why it cannot be used (which the reader may give)."""
+    if isinstance(row, str):
+        return row
     try:
-        row = normal_row(row)
         rendered = renderer.conversation(row["messages"], row.get("tools"))
-    except Unusable as problem:
-        return str(problem)
     except DataError as problem:
         return reason_of(problem)
     return rendered if rendered.supervised >= min_supervised else too_little(min_supervised)

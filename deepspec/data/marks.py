@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.conversations import Message
+from deepspec.data.messages import Message
 
 _OPEN, _CLOSE = "Qj7vo", "Qj7vc"
 _MARK = re.compile(r"Qj7v([oc])(\d+)x")

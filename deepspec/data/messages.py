@@ -1,21 +1,25 @@
 """One form for what data sets and servers write in many: tools, tool calls, reasoning, system columns.
 
-Ingestion (``prepare_data``, ``regenerate``) and every reader of conversations go through here, so that a template is
-given the same values whoever wrote the file.
+Every reader of rows makes this normal form once (:func:`normal_row`), so that a template is given the same values
+whoever wrote the file. The second half is what the renderer makes of such messages before a template sees them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from deepspec.data.lines import NotJSON, parse_json, value_problem
+from deepspec.data.refusals import CUT_CALL, REPLACED
+from deepspec.errors import DataError
 
 Message = dict[str, Any]
 THINK, UNTHINK = "<think>", "</think>"  # how Qwen3, DeepSeek-R1 and their like mark reasoning inside an answer
 OPENINGS = (THINK, "<thinking>", "<|channel>thought", "[THINK]", "<seed:think>")  # how templates open reasoning
 SYSTEM_COLUMNS = ("system", "system_prompt")
 _STAY = ("properties", "parameters", "arguments")  # objects that may be empty, and mean something then
+_NO_CHARACTER = "\ufffd"  # what bytes that are no character are decoded to
+_NOT_THE_TEMPLATES = ("weight", "finish_reason")  # fields of a message that concern us alone
 
 
 class Unusable(Exception):
@@ -220,3 +224,59 @@ def split_reasoning(message: Message, opened: bool = False) -> Message:
 def _alone(before: str, after: str) -> bool:
     """Whether what stands between has a line of its own."""
     return (not before or before.endswith("\n")) and (not after or after.startswith("\n"))
+
+
+# -- as a template is shown them ---------------------------------------------------------------------------------------
+
+
+def read_message(message: Message, opened: bool) -> Message:
+    """A message with an answer's ``<think>`` in ``reasoning_content``, and with complete characters alone.
+
+    An answer that was cut inside its reasoning has ``content`` "" then, one that was cut inside a character ends before
+    it, both with ``finish_reason`` "length".
+
+    Args:
+        message: in normal form.
+        opened: an answer begins inside its reasoning, because the prompt has opened it.
+
+    Raises:
+        DataError: an answer whose text does not tell what the target wrote.
+    """
+    message = message | {"content": message.get("content") or ""}
+    if message["role"] != "assistant":
+        return message
+    try:
+        message = split_reasoning(message, opened and message.get("finish_reason") == "length")
+    except Unusable as problem:
+        raise DataError(str(problem), key="messages") from None
+    calls = message.get("tool_calls") or []
+    if message.get("finish_reason") == "length" and not arguments_are_objects(calls):
+        raise DataError(CUT_CALL, key="messages")
+    regenerated = "finish_reason" in message and message.get("weight", 1) != 0
+    part = "content" if message["content"] else "reasoning_content"
+    text = str(message.get(part) or "")
+    if text.endswith(_NO_CHARACTER) and not calls:
+        message = message | {part: text.rstrip(_NO_CHARACTER).rstrip(), "finish_reason": "length"}
+    texts = (message["content"], message.get("reasoning_content") or "", str(calls))
+    if regenerated and any(_NO_CHARACTER in one for one in texts):
+        raise DataError(REPLACED, key="messages", remedy="let the target answer this prompt again")
+    return message
+
+
+def for_template(message: Message, thinking: bool) -> Message:
+    """A message without what does not concern the template, and without reasoning unless the target thinks."""
+    hidden = _NOT_THE_TEMPLATES if thinking else (*_NOT_THE_TEMPLATES, "reasoning_content")
+    return {key: value for key, value in message.items() if key not in hidden}
+
+
+def developer_as_system(messages: Sequence[Message]) -> list[Message]:
+    """For templates that know no developer: those at the beginning join the system message, others are renamed."""
+    head = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), len(messages))
+    rest = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages[head:]]
+    text = "\n\n".join(one["content"] for one in messages[:head])
+    return [*([{"role": "system", "content": text}] if head else []), *rest]
+
+
+def stops_in_reasoning(message: Message) -> bool:
+    """Whether there is reasoning and nothing after it: the target was cut before it answered."""
+    return bool(message.get("reasoning_content")) and not message["content"].strip() and not message.get("tool_calls")

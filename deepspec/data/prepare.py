@@ -14,12 +14,12 @@ from typing import Any
 
 from deepspec.data.conversations import ConversationWriter
 from deepspec.data.messages import Message, Unusable
-from deepspec.data.progress import Progress
 from deepspec.data.sources import columns_read, read_source, row_tools, to_messages
 from deepspec.data.words import grams, normal, says_something
 from deepspec.errors import DataError
 from deepspec.files import write_json
 from deepspec.locks import one_writer
+from deepspec.progress import Progress
 
 # columns that hold prompts, however short these are
 _ASKED = ("turns", "prompt", "prompts", "question", "instruction", "problem", "query")

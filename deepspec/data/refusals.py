@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from deepspec.errors import DataError
 
 NO_SUPERVISION = "no supervised token"
-NO_PLACE = "cannot tell the answer from the rest of the rendering"
+NO_SPAN = "cannot tell the answer from the rest of the rendering"
 HALF_TOKEN = "a token is half prompt and half answer: the target never sees it in this place"
 OTHER_HISTORY = "the chat template renders the history otherwise in a prompt"
 OTHER_TOKENS = "the history has other tokens in a prompt"

@@ -22,13 +22,13 @@ from deepspec.data.dialogue import Dialogue
 from deepspec.data.local import Generated, LocalSampler, Request, Sampling
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.data.outcome import Outcome
-from deepspec.data.progress import Progress
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sha256_file
 from deepspec.identity import differences, identity_of, shown
 from deepspec.locks import lock_file
+from deepspec.progress import Progress
 from deepspec.recipe import Recipe, RegenerateSection
 from deepspec.rows import RowLog, dump_row
 from deepspec.targets.positions import check_room

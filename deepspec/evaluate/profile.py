@@ -14,9 +14,9 @@ from typing import Protocol
 
 import numpy as np
 
-from deepspec.data.progress import Progress
 from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
+from deepspec.progress import Progress
 
 PASSES = 2  # over all concurrencies, so that a slow minute does not fall on one of them alone
 KNOTS = (0.25, 0.5, 0.75)  # where the fitted costs may bend, of the way from the fewest tokens to the most

@@ -26,7 +26,6 @@ import torch
 from deepspec.algorithms.base import DraftModel
 from deepspec.arguments import COUNT, SHARE, TOGETHER, check_fields
 from deepspec.data.chat import Renderer
-from deepspec.data.progress import Progress
 from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Request
@@ -41,6 +40,7 @@ from deepspec.evaluate.results import environment
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import temporary_file, write_json, write_text
 from deepspec.locks import one_writer
+from deepspec.progress import Progress
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import fitting
 

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from deepspec.cache.fingerprint import fingerprint_of
-from deepspec.cache.forward import load_renderer
-from deepspec.cache.plan import read_rows, render, scan
+from deepspec.cache.plan import read_rows, scan
 from deepspec.cache.reader import Sample
+from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.refusals import RenderCounts
 from deepspec.distributed import world_from_environment
 from deepspec.errors import DataError
@@ -48,7 +48,7 @@ class OnlineSource:
         self._sample_ids: list[int] = []
         counts = RenderCounts()
         for number, row in read_rows(found.path, 0, 0, found.rows):
-            rendered = render(renderer, row, recipe.data.min_supervised)
+            rendered = render_row(renderer, row, recipe.data.min_supervised)
             if isinstance(rendered, str):
                 counts.drop(rendered, row["id"] if isinstance(row, dict) else f"row {number + 1}")
                 continue

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from deepspec import registry
-from deepspec.cache.forward import load_renderer
 from deepspec.cache.reader import Sample
+from deepspec.data.chat import load_renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World, world_from_environment

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from deepspec.data import chat
-from deepspec.data.chat import NoSupervision, RenderCounts, Renderer, render_rows
+from deepspec.data.chat import Renderer, render_rows
+from deepspec.data.refusals import NoSupervision, RenderCounts
 from deepspec.errors import DataError
 
 WEATHER = [{"type": "function", "function": {"name": "search", "parameters": {"type": "object", "properties": {}}}}]
@@ -148,7 +149,7 @@ def test_offsets_and_prefixes_agree(name: str, monkeypatch: pytest.MonkeyPatch) 
         return out
 
     fast = render_all()
-    monkeypatch.setattr(chat, "bounds_from_offsets", lambda *_: None)
+    monkeypatch.setattr(chat, "spans_from_offsets", lambda *_: None)
     plain = render_all()
     if name == "headers-gpt2":  # its newlines split by what follows, so that no prefix of text is one of tokens
         assert all("half prompt" in one for one in plain)

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepspec.data.bounds import Answer, bounds_from_prefixes
-from deepspec.data.chat import NoSupervision, RenderCounts, Renderer, render_row, render_rows
-from deepspec.data.places import PlaceFinder
-from deepspec.data.refusals import refusal_lines
+from deepspec.data.answer_spans import Answer, SpanFinder, spans_from_prefixes
+from deepspec.data.chat import Renderer, render_row, render_rows
+from deepspec.data.messages import normal_row
+from deepspec.data.refusals import NoSupervision, RenderCounts, refusal_lines
 from deepspec.errors import DataError
 
 # As Qwen3: knows no developer
@@ -79,14 +79,15 @@ def renderer(template: str, family: str = "llama", **more: Any) -> Renderer:
 
 
 def shown(one: Renderer, messages: tools.Messages, use: Any = None) -> tuple[str, str]:
-    """(the whole text, the supervised text)"""
-    rendered = one.conversation(messages, use)
+    """(the whole text, the supervised text) of a row that a reader has read"""
+    row = normal_row({"messages": messages, "tools": use})
+    rendered = one.conversation(row["messages"], row.get("tools"))
     pairs = zip(rendered.input_ids, rendered.loss_mask, strict=True)
     return one.tokenizer.decode(rendered.input_ids), one.tokenizer.decode([token for token, on in pairs if on])
 
 
 def reason(one: Renderer, messages: tools.Messages, use: Any = None) -> str:
-    found = render_row(one, {"id": "x", "messages": messages} | ({"tools": use} if use else {}), 1)
+    found = render_row(one, normal_row({"id": "x", "messages": messages} | ({"tools": use} if use else {})), 1)
     assert isinstance(found, str), one.tokenizer.decode(found.input_ids)
     return found
 
@@ -393,7 +394,7 @@ def test_prefixes_are_tokenised_once() -> None:
     answers = [Answer(start, text.index(">", start) + 1, True) for start in places]
     ids = encode(text)
     tokenised = 0
-    bounds = bounds_from_prefixes(encode, text, ids, answers)
+    bounds = spans_from_prefixes(encode, text, ids, answers)
     assert tokenised <= len(text)
     assert [case.tokenizer.decode(ids[a:b]) for a, b in bounds] == [f"a {n}<|im_end|>" for n in range(50)]
 
@@ -403,14 +404,14 @@ def test_prefixes_are_tokenised_once() -> None:
 def test_marks_tell_the_places_that_comparing_tells(name: str, thinking: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     case, seen = tools.small_case(name), 0
 
-    def both(self: PlaceFinder, messages: Any, use: Any, full: str, reading: Any) -> Any:
+    def both(self: SpanFinder, messages: Any, use: Any, full: str, reading: Any) -> Any:
         nonlocal seen
         plain = self.by_comparing(messages, use, full)
         assert self.by_marks(messages, use, full, reading) == plain
         seen += 1
         return plain
 
-    monkeypatch.setattr(PlaceFinder, "find", both)
+    monkeypatch.setattr(SpanFinder, "find", both)
     one = Renderer(case.tokenizer, case.family, thinking=thinking)
     rng = random.Random(f"places {name} {thinking}")
     for _ in range(25):

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from deepspec.cache.build import build_cache
-from deepspec.cache.forward import load_renderer
-from deepspec.cache.plan import render
+from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.inspect import inspect
 from deepspec.data.local import Generated, LocalSampler
@@ -68,7 +67,7 @@ def test_prompt_ids_agree_in_all_four_stages(
 
     target = load_target(str(target_folder), torch.float32)
     (row,) = read_conversations(answers)
-    cached = render(load_renderer(recipe, target.spec), row, 1)
+    cached = render_row(load_renderer(recipe, target.spec), row, 1)
     assert not isinstance(cached, str)
     trained = OnlineSource(recipe, target, answers).tokens(0).tolist()
 

@@ -13,8 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from deepspec.cache.build import build_cache
-from deepspec.cache.forward import load_renderer
-from deepspec.data.chat import Renderer, render_row
+from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.data.regenerate import Plan
 from deepspec.errors import CacheError, DataError
 from deepspec.recipe import load_recipe
