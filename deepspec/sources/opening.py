@@ -14,7 +14,7 @@ from deepspec.sources.online import OnlineSource
 from deepspec.targets import Target, TargetEmbeddings, load_tokenizer
 
 
-def open_source(recipe: Recipe, target: TargetEmbeddings | Target) -> FeatureSource:
+def open_source(recipe: Recipe, target: TargetEmbeddings) -> FeatureSource:
     """The training data; ``target`` is the whole one where the source is online.
 
     Raises:
@@ -26,7 +26,7 @@ def open_source(recipe: Recipe, target: TargetEmbeddings | Target) -> FeatureSou
     return open_caches(recipe.data.cache, recipe, target)
 
 
-def open_validation(recipe: Recipe, target: TargetEmbeddings | Target) -> FeatureSource | None:
+def open_validation(recipe: Recipe, target: TargetEmbeddings) -> FeatureSource | None:
     """The held-out data of ``train.validation``; None without that section.
 
     Raises:
@@ -41,7 +41,7 @@ def open_validation(recipe: Recipe, target: TargetEmbeddings | Target) -> Featur
     return open_caches([path], anything, target)
 
 
-def open_caches(paths: Sequence[str], recipe: Recipe, target: TargetEmbeddings | Target) -> CacheSource:
+def open_caches(paths: Sequence[str], recipe: Recipe, target: TargetEmbeddings) -> CacheSource:
     """Caches that fit the recipe."""
     tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)
     caches = [TargetCache.open(path) for path in paths]

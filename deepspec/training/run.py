@@ -21,7 +21,7 @@ from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
 from deepspec.sources.base import FeatureSource
 from deepspec.sources.opening import open_source, open_validation
-from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
+from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.compiler import loss_backend
 from deepspec.training.engine import Engine, to_universal, training_processes
@@ -90,7 +90,7 @@ class Prepared:
     """Everything that can be wrong with a run's input, opened and checked; made without talking to other ranks."""
 
     recipe: Recipe
-    target: TargetEmbeddings | Target
+    target: TargetEmbeddings
     source: FeatureSource
     held_out: FeatureSource | None
     plan: Plan
@@ -131,7 +131,7 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
     return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
 
 
-def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings | Target:
+def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings:
     """The whole target where the run feeds it (online, or decoding in validations), else its embedding and head."""
     validation = recipe.train.validation
     runs = recipe.data.source == "online" or (validation is not None and validation.decode_every is not None)

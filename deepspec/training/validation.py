@@ -35,7 +35,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings | Target
+        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings
     ) -> None:
         self.recipe, self.section, self.source = recipe, section, source
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
