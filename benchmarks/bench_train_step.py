@@ -112,7 +112,7 @@ def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, re
 def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
     """The DSpark loss alone at the real shape: from the slots' hidden states to its gradients."""
     from deepspec.algorithms.block import BlockPlan, draw_anchors
-    from deepspec.nn.chunk import LossWeights
+    from deepspec.nn.loss_chunk import LossWeights
     from deepspec.nn.losses import head_loss
 
     config = model.config

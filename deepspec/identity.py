@@ -19,7 +19,8 @@ import torch
 from deepspec.distributed import world_from_environment
 from deepspec.targets import TargetSpec, load_tokenizer
 from deepspec.targets.date import template_date, undated
-from deepspec.targets.digests import COMPLETE, digest_like, weight_files, weights_digest
+from deepspec.targets.digests import COMPLETE, digest_like, weights_digest
+from deepspec.targets.stored import weight_files
 
 NO_FORWARD = frozenset(  # fields of a config that change no hidden state; every other one is compared
     (

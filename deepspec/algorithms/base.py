@@ -21,10 +21,9 @@ from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
-from deepspec.nn.frozen import FrozenHead
-from deepspec.nn.layer import DraftLayer
-from deepspec.nn.parts import RMSNorm, Rotary
-from deepspec.nn.products import Linear
+from deepspec.nn.cpu.matmul import Linear
+from deepspec.nn.heads import FrozenHead
+from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
 from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section

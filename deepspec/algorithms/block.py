@@ -37,8 +37,8 @@ from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
+from deepspec.nn.layer import RMSNorm
 from deepspec.nn.losses import HeadRows
-from deepspec.nn.parts import RMSNorm
 from deepspec.nn.ragged import attend_ragged, score_bias
 from deepspec.targets import TargetSpec
 

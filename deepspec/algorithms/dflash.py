@@ -24,8 +24,8 @@ from deepspec.algorithms.block import (
 )
 from deepspec.batch import Batch, Supervision
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.chunk import LossWeights
 from deepspec.nn.heads import MarkovHead
+from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadLoss, head_loss
 
 

@@ -21,7 +21,7 @@ from deepspec.algorithms.block import BlockConfig, BlockDraft, acceptance_metric
 from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.chunk import LossWeights
+from deepspec.nn.loss_chunk import LossWeights
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,10 +36,10 @@ from deepspec.algorithms.block import acceptance_metrics
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.attention import attend, no_own_keys
-from deepspec.nn.chunk import LossWeights
+from deepspec.nn.attention import attend
+from deepspec.nn.layer import RMSNorm
+from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
-from deepspec.nn.parts import RMSNorm
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
 from deepspec.nn.tree import Tree
 
@@ -166,7 +166,7 @@ class Eagle3Draft(DraftModel):
             joined = joined.gather(1, index.expand(-1, -1, joined.shape[-1]))
             hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
         queries = layer.self_attn.queries(joined, self.rotary(rows))[:, :, None]
-        mixed = attend(queries, kv, no_own_keys(kv, rows.shape[1]), rows + 1, layer.self_attn.scale, self.attention)
+        mixed = attend(queries, kv, None, rows + 1, layer.self_attn.scale, self.attention)
         return layer.finish(hidden, mixed[:, :, 0]), kv
 
     def step(

@@ -18,7 +18,7 @@ from deepspec.batch import Batch, Supervision
 from deepspec.cache.memory import empty
 from deepspec.errors import RecipeError
 from deepspec.recipe import Recipe
-from deepspec.targets import Target, TargetEmbeddings
+from deepspec.targets import TargetEmbeddings
 
 
 class FeatureSource(ABC):
@@ -33,7 +33,7 @@ class FeatureSource(ABC):
 
     @classmethod
     @abstractmethod
-    def open(cls, recipe: Recipe, target: TargetEmbeddings | Target, held_out: bool = False) -> FeatureSource:
+    def open(cls, recipe: Recipe, target: TargetEmbeddings, held_out: bool = False) -> FeatureSource:
         """The recipe's training data, or those of ``train.validation`` where ``held_out``.
 
         Raises:

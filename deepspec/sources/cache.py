@@ -16,7 +16,7 @@ from deepspec.cache.reader import TargetCache
 from deepspec.errors import CacheError
 from deepspec.recipe import Recipe
 from deepspec.sources.base import FeatureSource, batch_memory
-from deepspec.targets import Target, TargetEmbeddings, load_tokenizer
+from deepspec.targets import TargetEmbeddings, load_tokenizer
 
 
 class CacheSource(FeatureSource):
@@ -44,7 +44,7 @@ class CacheSource(FeatureSource):
         self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, recipe: Recipe, target: TargetEmbeddings | Target, held_out: bool = False) -> CacheSource:
+    def open(cls, recipe: Recipe, target: TargetEmbeddings, held_out: bool = False) -> CacheSource:
         """See :meth:`FeatureSource.open`."""
         paths: Sequence[str] = recipe.data.cache
         if held_out and recipe.train.validation is not None:

@@ -75,7 +75,7 @@ class OnlineSource(FeatureSource):
         self._fingerprint = fingerprint_of(recipe, target.spec, renderer.tokenizer, [found.entry()])
 
     @classmethod
-    def open(cls, recipe: Recipe, target: TargetEmbeddings | Target, held_out: bool = False) -> OnlineSource:
+    def open(cls, recipe: Recipe, target: TargetEmbeddings, held_out: bool = False) -> OnlineSource:
         """See :meth:`FeatureSource.open`."""
         validation = recipe.train.validation
         path = validation.path if held_out and validation is not None else recipe.data.conversations

@@ -12,7 +12,7 @@ from torch import Tensor
 from deepspec.distributed import world_from_environment
 from deepspec.recipe import Recipe
 from deepspec.sources.online import OnlineSource
-from deepspec.targets import Target, TargetEmbeddings
+from deepspec.targets import TargetEmbeddings
 from deepspec.targets.served import ServedTarget
 
 
@@ -36,7 +36,7 @@ class ServedSource(OnlineSource):
     needs_model = False
     reads_ahead = True
 
-    def __init__(self, recipe: Recipe, target: TargetEmbeddings | Target, path: str | Path) -> None:
+    def __init__(self, recipe: Recipe, target: TargetEmbeddings, path: str | Path) -> None:
         section, servers = recipe.target, recipe.data.servers
         url = servers[world_from_environment().rank % len(servers)]
         served = ServedTarget(url, section.path, section.layers, getattr(torch, section.dtype), section.revision)

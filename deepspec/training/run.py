@@ -22,7 +22,7 @@ from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
 from deepspec.sources.base import FeatureSource, source_class
-from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
+from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.engine import Engine, loss_backend, to_universal, training_processes
 from deepspec.training.initial import frequent_tokens, warm_start
@@ -88,7 +88,7 @@ class Prepared:
     """Everything that can be wrong with a run's input, opened and checked; made without talking to other ranks."""
 
     recipe: Recipe
-    target: TargetEmbeddings | Target
+    target: TargetEmbeddings
     source: FeatureSource
     held_out: FeatureSource | None
     plan: RunPlan
@@ -131,7 +131,7 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     return Prepared(recipe, target, source, held_out, plan, manifest, start)
 
 
-def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings | Target:
+def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings:
     """The complete target where this process runs it (for the source, or in validations), else embedding and head."""
     validation = recipe.train.validation
     decodes = validation is not None and validation.decode_every is not None

@@ -37,7 +37,7 @@ class HeldOut:
     """
 
     def __init__(
-        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings | Target
+        self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings
     ) -> None:
         self.recipe, self.section, self.source = recipe, section, source
         self.algorithm = registry.algorithm(recipe.algorithm)

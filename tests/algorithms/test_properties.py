@@ -9,10 +9,10 @@ import torch
 from algorithm_tools import ALGORITHMS, MASK_TOKEN, random_batch, rows_of, tiny_draft, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_losses import supervised_slots_NK
 
 from deepspec.algorithms.block import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
-from deepspec.nn.plain import supervised_slots_NK
 from deepspec.testing.case import loss_and_gradients
 
 TARGET = tiny_target("qwen3")

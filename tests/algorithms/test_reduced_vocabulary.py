@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from algorithm_tools import random_batch, tiny_draft, tiny_target
 
 from deepspec.algorithms.dflash import block_loss
-from deepspec.nn.chunk import LossWeights
+from deepspec.nn.loss_chunk import LossWeights
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -1,9 +1,8 @@
-"""Plain twins of the fused losses: every row, every logit, softmaxes materialised, gradients by autograd.
+"""Reference of the fused losses: every row, every logit, softmaxes materialised, gradients by autograd.
 
-What one writes first and what the fused paths are compared with, in the tests for equality and in
-``benchmarks/bench_train_step.py`` for time and memory. Nothing in training uses them.
+The tests compare results with it, ``benchmarks/bench_train_step.py`` time and memory.
 
-B batch, S sequence, N blocks, K slots, T TTT steps, V vocabulary, D hidden size.
+S sequence, N blocks, K slots, V vocabulary; [..] any leading shape.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The norm against its plain twin."""
+"""The norm against that of torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspec.nn.parts import RMSNorm
+from deepspec.nn.layer import RMSNorm
 
 
 @given(

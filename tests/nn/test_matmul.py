@@ -1,4 +1,4 @@
-"""Products through oneDNN against PyTorch's own, values and gradients."""
+"""Matrix products through oneDNN against PyTorch's own, values and gradients."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from deepspec.nn import products
-from deepspec.nn.products import Linear, is_fast, product
+from deepspec.nn.cpu import matmul
+from deepspec.nn.cpu.matmul import Linear, linear, uses_onednn
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _small_products_too() -> Iterator[None]:
-    kept, products._LEAST = products._LEAST, 0
+    before, matmul._MIN_MULTIPLICATIONS = matmul._MIN_MULTIPLICATIONS, 0
     yield
-    products._LEAST = kept
+    matmul._MIN_MULTIPLICATIONS = before
 
 
 DTYPES = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -38,7 +38,7 @@ def test_a_product_is_that_of_torch(
     a = normal(k, m, seed=seed, dtype=dtype).T if left else normal(m, k, seed=seed, dtype=dtype)
     b = normal(k, n, seed=seed + 1, dtype=dtype).T if right else normal(n, k, seed=seed + 1, dtype=dtype)
     wanted = a.double() @ b.double().T
-    torch.testing.assert_close(product(a, b).double(), wanted, rtol=DTYPES[dtype], atol=DTYPES[dtype] * k)
+    torch.testing.assert_close(linear(a, b).double(), wanted, rtol=DTYPES[dtype], atol=DTYPES[dtype] * k)
 
 
 @settings(max_examples=30, deadline=None)
@@ -76,10 +76,10 @@ def test_only_what_is_wanted_gets_a_gradient() -> None:
 
 def test_without_the_operator_everything_works_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = normal(9, 6, seed=0), normal(7, 6, seed=1)
-    assert is_fast(a, b) == torch.backends.mkldnn.is_available()
-    with_it = product(a, b)
-    monkeypatch.setattr(products, "_has_onednn", lambda: False)
-    assert not is_fast(a, b)
-    torch.testing.assert_close(product(a, b), with_it)
+    assert uses_onednn(a, b) == torch.backends.mkldnn.is_available()
+    with_it = linear(a, b)
+    monkeypatch.setattr(matmul, "_has_onednn", lambda: False)
+    assert not uses_onednn(a, b)
+    torch.testing.assert_close(linear(a, b), with_it)
     layer = Linear(6, 7)
     assert torch.equal(layer(a), nn.functional.linear(a, layer.weight, layer.bias))

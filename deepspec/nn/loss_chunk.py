@@ -1,4 +1,7 @@
-"""One chunk of the fused head loss: its inputs, its values, its gradients; and the body that a GPU compiles.
+"""One chunk of the fused head loss: what it reads, what it gives, and how a GPU computes it, from complete logits.
+
+A chunk is some target positions with all of their rows. :mod:`deepspec.nn.losses` cuts the chunks;
+:mod:`deepspec.nn.cpu.tiles` is how a CPU computes one.
 
 r rows of the chunk, p target positions of it, R and P of the whole call, V vocabulary, D hidden size, M Markov rank.
 """
@@ -7,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from deepspec.nn.frozen import FrozenHead
-from deepspec.nn.products import is_fast, product
+from deepspec.nn.cpu.matmul import add_matmul, matmul_fp32
+from deepspec.nn.heads import FrozenHead
 
-_W2_TILE = 4096  # rows of the sequential head's output matrix whose gradient is summed at a time
+_W2_ROWS = 4096  # rows of the Markov head's output matrix whose gradient is summed at a time
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,6 @@ class LossWeights:
 
 
 @dataclass(frozen=True)
-class HeadInputs:
-    """What a call of the head loss reads."""
-
-    hidden_RD: Tensor
-    latent: Tensor | None  # [P, M], or [R, M] where ``latent_per_row``
-    w2_VM: Tensor | None
-    target_PD: Tensor | None
-    frozen: FrozenHead
-    weights: LossWeights
-    latent_per_row: bool
-
-
-@dataclass(frozen=True)
 class Chunk:
     """Some positions with all of their rows."""
 
@@ -55,9 +46,29 @@ class Chunk:
     label_r: Tensor
     weight_r: Tensor
 
-    def latent_span(self, inputs: HeadInputs) -> slice:
+
+@dataclass(frozen=True)
+class Markov:
+    """The factors of the Markov head's bias W2 @ latent, or their gradients."""
+
+    latent: Tensor  # [P, M], or [R, M] where ``per_row``
+    w2_VM: Tensor
+    per_row: bool
+
+    def span(self, chunk: Chunk) -> slice:
         """The chunk's part of the latents."""
-        return self.rows if inputs.latent_per_row else self.positions
+        return chunk.rows if self.per_row else chunk.positions
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a call of the head loss reads."""
+
+    hidden_RD: Tensor
+    markov: Markov | None
+    target_PD: Tensor | None
+    frozen: FrozenHead
+    weights: LossWeights
 
 
 @dataclass(frozen=True)
@@ -70,41 +81,34 @@ class ChunkTerms:
 
 
 class Gradients:
-    """Where the closed-form gradients of a call are collected; the sum over rows, that of ``w2``, in fp32."""
+    """Where the closed-form gradients of a call are collected; that of W2, a sum over all chunks, in fp32."""
 
     def __init__(self, inputs: HeadInputs) -> None:
-        w2 = inputs.w2_VM
         self.hidden_RD = torch.zeros_like(inputs.hidden_RD)
-        self.latent = None if inputs.latent is None else torch.zeros_like(inputs.latent)
-        self.w2_VM = None if w2 is None else torch.zeros(w2.shape, dtype=torch.float32, device=w2.device)
+        self.markov: Markov | None = None
+        if (given := inputs.markov) is not None:
+            self._w2_dtype = given.w2_VM.dtype
+            w2 = torch.zeros_like(given.w2_VM, dtype=torch.float32)
+            self.markov = Markov(torch.zeros_like(given.latent), w2, given.per_row)
+
+    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the hidden states, the latents and W2, each in the dtype of its input."""
+        if self.markov is None:
+            return self.hidden_RD, None, None
+        return self.hidden_RD, self.markov.latent, self.markov.w2_VM.to(self._w2_dtype)
 
 
-def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
-    if a.dtype == torch.float32:
-        return product(a, b.T)
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in fp32."""
-    if a.dtype == torch.float32 and not is_fast(a, b.T):
-        total.addmm_(a, b)
-    else:
-        total.add_(matmul_fp32(a, b))
-
-
-def whole_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -> ChunkTerms:
-    """Terms and gradients of a chunk from whole logits [r, V]; the elementwise body is compiled into a few kernels."""
-    head, cap, w2 = inputs.frozen.head_VD, inputs.frozen.softcap, inputs.w2_VM
+def compute_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -> ChunkTerms:
+    """Values of a chunk from complete logits [r, V]; its gradients go to ``gradients``."""
+    head, cap, markov = inputs.frozen.head_VD, inputs.frozen.softcap, inputs.markov
     logits_rV = matmul_fp32(inputs.hidden_RD[chunk.rows].to(head.dtype), head.T)
     slope_rV = None
     if cap is not None:
         logits_rV = (logits_rV / cap).tanh()
         slope_rV, logits_rV = 1.0 - logits_rV.square(), cap * logits_rV
-    if inputs.latent is not None and w2 is not None:
-        bias = matmul_fp32(inputs.latent[chunk.latent_span(inputs)].to(w2.dtype), w2.T)
-        logits_rV = logits_rV + (bias if inputs.latent_per_row else bias[chunk.local_r])
+    if markov is not None:
+        bias = matmul_fp32(markov.latent[markov.span(chunk)].to(markov.w2_VM.dtype), markov.w2_VM.T)
+        logits_rV = logits_rV + (bias if markov.per_row else bias[chunk.local_r])
     target_pV = None
     if inputs.target_PD is not None:
         target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), head.T)
@@ -119,29 +123,28 @@ def whole_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -
 def _collect(
     inputs: HeadInputs, chunk: Chunk, gradients: Gradients, gradient_rV: Tensor, slope_rV: Tensor | None
 ) -> None:
-    head, w2 = inputs.frozen.head_VD, inputs.w2_VM
+    head, markov = inputs.frozen.head_VD, inputs.markov
     d_head = gradient_rV if slope_rV is None else gradient_rV * slope_rV
     gradients.hidden_RD[chunk.rows] = (d_head.to(head.dtype) @ head).to(gradients.hidden_RD.dtype)
-    if gradients.latent is None or gradients.w2_VM is None or inputs.latent is None or w2 is None:
+    if markov is None or gradients.markov is None:
         return
-    d_bias = gradient_rV
-    if not inputs.latent_per_row:
+    d_bias, w2, span = gradient_rV, markov.w2_VM, markov.span(chunk)
+    if not markov.per_row:
         positions = chunk.positions.stop - chunk.positions.start
         d_bias = gradient_rV.new_zeros(positions, gradient_rV.shape[1]).index_add_(0, chunk.local_r, gradient_rV)
     d_bias = d_bias.to(w2.dtype)
-    span = chunk.latent_span(inputs)
-    gradients.latent[span] = (d_bias @ w2).to(gradients.latent.dtype)
-    latent = inputs.latent[span].to(w2.dtype)
-    for start in range(0, len(w2), _W2_TILE):  # tiles: the product before its fp32 sum never grows large
-        tile = slice(start, start + _W2_TILE)
-        add_product(gradients.w2_VM[tile], d_bias[:, tile].T, latent)
+    gradients.markov.latent[span] = (d_bias @ w2).to(markov.latent.dtype)
+    latent = markov.latent[span].to(w2.dtype)
+    for start in range(0, len(w2), _W2_ROWS):  # so that no product grows large before its sum in fp32
+        rows = slice(start, start + _W2_ROWS)
+        add_matmul(gradients.markov.w2_VM[rows], d_bias[:, rows].T, latent)
 
 
-def functional_chunk_terms(
+def chunk_terms(
     logits_rV: Tensor, target_pV: Tensor | None, local_r: Tensor, label_r: Tensor, weight_r: Tensor,
     weights: LossWeights, differentiate: bool,
 ) -> tuple[ChunkTerms, Tensor | None]:  # fmt: skip
-    """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses; the tiles' twin."""
+    """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses into a few kernels."""
     p = logits_rV.softmax(dim=-1)
     log_total = logits_rV.logsumexp(dim=-1)
     label = label_r[:, None]
@@ -164,12 +167,7 @@ def functional_chunk_terms(
     return ChunkTerms(sums, accept, hit), gradient * weight_r[:, None] if differentiate else None
 
 
-Body = Callable[..., tuple[ChunkTerms, Tensor | None]]
-_COMPILED: list[Body] = []
-
-
-def compiled_chunk_terms() -> Body:
-    """:func:`functional_chunk_terms` compiled once a process."""
-    if not _COMPILED:
-        _COMPILED.append(torch.compile(functional_chunk_terms, dynamic=True))
-    return _COMPILED[0]
+@cache
+def compiled_chunk_terms() -> Callable[..., tuple[ChunkTerms, Tensor | None]]:
+    """:func:`chunk_terms` compiled once a process."""
+    return torch.compile(chunk_terms, dynamic=True)

@@ -1,11 +1,11 @@
-"""Matrix products: float32 on a CPU through oneDNN, everything else as PyTorch does it.
+"""Matrix products on a CPU: float32 through oneDNN, everything else as PyTorch does it.
 
 PyTorch hands float32 products on a CPU to MKL, which uses half of the vector width of other makers' processors:
 110 against 250 GFLOP/s on one Zen 5 core. oneDNN comes with PyTorch, but by itself takes bfloat16 products alone.
 The operator called here is the one that ``torch.compile`` calls; where a PyTorch lacks it, nothing is lost but speed.
 The environment variable DEEPSPEC_PRODUCTS overrides: ``onednn`` for products of any size, ``torch`` for none.
 
-M, N rows of the factors, K what is summed over; R rows of a linear map, I its inputs, O its outputs.
+M rows of the input, I its columns; O rows of the weight (outputs); [..] any leading shape.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ import torch
 from torch import Tensor, nn
 
 # multiplications: smaller products gain little, and MKL rounds them half as much
-_LEAST = {"onednn": 0, "torch": sys.maxsize}.get(os.environ.get("DEEPSPEC_PRODUCTS", ""), 1 << 22)
-_LEAST_ROWS = 4  # below, a product is bound by reading the matrix
+_MIN_MULTIPLICATIONS = {"onednn": 0, "torch": sys.maxsize}.get(os.environ.get("DEEPSPEC_PRODUCTS", ""), 1 << 22)
+_MIN_ROWS = 4  # below, a product is bound by reading the matrix
+_LOG2_E = 1.4426950408889634
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp in place, by way of exp2: three times faster on the CPU."""
+    return x.mul_(_LOG2_E).exp2_()
 
 
 @cache
@@ -37,17 +43,32 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out
 
 
-def is_fast(a: Tensor, b: Tensor) -> bool:
-    """Whether ``a @ b.T`` goes to oneDNN."""
-    fitting = a.dtype == b.dtype == torch.float32 and a.device.type == b.device.type == "cpu"
-    enough = a.numel() * len(b) >= _LEAST and a.numel() >= _LEAST_ROWS * a.shape[-1]
+def uses_onednn(x: Tensor, weight: Tensor) -> bool:
+    """Whether ``x @ weight.T`` goes to oneDNN."""
+    fitting = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
+    enough = x.numel() * len(weight) >= _MIN_MULTIPLICATIONS and x.numel() >= _MIN_ROWS * x.shape[-1]
     return fitting and enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
-def product(a_MK: Tensor, b_NK: Tensor) -> Tensor:
-    """``a @ b.T`` [M, N]; the operator knows no gradients, so where they are wanted PyTorch multiplies."""
-    differentiable = torch.is_grad_enabled() and (a_MK.requires_grad or b_NK.requires_grad)
-    return _onednn(a_MK, b_NK) if is_fast(a_MK, b_NK) and not differentiable else a_MK @ b_NK.T
+def linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
+    """``x @ weight.T`` [M, O]; oneDNN's operator has no gradient, so where one is wanted PyTorch multiplies."""
+    differentiable = torch.is_grad_enabled() and (x_MI.requires_grad or weight_OI.requires_grad)
+    return _onednn(x_MI, weight_OI) if uses_onednn(x_MI, weight_OI) and not differentiable else x_MI @ weight_OI.T
+
+
+def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` accumulated and returned in fp32 (on the CPU a bf16 product is rounded to bf16 once)."""
+    if a.dtype == torch.float32:
+        return linear(a, b.T)
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a @ b``, in fp32."""
+    if a.dtype == torch.float32 and not uses_onednn(a, b.T):
+        total.addmm_(a, b)
+    else:
+        total.add_(matmul_fp32(a, b))
 
 
 class _Linear(torch.autograd.Function):
@@ -60,11 +81,11 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight_OI = ctx.saved_tensors
-        grad_RO = grad.flatten(0, -2)
+        grad_MO = grad.flatten(0, -2)
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        d_x = product(grad_RO, weight_OI.T).view_as(x) if wants_x else None
-        d_weight = product(grad_RO.T, x.flatten(0, -2).T) if wants_weight else None
-        return d_x, d_weight, grad_RO.sum(dim=0) if ctx.has_bias and wants_bias else None
+        d_x = linear(grad_MO, weight_OI.T).view_as(x) if wants_x else None
+        d_weight = linear(grad_MO.T, x.flatten(0, -2).T) if wants_weight else None
+        return d_x, d_weight, grad_MO.sum(dim=0) if ctx.has_bias and wants_bias else None
 
 
 class Linear(nn.Linear):
@@ -72,7 +93,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[.., I] -> [.., O]."""
-        if not is_fast(x, self.weight):
+        if not uses_onednn(x, self.weight):
             return super().forward(x)
         if not torch.is_grad_enabled():
             return _onednn(x, self.weight, self.bias)
