@@ -15,9 +15,9 @@ from typing import Any
 from deepspec.errors import DeepSpecError, as_os_error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut (fsync of the directory)."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed inside a folder, survive a power cut (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -62,13 +62,9 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         with named(path):
             yield temporary
-            handle = os.open(temporary, os.O_RDWR)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(temporary)
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from deepspec.errors import DeepSpecError
 
+log = logging.getLogger(__name__)
 LOCK = ".deepspec.lock"  # inside the folder that it guards
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -87,8 +88,8 @@ def _take(path: Path, guarded: Path, work: str, error: type[DeepSpecError]) -> i
                     found=holder,
                     remedy="wait until it has ended, or end it, or name another output",
                 ) from None
-            line = f"{work}: {guarded} cannot be locked ({problem.strerror}); do not start a second one there"
-            print(line, file=sys.stderr, flush=True)  # a file system without locks
+            text = "%s: %s cannot be locked (%s); do not start a second one there"  # a file system without locks
+            log.warning(text, work, guarded, problem.strerror)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle

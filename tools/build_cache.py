@@ -8,6 +8,7 @@ continues, with any number of processes.
 from __future__ import annotations
 
 import argparse
+import logging
 
 from deepspec.arguments import Parser
 from deepspec.cache.build import BuildStopped, build_cache
@@ -15,6 +16,8 @@ from deepspec.data.refusals import refusal_lines
 from deepspec.distributed import process_group, world_from_environment
 from deepspec.errors import CacheError, DataError, run_main
 from deepspec.recipe import load_recipe
+
+log = logging.getLogger("deepspec.tools.build_cache")
 
 
 def main() -> int:
@@ -36,15 +39,13 @@ def main() -> int:
         try:
             manifest = build_cache(recipe, data, options.output, world, options.append, options.server)
         except BuildStopped as problem:
-            print(f"build: {problem}", flush=True)
+            log.info("build: %s", problem)
             return 143
-        if world.is_main:
-            rejected = sum(manifest.rejected.values())
-            print(
-                f"{options.output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, "
-                f"{manifest.coded_bytes / 1e9:.3f} GB ({manifest.coded_bytes / manifest.raw_bytes:.3f} of raw), "
-                f"{rejected} rejected" + "".join(f"\n  {line}" for line in refusal_lines(manifest.rejected))
-            )
+    coded, raw, rejected = manifest.coded_bytes, manifest.raw_bytes, manifest.rejected
+    size = f"{manifest.samples:,} samples, {manifest.tokens:,} tokens, {coded / 1e9:.3f} GB ({coded / raw:.3f} of raw)"
+    log.info("%s: %s, %d rejected", options.output, size, sum(rejected.values()))
+    for line in refusal_lines(rejected):
+        log.info("  %s", line)
     return 0
 
 

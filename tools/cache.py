@@ -12,26 +12,29 @@ Appending is building: tools/build_cache.py --append.
 from __future__ import annotations
 
 import argparse
+import logging
 import shutil
-import sys
 from pathlib import Path
 
 from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.fingerprint import fingerprint_of
+from deepspec.cache.format import CacheManifest
 from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import LEVELS, warnings
-from deepspec.cache.published import EAGLE3_CAUTION, export_published, import_published
+from deepspec.cache.parts import Layout
+from deepspec.cache.raw_cache import EAGLE3_CAUTION, export_raw_cache, import_raw_cache
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.verify import drop_parts, verify_cache
-from deepspec.cache.writer import Layout
 from deepspec.errors import CacheError, DataError, run_main
 from deepspec.identity import flatten
-from deepspec.progress import Progress, clock
+from deepspec.progress import clock
 from deepspec.recipe import load_recipe
 from deepspec.targets import load_target_embeddings, load_tokenizer
+
+log = logging.getLogger("deepspec.tools.cache")
 
 
 def _estimate(options: argparse.Namespace) -> int:
@@ -53,10 +56,9 @@ def _estimate(options: argparse.Namespace) -> int:
     if options.rate:
         print(f"{clock(totals.tokens / options.rate)} at {options.rate:,.0f} tokens/s")
     if options.output:
-        place = next(
-            p for p in (Path(options.output).absolute(), *Path(options.output).absolute().parents) if p.exists()
-        )
-        print(f"{shutil.disk_usage(place).free / 1e9:,.1f} GB free at {place}")
+        output = Path(options.output).absolute()
+        folder = next(one for one in (output, *output.parents) if one.exists())
+        print(f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free at {folder}")
     return 0
 
 
@@ -92,16 +94,7 @@ def _inspect(options: argparse.Namespace) -> int:
 
 
 def _verify(options: argparse.Namespace) -> int:
-    progress = Progress("verify", None, unit="bytes")
-    seen = [0]
-
-    def report(done: int, parts: int, size: int) -> None:
-        progress.total = parts
-        progress.add(1, size - seen[0])
-        seen[0] = size
-
-    problems = verify_cache(options.cache, options.workers, report)
-    progress.finish()
+    problems = verify_cache(options.cache, options.workers)
     for problem in problems:
         print(f"{problem.part}: {problem.text}")
     if not problems:
@@ -121,51 +114,32 @@ def _verify(options: argparse.Namespace) -> int:
 
 def _import(options: argparse.Namespace) -> int:
     recipe = load_recipe(_required(options.recipe, "--recipe"), options.set)
-    section = recipe.target
-    spec = load_target_embeddings(
-        section.path, DTYPES[section.dtype], revision=section.revision
-    ).spec  # fetches its files
+    path, dtype, revision = recipe.target.path, DTYPES[recipe.target.dtype], recipe.target.revision
+    spec = load_target_embeddings(path, dtype, revision=revision).spec  # fetches its files
     recipe = recipe.for_target(spec)
-    mark = fingerprint_of(recipe, spec, load_tokenizer(section.path, section.revision), [])
-    progress = Progress("import", None, unit="parts")
-    manifest = import_published(
-        options.source, options.output, mark, recipe.cache.samples_per_part, _counting(progress)
-    )
-    print(f"{options.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
+    mark = fingerprint_of(recipe, spec, load_tokenizer(path, revision), [])
+    _made(options.output, import_raw_cache(options.source, options.output, mark, recipe.cache.samples_per_part))
     return 0
 
 
 def _export(options: argparse.Namespace) -> int:
-    samples = export_published(
-        options.source, options.output, report=_counting(Progress("export", None, unit="samples"))
-    )
-    print(f"{options.output}: {samples:,} samples")
-    print(f"export: {EAGLE3_CAUTION}", file=sys.stderr)
+    samples = export_raw_cache(options.source, options.output)
+    log.info("%s: %s samples", options.output, f"{samples:,}")
+    log.warning(EAGLE3_CAUTION)
     return 0
 
 
 def _recode(options: argparse.Namespace) -> int:
     features, last = options.features_level or options.level, options.last_hidden_level or options.level
     for line in warnings({"features": features, "last_hidden": last}):
-        print(f"recode: {line}", file=sys.stderr)
-    progress = Progress("recode", None, unit="parts")
-    manifest = recode_cache(options.source, options.output, features, last, _counting(progress))
-    print(
-        f"{options.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB "
-        f"({manifest.coded_bytes / manifest.raw_bytes:.3f} of raw)"
-    )
+        log.warning(line)
+    _made(options.output, recode_cache(options.source, options.output, features, last))
     return 0
 
 
-class _counting:
-    """Reports (done, total) to a progress line."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-
-    def __call__(self, done: int, total: int) -> None:
-        self.progress.total = total
-        self.progress.add(1, 1)
+def _made(output: str, manifest: CacheManifest) -> None:
+    size = f"{manifest.coded_bytes / 1e9:.3f} GB ({manifest.coded_bytes / manifest.raw_bytes:.3f} of raw)"
+    log.info("%s: %s samples, %s", output, f"{manifest.samples:,}", size)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from deepspec import files
 from deepspec.errors import CacheError
+from deepspec.locks import LOCK, me, one_writer
 
 OPEN_FILES = 256  # kept open by one FolderStore
+RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so the holder of a lock object renews it
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
 
 
@@ -139,37 +144,28 @@ class FolderStore:
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Rename a finished folder of the same file system into place, synced to disk."""
         for folder, _, found in os.walk(local, topdown=False):
-            for one in found:
-                _sync_file(Path(folder) / one)
-            files.sync_folder(Path(folder))
-        place = self.path / name
-        place.parent.mkdir(parents=True, exist_ok=True)
+            for one in (*(Path(folder) / name for name in found), Path(folder)):
+                files.sync(one)
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(local, place)
+            os.rename(local, path)
         except OSError as problem:
-            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (place / marker).exists():
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (path / marker).exists():
                 raise
             shutil.rmtree(local)  # a process of an earlier run that outlived it finished the same part
-        files.sync_folder(place.parent)
+        files.sync(path.parent)
 
     def remove(self, name: str) -> None:
         """Delete a file or a folder."""
-        place = self.path / name
+        path = self.path / name
         with self._lock:
             for known in [known for known in self._open if known == name or known.startswith(f"{name}/")]:
                 del self._open[known]
-        if place.is_dir():
-            shutil.rmtree(place)
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            place.unlink(missing_ok=True)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            path.unlink(missing_ok=True)
 
 
 class RemoteStore:
@@ -199,7 +195,7 @@ class RemoteStore:
             self._pid = os.getpid()
         return self._filesystem
 
-    def _place(self, name: str) -> str:
+    def _path(self, name: str) -> str:
         self._fs  # noqa: B018 (sets _root)
         return f"{self._root}/{name}" if name else str(self._root)
 
@@ -209,7 +205,7 @@ class RemoteStore:
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
         try:
-            data: bytes = self._fs.cat_file(self._place(name))
+            data: bytes = self._fs.cat_file(self._path(name))
         except (OSError, ValueError) as problem:
             raise self._failed(name, problem) from None
         return data
@@ -217,7 +213,7 @@ class RemoteStore:
     def size(self, name: str) -> int | None:
         """Bytes of an object, None when it is missing."""
         try:
-            return int(self._fs.size(self._place(name)))
+            return int(self._fs.size(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -225,7 +221,7 @@ class RemoteStore:
         """Fill ``buffers`` by one range request."""
         total = sum(len(buffer) for buffer in buffers)
         try:
-            data = memoryview(self._fs.cat_file(self._place(name), start=offset, end=offset + total))
+            data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=offset + total))
         except (OSError, ValueError) as problem:
             raise self._failed(name, problem) from None
         if len(data) != total:
@@ -239,31 +235,79 @@ class RemoteStore:
         """Entries of a folder, sorted."""
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(self._place(name), detail=False)
+            found = self._fs.ls(self._path(name), detail=False)
         except FileNotFoundError:
             return []
         return sorted(one.rstrip("/").rsplit("/", 1)[1] for one in found)
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object."""
-        self._fs.pipe_file(self._place(name), data)
+        self._fs.pipe_file(self._path(name), data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Upload a finished local folder, the marker last, and delete the local one."""
         found = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(found, key=lambda path: path == local / marker):
-            self._fs.put_file(str(path), self._place(f"{name}/{path.relative_to(local)}"))
+            self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
         shutil.rmtree(local)
 
     def remove(self, name: str) -> None:
         """Delete an object or all below a prefix."""
-        if self._fs.exists(self._place(name)):
-            self._fs.rm(self._place(name), recursive=True)
+        if self._fs.exists(self._path(name)):
+            self._fs.rm(self._path(name), recursive=True)
 
 
-def open_folder(place: str | Path) -> Store:
-    """The folder behind a path or a URL (``file://`` counts as a path)."""
-    text = str(place)
+def open_store(path: str | Path) -> Store:
+    """The store at a path or a URL (``file://`` counts as a path)."""
+    text = str(path)
     if text.startswith("file://"):
         return FolderStore(text[len("file://") :])
     return RemoteStore(text) if "://" in text else FolderStore(text)
+
+
+@contextmanager
+def build_lock(store: Store) -> Iterator[None]:
+    """Hold the build lock of a cache.
+
+    On a local disk the system lets go of it however the process ends; behind a URL a killed builder's lock is free
+    after two minutes.
+
+    Raises:
+        CacheError: another process builds here, or the folder cannot be written.
+    """
+    with one_writer(store.path, "build", CacheError) if isinstance(store, FolderStore) else _remote_lock(store):
+        yield
+
+
+@contextmanager
+def _remote_lock(store: Store) -> Iterator[None]:
+    mine = f"{me()} ({time.time_ns()})"
+
+    def claim() -> None:
+        store.write(LOCK, json.dumps({"holder": mine, "time": time.time()}).encode())
+
+    def refuse_other() -> None:
+        held = json.loads(store.read(LOCK)) if store.size(LOCK) is not None else None
+        if held is not None and held["holder"] != mine and time.time() - held["time"] < STALE:
+            problem = "another process works here, this build does not start"
+            remedy = "wait until it has ended, or end it"
+            raise CacheError(problem, file=store.url, found=held["holder"], remedy=remedy)
+
+    refuse_other()
+    claim()
+    time.sleep(1.0)  # of two that start at once, the one that wrote last holds the lock
+    refuse_other()
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(RENEWED):
+            claim()
+
+    thread = threading.Thread(target=renew, daemon=True, name="cache lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        store.remove(LOCK)

@@ -16,10 +16,10 @@ from cache_tools import ROOT, Setup, contents, make_cache, make_setup, run_tool
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.published import RECORD, export_published, import_published
+from deepspec.cache.parts import Layout
+from deepspec.cache.raw_cache import RECORD, export_raw_cache, import_raw_cache
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
-from deepspec.cache.writer import Layout
 from deepspec.errors import CacheError, DeepSpecError
 
 
@@ -151,7 +151,7 @@ def test_export_and_import_give_the_cache_back(
 
 def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
     truth = make_cache(tmp_path / "c", samples=5)
-    export_published(tmp_path / "c", tmp_path / "p", shard_bytes=20_000)
+    export_raw_cache(tmp_path / "c", tmp_path / "p", shard_bytes=20_000)
     manifest = json.loads((tmp_path / "p/manifest.json").read_text())
     assert manifest["num_samples"] == 5
     assert manifest["version"] == 2
@@ -178,22 +178,22 @@ def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
 def test_import_refuses_what_does_not_fit(tmp_path: Path) -> None:
     make_cache(tmp_path / "c", samples=5)
     mark = TargetCache.open(tmp_path / "c").fingerprint
-    export_published(tmp_path / "c", tmp_path / "p")
+    export_raw_cache(tmp_path / "c", tmp_path / "p")
     with pytest.raises(CacheError, match="not empty"):
-        export_published(tmp_path / "c", tmp_path / "p")
+        export_raw_cache(tmp_path / "c", tmp_path / "p")
     with pytest.raises(CacheError, match=r"target_layer_ids.*\[0, 1\]"):
-        import_published(tmp_path / "p", tmp_path / "d", {**mark, "layers": [0, 2]}, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", {**mark, "layers": [0, 2]}, 4)
     shard = tmp_path / "p/shard-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CacheError, match="shard too short"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
     shard.unlink()
     with pytest.raises(CacheError, match=r"shard-00000.bin.*cannot read"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
     manifest = tmp_path / "p/manifest.json"
     manifest.write_text(manifest.read_text().replace('"bfloat16"', '"float8_e4m3fn"'))
     with pytest.raises(CacheError, match="another kind"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
 
 
 def test_recode_from_the_command_line(
