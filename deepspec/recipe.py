@@ -136,6 +136,9 @@ class ValidationSection:
             )
 
 
+_TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch")
+
+
 @dataclass(frozen=True)
 class TrainSection:
     """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
@@ -167,15 +170,7 @@ class TrainSection:
     validation: ValidationSection | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "micro_batch",
-            "global_batch",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "online_micro_batch",
-        ):
+        for name in _TRAIN_COUNTS:
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
         for name in ("max_steps", "keep_every", "micro_tokens"):
             value = getattr(self, name)
@@ -231,7 +226,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; ``draft`` is the algorithm's own frozen config."""
+    """A recipe with all its keys; ``draft`` is the algorithm's own frozen config."""
 
     name: str
     algorithm: str
@@ -260,7 +255,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(folder), sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved recipe as YAML, whole or not at all."""
+        """Write the resolved recipe as YAML, completely or not at all."""
         write_text(path, self.to_yaml(Path(path).parent))
 
     def digest(self) -> str:

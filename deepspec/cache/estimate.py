@@ -93,11 +93,7 @@ def count(source: Source, renderer: Renderer, min_supervised: int, probed: int) 
 
 
 def estimate(
-    totals: Totals,
-    layout: Layout,
-    limit: int,
-    ratios: dict[str, tuple[float, float]] | None = None,
-    levels: Sequence[str] = tuple(LEVELS),
+    totals: Totals, layout: Layout, limit: int, ratios: dict[str, tuple[float, float]] | None = None
 ) -> list[Estimate]:
     """Bytes and files at each level.
 
@@ -106,14 +102,13 @@ def estimate(
         layout: widths and dtype; its levels do not count, but whether last_hidden is kept.
         limit: the recipe's cache.samples_per_part.
         ratios: measured coded bytes / raw bytes of (features, last_hidden) by level; else the table's.
-        levels: to estimate.
     """
     width, keeps_last = layout.value_bytes, layout.keeps_last
     size = samples_per_part(totals.rows, limit, totals.mean_tokens, layout.token_bytes)
     parts = math.ceil(totals.rows / size)
     files = FILES_PER_CACHE + parts * (FILES_PER_PART + FILES_PER_ARRAY * (3 + keeps_last))
     found = []
-    for level in levels:
+    for level in LEVELS:
         features, last = (ratios or {}).get(level, LEVELS[level].ratios)
         coded = totals.tokens * (features * width * layout.channels + TOKEN_BYTES)
         if keeps_last:
@@ -125,13 +120,11 @@ def estimate(
     return found
 
 
-def measure_ratios(
-    blocks: Sequence[Block], layout: Layout, levels: Sequence[str] = tuple(LEVELS)
-) -> dict[str, tuple[float, float]]:
+def measure_ratios(blocks: Sequence[Block], layout: Layout) -> dict[str, tuple[float, float]]:
     """Coded / raw bytes of (features, last_hidden) at each level, on real hidden states."""
     ratios = {}
     with ThreadPoolExecutor(1) as pool, TemporaryDirectory() as folder:
-        for level in levels:
+        for level in LEVELS:
             coded = replace(layout, features_level=level, last_hidden_level=level if layout.keeps_last else None)
             writer = PartWriter(FolderStore(folder), level, coded, pool)
             for block in blocks:

@@ -18,9 +18,17 @@ from numpy.typing import NDArray
 from zarr.storage import LocalStore
 
 from deepspec.cache.codecs.base import RawCodec
-from deepspec.cache.format import HIDDEN_CHUNK, PART_MANIFEST, PARTS, TOKEN_CHUNK, PartManifest, array_file
+from deepspec.cache.format import (
+    HIDDEN_CHUNK,
+    PART_MANIFEST,
+    PARTS,
+    STORED_DTYPES,
+    TOKEN_CHUNK,
+    PartManifest,
+    array_file,
+)
 from deepspec.cache.levels import codec_for
-from deepspec.cache.shard import ShardWriter, stored_dtype
+from deepspec.cache.shard import ShardWriter
 from deepspec.cache.store import FolderStore, Store
 from deepspec.errors import CacheError
 from deepspec.files import named
@@ -124,7 +132,7 @@ class PartWriter:
             dtype = "int32" if array == "input_ids" else "uint8"
             return ShardWriter(self.folder, array, (), dtype, TOKEN_CHUNK, RawCodec.calibrate, pool)
         width = self.layout.channels if array == "features" else self.layout.hidden_size
-        codec, dtype = codec_for(array, self._levels[array]), stored_dtype(self.layout.dtype)
+        codec, dtype = codec_for(array, self._levels[array]), STORED_DTYPES[self.layout.dtype]
         return ShardWriter(self.folder, array, (width,), dtype, HIDDEN_CHUNK, codec, pool)
 
     def append(self, block: Block) -> None:

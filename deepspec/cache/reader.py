@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +65,8 @@ class TargetCache:
         table.read(0, self.table)
         self.sample_ids: NDArray[np.int64] = self.table[:, _SAMPLE_ID].copy()
         self.lengths: NDArray[np.int64] = self.table[:, _LENGTH].copy()
-        self._parts: OrderedDict[int, PartReader] = OrderedDict()
-        self._lock = threading.Lock()
+        store, parts = self.store, self.manifest.parts
+        self._part = lru_cache(OPEN_PARTS)(lambda number: PartReader(store, parts[number].name, parts[number].sha256))
 
     @classmethod
     def open(cls, path: str | Path) -> TargetCache:
@@ -101,17 +100,7 @@ class TargetCache:
 
     def part(self, number: int) -> PartReader:
         """The reader of the manifest's part of that number."""
-        with self._lock:
-            if number in self._parts:
-                self._parts.move_to_end(number)
-                return self._parts[number]
-        entry = self.manifest.parts[number]
-        reader = PartReader(self.store, entry.name, entry.sha256)
-        with self._lock:
-            self._parts[number] = reader
-            while len(self._parts) > OPEN_PARTS:
-                self._parts.popitem(last=False)
-        return reader
+        return self._part(number)
 
     def masks(self, number: int) -> tuple[NDArray[np.bool_], int]:
         """(loss_mask [n], n) of a sample; reads no hidden states."""

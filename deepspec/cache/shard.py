@@ -24,7 +24,7 @@ from zarr.storage import LocalStore
 
 from deepspec.cache.codecs.base import RawCodec
 from deepspec.cache.codecs.bits import scratch
-from deepspec.cache.format import REBUILD, STORED_DTYPES, ArrayInfo, array_file, digest
+from deepspec.cache.format import REBUILD, ArrayInfo, array_file, digest
 from deepspec.cache.levels import CODECS
 from deepspec.cache.store import Store
 from deepspec.errors import CacheError
@@ -299,14 +299,3 @@ def _checksum(pieces: Sequence[NDArray[np.uint8]]) -> int:
     for piece in pieces[1:]:
         value = google_crc32c.extend(value, piece)
     return value
-
-
-def stored_dtype(dtype: str) -> str:
-    """The Zarr data type that keeps hidden states of ``dtype``.
-
-    Raises:
-        CacheError: neither bfloat16 nor float32.
-    """
-    if dtype not in STORED_DTYPES:
-        raise CacheError("hidden states of this dtype are not kept", found=dtype, wanted=", ".join(STORED_DTYPES))
-    return STORED_DTYPES[dtype]

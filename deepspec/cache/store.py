@@ -8,11 +8,11 @@ import os
 import shutil
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from deepspec import files
 from deepspec.errors import CacheError
@@ -21,41 +21,6 @@ from deepspec.locks import LOCK, me, one_writer
 OPEN_FILES = 256  # kept open by one FolderStore
 RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so the holder of a lock object renews it
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
-
-
-class Store(Protocol):
-    """A folder of named byte strings; names are relative paths with ``/``."""
-
-    url: str
-
-    def read(self, name: str) -> bytes:
-        """All bytes.
-
-        Raises:
-            CacheError: missing.
-        """
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file, None when it is missing."""
-
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill ``buffers``, one after the other, from ``offset`` on.
-
-        Raises:
-            CacheError: missing, or too short.
-        """
-
-    def names(self, name: str) -> list[str]:
-        """Entries of a folder, sorted; empty when there is none."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write whole or not at all."""
-
-    def commit(self, local: Path, name: str, marker: str) -> None:
-        """Take over the finished local folder as ``name``; the file ``marker`` in it becomes visible last."""
-
-    def remove(self, name: str) -> None:
-        """Delete a file or a folder with all in it; nothing happens when it is missing."""
 
 
 class _File:
@@ -71,13 +36,15 @@ class _File:
 
 
 class FolderStore:
-    """A folder on this machine's disks."""
+    """A folder on this machine's disks: byte strings by relative paths with ``/``.
+
+    What cannot be read, or is shorter than asked, is a CacheError; an entry that is not there has size None.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = folder = Path(path)
         self.url = str(path)
-        self._open: OrderedDict[str, _File] = OrderedDict()
-        self._lock = threading.Lock()
+        self._file = lru_cache(OPEN_FILES)(lambda name: _File(folder / name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -98,18 +65,6 @@ class FolderStore:
             return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-    def _file(self, name: str) -> _File:
-        with self._lock:
-            if name in self._open:
-                self._open.move_to_end(name)
-                return self._open[name]
-        file = _File(self.path / name)
-        with self._lock:
-            self._open[name] = file
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return file
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` from ``offset`` on: one system call for up to 512 of them, no copy in between."""
@@ -133,7 +88,7 @@ class FolderStore:
         return offset
 
     def names(self, name: str) -> list[str]:
-        """Entries of a folder, sorted."""
+        """Entries of a folder, sorted; empty when there is none."""
         folder = self.path / name
         return sorted(os.listdir(folder)) if folder.is_dir() else []
 
@@ -142,7 +97,7 @@ class FolderStore:
         files.write_bytes(self.path / name, data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:
-        """Rename a finished folder of the same file system into place, synced to disk."""
+        """Take over the finished folder ``local`` as ``name``, by a rename in the same file system, synced to disk."""
         for folder, _, found in os.walk(local, topdown=False):
             for one in (*(Path(folder) / name for name in found), Path(folder)):
                 files.sync(one)
@@ -157,11 +112,9 @@ class FolderStore:
         files.sync(path.parent)
 
     def remove(self, name: str) -> None:
-        """Delete a file or a folder."""
+        """Delete a file or a folder with all in it; nothing happens when it is missing."""
         path = self.path / name
-        with self._lock:
-            for known in [known for known in self._open if known == name or known.startswith(f"{name}/")]:
-                del self._open[known]
+        self._file.cache_clear()
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -169,7 +122,10 @@ class FolderStore:
 
 
 class RemoteStore:
-    """A folder behind an fsspec URL. An object is written whole or not at all by the protocols themselves."""
+    """A folder behind an fsspec URL, with the methods of :class:`FolderStore`.
+
+    The protocols themselves write an object completely or not at all.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -255,6 +211,9 @@ class RemoteStore:
         """Delete an object or all below a prefix."""
         if self._fs.exists(self._path(name)):
             self._fs.rm(self._path(name), recursive=True)
+
+
+Store = FolderStore | RemoteStore
 
 
 def open_store(path: str | Path) -> Store:
