@@ -1,7 +1,7 @@
 """One writer at a time in a folder or of a file, on this machine's disks: the system's own lock (flock).
 
-The system lets go of it however the process ends, so a killed job blocks nobody. The lock file names its holder; it
-goes with the job, and what a kill leaves of it means nothing.
+The system releases it however the process ends, so a killed job blocks nobody. The lock file names its holder and is
+removed with the job; one that a killed job left behind is ignored.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def me() -> str:
 
 @contextmanager
 def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepSpecError) -> Iterator[None]:
-    """Hold the folder for the block; folders that were made for it and stay empty go again.
+    """Hold the folder for the block; folders that were made for it and stay empty are removed.
 
     Args:
         folder: made where missing.
@@ -54,7 +54,7 @@ def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepS
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing stands in the folder, or it is not there; a lock file is nothing."""
+    """Whether the folder is missing or empty; a lock file does not count."""
     return not folder.exists() or all(one.name == LOCK for one in folder.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a draft, read once into frozen, validated sections.
+"""A recipe: one YAML file with every setting of a draft, read once into frozen, validated sections.
 
 A recipe may start from others (``extends: [base/a.yaml, base/b.yaml]``, relative to its own folder; later ones and the
 file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``); ``recipe_files`` reads them.
@@ -155,7 +155,7 @@ class TrainSection:
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1.0e-8
     warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
-    grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
+    grad_clip: float = 1.0  # norm of the complete gradient; 0 = off
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step

@@ -37,10 +37,10 @@ RECORD = np.dtype(
 )
 INDEX = "samples.idx"
 SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the release's reader wants ids without gaps
-EAGLE3_CAUTION = (  # of every export: a cache keeps the rows alone that a loss of ours reads
-    "the published Eagle3 compares with the target at the last token of every answer and at the one behind it too (its"
+EAGLE3_CAUTION = (  # of every export: a cache keeps only the rows that our losses read
+    "the release's Eagle3 compares with the target at the last token of every answer and at the one behind it too (its"
     " mask is off by two); this cache does not keep those two rows, they are written as zeros, and its loss differs"
-    " (13.417 for 13.403 on one batch); the published DFlash and DSpark do not read them"
+    " (13.417 for 13.403 on one batch); the release's DFlash and DSpark do not read them"
 )
 FACTS = {"version": 2, "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 
@@ -87,10 +87,10 @@ class RawCache:
             wrong = [key for key, value in FACTS.items() if manifest[key] != value]
             manifest["target_layer_ids"], manifest["hidden_size"], manifest["shards"], manifest["num_samples"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise CacheError(f"not a published cache ({problem!r})", file=path) from None
+            raise CacheError(f"not a raw cache of the release ({problem!r})", file=path) from None
         if wrong:
             found = {key: manifest[key] for key in wrong}
-            raise CacheError("a published cache of another kind", file=path, found=found, wanted=str(FACTS))
+            raise CacheError("a raw cache of another kind", file=path, found=found, wanted=str(FACTS))
         result: dict[str, Any] = manifest
         return result
 
@@ -184,7 +184,7 @@ def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 
     layers = list(cache.fingerprint["layers"])
     if not cache.has_last_hidden or cache.dtype != torch.bfloat16 or layers != sorted(layers):
         wanted = "last_hidden, bfloat16 and ascending layers"
-        raise CacheError("the published form cannot hold this cache", file=source, wanted=wanted)
+        raise CacheError("the release's form cannot hold this cache", file=source, wanted=wanted)
     with one_writer(folder, "export", CacheError):
         if not is_free(folder):
             raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")

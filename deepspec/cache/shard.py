@@ -1,6 +1,6 @@
-"""One array of a part = one Zarr shard: written chunk by chunk in order, read by whole runs of chunks.
+"""One array of a part = one Zarr shard: written chunk by chunk in order, read in runs of chunks.
 
-zarr itself opens these files (a test compares); reading and writing them here saves it what costs most: the shard
+zarr itself opens these files (a test compares). Reading and writing them here saves what costs zarr most: the shard
 index fetched again at every read, a shard held in memory while it is written, and copies.
 """
 

@@ -93,7 +93,7 @@ class FolderStore:
         return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def write(self, name: str, data: bytes) -> None:
-        """Write whole or not at all."""
+        """Write completely or not at all."""
         files.write_bytes(self.path / name, data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:

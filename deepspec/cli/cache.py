@@ -59,8 +59,8 @@ def cache() -> int:
         python tools/cache.py estimate --recipe R --data conversations.jsonl [--measure 16] [--rate 40000]
         python tools/cache.py inspect CACHE
         python tools/cache.py verify CACHE [--rebuild --recipe R --data conversations.jsonl]
-        python tools/cache.py import PUBLISHED CACHE --recipe R
-        python tools/cache.py export CACHE PUBLISHED
+        python tools/cache.py import RAW CACHE --recipe R
+        python tools/cache.py export CACHE RAW
         python tools/cache.py recode CACHE OTHER --level near
     Appending is building: tools/build_cache.py --append.
     """
@@ -93,11 +93,11 @@ def cache() -> int:
     one.add_argument("cache")
     one.add_argument("--workers", type=COUNT, default=4, help="threads")
     one.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
-    one = command(_import, "import", "a published raw-binary cache into ours")
+    one = command(_import, "import", "a raw-binary cache of the release into ours")
     _recipe_and_data(one)
     one.add_argument("source")
     one.add_argument("output")
-    one = command(_export, "export", "ours as a published raw-binary cache")
+    one = command(_export, "export", "ours as a raw-binary cache of the release")
     one.add_argument("source")
     one.add_argument("output")
     one = command(_recode, "recode", "an exact cache at another level")

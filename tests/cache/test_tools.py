@@ -117,16 +117,16 @@ def test_export_and_import_give_the_cache_back(
     setup: Setup, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "export", built, tmp_path / "published") == 0
-    assert "published Eagle3" in capsys.readouterr().err
-    assert "its loss differs" in json.loads((tmp_path / "published/manifest.json").read_text())["deepspec_caution"]
-    assert call(monkeypatch, "import", tmp_path / "published", tmp_path / "c", "--recipe", setup.recipe) == 0
+    assert call(monkeypatch, "export", built, tmp_path / "raw") == 0
+    assert "release's Eagle3" in capsys.readouterr().err
+    assert "its loss differs" in json.loads((tmp_path / "raw/manifest.json").read_text())["deepspec_caution"]
+    assert call(monkeypatch, "import", tmp_path / "raw", tmp_path / "c", "--recipe", setup.recipe) == 0
     ours, theirs = TargetCache.open(built), TargetCache.open(tmp_path / "c")
     assert len(ours) == len(theirs)
     assert theirs.fingerprint["levels"]["features"] == "lossless"
     assert theirs.fingerprint["target"] == ours.fingerprint["target"]
     assert np.diff(ours.sample_ids).max() > 1, "rejected conversations leave gaps"
-    index = np.fromfile(tmp_path / "published/samples.idx", RECORD)
+    index = np.fromfile(tmp_path / "raw/samples.idx", RECORD)
     assert index["sample"].tolist() == list(range(len(ours)))
     names = [name for part in range(len(theirs.manifest.parts)) for name in theirs.part(part).manifest.conversations]
     assert names == [str(number) for number in ours.sample_ids.tolist()], "our ids are kept beside the index"
@@ -138,7 +138,7 @@ def test_export_and_import_give_the_cache_back(
         assert torch.equal(one.last_hidden, other.last_hidden)
 
 
-def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
+def test_the_release_s_layout_byte_by_byte(tmp_path: Path) -> None:
     truth = make_cache(tmp_path / "c", samples=5)
     export_raw_cache(tmp_path / "c", tmp_path / "p", shard_bytes=20_000)
     manifest = json.loads((tmp_path / "p/manifest.json").read_text())
@@ -147,7 +147,7 @@ def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
     assert manifest["index_record_size"] == RECORD.itemsize == 56
     assert manifest["num_shards"] == len(manifest["shards"]) > 1
     index = np.fromfile(tmp_path / "p/samples.idx", RECORD)
-    assert index["sample"].tolist() == [0, 1, 2, 3, 4], "the published reader asserts sample_id == index"
+    assert index["sample"].tolist() == [0, 1, 2, 3, 4], "the release's reader asserts sample_id == index"
     for record, sample in zip(index, truth, strict=True):
         data = (tmp_path / "p" / manifest["shards"][record["shard"]]["file_name"]).read_bytes()
         tokens = int(record["tokens"])
