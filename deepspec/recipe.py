@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a draft, read once into frozen, validated sections.
+"""A recipe: one YAML file with every setting of a draft, read once into frozen, validated sections.
 
 A recipe may start from others (``extends: [base/a.yaml, base/b.yaml]``, relative to its own folder; later ones and the
 file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``); ``recipe_files`` reads them.
@@ -138,6 +138,9 @@ class ValidationSection:
             )
 
 
+_TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch")
+
+
 @dataclass(frozen=True)
 class TrainSection:
     """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
@@ -154,7 +157,7 @@ class TrainSection:
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1.0e-8
     warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
-    grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
+    grad_clip: float = 1.0  # norm of the complete gradient; 0 = off
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step
@@ -169,15 +172,7 @@ class TrainSection:
     validation: ValidationSection | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "micro_batch",
-            "global_batch",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "online_micro_batch",
-        ):
+        for name in _TRAIN_COUNTS:
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
         for name in ("max_steps", "keep_every", "micro_tokens"):
             value = getattr(self, name)
@@ -233,7 +228,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; ``draft`` is the algorithm's own frozen config."""
+    """A recipe with all its keys; ``draft`` is the algorithm's own frozen config."""
 
     name: str
     algorithm: str
@@ -262,7 +257,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(folder), sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved recipe as YAML, whole or not at all."""
+        """Write the resolved recipe as YAML, completely or not at all."""
         write_text(path, self.to_yaml(Path(path).parent))
 
     def digest(self) -> str:

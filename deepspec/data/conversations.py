@@ -19,7 +19,7 @@ from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, p
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, refuse_special, sync_folder, write_json
+from deepspec.files import named, read_json, refuse_special, sync, write_json
 from deepspec.rows import dump_row
 
 FORMAT = "deepspec.conversations/1"
@@ -185,7 +185,7 @@ class ConversationWriter:
             return
         manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not vouch for the new one
         os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}
         write_json(manifest_path(self.path), manifest | {"provenance": self.provenance})
 

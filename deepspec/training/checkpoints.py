@@ -19,7 +19,7 @@ import torch
 
 from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
 from deepspec.errors import CheckpointError
-from deepspec.files import named, sync_folder, write_json
+from deepspec.files import named, sync, write_json
 from deepspec.identity import as_recorded, differences, flatten
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
@@ -90,7 +90,7 @@ class Checkpoints:
         os.rename(source, final)
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # deepspeed's own, which know nothing of a draft
             (self.folder / script).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._prune()
 
     def wait(self) -> None:
@@ -124,7 +124,7 @@ class Checkpoints:
     def _remove(self, path: Path) -> None:
         dead = path.with_name(f".{path.name}.dead")
         os.rename(path, dead)
-        sync_folder(self.folder)
+        sync(self.folder)
         shutil.rmtree(dead)
 
 

@@ -1,4 +1,4 @@
-"""The published raw-binary cache (its version 2): read it into ours, write ours as it.
+"""The raw-binary cache of the paper's release (its version 2): read it into ours, write ours as it.
 
 A folder with ``manifest.json``, ``samples.idx`` (one little-endian record a sample: sample id, shard, tokens, then the
 offsets of five tensors in the shard) and ``shard-00000.bin`` ...: input_ids int32, attention_mask and loss_mask uint8,
@@ -11,7 +11,7 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,34 +20,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from deepspec.cache.assemble import finish_cache, whole_part
-from deepspec.cache.format import Manifest
-from deepspec.cache.lock import build_lock
-from deepspec.cache.plan import Plan, PlannedPart, samples_per_part
+from deepspec.cache.assemble import finish_cache
+from deepspec.cache.format import CacheManifest
+from deepspec.cache.parts import Block, is_complete, layout_of, next_supervised, write_part
+from deepspec.cache.plan import CachePlan, PlannedPart, samples_per_part
 from deepspec.cache.reader import TargetCache
-from deepspec.cache.recode import claim_plan, write_part
-from deepspec.cache.store import open_folder
-from deepspec.cache.writer import Block, layout_of, next_supervised
+from deepspec.cache.store import build_lock, open_store
 from deepspec.errors import CacheError
 from deepspec.files import named, sha256_file, undone_on_error, write_bytes, write_json
 from deepspec.locks import is_free, one_writer
+from deepspec.progress import Progress
 
 RECORD = np.dtype(
     [("sample", "<u8"), ("shard", "<u4"), ("tokens", "<u4")]
     + [(name, "<u8") for name in ("input_ids", "attention_mask", "loss_mask", "features", "last_hidden")]
 )
 INDEX = "samples.idx"
-SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the published reader wants ids without gaps
-PUBLISHED_CAUTION = (  # of every export: a cache keeps the rows alone that a loss of ours reads
-    "the published draft that goes token by token compares with the target at the last token of every answer and at the"
-    " one behind it too (its mask is off by two); this cache does not keep those two rows, they are written as zeros,"
-    " and its loss differs (13.417 for 13.403 on one batch); the published block drafters do not read them"
+SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the release's reader wants ids without gaps
+EXPORT_CAUTION = (  # of every export: a cache keeps only the rows that our losses read
+    "the release's draft that goes token by token compares with the target at the last token of every answer and at the"
+    " one after it too (its mask is off by two); this cache does not keep those two rows, they are written as zeros,"
+    " and its loss differs (13.417 for 13.403 on one batch); the release's block drafters do not read them"
 )
 FACTS = {"version": 2, "hidden_dtype": "bfloat16", "token_dtype": "int32", "mask_dtype": "uint8"}
 
 
-class PublishedCache:
-    """A published cache, opened by memory map.
+class RawCache:
+    """A cache of the release, opened by memory map.
 
     Raises:
         CacheError: not such a cache, a missing shard, or an index that does not fit the manifest.
@@ -65,12 +64,8 @@ class PublishedCache:
             raise CacheError(f"cannot read ({problem.strerror})", file=problem.filename or self.folder) from None
         self.sample_ids = self._read_sample_ids()
         if len(self.index) != int(self.manifest["num_samples"]):
-            raise CacheError(
-                "index does not fit the manifest",
-                file=self.folder / INDEX,
-                found=f"{len(self.index)} records",
-                wanted=self.manifest["num_samples"],
-            )
+            records, samples = f"{len(self.index)} records", self.manifest["num_samples"]
+            raise CacheError("index does not fit the manifest", file=self.folder / INDEX, found=records, wanted=samples)
 
     def _read_sample_ids(self) -> NDArray[np.int64]:
         """[N] ids of our samples where we exported the cache, else the index's own."""
@@ -92,10 +87,10 @@ class PublishedCache:
             wrong = [key for key, value in FACTS.items() if manifest[key] != value]
             manifest["target_layer_ids"], manifest["hidden_size"], manifest["shards"], manifest["num_samples"]
         except (OSError, ValueError, KeyError, TypeError) as problem:
-            raise CacheError(f"not a published cache ({problem!r})", file=path) from None
+            raise CacheError(f"not a raw cache of the release ({problem!r})", file=path) from None
         if wrong:
             found = {key: manifest[key] for key in wrong}
-            raise CacheError("a published cache of another kind", file=path, found=found, wanted=str(FACTS))
+            raise CacheError("a raw cache of another kind", file=path, found=found, wanted=str(FACTS))
         result: dict[str, Any] = manifest
         return result
 
@@ -118,12 +113,11 @@ class PublishedCache:
         return flat if columns is None else flat.reshape(tokens, columns)
 
     def block(self, numbers: range, last_hidden: bool) -> Block:
-        """Samples, without padding; their ids are their places in the index."""
-        kinds = (("input_ids", "<i4", None), ("loss_mask", "u1", None), ("features", "<u2", self.hidden_size))
+        """Samples, without padding; their ids are their positions in the index."""
+        width = self.hidden_size * len(self.layers)
         parts: dict[str, Any] = {}
-        for name, dtype, columns in kinds:
-            width = columns and columns * len(self.layers)
-            parts[name] = np.concatenate([self._tensor(n, name, dtype, width) for n in numbers])
+        for name, dtype, columns in (("input_ids", "<i4", None), ("loss_mask", "u1", None), ("features", "<u2", width)):
+            parts[name] = np.concatenate([self._tensor(n, name, dtype, columns) for n in numbers])
         lengths = [int(self.index[n]["tokens"]) for n in numbers]
         last = None
         if last_hidden:
@@ -134,67 +128,53 @@ class PublishedCache:
         return Block(list(numbers), names, lengths, parts["input_ids"], parts["loss_mask"], parts["features"], last)
 
 
-def import_published(
-    source: str | Path,
-    output: str | Path,
-    fingerprint: dict[str, Any],
-    limit: int,
-    report: Callable[[int, int], None] | None = None,
-) -> Manifest:
-    """Read a published cache into ours. Started again after a kill it continues.
+def import_raw_cache(source: str | Path, output: str | Path, fingerprint: dict[str, Any], limit: int) -> CacheManifest:
+    """Read a cache of the release into ours. Started again after a kill it continues.
 
     Args:
         source: its folder.
         output: folder or URL of the new cache.
-        fingerprint: of the recipe that the published cache was made for; its layers and size are checked, target,
+        fingerprint: of the recipe that the release's cache was made for; its layers and size are checked, target,
             tokenizer and template are the user's word. ``sources`` is replaced.
         limit: samples of a part at most.
-        report: called with (parts done, parts) after each part.
 
     Raises:
         CacheError: another target's cache, broken files, or ``output`` holds another cache.
     """
-    published = PublishedCache(source)
+    raw = RawCache(source)
     for key, found, wanted in (
-        ("target_layer_ids", published.layers, fingerprint["layers"]),
-        ("hidden_size", published.hidden_size, fingerprint["target"]["hidden_size"]),
+        ("target_layer_ids", raw.layers, fingerprint["layers"]),
+        ("hidden_size", raw.hidden_size, fingerprint["target"]["hidden_size"]),
         ("hidden_dtype", "bfloat16", fingerprint["dtype"]),
     ):
         if found != wanted:
             raise CacheError("not the recipe's cache", file=source, key=key, found=found, wanted=str(wanted))
-    entry = {"name": Path(source).name, "rows": len(published), "sha256": sha256_file(Path(source) / INDEX)}
+    entry = {"name": Path(source).name, "rows": len(raw), "sha256": sha256_file(Path(source) / INDEX)}
     layout = layout_of(fingerprint)
-    mean = float(published.index["tokens"].mean()) if len(published) else 0.0
-    size = samples_per_part(len(published), limit, mean, 2 * (layout.channels + layout.hidden_size))
+    mean = float(raw.index["tokens"].mean()) if len(raw) else 0.0
+    size = samples_per_part(len(raw), limit, mean, 2 * (layout.channels + layout.hidden_size))
     parts = tuple(
-        PlannedPart(f"{i:05d}", 0, first, min(size, len(published) - first), 0, first)
-        for i, first in enumerate(range(0, len(published), size))
+        PlannedPart(f"{i:05d}", 0, first, min(size, len(raw) - first), 0, first)
+        for i, first in enumerate(range(0, len(raw), size))
     )
-    plan = Plan({**fingerprint, "sources": [entry]}, 0, mean, parts)
-    folder = open_folder(output)
-    with build_lock(folder), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        claim_plan(folder, plan)
-        for number, part in enumerate(parts):
-            if not whole_part(folder, part.name):
+    plan, store = CachePlan({**fingerprint, "sources": [entry]}, 0, mean, parts), open_store(output)
+    progress = Progress("import", len(parts), unit="samples", noun="parts")
+    with build_lock(store), ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        plan.claim(store)
+        for part in parts:
+            if not is_complete(store, part.name):
                 samples = range(part.first, part.first + part.rows)
-                keeps_last = layout.last_hidden_level is not None
-                blocks = (published.block(range(n, n + 1), keeps_last) for n in samples)
-                write_part(folder, part.name, layout, pool, blocks)
-            if report is not None:
-                report(number + 1, len(parts))
-        return finish_cache(folder, plan)
+                blocks = (raw.block(range(n, n + 1), layout.keeps_last) for n in samples)
+                write_part(store, part.name, layout, pool, blocks)
+            progress.add(1, part.rows)
+        return finish_cache(store, plan)
 
 
-def export_published(
-    source: str | Path,
-    output: str | Path,
-    shard_bytes: int = 64 << 30,
-    report: Callable[[int, int], None] | None = None,
-) -> int:
-    """Write a cache in the published form, for the published training code; returns the number of samples.
+def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 64 << 30) -> int:
+    """Write a cache in the release's form, for its training code; returns the number of samples.
 
-    Samples are numbered by their place, as its reader asserts; our ids stand in a file beside the index.
-    ``target_last_hidden_states`` is zero where the next token is not supervised: see PUBLISHED_CAUTION.
+    Samples are numbered from 0 without gaps, as its reader asserts; our ids stand in a file beside the index.
+    ``target_last_hidden_states`` is zero where the next token is not supervised: see EXPORT_CAUTION.
 
     Raises:
         CacheError: a cache without last_hidden or of another dtype, layers that do not ascend, or ``output`` is not
@@ -204,22 +184,21 @@ def export_published(
     layers = list(cache.fingerprint["layers"])
     if not cache.has_last_hidden or cache.dtype != torch.bfloat16 or layers != sorted(layers):
         wanted = "last_hidden, bfloat16 and ascending layers"
-        raise CacheError("the published form cannot hold this cache", file=source, wanted=wanted)
+        raise CacheError("the release's form cannot hold this cache", file=source, wanted=wanted)
     with one_writer(folder, "export", CacheError):
         if not is_free(folder):
             raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")
         with undone_on_error(folder), named(folder):
-            records = np.zeros(len(cache), RECORD)
+            records, progress = np.zeros(len(cache), RECORD), Progress("export", len(cache), noun="samples")
             shards: list[dict[str, Any]] = []
             for number, shard, file in _shards(cache, folder, shard_bytes, shards):
                 records[number] = _export_sample(cache, number, shard, file)
-                if report is not None:
-                    report(number + 1, len(cache))
+                progress.add(1, int(records[number]["tokens"]))
             write_bytes(folder / INDEX, records.tobytes())
             sample_ids = io.BytesIO()
             np.save(sample_ids, cache.sample_ids)
             write_bytes(folder / SAMPLE_IDS, sample_ids.getvalue())
-            write_json(folder / "manifest.json", _published_manifest(cache, shards))
+            write_json(folder / "manifest.json", _raw_manifest(cache, shards))
     return len(cache)
 
 
@@ -261,7 +240,7 @@ def _export_sample(cache: TargetCache, number: int, shard: int, file: BinaryIO) 
     return (number, shard, len(sample.input_ids), *offsets)
 
 
-def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dict[str, Any]:
+def _raw_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dict[str, Any]:
     mark = cache.fingerprint
     return {
         **FACTS,
@@ -276,5 +255,5 @@ def _published_manifest(cache: TargetCache, shards: list[dict[str, Any]]) -> dic
         "max_length": mark["max_length"],
         "min_loss_tokens": mark["min_supervised"],
         "deepspec_levels": mark["levels"],
-        "deepspec_caution": PUBLISHED_CAUTION,
+        "deepspec_caution": EXPORT_CAUTION,
     }
