@@ -3,7 +3,8 @@
 import os
 
 from deepspec.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, Parser
-from deepspec.data.regenerate import Engine, Plan, regenerate
+from deepspec.data.dialogue import AnswerEngine
+from deepspec.data.regenerate import RegenerationPlan, regenerate
 from deepspec.data.server import ServerOptions
 from deepspec.errors import DataError, run_main
 from deepspec.recipe import load_recipe
@@ -33,12 +34,14 @@ def main() -> int:
     args = parser.parse_args()
     if not args.recipe and (args.set or not args.target):
         raise DataError("nothing says who answers and how", wanted="--recipe, or --target for the built-in sampling")
-    plan = Plan.of_recipe(load_recipe(args.recipe, args.set), args.target) if args.recipe else Plan(args.target)
+    plan = RegenerationPlan(args.target)
+    if args.recipe:
+        plan = RegenerationPlan.of_recipe(load_recipe(args.recipe, args.set), args.target)
     kind = args.engine or ("server" if args.server else "local")
     if kind == "server":
         key = os.environ.get("OPENAI_API_KEY")
         limits = (args.concurrency, args.timeout, args.attempts, args.patience, key)
-        engine: Engine = plan.server_engine(ServerOptions(tuple(args.server), args.model or plan.target, *limits))
+        engine: AnswerEngine = plan.server_engine(ServerOptions(tuple(args.server), args.model or plan.target, *limits))
     else:
         engine = plan.local_engine()
     settings = plan.settings(served=kind == "server") | {"engine": kind}

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from deepspec.cache.plan import read_rows
-from deepspec.data.answer import read_answer
 from deepspec.data.conversations import read_conversations
+from deepspec.data.dialogue import read_answer
 from deepspec.data.messages import Unusable, normal_row, normal_tools, split_reasoning, without_nulls
 from deepspec.data.prepare import PrepareOptions, prepare
 from deepspec.data.sources import to_messages
