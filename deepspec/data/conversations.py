@@ -149,13 +149,13 @@ class ConversationWriter:
         self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
         self._handle = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
 
-    def write(self, row: Mapping[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
         """Append one row.
 
         Raises:
             DataError: the row is not a conversation.
         """
-        problem = value_problem(dict(row))
+        problem = value_problem(row)
         fault = (problem, None) if problem is not None else row_problem(row)
         if fault is not None:
             raise DataError(fault[0], file=self.path, key=row.get("id"), found=fault[1])

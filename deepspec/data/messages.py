@@ -153,6 +153,8 @@ def with_system_columns(row: Mapping[str, Any], messages: list[Message]) -> list
         Unusable: a column holds no text, or the columns and the messages name different ones.
     """
     given = [row[key] for key in SYSTEM_COLUMNS if row.get(key)]
+    if not given:
+        return messages
     if any(not isinstance(one, str) for one in given):
         raise Unusable("a system column other than text")
     texts = {one.strip() for one in given} - {""}
