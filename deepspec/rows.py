@@ -20,7 +20,8 @@ _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of a file: compact UTF-8 JSON and a newline."""
-    return _ENCODER.encode(row).encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
+    text = _ENCODER.encode(row)
+    return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
 
 
 class RowLog(Mapping[K, Row]):

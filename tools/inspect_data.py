@@ -1,9 +1,11 @@
 """What a target is trained on, supervised tokens in green: ``tools/inspect_data.py --recipe R DATA.jsonl``."""
 
+from itertools import islice
+
 from deepspec.arguments import COUNT, COUNT_OR_NONE, Parser
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations
-from deepspec.data.inspect import first_rows, inspect
+from deepspec.data.inspect import inspect
 from deepspec.errors import DataError, run_main
 from deepspec.recipe import DataSection, load_recipe
 from deepspec.targets.load import load_spec, load_tokenizer
@@ -28,7 +30,7 @@ def main() -> int:
     revision = recipe.target.revision if recipe and path == recipe.target.path else None
     spec = load_spec(path, revision)
     renderer = Renderer(load_tokenizer(path, revision), spec, data.system_prompt, data.thinking, data.max_length)
-    rows = first_rows(read_conversations(args.data), args.limit)
+    rows = islice(read_conversations(args.data), args.limit)
     print(inspect(renderer, rows, data.min_supervised, args.show, args.html, args.histogram))
     return 0
 

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,23 +20,9 @@ from deepspec.data.chat import Renderer
 from deepspec.data.dialogue import Dialogue, Outcome, answer_text, call_mark, read_answer
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.errors import DataError
+from deepspec.recipe import RegenerateSection
 from deepspec.targets.load import cache_keyword
 from deepspec.targets.positions import check_room
-
-
-class Sampling(Protocol):
-    """How a token is drawn (``deepspec.recipe.RegenerateSection`` is one)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def max_tokens(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +52,7 @@ def uniforms(seed: int, key: str, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=draw_seed(seed, key))).random(count, dtype=np.float32)
 
 
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: RegenerateSection, uniform: Tensor) -> Tensor:
     """One token a row by inverse transform; filters in the order of the serving engines: min-p, top-k, top-p.
 
     Args:
@@ -109,7 +95,7 @@ class LocalSampler:
     """
 
     def __init__(
-        self, model: Any, stop_token_ids: Sequence[int], sampling: Sampling, seed: int, batch_size: int
+        self, model: Any, stop_token_ids: Sequence[int], sampling: RegenerateSection, seed: int, batch_size: int
     ) -> None:
         self.model, self.sampling, self.seed, self.batch_size = model, sampling, seed, batch_size
         self.device = model.get_input_embeddings().weight.device
@@ -169,7 +155,7 @@ class LocalSampler:
 class LocalEngine:
     """The target in this process, turn by turn over chunks of conversations."""
 
-    def __init__(self, model: Any, renderer: Renderer, sampling: Sampling, seed: int, batch_size: int) -> None:
+    def __init__(self, model: Any, renderer: Renderer, sampling: RegenerateSection, seed: int, batch_size: int) -> None:
         self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
         self.most_new_tokens = sampling.max_tokens
         self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from deepspec.files import write_json
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
 
+log = logging.getLogger(__name__)
 # columns that hold prompts, however short these are
 _ASKED = ("turns", "prompt", "prompts", "question", "instruction", "problem", "query")
 
@@ -205,7 +206,7 @@ def _remove_earlier(path: Path) -> None:
     for one in (Path(f"{path}.manifest.json"), path):
         if one.exists():
             one.unlink()
-            print(f"prepare: removed {one} of an earlier run; this one holds nothing out", file=sys.stderr)
+            log.warning("removed %s of an earlier run; this one holds nothing out", one)
 
 
 def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: Report) -> tuple[dict[str, Any], float]:

@@ -16,10 +16,11 @@ from typing import Any
 
 from deepspec.data.chat import Renderer
 from deepspec.data.dialogue import Dialogue, Outcome, read_answer
-from deepspec.data.local import Sampling, draw_seed
+from deepspec.data.local import draw_seed
 from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.http import NoReply, Reply, check_url, request, without_password
+from deepspec.recipe import RegenerateSection
 from deepspec.targets.date import server_keywords
 
 FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds that a server rests after a failure; doubled with each in a row
@@ -142,7 +143,7 @@ class ServerEngine:
         seed: every request gets its own seed from it, its sample and its turn.
     """
 
-    def __init__(self, options: ServerOptions, renderer: Renderer, sampling: Sampling, seed: int) -> None:
+    def __init__(self, options: ServerOptions, renderer: Renderer, sampling: RegenerateSection, seed: int) -> None:
         self.options, self.renderer, self.sampling, self.seed = options, renderer, sampling, seed
         self._date = server_keywords(renderer.tokenizer.chat_template)
         if renderer.date is not None and not self._date:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.conversations import ROLES, check_manifest
-from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, value_problem
+from deepspec.data.conversations import ROLES, checked_lines
+from deepspec.data.lines import NotJSON, parse_json, value_problem
 from deepspec.data.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -65,19 +64,13 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
-    digest, rows = hashlib.sha256(), 0
-    for number, line in numbered_lines(path):
-        digest.update(line)
-        if is_blank(line):
-            continue
-        rows += 1
+    for number, line in checked_lines(path):  # of conversations that an earlier command wrote, too
         try:
             row = parse_json(line)
         except NotJSON as problem:
             yield Unusable(problem.reason, f"line {number}")
         else:
             yield row if isinstance(row, dict) else Unusable("not a JSON object", f"line {number}")
-    check_manifest(path, rows, digest.hexdigest())  # of conversations that an earlier command wrote
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
