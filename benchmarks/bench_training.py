@@ -32,7 +32,7 @@ from bars import Bars, at_most, write_bars
 
 from deepspec.distributed import World
 from deepspec.errors import run_main
-from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.engine import training_processes
 from deepspec.training.plan import Plan
 from deepspec.training.run import assemble, prepare
 
@@ -133,8 +133,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     given = parser.parse_args()
-    world = start_processes()
-    try:
+    with training_processes() as world:
         measured: dict[str, Any] = throughput(given.recipe, world, given.steps, given.rounds)
         bars: Bars = {"share of step time waiting for data": at_most(measured["cache, samples"]["data_wait"], 0.05)}
         rows = padding_table(given.recipe, world, bars)
@@ -147,8 +146,6 @@ def main() -> None:
             )
             write_bars(given.json, bars)
             shutil.rmtree(WORK)
-    finally:
-        end_processes()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,15 @@
-"""Ranks: who am I, how many are we; the same answer under deepspeed, torchrun, mpirun and as one process."""
+"""Ranks: who am I, how many are we, and how we agree; the same under deepspeed, torchrun, mpirun, srun and alone."""
 
 from __future__ import annotations
 
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepspec.errors import DeepSpecError, system_error
 
@@ -15,15 +17,18 @@ if TYPE_CHECKING:
     import torch  # at run time only the functions that need it import it: logging asks for the rank without torch
 
 T = TypeVar("T")
+PATIENCE = timedelta(days=7)  # for a rank that has much more to do than the others
+LOCAL_ADDRESS = ("127.0.0.1", "29511")  # where the ranks of one machine find each other unless the launcher says
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place: global rank, number of processes, rank on its node."""
+    """This process's rank, the number of processes, and the same two on its machine."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
+    local_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -31,50 +36,162 @@ class World:
         return self.rank == 0
 
 
-_LAUNCHER_VARIABLES = (  # (rank, size, local rank) of torchrun/deepspeed, Open MPI, MPICH/Hydra (PMI), Slurm
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+_LAUNCHER_VARIABLES = (  # rank, size, local rank, local size of torchrun/deepspeed, Open MPI, MPICH/Hydra (PMI), Slurm
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
 
 
 def world_from_environment() -> World:
-    """The place that the launcher gave this process by environment variables; (0, 1, 0) without a launcher."""
-    for rank, size, local in _LAUNCHER_VARIABLES:
-        if rank in os.environ and size in os.environ:
-            number = int(os.environ[rank])
-            return World(number, int(os.environ[size]), int(os.environ.get(local, number)))
+    """This process among those of its launcher, by environment variables; alone without a launcher."""
+    for names in _LAUNCHER_VARIABLES:
+        rank, size, local_rank, local_size = (os.environ.get(name) for name in names)
+        if rank is not None and size is not None:
+            return World(int(rank), int(size), int(local_rank or rank), int(local_size or size))
     return World()
 
 
-def together(world: World, work: Callable[[], T]) -> T:
-    """Run ``work`` on every rank; where it fails on any, all end, and rank 0 tells why once.
+@contextmanager
+def process_group(
+    world: World,
+    backend: str = "gloo",
+    timeout: timedelta = PATIENCE,
+    even_alone: bool = False,
+    error: type[DeepSpecError] = DeepSpecError,
+) -> Iterator[World]:
+    """Connect the ranks of ``world`` for the block; one process alone needs no group, and makes none.
+
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set where the launcher set none: libraries read them.
+
+    Args:
+        world: this process among them.
+        backend: ``gloo``, or ``nccl`` for the tensors of GPUs.
+        timeout: of any wait for another rank.
+        even_alone: make a group of one process too (DeepSpeed needs it).
+        error: the class of the refusals.
 
     Raises:
-        DeepSpecError: on rank 0; the other ranks exit with code 1 and say nothing twice.
+        error: the launcher does not say where the ranks find each other, or they cannot.
     """
-    built: T | None = None
-    error: DeepSpecError | None = None
+    import torch.distributed as dist
+
+    if dist.is_initialized() or (world.size == 1 and not even_alone):
+        yield world
+        return
+    _set_address(world, error)
+    ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
+    for name, number in ranks.items():
+        os.environ.setdefault(name, str(number))
+    device = pick_device(world.local_rank) if backend == "nccl" and world.size > 1 else None
     try:
-        built = work()
-    except DeepSpecError as problem:
-        error = problem
-    except OSError as problem:
-        error = system_error(problem)
+        dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, device_id=device)
+    except (RuntimeError, ValueError) as problem:
+        raise error(f"the ranks cannot reach each other ({problem})") from None
+    try:
+        yield world
+    finally:
+        dist.destroy_process_group()
+
+
+def _set_address(world: World, error: type[DeepSpecError]) -> None:
+    """Set MASTER_ADDR and MASTER_PORT where they are missing."""
+    names = ("MASTER_ADDR", "MASTER_PORT")
+    if all(name in os.environ for name in names):
+        return
+    under_mpi = any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
+    address = LOCAL_ADDRESS
+    if world.size == 1:
+        address = (LOCAL_ADDRESS[0], str(free_port()))
+    elif under_mpi:
+        address = _address_by_mpi(world) or LOCAL_ADDRESS
+    elif "SLURM_PROCID" not in os.environ:
+        raise error(
+            "the ranks do not know where to find each other", key=", ".join(names),
+            remedy="start with torchrun or deepspeed, or set both",
+        )  # fmt: skip
+    for name, value in zip(names, address, strict=True):
+        os.environ.setdefault(name, value)
+
+
+def _address_by_mpi(world: World) -> tuple[str, str] | None:
+    """Rank 0's host and a free port of it, told to all by MPI; None without an MPI library."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError):
+        return None
+    host = LOCAL_ADDRESS[0] if world.local_size == world.size else socket.gethostname()
+    address: tuple[str, str] = MPI.COMM_WORLD.bcast((host, str(free_port())), root=0)
+    return address
+
+
+def barrier(world: World) -> None:
+    """Wait for all ranks.
+
+    Raises:
+        DeepSpecError: another rank ended.
+    """
+    if world.size > 1:
+        _exchange("barrier")
+
+
+def _exchange(collective: str, *arguments: Any, **options: Any) -> None:
+    """Run a collective of torch.distributed; it returns into its arguments."""
+    import torch.distributed as dist
+
+    try:
+        getattr(dist, collective)(*arguments, **options)
+    except RuntimeError as problem:
+        raise DeepSpecError(f"the other ranks do not answer ({problem})", remedy="see what they printed") from None
+
+
+def on_rank0(world: World, work: Callable[[], T], error: type[DeepSpecError] = DeepSpecError) -> T:
+    """Run ``work`` on rank 0 and return its result on every rank; where it fails all end, and rank 0 reports once.
+
+    Raises:
+        DeepSpecError: on rank 0 (what the system refused: as ``error``); the other ranks exit with code 1 silently.
+    """
+    result, problem = _outcome(work, error) if world.is_main else (None, None)
+    if world.size > 1:
+        told: list[Any] = [(result, problem is not None)]
+        _exchange("broadcast_object_list", told, src=0)
+        if not world.is_main:
+            result, failed = told[0]
+            if failed:
+                sys.exit(1)
+    if problem is not None:
+        raise problem
+    return result  # type: ignore[return-value]
+
+
+def on_all_ranks(world: World, work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank; where it fails on any, all end, and rank 0 reports once.
+
+    Raises:
+        DeepSpecError: on rank 0; the other ranks exit with code 1 silently.
+    """
+    result, error = _outcome(work, DeepSpecError)
     errors = [error]
     if world.size > 1:
-        import torch.distributed as dist
-
         texts: list[str | None] = [None] * world.size
-        dist.all_gather_object(texts, None if error is None else str(error))
+        _exchange("all_gather_object", texts, None if error is None else str(error))
         errors = [None if text is None else DeepSpecError(text) for text in texts]
     failed = next((one for one in errors if one is not None), None)
     if failed is None:
-        return built  # type: ignore[return-value]
+        return result  # type: ignore[return-value]
     if world.is_main:
         raise failed
     sys.exit(1)
+
+
+def _outcome(work: Callable[[], T], error: type[DeepSpecError]) -> tuple[T | None, DeepSpecError | None]:
+    try:
+        return work(), None
+    except DeepSpecError as problem:
+        return None, problem
+    except OSError as problem:
+        return None, system_error(problem, kind=error)
 
 
 def pick_device(local_rank: int = 0) -> torch.device:

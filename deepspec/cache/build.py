@@ -30,11 +30,10 @@ from deepspec.cache.pipeline import ByteQueue
 from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, samples_per_part, scan
 from deepspec.cache.plan import batches as cut_batches
 from deepspec.cache.progress import BuildProgress
-from deepspec.cache.ranks import Ranks
 from deepspec.cache.store import Store, open_folder
 from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
 from deepspec.data.chat import Renderer, load_renderer, render_row
-from deepspec.distributed import World, pick_device
+from deepspec.distributed import World, barrier, on_rank0, pick_device
 from deepspec.errors import CacheError, DeepSpecError, system_error
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, load_target
@@ -69,7 +68,7 @@ def build_cache(
         recipe: names target, layers, rendering, level and batch size.
         conversations: JSONL file.
         output: folder or URL of the cache.
-        world: this process's place; several processes need :func:`deepspec.cache.ranks.connect`.
+        world: this process among several; they need :func:`deepspec.distributed.process_group`.
         append: add ``conversations`` to the cache that is there.
         server: URL of a server of the target that hands out hidden states; None runs the target in this process.
 
@@ -81,20 +80,20 @@ def build_cache(
         DataError: conversations that cannot be read.
         BuildStopped: SIGTERM or SIGINT came; finished parts stay.
     """
-    ranks = world if isinstance(world, Ranks) else Ranks(**vars(world or World()))
+    world = world or World()
     folder = open_folder(output)
-    device = pick_device(ranks.local_rank)
+    device = pick_device(world.local_rank)
     with ExitStack() as stack:
-        ranks.first(lambda: stack.enter_context(build_lock(folder)))
+        on_rank0(world, lambda: stack.enter_context(build_lock(folder)), CacheError)
         target = _open_target(recipe, device, server)
         recipe = recipe.for_target(target.spec)
         renderer = load_renderer(recipe, target.spec)
         maker = Planner(recipe, folder, Path(conversations), target, renderer, append)
-        plan, todo = ranks.first(maker.begin)
-        builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, ranks)
-        builder.build(todo[ranks.rank :: ranks.size])
-        ranks.barrier()
-        return ranks.first(lambda: finish_cache(folder, plan))
+        plan, todo = on_rank0(world, maker.begin, CacheError)
+        builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, world)
+        builder.build(todo[world.rank :: world.size])
+        barrier(world)
+        return on_rank0(world, lambda: finish_cache(folder, plan), CacheError)
 
 
 def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
@@ -193,10 +192,10 @@ class _Builder:
         target: Target | ServedTarget,
         renderer: Renderer,
         plan: Plan,
-        ranks: Ranks,
+        world: World,
     ) -> None:
         self.recipe, self.folder, self.conversations = recipe, folder, conversations
-        self.target, self.renderer, self.plan, self.ranks = target, renderer, plan, ranks
+        self.target, self.renderer, self.plan, self.world = target, renderer, plan, world
         self.layers = tuple(plan.fingerprint["layers"])
         self.layout = layout_of(plan.fingerprint)
         self.stop = threading.Event()
@@ -204,9 +203,9 @@ class _Builder:
 
     def build(self, parts: list[PlannedPart]) -> None:
         """Make ``parts``."""
-        cores = max(1, (os.cpu_count() or 1) // self.ranks.local_size)
+        cores = max(1, (os.cpu_count() or 1) // self.world.local_size)
         expected = self.plan.mean_tokens * sum(part.rows for part in parts)
-        progress = BuildProgress(len(parts), int(expected), self.ranks, token_bytes_of(self.plan.fingerprint))
+        progress = BuildProgress(len(parts), int(expected), self.world, token_bytes_of(self.plan.fingerprint))
         queue = ByteQueue(QUEUE_BYTES)
         with (
             ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,

@@ -23,14 +23,13 @@ from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeSettings, Generation, Request
 from deepspec.decoding.tree import count_nodes, tree_of
-from deepspec.distributed import World, together
+from deepspec.distributed import World, barrier, on_rank0, process_group
 from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.cost import Cost, CostMeter
 from deepspec.evaluate.log import RowLog
 from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
-from deepspec.evaluate.ranks import meeting
 from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
@@ -165,11 +164,11 @@ class Evaluation:
             if count:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
                 print(f"left out: {count} prompts of {name} ({text})", flush=True)
-        with meeting(self.world) as meet, ExitStack() as stack:
-            together(self.world, lambda: self._claim(stack) if self.world.is_main else None)
+        with process_group(self.world, error=EvaluationError), ExitStack() as stack:
+            on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
             drafted, plain = (RowLog(self.output, name, self.world.rank) for name in ("results", "plain"))
-            meet()  # everybody has read before anybody writes
+            barrier(self.world)  # everybody has read before anybody writes
             work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
             if any(self._missing(*one, drafted) for one in work):
                 self._warm_up()
@@ -177,7 +176,7 @@ class Evaluation:
                 self._run_task(task, temperature, drafted, plain)
             drafted.close()
             plain.close()
-            meet()
+            barrier(self.world)
             if not self.world.is_main:
                 return None
             drafted.merge()
@@ -222,7 +221,7 @@ class Evaluation:
             return
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
         tokens = self.rows * (drafted + 1)
-        threads = choose_threads(self.target, tokens, own_cores(self._neighbours))
+        threads = choose_threads(self.target, tokens, own_cores(self.world.local_size))
         write_json(path, {"identity": self.identity, "threads": threads})
 
     def _check_same_run(self, known: dict[str, Any]) -> None:
@@ -248,12 +247,7 @@ class Evaluation:
         """All ranks, and a run that goes on, use the thread count that was chosen first."""
         threads = read_json(self.output / "run.json", EvaluationError).get("threads")
         if threads is not None and "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(min(threads, own_cores(self._neighbours)))
-
-    @property
-    def _neighbours(self) -> int:
-        """Processes of this run on this machine."""
-        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world.size))
+            torch.set_num_threads(min(threads, own_cores(self.world.local_size)))
 
     def _warm_up(self) -> None:
         """Decode a few tokens that are not measured, with the draft and without it."""

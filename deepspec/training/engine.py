@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,10 +17,11 @@ from pathlib import Path
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.constants import default_pg_timeout
 from torch import Tensor, nn
 
 from deepspec.batch import Batch
-from deepspec.distributed import World, free_port, pick_device, world_from_environment
+from deepspec.distributed import World, pick_device, process_group, world_from_environment
 from deepspec.errors import CheckpointError
 from deepspec.metrics import LossTerms
 from deepspec.recipe import TrainSection
@@ -30,8 +30,9 @@ from deepspec.training.settings import accumulation_steps, deepspeed_settings, m
 UNIVERSAL_VERSION = 0.4
 
 
-def start_processes() -> World:
-    """Join the process group of the launcher, or make one of a single process; quiet the libraries' chatter.
+@contextlib.contextmanager
+def training_processes() -> Iterator[World]:
+    """The process group of the launcher, or one of a single process; the libraries are quiet.
 
     On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank behind
     in /dev/shm.
@@ -39,23 +40,15 @@ def start_processes() -> World:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     for handler in logging.getLogger("DeepSpeed").handlers:
         handler.setLevel(logging.WARNING)
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    world = world_from_environment()
-    if world.size == 1 and "MASTER_PORT" not in os.environ:
-        alone = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-        os.environ.update({name: str(value) for name, value in alone.items()})
+    backend, world = "nccl", world_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(pick_device(world.local_rank))
-    if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
-    return World(dist.get_rank(), dist.get_world_size(), world.local_rank)
-
-
-def end_processes() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    else:
+        backend = "gloo"
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with process_group(world, backend, default_pg_timeout, even_alone=True, error=CheckpointError):
+        deepspeed.init_distributed(dist_backend=backend, verbose=False)
+        yield world
 
 
 class Engine:

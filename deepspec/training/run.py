@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
-from deepspec.distributed import World, pick_device, together
+from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
@@ -24,7 +24,7 @@ from deepspec.sources.opening import open_source, open_validation
 from deepspec.targets import Target, TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.compiler import loss_backend
-from deepspec.training.engine import Engine, end_processes, start_processes, to_universal
+from deepspec.training.engine import Engine, to_universal, training_processes
 from deepspec.training.loop import Trainer
 from deepspec.training.plan import Plan
 from deepspec.training.prefetch import Prefetcher
@@ -51,11 +51,9 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
     Raises:
         DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and say nothing twice.
     """
-    world = start_processes()
-    with ExitStack() as stack:
-        stack.callback(end_processes)
-        recipe = together(world, lambda: _hold(stack, load_recipe(path, overrides), world))
-        prepared = together(world, lambda: prepare_recipe(recipe, world, accept_changes))
+    with training_processes() as world, ExitStack() as stack:
+        recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
+        prepared = on_all_ranks(world, lambda: prepare_recipe(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total:
             if world.is_main:
@@ -145,7 +143,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     """The draft under DeepSpeed with the weights of the checkpoint, and the loop around it (all ranks together)."""
     recipe, start = prepared.recipe, prepared.start
     kept = store.Checkpoints(Path(recipe.output), recipe.train)
-    together(world, lambda: _start_folder(kept, prepared) if world.is_main else None)
+    on_rank0(world, lambda: _start_folder(kept, prepared))
     algorithm = registry.algorithm(recipe.algorithm)
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)

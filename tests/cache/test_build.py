@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,18 +18,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from deepspec import distributed
 from deepspec.cache import build
 from deepspec.cache.build import BuildStopped, Planner, build_cache
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, require_fingerprint
 from deepspec.cache.lock import build_lock
 from deepspec.cache.plan import batches, samples_per_part, scan
-from deepspec.cache.ranks import Ranks
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.store import FolderStore
 from deepspec.cache.verify import verify_cache
 from deepspec.data.chat import load_renderer
 from deepspec.data.conversations import write_conversations
+from deepspec.distributed import World
 from deepspec.errors import CacheError, DataError
 from deepspec.targets import load_spec, load_target, load_tokenizer
 
@@ -80,24 +83,26 @@ def test_rejects_are_counted_and_listed(built: Path) -> None:
 def test_ranks_only_cut_the_list_of_parts(setup: Setup, built: Path, tmp_path: Path) -> None:
     """Three ranks one after the other, then one that finishes: the same bytes as one process."""
     for rank in (2, 0):
-        ranks = _silent_rank(rank, 3, tmp_path / "c", setup)
-        with pytest.raises(CacheError, match="part missing"):
-            build_cache(setup.load(), setup.data, tmp_path / "c", ranks)
+        exchange = _rank_0_as_it_answers(rank, tmp_path / "c", setup)
+        with mock.patch.object(distributed, "_exchange", exchange), pytest.raises((CacheError, SystemExit)):
+            build_cache(setup.load(), setup.data, tmp_path / "c", World(rank, 3, rank))
     build_cache(setup.load(), setup.data, tmp_path / "c")
     assert contents(tmp_path / "c") == contents(built)
 
 
-def _silent_rank(rank: int, size: int, output: Path, setup: Setup) -> Ranks:
-    """A rank whose broadcasts say what rank 0 would have said."""
-    if rank == 0:
-        return Ranks(0, size, 0)
+def _rank_0_as_it_answers(rank: int, output: Path, setup: Setup) -> Callable[..., None]:
+    """What stands for the talk between ranks: each gets rank 0's answers, and none waits for the others."""
     recipe = setup.load()
     target = load_target(recipe.target.path, torch.bfloat16)
     recipe = recipe.for_target(target.spec)
     planner = Planner(recipe, FolderStore(output), setup.data, target, load_renderer(recipe, target.spec), append=False)
-    plan, todo = planner.begin()
-    answers = iter([(None, None), ((plan, todo), None), (None, CacheError("part missing"))])
-    return Ranks(rank, size, rank, broadcast=lambda _: next(answers))
+    answers = iter([(None, False), (planner.begin(), False), (None, True)])  # (result, failed): a part is missing
+
+    def exchange(collective: str, *arguments: list[object], **_: object) -> None:
+        if rank > 0 and collective == "broadcast_object_list":
+            arguments[0][0] = next(answers)
+
+    return exchange
 
 
 def test_stopping_keeps_finished_parts_and_going_on_gives_the_same_bytes(

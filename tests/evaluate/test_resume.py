@@ -14,10 +14,9 @@ from typing import Any
 import pytest
 from evaluate_tools import Folders, make_folders, rows_of, untimed, write_task
 
-from deepspec.distributed import World, free_port
+from deepspec.distributed import World, free_port, process_group
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.log import RowLog
-from deepspec.evaluate.ranks import meeting
 from deepspec.evaluate.results import Results
 
 PROMPTS = 40
@@ -120,8 +119,8 @@ def test_a_broken_row_is_named(tmp_path: Path) -> None:
         RowLog(tmp_path, "results")
 
 
-def test_ranks_that_cannot_meet_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_that_do_not_know_each_other_s_address_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MASTER_ADDR", raising=False)
-    with pytest.raises(EvaluationError, match="torchrun"), meeting(World(0, 2, 0)):
+    with pytest.raises(EvaluationError, match="torchrun"), process_group(World(0, 2), error=EvaluationError):
         pass
     assert "MASTER_ADDR" not in os.environ

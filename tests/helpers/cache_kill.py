@@ -15,16 +15,16 @@ import time
 from pathlib import Path
 
 from deepspec.cache.build import build_cache
-from deepspec.cache.ranks import connect
-from deepspec.distributed import free_port
+from deepspec.distributed import free_port, process_group, world_from_environment
 from deepspec.recipe import load_recipe
 
 
 def rank(recipe: str, data: str, output: str, number: int, size: int, port: int) -> None:
     if size > 1:
-        os.environ.update(RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number), MASTER_PORT=str(port))
-    with connect() as ranks:
-        build_cache(load_recipe(recipe), data, output, ranks)
+        os.environ.update(RANK=str(number), WORLD_SIZE=str(size), LOCAL_RANK=str(number))
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    with process_group(world_from_environment()) as world:
+        build_cache(load_recipe(recipe), data, output, world)
 
 
 def start(recipe: str, data: str, output: str, size: int) -> list[int]:

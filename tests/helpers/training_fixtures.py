@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 
 from deepspec.distributed import World
-from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.engine import training_processes
 
 
 @pytest.fixture(scope="session")
 def world() -> Iterator[World]:
-    yield start_processes()
-    end_processes()
+    with training_processes() as world:
+        yield world

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import training_tools as tools
 
 from deepspec.training import run
-from deepspec.training.engine import end_processes, start_processes
+from deepspec.training.engine import training_processes
 
 
 def train(job: dict, world) -> None:
@@ -47,10 +47,9 @@ def main() -> None:
     parser.add_argument("--local_rank")
     options = parser.parse_args()
     run.open_source = tools.open_memory
-    world = start_processes()
-    for job in json.loads(Path(options.jobs).read_text()):
-        train(job, world)
-    end_processes()
+    with training_processes() as world:
+        for job in json.loads(Path(options.jobs).read_text()):
+            train(job, world)
 
 
 if __name__ == "__main__":
