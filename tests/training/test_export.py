@@ -19,7 +19,7 @@ from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.recipe import load_recipe
-from deepspec.targets import embeddings, load_target
+from deepspec.targets import load, load_target
 from deepspec.targets.digests import sampled_digest
 from deepspec.training import run
 
@@ -134,7 +134,7 @@ def test_an_export_reads_embedding_and_head_alone(
     place: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = Path(shutil.copytree(place / "target", tmp_path / "moved"))
-    monkeypatch.setattr(embeddings, "load_target", None)  # the whole target is not loaded
+    monkeypatch.setattr(load, "load_target", None)  # the whole target is not loaded
     export_draft(bare, tmp_path / "out", ExportOptions(target=str(moved)))
     stored, weights = load_file(tmp_path / "out" / "model.safetensors"), load_file(moved / "model.safetensors")
     theirs = (weights["model.embed_tokens.weight"], weights["lm_head.weight"])

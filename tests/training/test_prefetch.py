@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from deepspec import registry
 from deepspec.batch import Supervision
 from deepspec.distributed import World
-from deepspec.nn import chunk
+from deepspec.nn import loss_chunk
 from deepspec.recipe import load_recipe
 from deepspec.training import run
 
@@ -49,7 +49,7 @@ VARIANTS = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_an_objective_by_its_plan_waits_for_nothing(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     algorithm, changes = VARIANTS[variant]
-    monkeypatch.setattr(chunk, "compiled_chunk_terms", lambda: chunk.functional_chunk_terms)  # as on a GPU
+    monkeypatch.setattr(loss_chunk, "compiled_chunk_terms", lambda: loss_chunk.chunk_terms)  # as on a GPU
     model = tiny_draft(algorithm, tiny_target("qwen3"), **changes)
     model.loss, model.attention = "compiled", "sdpa"
     batch = random_batch([25, 14, 19])
