@@ -63,7 +63,8 @@ def process_group(
 ) -> Iterator[World]:
     """Connect the ranks of ``world`` for the block; one process alone needs no group, and makes none.
 
-    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set where the launcher set none: libraries read them.
+    RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set for the block where the launcher set none:
+    libraries read them.
 
     Args:
         world: this process among them.
@@ -80,19 +81,31 @@ def process_group(
     if dist.is_initialized() or (world.size == 1 and not even_alone):
         yield world
         return
-    _set_address(world, error)
-    ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
-    for name, number in ranks.items():
-        os.environ.setdefault(name, str(number))
     device = pick_device(world.local_rank) if backend == "nccl" and world.size > 1 else None
+    with _environment_of(world, error):
+        try:
+            dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, device_id=device)
+        except (RuntimeError, ValueError) as problem:
+            raise error(f"the ranks cannot reach each other ({problem})") from None
+        try:
+            yield world
+        finally:
+            dist.destroy_process_group()
+
+
+@contextmanager
+def _environment_of(world: World, error: type[DeepSpecError]) -> Iterator[None]:
+    """Set what is missing for the block alone: a process that is started after it is no rank of the group."""
+    given = set(os.environ)
+    ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     try:
-        dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, device_id=device)
-    except (RuntimeError, ValueError) as problem:
-        raise error(f"the ranks cannot reach each other ({problem})") from None
-    try:
-        yield world
+        _set_address(world, error)
+        for name, number in ranks.items():
+            os.environ.setdefault(name, str(number))
+        yield
     finally:
-        dist.destroy_process_group()
+        for name in {"MASTER_ADDR", "MASTER_PORT", *ranks} - given:
+            os.environ.pop(name, None)
 
 
 def _set_address(world: World, error: type[DeepSpecError]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from training_tools import own_environment
 
 from deepspec.demos.quickstart.target import build_model
 from deepspec.demos.quickstart.text import distinct
@@ -47,8 +48,9 @@ def write_recipe(path: Path, target: Path, **data: object) -> None:
 def run(command: list[str]) -> Outcome:
     """The command as a process of its own, in the checkout's root."""
     done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
-    )
+        [sys.executable, *command], cwd=ROOT, env=own_environment(), capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
     return Outcome(done.returncode, done.stderr)
 
 
