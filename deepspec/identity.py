@@ -73,11 +73,11 @@ def config_fields(spec: TargetSpec) -> dict[str, Any]:
     """``config``: every field that can change the forward, defaults included; ``reader``: whose defaults these are."""
     import transformers
 
-    whole = transformers.AutoConfig.from_pretrained(spec.path, revision=spec.revision)
-    text = whole.get_text_config()
+    config = transformers.AutoConfig.from_pretrained(spec.path, revision=spec.revision)
+    text = config.get_text_config()
     fields = _plain_fields(text)
-    if text is not whole:  # a multi-modal one: what stands beside its parts' own configs, such as tied embeddings
-        fields["whole"] = {key: value for key, value in _plain_fields(whole).items() if not key.endswith("_config")}
+    if text is not config:  # a multi-modal one: what stands beside its parts' own configs, such as tied embeddings
+        fields["whole"] = {key: value for key, value in _plain_fields(config).items() if not key.endswith("_config")}
     return {"config": fields, "reader": f"transformers {transformers.__version__}"}
 
 
@@ -169,8 +169,7 @@ def as_recorded(
 ) -> dict[str, Any]:
     """``wanted`` as a record of before this version would hold it, so that the two can be compared.
 
-    Older digests stand in the place of the new ones, and fields that ``found`` does not hold are left out; rank 0 says
-    so in one line.
+    Older digests replace the new ones, and fields that ``found`` does not hold are left out; rank 0 warns in one line.
 
     Args:
         found: the record, old or new.

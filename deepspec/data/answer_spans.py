@@ -41,7 +41,7 @@ class SpanFinder:
         """The span of every answer of ``messages`` in their rendering ``full``, without its end of turn.
 
         Raises:
-            DataError: it cannot be told.
+            DataError: it cannot be found.
         """
         return self.by_marks(messages, tools, full, reading) or self.by_comparing(messages, tools, full)
 
@@ -127,7 +127,7 @@ class SpanFinder:
         """The spans by comparing growing renderings, else renderings with the answer replaced by a mark.
 
         Raises:
-            DataError: they cannot be told.
+            DataError: they cannot be found.
         """
         spans = []
         for i in _answers(messages):

@@ -2,8 +2,8 @@
 
 Regeneration, cache, training and evaluation all go through :class:`Renderer`, so that system prompt, template and
 thinking flag cannot differ between them. A conversation is rendered and tokenised once as a whole; where an answer
-begins and ends is told by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by
-tokenising pieces of text. The same marks tell what the template leaves out.
+begins and ends is found by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by
+tokenising pieces of text. The same marks show what the template leaves out.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ class Renderer:
     # -- conversations ------------------------------------------------------------------------------------------------
 
     def conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
-        """The whole conversation and its loss mask.
+        """The complete conversation and its loss mask.
 
         What stands before the last answer has the same ids as :meth:`prompt` of the messages before it. Messages after
         the last answer are left out. Answers with ``weight`` 0 are not supervised; answers with ``finish_reason``
@@ -190,7 +190,7 @@ class Renderer:
         return rendered
 
     def _text_and_answers(self, given: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[Answer]]:
-        """The prompt of the last answer, the whole text (it begins with that prompt), the answers in it."""
+        """The prompt of the last answer, the complete text (it begins with that prompt), the answers in it."""
         shown = self._shown(given)
         full = self._render(shown, tools)
         prompt = self._render(shown[:-1], tools, generation_prompt=True)
@@ -256,22 +256,22 @@ class Renderer:
         return prompt + full[start:], [*spans[:-1], (len(prompt), end + len(prompt) - start)]
 
     def _marked(
-        self, messages: list[Message], tools: Sequence[Any] | None, plain: str, generation_prompt: bool = False
+        self, messages: list[Message], tools: Sequence[Any] | None, unmarked: str, generation_prompt: bool = False
     ) -> Reading:
-        """What of the messages is in their rendering ``plain``, and where."""
+        """What of the messages is in their rendering ``unmarked``, and where."""
         marked, marked_tools, fields = mark(messages, tools)
         try:
             text = self._render(marked, marked_tools, generation_prompt)
         except DataError:
-            text = None  # then the plain text is searched
-        return Reading(fields, text, plain)
+            text = None  # then the text without marks is searched
+        return Reading(fields, text, unmarked)
 
     def _refuse_left_out(self, messages: list[Message], missing: Iterable[Field]) -> None:
         """Raise where a rendering lacks a message's text, a tool or a call; reasoning is looked at elsewhere."""
         for field in missing:
             if field.part != "reasoning_content":
                 part = messages[field.message]["role"] if field.part == "content" else field.part
-                remedy = "the target is never told it: leave such rows out, or take a target whose template knows it"
+                remedy = "the target never sees it: leave such rows out, or take a target whose template knows it"
                 raise DataError(left_out(part), key="messages", found=field.core[:80], remedy=remedy)
 
     def _generations(

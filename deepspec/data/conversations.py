@@ -1,4 +1,4 @@
-"""Conversations on disk: JSONL, one conversation a line, with a manifest that says the file is whole.
+"""Conversations on disk: JSONL, one conversation a line, with a manifest that says the file is complete.
 
 A row is ``{"id": str, "messages": [{"role", "content", ...}, ...], ...}`` in OpenAI's form. Besides ``role`` and
 ``content`` a message may carry ``tool_calls``, ``reasoning_content``, ``finish_reason`` (how the target's answer ended;
@@ -115,7 +115,7 @@ def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
 
 
 def check_manifest(path: Path, rows: int, sha256: str) -> None:
-    """Compare a file that has been read whole with its manifest; a file without one is taken as it is.
+    """Compare a file that has been read to its end with its manifest; a file without one is taken as it is.
 
     Raises:
         DataError: the file has other rows or other bytes than its manifest says.
@@ -192,7 +192,7 @@ class ConversationWriter:
 
 
 def write_conversations(path: str | Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]) -> int:
-    """Write a whole file and its manifest; returns the number of rows.
+    """Write a file and its manifest; returns the number of rows.
 
     Raises:
         DataError: a row that is not a conversation, or no row at all.

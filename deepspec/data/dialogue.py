@@ -164,8 +164,8 @@ def answer_text(tokenizer: Any, ids: Sequence[int]) -> str:
     marks = {number: token.content for number, token in added if token.special and token.content in (THINK, UNTHINK)}
     runs = groupby(ids, key=marks.get)
     text = "".join(mark or tokenizer.decode(list(run), skip_special_tokens=True) for mark, run in runs)
-    whole = tokenizer.decode(ids, skip_special_tokens=False)
-    if any(mark in whole and mark not in text for mark in OPENINGS):
+    everything = tokenizer.decode(ids, skip_special_tokens=False)
+    if any(mark in everything and mark not in text for mark in OPENINGS):
         raise Unusable("the target marked its reasoning by special tokens, which only --engine server can read")
     return text
 

@@ -23,7 +23,7 @@ _BOM = b"\xef\xbb\xbf"
 
 
 class NotJSON(ValueError):
-    """Text that is not to be read; ``reason``: the same without places, to be counted under."""
+    """Text that is not to be read; ``reason``: the same without positions, to be counted under."""
 
     def __init__(self, reason: str, detail: str | None = None) -> None:
         super().__init__(detail or reason)

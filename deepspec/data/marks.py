@@ -1,4 +1,4 @@
-"""What of the messages stands in a rendering, and where: told by rendering them once more with marks in their texts.
+"""What of the messages stands in a rendering, and where: found by rendering them again with marks in their texts.
 
 Between the marks stands the text without white space at its ends, because templates trim; the marks are ASCII letters
 and digits, which templates neither trim nor escape.
@@ -96,25 +96,24 @@ def mark(
 
 
 class Reading:
-    """What the marks of a rendering tell about the plain one.
+    """What the marks of a rendering tell about the one without.
 
     Args:
         fields: of :func:`mark`.
         marked: the rendering with marks; None where the template refuses it.
-        plain: the rendering without.
+        unmarked: the rendering without marks.
     """
 
-    def __init__(self, fields: Sequence[Field], marked: str | None, plain: str) -> None:
-        self.fields, self._plain = fields, plain
-        self._places: dict[int, tuple[list[int], list[int]]] = {}  # field -> its opening and closing marks in `plain`
-        bare, reach, length = [], 0, 0
-        for found in _MARK.finditer(marked or ""):
-            bare.append((marked or "")[reach : found.start()])
-            reach, length = found.end(), length + found.start() - reach
-            number = int(found[2])
-            self._places.setdefault(number, ([], []))[found[1] == "c"].append(length)
-        bare.append((marked or "")[reach:])
-        self.exact = "".join(bare) == plain  # the marks changed nothing else, so their places are those in `plain`
+    def __init__(self, fields: Sequence[Field], marked: str | None, unmarked: str) -> None:
+        self.fields, self._unmarked = fields, unmarked
+        self._marks: dict[int, tuple[list[int], list[int]]] = {}  # field -> where its text begins and ends
+        bare, done, length, text = [], 0, 0, marked or ""
+        for found in _MARK.finditer(text):
+            bare.append(text[done : found.start()])
+            done, length = found.end(), length + found.start() - done
+            self._marks.setdefault(int(found[2]), ([], []))[found[1] == "c"].append(length)
+        bare.append(text[done:])
+        self.exact = "".join(bare) == unmarked  # the marks changed nothing else, so they tell where the texts are
         self._texts = {(one.message, one.part): number for number, one in enumerate(fields)}
 
     def missing(self) -> Iterator[Field]:
@@ -129,13 +128,13 @@ class Reading:
     def span(self, message: int, part: str) -> tuple[int, int, Field] | None:
         """[first, last) character of a text without white space at its ends; None where that is not certain."""
         number = self._texts.get((message, part))
-        opens, closes = self._places.get(-1 if number is None else number, ([], []))
+        opens, closes = self._marks.get(-1 if number is None else number, ([], []))
         if number is None or not self.exact or len(opens) != 1 or len(closes) != 1 or opens[0] > closes[0]:
             return None
         return opens[0], closes[0], self.fields[number]
 
     def _has(self, number: int) -> bool:
         core = self.fields[number].core
-        if not core or all(self._places.get(number, ([], []))):
+        if not core or all(self._marks.get(number, ([], []))):
             return True
-        return not self.exact and core in self._plain
+        return not self.exact and core in self._unmarked

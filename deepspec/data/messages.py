@@ -23,11 +23,11 @@ _NOT_THE_TEMPLATES = ("weight", "finish_reason")  # fields of a message that con
 
 
 class Unusable(Exception):
-    """A row that cannot be used; the text is the reason it is counted under, ``place`` where it stands in its file."""
+    """A row that cannot be used; the text is the reason it is counted under, ``where`` the line of its file."""
 
-    def __init__(self, reason: str, place: str | None = None) -> None:
+    def __init__(self, reason: str, where: str | None = None) -> None:
         super().__init__(reason)
-        self.place = place
+        self.where = where
 
 
 def without_nulls(value: Any) -> Any:
@@ -70,7 +70,7 @@ def _list_of(given: Any, what: str) -> list[Any]:
 
 
 def normal_tools(given: Any) -> list[dict[str, Any]]:
-    """Tools in OpenAI's form, from such, from bare functions, and from either as JSON text (whole or one by one).
+    """Tools in OpenAI's form, from such, from bare functions, and from either as JSON text (the list or each tool).
 
     Raises:
         Unusable: they cannot be read.

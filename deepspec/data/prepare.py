@@ -38,17 +38,17 @@ def user_text(messages: Iterable[Message]) -> list[str]:
 
 
 class Contamination:
-    """The prompts of the evaluation tasks: whole, and every run of 13 words of them."""
+    """The prompts of the evaluation tasks, and every run of 13 words in them."""
 
     def __init__(self) -> None:
-        self.whole: set[int] = set()
+        self.prompts: set[int] = set()
         self.grams: set[int] = set()
 
     def add(self, text: str) -> None:
         """Add an evaluation prompt."""
         words = normal(text).split()
         if words:
-            self.whole.add(key_of(" ".join(words)))
+            self.prompts.add(key_of(" ".join(words)))
         self.grams.update(grams(words))
 
     def add_file(self, path: str | Path) -> None:
@@ -57,18 +57,18 @@ class Contamination:
         Raises:
             DataError: no such file, a line that cannot be read, or no text in it.
         """
-        before = len(self.whole)
+        before = len(self.prompts)
         for row in read_source(str(path)):
             if isinstance(row, Unusable):
-                raise DataError(str(row), file=path, key=row.place, wanted="a JSON object with an evaluation prompt")
+                raise DataError(str(row), file=path, key=row.where, wanted="a JSON object with an evaluation prompt")
             for text in _texts(row):
                 self.add(text)
-        if len(self.whole) == before:
+        if len(self.prompts) == before:
             raise DataError("no evaluation prompt in the file", file=path, wanted="rows with text")
 
     def overlap(self, texts: Sequence[str]) -> str | None:
         """ "exact" or "n-gram" where a user turn (in normal form) is in the tasks, else None."""
-        if self.whole and any(key_of(text) in self.whole for text in texts):
+        if self.prompts and any(key_of(text) in self.prompts for text in texts):
             return "exact"
         if self.grams and any(gram in self.grams for text in texts for gram in grams(text.split())):
             return "n-gram"
@@ -122,7 +122,7 @@ class Report:
     def drop(self, reason: Unusable, source: str) -> None:
         """Count a row that cannot be used."""
         self.dropped[str(reason)] += 1
-        self.first.setdefault(str(reason), f"{source}: {reason.place or f'row {self.read[source]}'}")
+        self.first.setdefault(str(reason), f"{source}: {reason.where or f'row {self.read[source]}'}")
 
     def lines(self) -> list[str]:
         """For the terminal."""
@@ -210,7 +210,7 @@ def _remove_earlier(path: Path) -> None:
 
 
 def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: Report) -> tuple[dict[str, Any], float]:
-    """(the row to write, its place in [0, 1) by which it is split).
+    """(the row to write, the number in [0, 1) by which it is split).
 
     Raises:
         Unusable: it is to be dropped.
