@@ -79,7 +79,7 @@ def regenerate() -> None:
     parser.add_argument("--output", required=True, help="conversations (JSONL) with the target's answers")
     parser.add_argument("--max-failed", type=SHARE, default=0.02, help="share of conversations that may fail for good")
     parser.add_argument("--engine", choices=["server", "local"], help="default: server where --server is given")
-    servers = parser.add_argument_group("servers (--engine server): vLLM, SGLang, transformers serve")
+    servers = parser.add_argument_group("OpenAI-compatible servers (--engine server)")
     servers.add_argument("--server", action="append", default=[], metavar="URL",
                          help="http://host:port; may be repeated")  # fmt: skip
     servers.add_argument("--model", help="the model's name in requests (default: the target)")
