@@ -9,7 +9,7 @@ replacement and verified one after the other; a chain is drafted there.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,9 +18,6 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.decoding.verify import VerifyResult
 from deepspec.errors import EvaluationError
 from deepspec.nn.tree import Tree
-
-if TYPE_CHECKING:
-    from deepspec.algorithms.base import TreeDrafter
 
 MOST_NODES = 1024
 WANTED = "children of every node by depth, for instance 4,2,1,1"
@@ -80,10 +77,7 @@ def tree_of(settings: DecodeSettings, drafter: Any, with_policy: bool = False) -
             "this draft proposes all slots at once and has no tree", key="tree",
             found=type(drafter).__name__, wanted="an Eagle3 draft", remedy="leave --tree out",
         )  # fmt: skip
-    return _fitting(settings.tree, drafter)
-
-
-def _fitting(children: tuple[int, ...], drafter: TreeDrafter) -> Tree:
+    children = settings.tree
     if len(children) > drafter.max_draft:
         raise EvaluationError(
             "the draft tree is deeper than the draft was trained to go", key="tree", found=children,
@@ -114,7 +108,6 @@ def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
 
 def path_tokens(tree: Tree, node: int, drafted: Sequence[int], stops: Collection[int]) -> list[int]:
     """The tokens from the root (left out) to ``node``, cut after the first stop token, of all ``drafted`` [M - 1]."""
-
     tokens = []
     for step in tree.paths[node][1 : tree.depths[node] + 1]:
         tokens.append(drafted[step - 1])

@@ -49,11 +49,6 @@ class Rounds:
     verified: np.ndarray
     accepted: np.ndarray
 
-    @property
-    def slots(self) -> int:
-        """K."""
-        return int(self.logits.shape[1])
-
 
 def survival(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> np.ndarray:
     """Probability [R, k] that slots 1..k are all accepted: the cumulative product of scaled confidences [R, k]."""
@@ -107,7 +102,7 @@ def fit(rounds: Rounds) -> list[float]:
     temperatures: list[float] = []
     before = np.ones(len(rounds.logits))
     candidates = GRID[np.argsort(np.abs(np.log(GRID)), kind="stable")]
-    for slot in range(rounds.slots):
+    for slot in range(rounds.logits.shape[1]):
         known = rounds.verified > slot
         logits, happened = rounds.logits[:, slot], rounds.accepted[known] > slot
         best = 1.0
@@ -126,7 +121,7 @@ def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]
     """Per position: ECE, AUC and Brier of survival against "accepted so far", and its reliability."""
     predicted = survival(rounds.logits, temperatures)
     rows = []
-    for slot in range(rounds.slots):
+    for slot in range(rounds.logits.shape[1]):
         known = rounds.verified > slot
         own, happened = predicted[known, slot], rounds.accepted[known] > slot
         rows.append(
@@ -220,6 +215,7 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
                 raise EvaluationError(f"results of another target: {'; '.join(lines)}", file=folder / "run.json")
     even, odd = read_rounds(folders, temperature)
     temperatures = fit(even)
+    unscaled = [1.0] * len(temperatures)
     result = {
         "temperatures": temperatures,
         "sampling_temperature": temperature,
@@ -227,13 +223,14 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
         "tasks": tasks,
         "seeds": [_identity(folder)["seed"] for folder in folders],
         "rounds": {"fitted": len(even.logits), "assessed": len(odd.logits)},
-        "before": assess(odd, [1.0] * odd.slots),
+        "before": assess(odd, unscaled),
         "after": assess(odd, temperatures),
         "fitted_ece": {
-            "before": mean_ece(assess(even, [1.0] * even.slots)),
+            "before": mean_ece(assess(even, unscaled)),
             "after": mean_ece(assess(even, temperatures)),
         },
     }
+
     result["saved"] = mean_ece(result["after"]) <= mean_ece(result["before"])
     if result["saved"]:
         write_json(draft / STS_FILE, result)

@@ -173,8 +173,9 @@ class Evaluation:
             log.info("skipped: %s (no %s.jsonl in %s)", name, name, folder)
         for task in self.tasks:
             if task.too_long:
-                text = f"at most {self.room} tokens fit the target's positions with the new ones"
-                log.info("left out: %d prompts of %s (%s)", task.too_long, task.name, text)
+                text = "left out: %d prompts of %s (at most %s tokens fit the target's positions with the new ones)"
+                log.info(text, task.too_long, task.name, self.room)
+
         with process_group(self.world, error=EvaluationError), ExitStack() as stack:
             on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
@@ -207,7 +208,6 @@ class Evaluation:
                 own = [PromptResult.from_row(rows[task.name, temperature, index]) for index in task.prompts]
                 summary = summarise(task.name, temperature, own, options.seed)
                 summary.too_long = task.too_long
-
                 summary.paper_value, summary.paper_differs = self._paper_value(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
