@@ -57,7 +57,7 @@ class TargetSection:
 class DataSection:
     """Where training samples come from."""
 
-    source: Literal["cache", "online"] = "cache"
+    source: str = "cache"  # a row of deepspec.registry.SOURCES
     prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
     held_out: float = 0.05  # share of the prompts kept from training
     conversations: str | None = None  # JSONL of prompts with the target's answers
@@ -67,13 +67,15 @@ class DataSection:
     min_supervised: int = 14  # samples with fewer answer tokens are dropped
     thinking: bool = False
     system_prompt: str | None = None
+    servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         _require(0 <= self.held_out < 1, "held_out", self.held_out, "a share in [0, 1)")
         _require(self.min_supervised >= 0, "min_supervised", self.min_supervised, "0 or more")
-        if self.source == "online" and self.conversations is None:
-            raise RecipeError("source online reads conversations, and none are named", key="conversations")
+        if self.source not in registry.SOURCES:
+            remedy = nearest(self.source, registry.SOURCES)
+            raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
         if self.cache_weights is not None:
             wanted = f"{len(self.cache)} weights, one per cache"
             _require(len(self.cache_weights) == len(self.cache), "cache_weights", list(self.cache_weights), wanted)

@@ -23,6 +23,12 @@ FAMILIES = {
     "gemma4": "deepspec.families.gemma4:GEMMA4",
 }
 
+SOURCES = {
+    "cache": "deepspec.sources.cache:CacheSource",
+    "online": "deepspec.sources.online:OnlineSource",
+    "served": "deepspec.sources.served:ServedSource",
+}
+
 
 def lookup(kind: str, table: dict[str, str], name: str) -> Any:
     """The object behind ``name`` in ``table``.
@@ -44,3 +50,8 @@ def algorithm(name: str) -> Any:
 def family(name: str) -> Any:
     """The :class:`deepspec.families.base.Family` called ``name``."""
     return lookup("family", FAMILIES, name)
+
+
+def source(name: str) -> Any:
+    """The class of the :class:`deepspec.sources.base.FeatureSource` called ``name``."""
+    return lookup("feature source", SOURCES, name)

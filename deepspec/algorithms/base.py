@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
@@ -218,7 +218,12 @@ class DraftModel(nn.Module):
         return self.fc.weight.dtype
 
     def forward(self, batch: Batch) -> LossTerms:
-        """The algorithm's objective (through ``forward`` so that ZeRO's hooks see the pass)."""
+        """The algorithm's objective (through ``forward`` so that ZeRO's hooks see the pass).
+
+        A batch straight from a source is planned first; in training the threads that read it have done so.
+        """
+        if batch.plan is None:
+            batch = batch.planned(self.algorithm.plan(self.config, batch.supervision))
         return self.algorithm.objective(self, batch)
 
 
@@ -248,12 +253,12 @@ class Algorithm(ABC):
         """Add this algorithm's fields to a draft's config.json."""
 
     @abstractmethod
-    def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
-        """The weight of this micro-batch's loss terms, a scalar on the CPU, from the masks alone."""
+    def plan(self, config: Any, supervision: Supervision) -> LossPlan:
+        """What the objective computes of a micro-batch, and its loss weight; made on the CPU from the masks."""
 
     @abstractmethod
     def objective(self, model: Any, batch: Batch) -> LossTerms:
-        """Loss terms and metrics of a micro-batch."""
+        """Loss terms and metrics of a micro-batch by its plan; never waits for the GPU."""
 
     @abstractmethod
     def needs_last_hidden(self, config: Any) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.base import Algorithm, DraftModel, Proposal, Sampler
-from deepspec.batch import Supervision
+from deepspec.batch import LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
@@ -48,14 +48,15 @@ def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """Which slots of which blocks are supervised, sorted by the target position they are compared with; on the CPU."""
+class BlockPlan(LossPlan):
+    """Which slots of which blocks are supervised, sorted by the target position they are compared with."""
 
     anchor_BN: Tensor  # int64, 0 where a row has fewer blocks
     slot_R: Tensor  # index of each supervised slot in [B, N, K] flattened
     position_P: Tensor  # index of each distinct target position a + k in [B, S] flattened
     label_R: Tensor  # index of each slot's label (position a + k + 1) in [B, S] flattened
     rows: HeadRows  # without labels yet: they need the tokens
+    max_context_len: int  # one more than the last anchor: the context that any block sees
 
     @staticmethod
     def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float | None) -> BlockPlan:
@@ -80,12 +81,9 @@ class BlockPlan:
         slot_R = slot_R[order]
         position_P, position_R = torch.unique_consecutive(label - 1, return_inverse=True)
         weight_R = torch.exp(-(slot_R % block_size).double() / (math.inf if gamma is None else gamma)).float()
-        return BlockPlan(anchor_BN, slot_R, position_P, label, HeadRows.plan(position_R, weight_R))
-
-    @property
-    def weight(self) -> Tensor:
-        """Sum of the slots' weights, a scalar."""
-        return self.rows.weight_R.sum()
+        rows = HeadRows.plan(position_R, weight_R)
+        context = int(anchor_BN.max()) + 1 if anchor_BN.numel() else 1
+        return BlockPlan(rows.weight_R.sum(), anchor_BN, slot_R, position_P, label, rows, context)
 
 
 class BlockDraft(DraftModel):
@@ -153,9 +151,8 @@ def _block_layer(
 def by_block(values_R: Tensor, plan: BlockPlan, block_size: int) -> tuple[Tensor, Tensor]:
     """Scatter one value per supervised slot into [blocks, K]; (values, mask), zeros elsewhere."""
     size = plan.anchor_BN.numel() * block_size
-    slots = plan.slot_R.to(values_R.device)
-    dense = torch.zeros(size, device=values_R.device).index_copy(0, slots, values_R.float())
-    mask = torch.zeros(size, device=values_R.device).index_fill(0, slots, 1.0)
+    dense = torch.zeros(size, device=values_R.device).index_copy(0, plan.slot_R, values_R.float())
+    mask = torch.zeros(size, device=values_R.device).index_fill(0, plan.slot_R, 1.0)
     return dense.view(-1, block_size), mask.view(-1, block_size)
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from deepspec.algorithms.base import Algorithm, Drafter, check_vocabulary, require, target_states
@@ -83,52 +84,38 @@ class SlotLoss:
     plan: BlockPlan
     hidden_RD: Tensor
     previous_RM: Tensor | None  # W1[x] of each slot's previous token
-    weight: Tensor
 
 
-def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights, anchors: list[Tensor] | None = None) -> SlotLoss:
-    """Draft all blocks of a micro-batch and apply the fused head loss to their supervised slots.
-
-    Args:
-        model: the draft.
-        batch: B conversations.
-        weights: coefficients of the head loss.
-        anchors: ascending anchors per row; None draws them.
-    """
-    config: Any = model.config
-    supervision = batch.supervision
-    drawn = draw_anchors(supervision, config.num_anchors) if anchors is None else anchors
-    plan = BlockPlan.make(supervision, drawn, config.max_draft, config.loss_decay_gamma)
-    device = batch.input_ids.device
-    reach = int(plan.anchor_BN.max()) + 1 if plan.anchor_BN.numel() else 1
-    anchor_BN, slot_R, position_P = (x.to(device) for x in (plan.anchor_BN, plan.slot_R, plan.position_P))
-    hidden_BNKD = model.train_slots(batch.features, batch.input_ids, anchor_BN, reach)
-    hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, slot_R)
+def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLoss:
+    """Draft all blocks of a planned micro-batch and apply the fused head loss to their supervised slots."""
+    plan = cast(BlockPlan, batch.plan)
+    hidden_BNKD = model.train_slots(batch.features, batch.input_ids, plan.anchor_BN, plan.max_context_len)
+    hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, plan.slot_R)
     tokens = batch.input_ids.flatten()
-    label_R, sayable_R = model.draft_ids(tokens[plan.label_R.to(device)])
+    label_R, sayable_R = model.draft_ids(tokens[plan.label_R])
     rows = plan.rows.with_labels(label_R)
-    weight = rows.weight_R.sum()
     if sayable_R is not None:  # a token outside the draft's vocabulary teaches nothing, and no draft of it is accepted
         rows = replace(rows, weight_R=rows.weight_R * sayable_R)
-    target = target_states(batch, position_P, model.dtype) if weights.needs_target else None
+    target = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
     latent = w2 = previous_RM = None
     if model.markov_head is not None:
-        embedded_PM = model.markov_head.markov_w1(tokens[position_P])
+        embedded_PM = model.markov_head.markov_w1(tokens[plan.position_P])
         previous_RM = embedded_PM[rows.position_R]
         latent, w2 = embedded_PM, model.markov_head.markov_w2(None)
         if model.markov_head.depends_on_hidden:
-            latent = _latents(model.markov_head, batch, hidden_BNKD, anchor_BN).flatten(0, 2).index_select(0, slot_R)
+            latent = _latents(model.markov_head, batch, hidden_BNKD, plan.anchor_BN).flatten(0, 2)
+            latent = latent.index_select(0, plan.slot_R)
     head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss)
     if sayable_R is not None:
         accept_R = None if head.accept_R is None else head.accept_R * sayable_R
         head = replace(head, accept_R=accept_R, hit_R=head.hit_R * sayable_R)
-    return SlotLoss(head, plan, hidden_RD, previous_RM, weight)
+    return SlotLoss(head, plan, hidden_RD, previous_RM)
 
 
 def _latents(head: MarkovHead, batch: Batch, hidden_BNKD: Tensor, anchor_BN: Tensor) -> Tensor:
     """Sequential latents [B, N, K, M] of all slots, teacher-forced (the rnn's state runs over whole blocks)."""
     B, N, K = hidden_BNKD.shape[:3]
-    positions = anchor_BN[..., None] + anchor_BN.new_tensor(range(K))
+    positions = anchor_BN[..., None] + torch.arange(K, device=anchor_BN.device)
     positions = positions.clamp_max(batch.input_ids.shape[1] - 1)
     tokens = batch.input_ids.gather(1, positions.view(B, N * K)).view(B, N, K)
     return head.latents(head.markov_w1(tokens), hidden_BNKD)
@@ -184,16 +171,16 @@ class DFlash(Algorithm):
         """Cross-entropy needs only the tokens."""
         return False
 
-    def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
-        """Sum of the supervised slots' weights: exp(-k / gamma), or 1 where gamma is None."""
+    def plan(self, config: Any, supervision: Supervision) -> BlockPlan:
+        """Anchors drawn, and their supervised slots; the weight is the sum of the slots'."""
         anchors = draw_anchors(supervision, config.num_anchors)
-        return BlockPlan.make(supervision, anchors, config.max_draft, config.loss_decay_gamma).weight
+        return BlockPlan.make(supervision, anchors, config.max_draft, config.loss_decay_gamma)
 
-    def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
+    def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""
-        slots = block_loss(model, batch, LossWeights(ce=1.0), anchors)
+        slots = block_loss(model, batch, LossWeights(ce=1.0))
         accept, mask = by_block(slots.head.hit_R, slots.plan, model.config.max_draft)
-        ce = WeightedSum(slots.head.combined, slots.weight)
+        ce = WeightedSum(slots.head.combined, slots.plan.weight)
         return LossTerms({"ce": ce}, {"ce": 1.0}, acceptance_metrics(accept, mask))
 
     def drafter(self, model: BlockDraft, batch_size: int, max_length: int) -> Drafter:

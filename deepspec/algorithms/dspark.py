@@ -67,7 +67,7 @@ def confidence_terms(
     if model.confidence_head is None or label_R is None:
         raise TypeError("confidence terms need a confidence head and a target distribution")
     logit_R = model.confidence_head(slots.hidden_RD, slots.previous_RM if config.confidence_with_markov else None)
-    weight_R = slots.plan.rows.weight_R.to(logit_R.device)
+    weight_R = slots.plan.rows.weight_R
     bce = (weight_R * F.binary_cross_entropy_with_logits(logit_R, label_R, reduction="none")).sum()
     with torch.no_grad():
         error_R = logit_R.sigmoid() - label_R
@@ -79,7 +79,7 @@ def confidence_terms(
             "confidence_bias": WeightedSum(error_R.sum(), count),
             "confidence_prefix_bias": WeightedSum((survival * mask_NK).sum(), count),
         }
-    return WeightedSum(bce, slots.weight), metrics
+    return WeightedSum(bce, slots.plan.weight), metrics
 
 
 class DSpark(DFlash):
@@ -111,16 +111,16 @@ class DSpark(DFlash):
         """The L1 term and the confidence label compare with the target's distribution."""
         return config.l1_weight > 0 or config.confidence_head
 
-    def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
+    def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""
         config: DSparkConfig = model.config
         weights = LossWeights(ce=config.ce_weight, l1=config.l1_weight, report_l1=config.confidence_head)
-        slots = block_loss(model, batch, weights, anchors)
+        slots = block_loss(model, batch, weights)
         measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
         accept, mask = by_block(measured, slots.plan, config.max_draft)
-        terms, factors = {"head": WeightedSum(slots.head.combined, slots.weight)}, {"head": 1.0}
+        terms, factors = {"head": WeightedSum(slots.head.combined, slots.plan.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
-        metrics |= {name: WeightedSum(total, slots.weight) for name, total in slots.head.sums.items()}
+        metrics |= {name: WeightedSum(total, slots.plan.weight) for name, total in slots.head.sums.items()}
         if config.confidence_head:
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight

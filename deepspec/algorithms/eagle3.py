@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from deepspec.algorithms.base import (
     target_states,
 )
 from deepspec.algorithms.block import acceptance_metrics
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend, no_own_keys
@@ -83,14 +83,15 @@ def supervised_slots(supervision: Supervision, steps: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TTTPlan:
-    """Which (step, slot) pairs are supervised, sorted by target position; on the CPU."""
+class TTTPlan(LossPlan):
+    """Which (step, slot) pairs are supervised, sorted by target position; the weight is the number of sequences."""
 
     active_BN: Tensor  # int64 slots t that some step supervises, 0 where a row has fewer
     pair_R: Tensor  # index of each supervised pair in [T, B, N] flattened
     position_P: Tensor  # index of each distinct target position t + 1 + j in [B, S] flattened
-    rows: HeadRows
+    rows: HeadRows  # without labels: soft cross-entropy reads none
     num_steps: int
+    max_context_len: int  # one more than the last active slot: the step-0 keys that any slot sees
 
     @staticmethod
     def make(slots_TBS: Tensor, lengths_B: Tensor, decay: float) -> TTTPlan:
@@ -111,7 +112,9 @@ class TTTPlan:
         position_P, position_R = torch.unique_consecutive(position, return_inverse=True)
         weight_R = decay ** step_R.double() / lengths_B[row_R].double()
         pair_R = (step_R * B + row_R) * N + column_R
-        return TTTPlan(active_BN, pair_R, position_P, HeadRows.plan(position_R, weight_R.float()), T)
+        rows = HeadRows.plan(position_R, weight_R.float())
+        context = int(active_BN.max()) + 1 if active_BN.numel() else 1
+        return TTTPlan(torch.tensor(float(B)), active_BN, pair_R, position_P, rows, T, context)
 
 
 class Eagle3Draft(DraftModel):
@@ -369,38 +372,30 @@ class Eagle3(Algorithm):
         """Every term compares with the target's distribution."""
         return True
 
-    def loss_weight(self, config: Eagle3Config, supervision: Supervision) -> Tensor:
-        """The number of sequences: the loss is a mean of per-sequence means."""
-        return torch.tensor(float(len(supervision.lengths)))
+    def plan(self, config: Eagle3Config, supervision: Supervision) -> TTTPlan:
+        """See :meth:`Algorithm.plan`; the loss is a mean of per-sequence means."""
+        slots_TBS = supervised_slots(supervision, config.ttt_length)
+        return TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
 
-    def objective(self, model: Eagle3Draft, batch: Batch, slots_TBS: Tensor | None = None) -> LossTerms:
-        """Soft cross-entropy of every step; ``slots_TBS`` overrides which slots are supervised (reference checks)."""
-        config: Eagle3Config = model.config
-        supervision, device = batch.supervision, batch.input_ids.device
-        if slots_TBS is None:
-            slots_TBS = supervised_slots(supervision, config.ttt_length)
-        plan = TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
-        reach = int(plan.active_BN.max()) + 1 if plan.active_BN.numel() else 1
+    def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
+        """Soft cross-entropy of every step."""
+        plan = cast(TTTPlan, batch.plan)
         hidden = model.train_hidden(
-            batch.features, batch.input_ids, plan.active_BN.to(device), config.ttt_length, reach
+            batch.features, batch.input_ids, plan.active_BN, plan.num_steps, plan.max_context_len
         )
-        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R.to(device)))
-        position_P = plan.position_P.to(device)
-        target_PD = target_states(batch, position_P, model.dtype)
-        rows = plan.rows.with_labels(torch.zeros_like(plan.rows.position_R, device=device))  # soft CE reads no label
+        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R))
+        target_PD = target_states(batch, plan.position_P, model.dtype)
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        head = head_loss(hidden_RD, model.head, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
-        weight = torch.tensor(float(len(supervision.lengths)), device=device)
+        head = head_loss(hidden_RD, model.head, plan.rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
         metrics = self._metrics(head.accept_R, plan)
-        return LossTerms({"soft_ce": WeightedSum(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
+        return LossTerms({"soft_ce": WeightedSum(head.combined, plan.weight)}, {"soft_ce": 1.0}, metrics)
 
     def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, WeightedSum]:
         if accept_R is None:
             return {}
         T, slots = plan.num_steps, plan.active_BN.numel()
-        pair_R = plan.pair_R.to(accept_R.device)
-        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, pair_R, accept_R)
-        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, pair_R, 1.0)
+        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, plan.pair_R, accept_R)
+        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, plan.pair_R, 1.0)
         return acceptance_metrics(accept.view(T, slots).T, mask.view(T, slots).T)
 
     def drafter(self, model: Eagle3Draft, batch_size: int, max_length: int) -> Drafter:

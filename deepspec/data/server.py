@@ -86,7 +86,7 @@ class ServerEngine:
         source, waiting = iter(dialogues), 0
         try:
             while True:
-                while waiting < threads + 8:  # a few beyond the threads, so that none waits for the feeder
+                while waiting < threads + 8:  # a few beyond the threads, so that none waits for the prefetcher
                     dialogue = next(source, None)
                     if dialogue is None:
                         break

@@ -38,7 +38,7 @@ def test_the_weight_counts_the_supervised_slots(algorithm: str) -> None:
 
     def weight(gamma: float | None) -> float:
         config = owner.parse(draft_section(algorithm, loss_decay_gamma=gamma), None)
-        return float(owner.loss_weight(config, SUPERVISION))
+        return float(owner.plan(config, SUPERVISION).weight)
 
     assert weight(None) == 4.0
     assert weight(4.0) == pytest.approx(3.0 + math.exp(-0.25))

@@ -120,8 +120,8 @@ def test_a_batch_is_the_sum_of_its_rows(algorithm: str) -> None:
     assert float(whole.weighted_sum().detach()) == pytest.approx(
         sum(float(p.weighted_sum().detach()) for p in parts), rel=1e-4
     )
-    weights = [float(owner.loss_weight(model.config, rows(batch, [i]).supervision)) for i in range(3)]
-    assert float(owner.loss_weight(model.config, batch.supervision)) == pytest.approx(sum(weights), rel=1e-6)
+    weights = [float(owner.plan(model.config, rows(batch, [i]).supervision).weight) for i in range(3)]
+    assert float(owner.plan(model.config, batch.supervision).weight) == pytest.approx(sum(weights), rel=1e-6)
     for term in whole.terms.values():
         assert float(term.weight) == pytest.approx(sum(weights), rel=1e-6)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
+from deepspec.algorithms.block import BlockPlan
+from deepspec.algorithms.eagle3 import TTTPlan
 from deepspec.batch import Batch, Supervision
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
@@ -133,7 +135,9 @@ def _check_block(
     if "confidence_pred" in outputs and model.confidence_head is not None:
         confidence = model.confidence_head(hidden, embedded if model.config.confidence_with_markov else None)
         errors.worst("logits", _gap(confidence[slots].detach(), outputs["confidence_pred"][slots]))
-    terms = model.algorithm.objective(model, batch, [row[keep] for row, keep in zip(anchors, kept, strict=True)])
+    drawn = [row[keep] for row, keep in zip(anchors, kept, strict=True)]
+    plan = BlockPlan.make(batch.supervision, drawn, model.config.max_draft, model.config.loss_decay_gamma)
+    terms = model(batch.planned(plan))
     _compare_terms(terms, train["terms"], errors)
     _compare_gradients(model, terms, train, errors)
 
@@ -178,8 +182,8 @@ def _check_eagle3(
         slots = torch.zeros(count, B, S, dtype=torch.bool)
         for j in range(count):
             slots[j, :, : S - j] = mask[:, j:]
-        model.config = dataclasses.replace(model.config, ttt_length=count)
-        _compare_gradients(model, model.algorithm.objective(model, batch, slots), reference, errors)
+        plan = TTTPlan.make(slots, batch.supervision.lengths, model.config.step_loss_decay)
+        _compare_gradients(model, model(batch.planned(plan)), reference, errors)
 
 
 def check_decoding(case: Path) -> CaseErrors:

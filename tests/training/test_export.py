@@ -18,6 +18,7 @@ from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate, read_weights
 from deepspec.export.convert import ExportOptions, export_draft
+from deepspec.recipe import load_recipe
 from deepspec.targets import embeddings, load_target
 from deepspec.targets.digests import sampled_digest
 from deepspec.training import run
@@ -151,17 +152,17 @@ def test_an_export_reads_embedding_and_head_alone(
 def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
     output = Path(shutil.copytree(place / "a" / "run", tmp_path / "run"))
     manifest = steps_of(output)[4] / "manifest.json"
     values = json.loads(manifest.read_text())
     del values["identity"]
     values["target_digest"] = sampled_digest(place / "target", torch.float32)
     manifest.write_text(json.dumps(values))
-    start = run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False).start
+    start = run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False).start
     assert start.step == 4
     assert "is of an earlier version" in capsys.readouterr().err
     values["target_digest"] = "0" * 64
     manifest.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"target\.weights: run 000000000000\.\.\., now"):
-        run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False)
+        run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False)

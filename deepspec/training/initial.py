@@ -1,4 +1,4 @@
-"""``train.init: target``: a draft whose layers start as copies of the target's last ones, for short trainings.
+"""What a draft starts from: its reduced vocabulary, and with ``train.init: target`` layers copied from the target.
 
 A fresh draft first has to learn the language; one that starts from the target has only to learn to guess ahead. Copied
 are the last layers and the final norm, and the projection of the features starts as "the last feature as it is". The
@@ -11,18 +11,32 @@ D hidden size, L target layers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from deepspec.algorithms.base import DraftModel
 from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
+from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
 from deepspec.targets.stored import StoredTensor, open_stored
 
 NOISE = 0.1  # of the random weights that stay in the features' projection
+
+
+def frequent_tokens(source: FeatureSource, vocab_size: int, config: Any) -> Tensor:
+    """The ``config.draft_vocab_size`` most frequent supervised tokens, [V'] int64 ascending; ties go to the lower id.
+
+    Every rank counts the same data and so takes the same tokens. Reads token ids and masks, no hidden states.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for number in range(len(source.lengths)):
+        counts += np.bincount(source.tokens(number)[source.loss_mask(number)], minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")[: config.draft_vocab_size]
+    return torch.from_numpy(np.sort(order))
 
 
 @torch.no_grad()
