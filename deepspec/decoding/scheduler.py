@@ -23,7 +23,6 @@ from deepspec.errors import EvaluationError
 class Policy(Protocol):
     """Decides each round how many drafted tokens of each row go to the target."""
 
-
     @property
     def max_draft(self) -> int | None:
         """Slots that the next round drafts; None: all that the draft has."""
@@ -105,7 +104,6 @@ class Throughput:
     """
 
     max_draft: int | None = None
-
 
     def __init__(self, costs: StepCosts) -> None:
         self.costs = costs

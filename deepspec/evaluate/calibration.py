@@ -52,8 +52,7 @@ class Rounds:
 
 def survival(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> np.ndarray:
     """Probability [R, k] that slots 1..k are all accepted: the cumulative product of scaled confidences [R, k]."""
-    product: np.ndarray = (1 / (1 + np.exp(-logits / np.asarray(temperatures)))).cumprod(axis=1)
-    return product
+    return np.asarray((1 / (1 + np.exp(-logits / np.asarray(temperatures)))).cumprod(axis=1))
 
 
 def reliability(predicted: np.ndarray, happened: np.ndarray) -> list[tuple[int, float, float]]:
@@ -107,10 +106,8 @@ def fit(rounds: Rounds) -> list[float]:
         logits, happened = rounds.logits[:, slot], rounds.accepted[known] > slot
         best = 1.0
         if known.any():
-            errors = [
-                expected_calibration_error(before[known] / (1 + np.exp(-logits[known] / t)), happened)
-                for t in candidates
-            ]
+            scaled = (before[known] / (1 + np.exp(-logits[known] / t)) for t in candidates)
+            errors = [expected_calibration_error(predicted, happened) for predicted in scaled]
             best = float(candidates[int(np.argmin(errors))])
         temperatures.append(best)
         before = before / (1 + np.exp(-logits / best))
@@ -171,8 +168,7 @@ def read_rounds(folders: Sequence[Path], temperature: float) -> tuple[Rounds, Ro
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    identity: dict[str, Any] = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
-    return identity
+    return dict(read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"])
 
 
 def load_sts(draft: Path) -> tuple[float, ...] | None:

@@ -1,8 +1,7 @@
 """What a round costs on this machine: seconds by rows and verified tokens, measured once and fitted.
 
-One decoding run a concurrency, every round of it with other lengths, so that a slow moment of the machine spoils no
-single point of the table; then a convex, never falling function of the tokens is fitted to all rounds. The lengths of
-the rows differ, as the scheduler's do.
+Every round of a run has other lengths, as the scheduler's do, so that a slow moment of the machine spoils no single
+point of the table; then a convex, never falling function of the tokens is fitted to all rounds of a concurrency.
 """
 
 from __future__ import annotations

@@ -147,8 +147,8 @@ class Evaluation:
         settings = {key: value for key, value in settings.items() if key not in left_out}
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
-        spec = self.target.spec
-        identity = identity_of(spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
+        identity = identity_of(self.target.spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
+
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
@@ -158,10 +158,9 @@ class Evaluation:
         }
 
     def _draft_digest(self) -> str:
-        if self._given:
-            rows = [[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()]
-            return sha256_json(rows)
-        return weights_sha256(self.options.draft)
+        if not self._given:
+            return weights_sha256(self.options.draft)
+        return sha256_json([[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()])
 
     def run(self) -> Results | None:
         """Decode what is missing; rank 0 writes results.json and returns it, the others return None.
