@@ -325,13 +325,12 @@ class Decoder:
 
     def _admit(self, drafts: np.ndarray, logits: np.ndarray | None) -> None:
         """Let the policy choose how many drafts of each row to verify; none after a drafted stop token."""
-
         numbers = [number for number, row in enumerate(self._rows) if row is not None]
         if not numbers:
             return
         own = drafts[numbers]
         confidence = None
-        if logits is not None and self.policy.needs_confidence:
+        if logits is not None:
             confidence = 1 / (1 + np.exp(-logits[numbers] / self._scale[: drafts.shape[1]]))
         lengths = self.policy.admit(confidence, own.shape[1], len(numbers)).tolist()
         for number, length, tokens in zip(numbers, lengths, own.tolist(), strict=True):

@@ -24,11 +24,6 @@ class Policy(Protocol):
     """Decides each round how many drafted tokens of each row go to the target."""
 
     @property
-    def needs_confidence(self) -> bool:
-        """Whether :meth:`admit` reads confidences."""
-        ...
-
-    @property
     def max_draft(self) -> int | None:
         """Slots that the next round drafts; None: all that the draft has."""
         ...
@@ -36,26 +31,21 @@ class Policy(Protocol):
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
         """Lengths [R] int64 between 0 and ``drafted``.
 
-        ``confidence`` [R, K] is the probability that a token is accepted given that those before it were.
+        ``confidence`` [R, K] is the probability that a token is accepted given that those before it were; None: the
+        draft has no confidence head.
         """
         ...
 
 
 @dataclass(frozen=True)
 class FixedLength:
-    """Always ``length`` tokens; None: as many as the draft proposes."""
+    """Full verification of the first ``max_draft`` tokens; None: of all that the draft proposes."""
 
-    length: int | None = None
-    needs_confidence: bool = False
-
-    @property
-    def max_draft(self) -> int | None:
-        """No more slots than will be verified."""
-        return self.length
+    max_draft: int | None = None
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
-        """``length`` for every row."""
-        return np.full(rows, drafted if self.length is None else min(self.length, drafted), dtype=np.int64)
+        """The same length for every row."""
+        return np.full(rows, drafted if self.max_draft is None else min(self.max_draft, drafted), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -63,7 +53,6 @@ class Threshold:
     """The longest prefix whose every confidence is at least ``threshold``."""
 
     threshold: float
-    needs_confidence: bool = True
     max_draft: int | None = None
 
     def admit(self, confidence: np.ndarray | None, drafted: int, rows: int) -> np.ndarray:
@@ -114,7 +103,6 @@ class Throughput:
         costs: of this machine, measured once.
     """
 
-    needs_confidence = True
     max_draft: int | None = None
 
     def __init__(self, costs: StepCosts) -> None:

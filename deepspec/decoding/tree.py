@@ -9,7 +9,7 @@ replacement and verified one after the other; a chain is drafted there.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def count_nodes(children: Sequence[int]) -> int:
     return total
 
 
-def tree_of(settings: DecodeSettings, drafter: Any, with_policy: bool = False) -> Tree | None:
+def tree_of(settings: DecodeSettings, drafter: Drafter | None, with_policy: bool = False) -> Tree | None:
     """The tree that ``settings`` want, on the draft's device; None: a chain, or no drafter.
 
     Raises:
@@ -80,10 +80,7 @@ def tree_of(settings: DecodeSettings, drafter: Any, with_policy: bool = False) -
             "this draft proposes all slots at once and has no tree", key="tree",
             found=type(drafter).__name__, wanted="a draft that goes token by token", remedy="leave --tree out",
         )  # fmt: skip
-    return _fitting(settings.tree, drafter)
-
-
-def _fitting(children: tuple[int, ...], drafter: Drafter) -> Tree:
+    children = settings.tree
     if len(children) > drafter.max_draft:
         raise EvaluationError(
             "the draft tree is deeper than the draft was trained to go", key="tree", found=children,
@@ -114,7 +111,6 @@ def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
 
 def path_tokens(tree: Tree, node: int, drafted: Sequence[int], stops: Collection[int]) -> list[int]:
     """The tokens from the root (left out) to ``node``, cut after the first stop token, of all ``drafted`` [M - 1]."""
-
     tokens = []
     for step in tree.paths[node][1 : tree.depths[node] + 1]:
         tokens.append(drafted[step - 1])

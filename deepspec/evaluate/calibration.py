@@ -49,16 +49,10 @@ class Rounds:
     verified: np.ndarray
     accepted: np.ndarray
 
-    @property
-    def slots(self) -> int:
-        """K."""
-        return int(self.logits.shape[1])
-
 
 def survival(logits: np.ndarray, temperatures: Sequence[float] | np.ndarray) -> np.ndarray:
     """Probability [R, k] that slots 1..k are all accepted: the cumulative product of scaled confidences [R, k]."""
-    product: np.ndarray = (1 / (1 + np.exp(-logits / np.asarray(temperatures)))).cumprod(axis=1)
-    return product
+    return np.asarray((1 / (1 + np.exp(-logits / np.asarray(temperatures)))).cumprod(axis=1))
 
 
 def reliability(predicted: np.ndarray, happened: np.ndarray) -> list[tuple[int, float, float]]:
@@ -107,15 +101,13 @@ def fit(rounds: Rounds) -> list[float]:
     temperatures: list[float] = []
     before = np.ones(len(rounds.logits))
     candidates = GRID[np.argsort(np.abs(np.log(GRID)), kind="stable")]
-    for slot in range(rounds.slots):
+    for slot in range(rounds.logits.shape[1]):
         known = rounds.verified > slot
         logits, happened = rounds.logits[:, slot], rounds.accepted[known] > slot
         best = 1.0
         if known.any():
-            errors = [
-                expected_calibration_error(before[known] / (1 + np.exp(-logits[known] / t)), happened)
-                for t in candidates
-            ]
+            scaled = (before[known] / (1 + np.exp(-logits[known] / t)) for t in candidates)
+            errors = [expected_calibration_error(predicted, happened) for predicted in scaled]
             best = float(candidates[int(np.argmin(errors))])
         temperatures.append(best)
         before = before / (1 + np.exp(-logits / best))
@@ -126,7 +118,7 @@ def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]
     """Per position: ECE, AUC and Brier of survival against "accepted so far", and its reliability."""
     predicted = survival(rounds.logits, temperatures)
     rows = []
-    for slot in range(rounds.slots):
+    for slot in range(rounds.logits.shape[1]):
         known = rounds.verified > slot
         own, happened = predicted[known, slot], rounds.accepted[known] > slot
         rows.append(
@@ -176,8 +168,7 @@ def read_rounds(folders: Sequence[Path], temperature: float) -> tuple[Rounds, Ro
 
 
 def _identity(folder: Path) -> dict[str, Any]:
-    identity: dict[str, Any] = read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"]
-    return identity
+    return dict(read_json(folder / "run.json", EvaluationError, "is this a results folder?")["identity"])
 
 
 def load_sts(draft: Path) -> tuple[float, ...] | None:
@@ -220,6 +211,7 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
                 raise EvaluationError(f"results of another target: {'; '.join(lines)}", file=folder / "run.json")
     even, odd = read_rounds(folders, temperature)
     temperatures = fit(even)
+    unscaled = [1.0] * len(temperatures)
     result = {
         "temperatures": temperatures,
         "sampling_temperature": temperature,
@@ -227,13 +219,14 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
         "tasks": tasks,
         "seeds": [_identity(folder)["seed"] for folder in folders],
         "rounds": {"fitted": len(even.logits), "assessed": len(odd.logits)},
-        "before": assess(odd, [1.0] * odd.slots),
+        "before": assess(odd, unscaled),
         "after": assess(odd, temperatures),
         "fitted_ece": {
-            "before": mean_ece(assess(even, [1.0] * even.slots)),
+            "before": mean_ece(assess(even, unscaled)),
             "after": mean_ece(assess(even, temperatures)),
         },
     }
+
     result["saved"] = mean_ece(result["after"]) <= mean_ece(result["before"])
     if result["saved"]:
         write_json(draft / STS_FILE, result)

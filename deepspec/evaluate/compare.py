@@ -59,11 +59,9 @@ class Difference:
 
 def difference(first: Run, other: Run, task: str, temperature: float, seed: int = 0) -> Difference | None:
     """Paired bootstrap of the acceptance length; None where the task's prompts differ, or none had a round in both."""
-    if not _same_prompts(first, other, task):
-        return None
     keys = sorted(key for key in first.rows if key[:2] == (task, temperature) and key in other.rows)
     keys = [key for key in keys if first.rows[key]["committed"] and other.rows[key]["committed"]]
-    if not keys:
+    if not keys or not _same_prompts(first, other, task):
         return None
     lengths, draws = [], []
     for run in (other, first):

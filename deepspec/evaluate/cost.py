@@ -46,7 +46,6 @@ class CostMeter:
 
     def left(self, generation: Generation) -> None:
         """``generation`` has come out of the decoder: charge the time and rounds since the one before."""
-
         while self._entered < len(self._order) - len(self.waiting):
             self._inside.add(self._order[self._entered])
             self._entered += 1

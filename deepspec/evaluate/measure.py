@@ -256,8 +256,7 @@ def by_position(proposed: Sequence[int], accepted: Sequence[int]) -> tuple[list[
 def resampled(values: np.ndarray, seed: int) -> np.ndarray:
     """Sums [RESAMPLES] of as many values, drawn with replacement from [N]; the same draws for the same seed and N."""
     drawn = np.random.default_rng(seed).integers(0, len(values), (RESAMPLES, len(values)))
-    sums: np.ndarray = values[drawn].sum(axis=1)
-    return sums
+    return np.asarray(values[drawn].sum(axis=1))
 
 
 def quantiles(values: np.ndarray) -> tuple[float, float]:

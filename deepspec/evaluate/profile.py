@@ -1,13 +1,13 @@
 """What a round costs on this machine: seconds by rows and verified tokens, measured once and fitted.
 
-One decoding run a concurrency, every round of it with other lengths, so that a slow moment of the machine spoils no
-single point of the table; then a convex, never falling function of the tokens is fitted to all rounds. The lengths of
-the rows differ, as the scheduler's do.
+Every round of a run has other lengths, as the scheduler's do, so that a slow moment of the machine spoils no single
+point of the table; then a convex, never falling function of the tokens is fitted to all rounds of a concurrency.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import product
 
 import numpy as np
 
@@ -18,13 +18,11 @@ from deepspec.progress import Progress
 PASSES = 2  # over all concurrencies, so that a slow minute does not hit one of them alone
 KNOTS = (0.0, 0.25, 0.5, 0.75)  # where the fitted costs may bend, of the way from the fewest tokens to the most
 OUTLIER = 4.0  # rounds slower than the fit by so many median deviations are left out: another process ran
-SWEEPS = 2000  # of the coordinate descent
 
 
 class Probe:
     """Rows of other lengths in every round: binomial with a share drawn anew."""
 
-    needs_confidence = False
     max_draft: int | None = None
 
     def __init__(self, seed: int) -> None:
@@ -75,18 +73,17 @@ def fit(timings: Sequence[StepTiming], rows: int, slots: int) -> tuple[np.ndarra
 
 
 def nonnegative_fit(inputs: np.ndarray, values: np.ndarray) -> tuple[float, np.ndarray]:
-    """(base, weights [M] >= 0) of the least squares fit values [N] = base + inputs [N, M] @ weights.
+    """(base, weights [M] >= 0) of the least squares fit values [N] = base + inputs [N, M] @ weights; M is small.
 
-    By coordinate descent, which ends at the optimum because the problem is convex and the bounds are separate.
+    The best fit of all choices of inputs whose weights come out non-negative; the others weigh 0.
     """
-    centred = inputs - inputs.mean(axis=0)
-    scale = np.maximum(np.linalg.norm(centred, axis=0), 1e-12)
-    columns = centred / scale
-    gram, target = columns.T @ columns, columns.T @ (values - values.mean())
-    weights = np.zeros(inputs.shape[1])
-    for _ in range(SWEEPS):
-        for m in range(len(weights)):
-            if gram[m, m] > 0:
-                weights[m] = max(0.0, weights[m] + (target[m] - gram[m] @ weights) / gram[m, m])
-    weights /= scale
-    return float(values.mean() - inputs.mean(axis=0) @ weights), weights
+    best = (np.inf, 0.0, np.zeros(inputs.shape[1]))
+    for choice in product((False, True), repeat=inputs.shape[1]):
+        columns = np.column_stack((np.ones(len(values)), inputs[:, choice]))
+        base, *own = np.linalg.lstsq(columns, values, rcond=None)[0]
+        weights = np.zeros(inputs.shape[1])
+        weights[list(choice)] = own
+        error = float(((values - base - inputs @ weights) ** 2).sum())
+        if min(own, default=0.0) >= 0 and error < best[0]:
+            best = (error, float(base), weights)
+    return best[1:]

@@ -184,15 +184,8 @@ def _name_rows(axes: Any, rows: Rows) -> None:
 
 def page(title: str, parts: Sequence[str]) -> str:
     """An HTML page from its parts."""
-
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
-
-
-def html_table(text: str) -> str:
-    """A Markdown table as HTML."""
-    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    return Table(header, rows).html()
 
 
 def write_report(results: Mapping[str, Any], output: Path) -> None:

@@ -104,8 +104,7 @@ class Results:
 
 def recipe_of(draft: Path) -> dict[str, Any] | None:
     """Name, seed and digest of the recipe in a draft folder; None without one."""
-    values = _read_recipe(draft)
-    if values is None:
+    if (values := _read_recipe(draft)) is None:
         return None
     return {"name": values.get("name"), "seed": values.get("seed"), "sha256": sha256_file(draft / RECIPE)}
 

@@ -147,8 +147,8 @@ class Evaluation:
         settings = {key: value for key, value in settings.items() if key not in left_out}
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
-        spec = self.target.spec
-        identity = identity_of(spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
+        identity = identity_of(self.target.spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
+
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
@@ -158,10 +158,9 @@ class Evaluation:
         }
 
     def _draft_digest(self) -> str:
-        if self._given:
-            rows = [[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()]
-            return sha256_json(rows)
-        return weights_sha256(self.options.draft)
+        if not self._given:
+            return weights_sha256(self.options.draft)
+        return sha256_json([[name, tensor.double().sum().item()] for name, tensor in self.draft.state_dict().items()])
 
     def run(self) -> Results | None:
         """Decode what is missing; rank 0 writes results.json and returns it, the others return None.
@@ -173,8 +172,9 @@ class Evaluation:
             log.info("skipped: %s (no %s.jsonl in %s)", name, name, folder)
         for task in self.tasks:
             if task.too_long:
-                text = f"at most {self.room} tokens fit the target's positions with the new ones"
-                log.info("left out: %d prompts of %s (%s)", task.too_long, task.name, text)
+                text = "left out: %d prompts of %s (at most %s tokens fit the target's positions with the new ones)"
+                log.info(text, task.too_long, task.name, self.room)
+
         with process_group(self.world, error=EvaluationError), ExitStack() as stack:
             on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
@@ -207,7 +207,6 @@ class Evaluation:
                 own = [PromptResult.from_row(rows[task.name, temperature, index]) for index in task.prompts]
                 summary = summarise(task.name, temperature, own, options.seed)
                 summary.too_long = task.too_long
-
                 summary.paper_value, summary.paper_differs = self._paper_value(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)

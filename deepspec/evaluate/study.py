@@ -1,12 +1,9 @@
 """The scheduler study: tokens/s of each verification policy under load, on this machine.
 
-``python -m deepspec.evaluate --target T --draft D --study scheduler`` profiles seconds of a round once
-(``profile.py``), then decodes the same prompts at every concurrency with every policy: fixed lengths, a confidence
-threshold, and the scheduler that admits tokens by expected throughput. Policies take turns and every turn is repeated,
-so that other load on the machine hits all of them alike.
-
-Measured are the rounds up to where the queue runs empty, prefill left out. On a CPU with one thread the seconds are the
-process's own, so that other processes are not measured; else they are wall-clock.
+It profiles the seconds of a round once (``profile.py``), then decodes the same prompts at every concurrency with fixed
+lengths, a confidence threshold, and the scheduler that admits tokens by expected throughput. Policies take turns, many
+times, so that other load on the machine hits all of them alike. Measured are the rounds up to where the queue runs
+empty, prefill left out; on a CPU with one thread in seconds of the process, else in wall-clock seconds.
 """
 
 from __future__ import annotations

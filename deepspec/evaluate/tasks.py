@@ -17,7 +17,6 @@ from deepspec.errors import EvaluationError, nearest
 from deepspec.files import sha256_json
 from deepspec.targets.positions import at_most
 
-TASK_FILE = Path(__file__).with_name("tasks.yaml")
 ROW = '{"turns": ["...", ...]}'
 
 
@@ -133,8 +132,7 @@ def missing_tasks(names: Sequence[str]) -> dict[str, str]:
 @cache
 def registered_tasks() -> dict[str, dict[str, Any]]:
     """The rows of tasks.yaml, by name."""
-    known: dict[str, dict[str, Any]] = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
-    return known
+    return dict(yaml.safe_load(Path(__file__).with_name("tasks.yaml").read_text(encoding="utf-8")))
 
 
 def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:

@@ -26,9 +26,7 @@ def choose_threads(target: Target, tokens: int, most: int) -> int | None:
     """
     if target.device.type != "cpu" or "OMP_NUM_THREADS" in os.environ or most < 2:
         return None
-    counts = [1 << power for power in range(most.bit_length()) if 1 << power <= most]
-    if counts[-1] != most:
-        counts.append(most)
+    counts = sorted({1 << power for power in range(most.bit_length())} | {most})
     seconds = {count: _seconds(target, tokens, count) for count in counts}
     best = min(seconds, key=lambda count: seconds[count])
     torch.set_num_threads(best)

@@ -7,14 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 from evaluate_tools import write_task
 
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.tasks import TASK_FILE, load_tasks, missing_tasks, turns_of
+from deepspec.evaluate.tasks import load_tasks, missing_tasks, registered_tasks, turns_of
 
 EVAL = Path(__file__).parents[2].parent / "shared" / "eval"
-KNOWN = yaml.safe_load(TASK_FILE.read_text())
+KNOWN = registered_tasks()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from deepspec.drafts import load_draft
 from deepspec.errors import EvaluationError
 from deepspec.files import read_json
 from deepspec.metrics import LossTerms
+from deepspec.tables import Table
 from deepspec.targets import load_target
 
 TOLERANCES = {"logits": 2e-5, "loss": 2e-6, "gradient": 5e-4, "decoding": 0.0}
@@ -171,7 +172,6 @@ def _check_steps(
     model: Any, train: dict[str, Any], inputs: dict[str, Tensor], outputs: dict[str, Tensor], errors: CaseErrors
 ) -> None:
     """The released mask is off by two and its lengths include the padding, so both are passed in."""
-
     mask, real = inputs["loss_mask"].bool(), inputs["attention_mask"].sum(dim=1)
     B, S = mask.shape
     batch = _batch(inputs, torch.full((B,), S))
@@ -228,10 +228,9 @@ def _relative(found: float, wanted: float) -> float:
 
 def table(results: list[CaseErrors]) -> str:
     """The errors as a Markdown table, one row per case."""
-    rows = ["| case | logits | losses | gradient norms | decoding: runs that differ | |", "|---|---|---|---|---|---|"]
+    rows = []
     for result in results:
-        cells = (result.logits, result.loss, result.gradient)
-        numbers = " | ".join("" if value is None else f"{value:.1e}" for value in cells)
-        decoding = "" if result.decoding is None else f"{result.decoding:.0f}"
-        rows.append(f"| {result.name} | {numbers} | {decoding} | {'equal' if result.holds else 'NOT EQUAL'} |")
-    return "\n".join(rows)
+        errors = ["" if value is None else f"{value:.1e}" for value in (result.logits, result.loss, result.gradient)]
+        runs = "" if result.decoding is None else f"{result.decoding:.0f}"
+        rows.append([result.name, *errors, runs, "equal" if result.holds else "NOT EQUAL"])
+    return Table(["case", "logits", "losses", "gradient norms", "decoding: runs that differ", ""], rows).markdown()
