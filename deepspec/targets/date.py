@@ -2,7 +2,7 @@
 
 Templates of Llama 3.2, gpt-oss, Mistral and others call ``strftime_now``, which transformers answers with today's date.
 A cache that is built over midnight, or appended to a week later, would hold two renderings. Here a macro of that name
-stands before such a template and answers with :data:`DATE`, which the identity of everything rendered records.
+is put before such a template and answers with :data:`DATE`, which the identity of everything rendered records.
 """
 
 from __future__ import annotations
@@ -48,6 +48,6 @@ def undated(chat_template: Any) -> Any:
 
 
 def server_keywords(chat_template: Any) -> dict[str, str]:
-    """What tells a server's rendering the same date, where the template can be told one (Llama's ``date_string``)."""
+    """What gives a server's rendering the same date, where the template takes one (Llama's ``date_string``)."""
     takes = template_date(chat_template) is not None and "date_string" in json.dumps(chat_template)
     return {"date_string": _DAY.strftime("%d %b %Y")} if takes else {}

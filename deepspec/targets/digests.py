@@ -111,7 +111,7 @@ def _remembered(files: Iterable[Path]) -> int:
 
 
 def _state(file: Path) -> list[int]:
-    """Size, times of the last change of content and of anything, inode: what tells a changed file."""
+    """Size, times of the last change of content and of anything, inode: a changed file differs in one."""
     about = file.stat()
     return [about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino]
 
@@ -125,10 +125,10 @@ def _recall() -> dict[str, Any]:
 
 
 def _remember(new: dict[str, Any]) -> None:
-    """Add to what is remembered, and forget files that are gone; a place that cannot be written is no error."""
-    kept = {name: entry for name, entry in (_recall() | new).items() if os.path.exists(name)}
+    """Add to what is remembered, and forget files that are gone; a folder that cannot be written is no error."""
+    known = {name: entry for name, entry in (_recall() | new).items() if os.path.exists(name)}
     try:
-        write_json(memory_file(), kept)
+        write_json(memory_file(), known)
     except OSError:
         return
 
@@ -146,9 +146,9 @@ def sampled_digest(path: str | Path, dtype: torch.dtype, revision: str | None = 
         tensors = sorted(load_target(path, dtype, "cpu", revision).model.state_dict().items())
     else:
         ties = stored.model.all_tied_weights_keys
-        twins = {**ties, **{other: name for name, other in ties.items()}}
+        tied_to = {**ties, **{other: name for name, other in ties.items()}}
         names = sorted(stored.model.state_dict())
-        tensors = ((name, stored.read(name if stored.holds(name) else twins[name])) for name in names)
+        tensors = ((name, stored.read(name if stored.holds(name) else tied_to[name])) for name in names)
     digest = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)

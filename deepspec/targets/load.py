@@ -37,7 +37,7 @@ class TargetSpec:
     path: str
     family: Family
     config: Mapping[str, Any] = field(repr=False, hash=False)  # the text config, flat
-    model_type: str  # of the whole model (gemma4), where the text config has its own
+    model_type: str  # of the complete model (gemma4), where the text config has its own
     revision: str | None = None
     stop_token_ids: tuple[int, ...] = ()  # where its generation ends by its own configs, ascending
 
@@ -247,7 +247,7 @@ def load_target_embeddings(
     if stored is None:
         return load_target(path, dtype, device, revision)
     tied = stored.tied()
-    embed, head = (stored.weight_name(end) for end in stored.ends())
+    embed, head = stored.embedding_and_head()
     embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
     head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
     _warn_untied(spec, tied)
@@ -297,8 +297,8 @@ class Target(TargetEmbeddings):
     """A frozen target model and the few things that deepspec asks of it."""
 
     def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
-        ends: Any = model
-        embed, head = ends.get_input_embeddings().weight, ends.get_output_embeddings().weight
+        loaded: Any = model
+        embed, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
         super().__init__(spec, embed.detach(), head.detach())
         self.model = model.eval().requires_grad_(False)
         self.decoder = find_decoder(model)

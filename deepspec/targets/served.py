@@ -59,8 +59,8 @@ class ServedTarget(TargetEmbeddings):
     ) -> None:  # fmt: skip
         self.url, self.timeout = url.rstrip("/"), timeout
         load_spec(path, revision).check_layers(layers)
-        ends = load_target_embeddings(path, dtype, "cpu", revision)
-        super().__init__(ends.spec, ends.embed_weight, ends.head_weight)
+        loaded = load_target_embeddings(path, dtype, "cpu", revision)
+        super().__init__(loaded.spec, loaded.embed_weight, loaded.head_weight)
         self._index = {layer: index for index, layer in enumerate(server_layers(layers, self.spec))}
         self._norm = load_final_norm(path, dtype, revision)
         self._pool = ThreadPoolExecutor(concurrency)

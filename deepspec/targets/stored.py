@@ -55,9 +55,11 @@ class StoredTarget:
         """The model's name of a module."""
         return next(name for name, one in self.model.named_modules() if one is module)
 
-    def weight_name(self, module: nn.Module) -> str:
-        """The model's name of a module's weight."""
-        return f"{self.name_of(module)}.weight"
+    def embedding_and_head(self) -> tuple[str, str]:
+        """The model's names of their weights."""
+        modules = self.model.get_input_embeddings(), self.model.get_output_embeddings()
+        embed, head = (f"{self.name_of(module)}.weight" for module in modules)
+        return embed, head
 
     def holds(self, name: str) -> bool:
         """Whether the files hold the model's tensor ``name``; a tied one is stored under one of its names."""
@@ -79,14 +81,10 @@ class StoredTarget:
 
         They are where the config says so, unless the files hold two with different values.
         """
-        embed, head = (self.weight_name(end) for end in self.ends())
+        embed, head = self.embedding_and_head()
         if not {embed, head} & set(self.model.all_tied_weights_keys):
             return False
         return not (self.holds(embed) and self.holds(head)) or torch.equal(self.read(embed), self.read(head))
-
-    def ends(self) -> tuple[nn.Module, nn.Module]:
-        """The modules of embedding and head."""
-        return self.model.get_input_embeddings(), self.model.get_output_embeddings()
 
 
 def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> StoredTarget | None:
@@ -110,7 +108,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     check_fit(path, info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors)
-    found, parts = _places(model, stored, transforms)
+    found, parts = _locate(model, stored, transforms)
     return StoredTarget(model, found, transforms, parts)
 
 
@@ -177,7 +175,7 @@ def run_loader(model: Any, tensors: Mapping[str, Tensor], transforms: list[Any],
     return info
 
 
-def _places(
+def _locate(
     model: Any, stored: Mapping[str, StoredTensor], transforms: list[Any]
 ) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]]]:
     """By the model's names: what is stored as it is, and what is put together from parts."""
@@ -226,7 +224,7 @@ def check_fit(
     if lines:
         raise TargetError(
             f"its tensors are not those of its config.json: {'; '.join(lines)}", file=path,
-            wanted="every tensor of the model, none left over", remedy="fetch the whole model, or mend its config.json",
+            wanted="every tensor of the model, none left over", remedy="fetch it again, or correct its config.json",
         )  # fmt: skip
 
 
@@ -237,7 +235,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def silent(bars: bool = True) -> Iterator[None]:
-    """Within it transformers only logs errors (what does not fit is ours to say), and shows bars only if ``bars``."""
+    """Within it transformers logs errors alone (:func:`check_fit` names what does not fit); bars only if ``bars``."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -53,7 +53,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
             "train.init: target reads the target's weights one by one", file=section.path,
             remedy="store the target as safetensors, not quantized, or set train.init: random",
         )  # fmt: skip
-    files, prefix = stored.found, stored.weight_name(stored.ends()[0]).removesuffix("embed_tokens.weight")
+    files, prefix = stored.found, stored.embedding_and_head()[0].removesuffix("embed_tokens.weight")
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
