@@ -48,7 +48,7 @@ def save_draft(
     recipe_text: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is whole.
+    """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is complete.
 
     Args:
         folder: created where missing.
@@ -120,7 +120,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         try:
             state |= load_file(path)
         except FileNotFoundError:
-            raise DraftError("no such file", file=path, remedy="the index names it; fetch the whole folder") from None
+            raise DraftError("no such file", file=path, remedy="the index names it; fetch all of the folder") from None
         except SafetensorError as problem:
             raise DraftError(f"not a safetensors file ({problem})", file=path) from None
     return state
@@ -164,14 +164,14 @@ def load_draft(
     folder = Path(folder)
     config = read_json(folder / "config.json", DraftError, "is this a draft folder?")
     if target is not None:
-        _check_target(folder, config, target)
+        check_target(config, target.spec, folder / "config.json")
     model = build_draft(config, folder / "config.json")
     state = read_weights(folder)
     frozen = {name: state.pop(name) for name in FROZEN if name in state}
     check_weights(model, state, folder)
     model.load_state_dict(state)
-    kept = next(iter(state.values())).dtype
-    model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else kept))
+    stored = next(iter(state.values())).dtype
+    model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else stored))
     model.attach(*_frozen_weights(folder, config, frozen, target))
     return model.eval()
 
@@ -191,33 +191,31 @@ def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
     check_rope(config, file, DraftError)
     spec = TargetSpec(str(file.parent), family, config, config["model_type"])
     try:
-        parsed = algorithm.read_config(config)
+        parsed, shape = algorithm.read_config(config), spec.shape
         algorithm.check_target(parsed, spec)
     except KeyError as missing:
         raise DraftError("missing field", file=file, key=missing.args[0]) from None
     except RecipeError as error:
         key = str(error.key).removeprefix("draft.")
         raise DraftError(error.problem, file=file, key=key, found=error.found, wanted=error.wanted) from None
-    return algorithm.build_model(parsed, spec.shape, family)
+    return algorithm.build_model(parsed, shape, family)
 
 
 def check_weights(model: DraftModel, state: Mapping[str, Tensor], path: Path) -> None:
-    """Check that ``state`` (without the frozen two) has exactly the model's tensors, in its shapes.
+    """Check that ``state``, but for the frozen two, has exactly the model's tensors, in its shapes.
 
     Raises:
         DraftError: an unknown or missing weight, or a wrong shape.
     """
     wanted = model.state_dict()
-    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    unknown, missing = sorted(set(state) - set(wanted) - set(FROZEN)), sorted(set(wanted) - set(state))
     if unknown or missing:
-        raise DraftError(
-            "weights do not fit the config", file=path, found=unknown or None, wanted=missing or "no others"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise DraftError(
-                "wrong shape", file=path, key=name, found=tuple(tensor.shape), wanted=tuple(wanted[name].shape)
-            )
+        problem, lacking = "weights do not fit the config", missing or "no others"
+        raise DraftError(problem, file=path, found=unknown or None, wanted=lacking)
+    for name, tensor in wanted.items():
+        found, shape = tuple(state[name].shape), tuple(tensor.shape)
+        if found != shape:
+            raise DraftError("wrong shape", file=path, key=name, found=found, wanted=shape)
 
 
 def _frozen_weights(
@@ -256,15 +254,14 @@ def _check_same(folder: Path, name: str, stored: Tensor, theirs: Tensor, target:
     )  # fmt: skip
 
 
-def _check_target(folder: Path, config: Mapping[str, Any], target: Target) -> None:
-    pairs = {
-        "hidden_size": target.spec.hidden_size,
-        "vocab_size": target.spec.vocab_size,
-        "num_target_layers": target.spec.num_layers,
-    }
-    for key, wanted in pairs.items():
-        if config.get(key) != wanted:
-            raise DraftError(
-                "draft of another target", file=folder / "config.json", key=key, found=config.get(key),
-                wanted=f"{wanted} as in {target.spec.path}",
-            )  # fmt: skip
+def check_target(config: Mapping[str, Any], target: TargetSpec, file: Path | None) -> None:
+    """Check that a draft's config.json has the sizes of ``target``.
+
+    Raises:
+        DraftError: it is a draft of another one.
+    """
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "num_target_layers": target.num_layers}
+    for key, size in sizes.items():
+        if config.get(key) != size:
+            wanted = f"{size} as in {target.path}"
+            raise DraftError("draft of another target", file=file, key=key, found=config.get(key), wanted=wanted)

@@ -13,7 +13,16 @@ import torch
 
 from deepspec import registry
 from deepspec.checkpoints import steps_of
-from deepspec.drafts import FROZEN, SHARD_BYTES, build_draft, check_weights, read_weights, save_draft, weights_sha256
+from deepspec.drafts import (
+    FROZEN,
+    SHARD_BYTES,
+    build_draft,
+    check_target,
+    check_weights,
+    read_weights,
+    save_draft,
+    weights_sha256,
+)
 from deepspec.errors import DraftError
 from deepspec.export.card import model_card
 from deepspec.export.consolidate import consolidate
@@ -52,7 +61,7 @@ def read_draft(folder: Path) -> DraftCheckpoint:
 def _checked(draft: DraftCheckpoint, folder: Path) -> DraftCheckpoint:
     with torch.device("meta"):
         model = build_draft(draft.config, folder / "config.json")
-    check_weights(model, {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}, folder)
+    check_weights(model, draft.state, folder)
     return draft
 
 
@@ -210,11 +219,7 @@ def _check_target(draft: DraftCheckpoint, hints: ImportHints) -> None:
     target = hints.target
     if target is None or "num_target_layers" not in draft.config:
         return
-    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "num_target_layers": target.num_layers}
-    for key, wanted in sizes.items():
-        if draft.config.get(key) != wanted:
-            found, wanted_text = draft.config.get(key), f"{wanted} as in {target.path}"
-            raise DraftError("draft of another target", file=draft.file, key=key, found=found, wanted=wanted_text)
+    check_target(draft.config, target, draft.file)
     target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
 
 
