@@ -48,7 +48,7 @@ def save_draft(
     recipe_text: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is whole.
+    """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is complete.
 
     Args:
         folder: created where missing.
@@ -120,7 +120,7 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         try:
             state |= load_file(path)
         except FileNotFoundError:
-            raise DraftError("no such file", file=path, remedy="the index names it; fetch the whole folder") from None
+            raise DraftError("no such file", file=path, remedy="the index names it; fetch all of the folder") from None
         except SafetensorError as problem:
             raise DraftError(f"not a safetensors file ({problem})", file=path) from None
     return state
@@ -170,8 +170,8 @@ def load_draft(
     frozen = {name: state.pop(name) for name in FROZEN if name in state}
     check_weights(model, state, folder)
     model.load_state_dict(state)
-    kept = next(iter(state.values())).dtype
-    model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else kept))
+    stored = next(iter(state.values())).dtype
+    model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else stored))
     model.attach(*_frozen_weights(folder, config, frozen, target))
     return model.eval()
 
@@ -191,33 +191,31 @@ def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
     check_rope(config, file, DraftError)
     spec = TargetSpec(str(file.parent), family, config, config["model_type"])
     try:
-        parsed = algorithm.read_config(config)
+        parsed, shape = algorithm.read_config(config), spec.shape
         algorithm.check_target(parsed, spec)
     except KeyError as missing:
         raise DraftError("missing field", file=file, key=missing.args[0]) from None
     except RecipeError as error:
         key = str(error.key).removeprefix("draft.")
         raise DraftError(error.problem, file=file, key=key, found=error.found, wanted=error.wanted) from None
-    return algorithm.build_model(parsed, spec.shape, family)
+    return algorithm.build_model(parsed, shape, family)
 
 
 def check_weights(model: DraftModel, state: Mapping[str, Tensor], path: Path) -> None:
-    """Check that ``state`` (without the frozen two) has exactly the model's tensors, in its shapes.
+    """Check that ``state``, but for the frozen two, has exactly the model's tensors, in its shapes.
 
     Raises:
         DraftError: an unknown or missing weight, or a wrong shape.
     """
     wanted = model.state_dict()
-    unknown, missing = sorted(set(state) - set(wanted)), sorted(set(wanted) - set(state))
+    unknown, missing = sorted(set(state) - set(wanted) - set(FROZEN)), sorted(set(wanted) - set(state))
     if unknown or missing:
-        raise DraftError(
-            "weights do not fit the config", file=path, found=unknown or None, wanted=missing or "no others"
-        )
-    for name, tensor in state.items():
-        if tensor.shape != wanted[name].shape:
-            raise DraftError(
-                "wrong shape", file=path, key=name, found=tuple(tensor.shape), wanted=tuple(wanted[name].shape)
-            )
+        problem, lacking = "weights do not fit the config", missing or "no others"
+        raise DraftError(problem, file=path, found=unknown or None, wanted=lacking)
+    for name, tensor in wanted.items():
+        found, shape = tuple(state[name].shape), tuple(tensor.shape)
+        if found != shape:
+            raise DraftError("wrong shape", file=path, key=name, found=found, wanted=shape)
 
 
 def _frozen_weights(

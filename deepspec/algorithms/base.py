@@ -12,10 +12,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
@@ -29,12 +30,10 @@ from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
 
-Sampler = Callable[
-    [Tensor, int], tuple[Tensor, Tensor | None]
-]  # (logits [B, V], slot) -> tokens [B], probs [B, V] or None
-
-
+# (logits [B, V], slot) -> tokens [B], probs [B, V] or None
+Sampler = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
 REQUIRED = object()
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,14 +177,9 @@ class DraftModel(nn.Module):
         """
         wanted = (self.shape.vocab_size, self.shape.hidden_size)
         for name, weight in (("embed_tokens.weight", embed_weight), ("lm_head.weight", head_weight)):
-            if tuple(weight.shape) != wanted:
-                raise DraftError(
-                    "does not fit the draft",
-                    key=name,
-                    found=tuple(weight.shape),
-                    wanted=wanted,
-                    remedy="another target?",
-                )
+            if (found := tuple(weight.shape)) != wanted:
+                remedy = "another target?"
+                raise DraftError("does not fit the draft", key=name, found=found, wanted=wanted, remedy=remedy)
         scale = self.family.embedding_scale(self.shape.hidden_size)
         self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap)
 
@@ -253,6 +247,12 @@ class DraftModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype of its weights."""
         return self.fc.weight.dtype
+
+    def run(self, layer_pass: Callable[..., T], *arguments: Any) -> T:
+        """``layer_pass(*arguments)``, its activations computed again in backward where the training wants that."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer_pass, *arguments, use_reentrant=False)
+        return layer_pass(*arguments)
 
     def forward(self, batch: Batch) -> LossTerms:
         """The algorithm's objective (through ``forward`` so that ZeRO's hooks see the pass).
@@ -395,12 +395,8 @@ def target_states(batch: Batch, position_P: Tensor, dtype: torch.dtype) -> Tenso
         CacheError: the feature source left them out.
     """
     if batch.last_hidden is None:
-        raise CacheError(
-            "the loss compares with the target's distribution",
-            key="last_hidden",
-            found=None,
-            remedy="build the cache with last_hidden",
-        )
+        problem, remedy = "the loss compares with the target's distribution", "build the cache with last_hidden"
+        raise CacheError(problem, key="last_hidden", found=None, remedy=remedy)
     return batch.last_hidden.flatten(0, 1)[position_P].to(dtype)
 
 

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.base import (
     Algorithm,
@@ -159,12 +158,7 @@ class BlockDraft(DraftModel):
         table = self.rotary(anchor_BN[..., None] + steps)
         hidden = self.block_inputs(anchor_token_BN)
         for layer, context in zip(self.layers, context_kv, strict=True):
-            arguments = (layer, hidden, table, context, anchor_BN, self.attention)
-            hidden = (
-                checkpoint(_block_layer, *arguments, use_reentrant=False)
-                if self.activation_checkpointing and torch.is_grad_enabled()
-                else _block_layer(*arguments)
-            )
+            hidden = self.run(_block_layer, layer, hidden, table, context, anchor_BN, self.attention)
         return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
 
     def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, max_context_len: int) -> Tensor:
@@ -190,12 +184,16 @@ def _block_layer(
     return layer.finish(hidden, attend(queries, context, own, limit, layer.self_attn.scale, backend))
 
 
+def scattered(values_R: Tensor, index_R: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """[rows, columns] with ``values_R`` at ``index_R`` of the flattened, zeros elsewhere; and the mask of them."""
+    empty = torch.zeros(rows * columns, device=values_R.device)
+    values, mask = empty.index_copy(0, index_R, values_R.float()), empty.index_fill(0, index_R, 1.0)
+    return values.view(rows, columns), mask.view(rows, columns)
+
+
 def by_block(values_R: Tensor, plan: BlockPlan, block_size: int) -> tuple[Tensor, Tensor]:
-    """Scatter one value per supervised slot into [blocks, K]; (values, mask), zeros elsewhere."""
-    size = plan.anchor_BN.numel() * block_size
-    dense = torch.zeros(size, device=values_R.device).index_copy(0, plan.slot_R, values_R.float())
-    mask = torch.zeros(size, device=values_R.device).index_fill(0, plan.slot_R, 1.0)
-    return dense.view(-1, block_size), mask.view(-1, block_size)
+    """One value per supervised slot as [blocks, K]; (values, mask)."""
+    return scattered(values_R, plan.slot_R, plan.anchor_BN.numel(), block_size)
 
 
 def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, WeightedSum]:

@@ -18,7 +18,6 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.base import (
     Algorithm,
@@ -32,7 +31,7 @@ from deepspec.algorithms.base import (
     require_at_least,
     target_states,
 )
-from deepspec.algorithms.block import acceptance_metrics
+from deepspec.algorithms.block import acceptance_metrics, scattered
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
@@ -186,10 +185,7 @@ class Eagle3Draft(DraftModel):
         embedded, table = self.frozen.embed(tokens), self.rotary(positions)
         for layer, seen, mine in zip(self.layers, context, own, strict=True):
             arguments = (layer, embedded, hidden, table, seen, tuple(mine), limit, self.attention)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                hidden, kv = checkpoint(_step_layer, *arguments, use_reentrant=False)
-            else:
-                hidden, kv = _step_layer(*arguments)
+            hidden, kv = self.run(_step_layer, *arguments)
             mine.append(kv)
         return hidden
 
@@ -339,23 +335,17 @@ class Eagle3(Algorithm):
     def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
         """Soft cross-entropy of every step."""
         plan = cast(TTTPlan, batch.plan)
-        hidden = model.train_hidden(
-            batch.features, batch.input_ids, plan.active_BN, plan.num_steps, plan.max_context_len
-        )
+        where = (plan.active_BN, plan.num_steps, plan.max_context_len)
+        hidden = model.train_hidden(batch.features, batch.input_ids, *where)
         hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R))
         target_PD = target_states(batch, plan.position_P, model.dtype)
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
         head = head_loss(hidden_RD, model.head, plan.rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
-        metrics = self._metrics(head.accept_R, plan)
+        metrics = {}
+        if head.accept_R is not None:
+            accept_TN, mask_TN = scattered(head.accept_R, plan.pair_R, plan.num_steps, plan.active_BN.numel())
+            metrics = acceptance_metrics(accept_TN.T, mask_TN.T)
         return LossTerms({"soft_ce": WeightedSum(head.combined, plan.weight)}, {"soft_ce": 1.0}, metrics)
-
-    def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, WeightedSum]:
-        if accept_R is None:
-            return {}
-        T, slots = plan.num_steps, plan.active_BN.numel()
-        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, plan.pair_R, accept_R)
-        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, plan.pair_R, 1.0)
-        return acceptance_metrics(accept.view(T, slots).T, mask.view(T, slots).T)
 
 
 EAGLE3 = Eagle3()

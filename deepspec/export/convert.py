@@ -63,7 +63,7 @@ def read_draft(folder: Path) -> DraftCheckpoint:
 def _checked(draft: DraftCheckpoint, folder: Path) -> DraftCheckpoint:
     with torch.device("meta"):
         model = build_draft(draft.config, folder / "config.json")
-    check_weights(model, {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}, folder)
+    check_weights(model, draft.state, folder)
     return draft
 
 

@@ -56,13 +56,13 @@ class Family:
     draft_config: Callable[
         [Mapping[str, Any], int], dict[str, Any]
     ]  # (target text config, layers) -> config.json of a draft
+    thinking_keyword: str | None  # the chat template's switch; None: the template has none
     head_norm: bool = False  # RMSNorm on each query and key head
     value_norm: bool = False  # scale-free RMSNorm on each value head
     attention_scale: float | None = None  # None: head_dim ** -0.5
     sandwich: bool = False  # norms also after attention and around the MLP, and a layer_scalar buffer
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
-    thinking_keyword: str | None = "enable_thinking"  # the chat template's switch; None: the template has none
 
     def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:
         """Keyword arguments of the chat template that turn thinking on or off."""
@@ -110,9 +110,9 @@ def read_common(config: Mapping[str, Any], activation_key: str = "hidden_act") -
         "num_kv_heads": int(config.get("num_key_value_heads") or heads),
         "head_dim": int(config.get("head_dim") or hidden // heads),
         "vocab_size": int(config["vocab_size"]),
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
+        "norm_eps": float(config["rms_norm_eps"]),
         "activation": str(config[activation_key]),
-        "max_positions": int(config.get("max_position_embeddings", 4096)),
+        "max_positions": int(config["max_position_embeddings"]),
         "attention_bias": bool(config.get("attention_bias", False)),
         "mlp_bias": bool(config.get("mlp_bias", False)),
     }

@@ -70,6 +70,7 @@ GEMMA4 = Family(
     draft_model_type="gemma4_text",
     read_shape=read_shape,
     draft_config=draft_config,
+    thinking_keyword="enable_thinking",
     head_norm=True,
     value_norm=True,
     attention_scale=1.0,

@@ -26,5 +26,6 @@ QWEN3 = Family(
     draft_model_type="qwen3",
     read_shape=read_flat_shape,
     draft_config=draft_config,
+    thinking_keyword="enable_thinking",
     head_norm=True,
 )

@@ -94,7 +94,7 @@ class DraftFolderSuite(_Cases):
     def test_a_field_that_is_missing_from_config_json_is_named(self, case: Case, tmp_path: Path) -> None:
         """Unless silence has a meaning."""
         written = case.config_json(case.draft())
-        for key in ("target_layer_ids", "num_hidden_layers"):
+        for key in ("target_layer_ids", "num_hidden_layers", "rms_norm_eps", "max_position_embeddings"):
             less = {name: value for name, value in written.items() if name != key}
             with pytest.raises((DraftError, KeyError), match=key):
                 build_draft(less, tmp_path / "config.json")

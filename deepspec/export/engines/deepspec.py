@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from deepspec import registry
+from deepspec.algorithms.base import REQUIRED
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason
 
@@ -21,15 +23,17 @@ class DeepSpecEngine(ExportEngine):
         return None
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        """The draft with its slot convention written out; a released one is silent where the anchor's slot drafts."""
-        convention = getattr(draft.parsed, "sample_from_anchor", None)
-        stated = {} if convention is None else {"sample_from_anchor": bool(convention)}
+        """The draft with what its silence means written out, such as the slot convention of a released one."""
+        silent = [
+            own for own in draft.algorithm.own_fields if own.default is not REQUIRED and own.key not in draft.config
+        ]
+        stated = {own.key: own.default for own in silent}
         return DraftCheckpoint(draft.config | stated, draft.state, draft.file)
 
     def matches(self, config: Mapping[str, Any]) -> bool:
         """Whether a config.json is in this layout."""
-        name = (config.get("architectures") or [""])[0]
-        return name.endswith(("DSparkModel", "Eagle3Model")) and EXTRAS not in config
+        known = any(registry.algorithm(name).matches(config) for name in registry.ALGORITHMS)
+        return known and EXTRAS not in config
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         """The same as :meth:`write`."""
