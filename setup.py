@@ -46,7 +46,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=find_packages(include=["deepspec", "deepspec.*"]),
-    package_data={"deepspec": ["py.typed", "evaluate/*.yaml", "demos/quickstart/*"]},
+    package_data={"deepspec": ["py.typed", "evaluate/*.yaml", "demos/smollm2/*.yaml"]},
     install_requires=CORE,
     extras_require={
         "dev": DEV,

@@ -6,6 +6,7 @@ A range is written once and used twice: as the ``type=`` of an argument, and to 
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,8 +96,9 @@ TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 
 class Parser(argparse.ArgumentParser):
     """An argparse parser of a command: it starts logging, and refuses in one line as every other error does."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, *, description: str | None = None, **kwargs: Any) -> None:
+        text = None if description is None else inspect.cleandoc(description)
+        super().__init__(description=text, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
         reports = self.add_argument_group("reports")
         reports.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="only warnings and errors")
         reports.add_argument(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import shlex
 import signal
@@ -21,6 +22,9 @@ from deepspec.demos.stages import PYTHON, Stage
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError
 from deepspec.files import read_json, write_json
+from deepspec.log import reports
+
+log = logging.getLogger(__name__)
 
 PAUSE = 0.1  # seconds between two looks at the running commands
 THREADS = {"OMP_NUM_THREADS": "1"}  # a process: the models are small and the cores are few
@@ -56,21 +60,22 @@ class Runner:
     def __init__(self, stages: Sequence[Stage], logs: Path, cores: int) -> None:
         self.stages, self.logs, self.cores = stages, logs, cores
         self.numbers = {stage.name: i for i, stage in enumerate(stages, 1)}
-        self.whole = {stage.name for stage in stages if stage.whole.exists()}
+        self.complete = {stage.name for stage in stages if stage.artefact.exists()}
         self.running: list[Running] = []
         logs.mkdir(parents=True, exist_ok=True)
         self._shown = 0.0
 
     def run(self) -> None:
-        """Run what is not whole yet.
+        """Run what is not complete yet.
 
         Raises:
             DeepSpecError: a command failed; its log's last lines were printed. What else was running is ended.
         """
+        started = time.monotonic()
         for stage in self.stages:
-            if stage.name in self.whole:
-                self._say(stage, f"whole already ({stage.whole})")
-        waiting = [stage for stage in self.stages if stage.name not in self.whole]
+            if stage.name in self.complete:
+                self._report(stage, f"complete already ({stage.artefact})")
+        waiting = [stage for stage in self.stages if stage.name not in self.complete]
         waiting.sort(key=lambda stage: -stage.cores)  # the wide ones first: narrow ones leave no core idle at the end
         before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is ended with this process
         try:
@@ -88,15 +93,16 @@ class Runner:
                     os.killpg(one.process.pid, signal.SIGTERM)
                 one.process.wait()
             signal.signal(signal.SIGTERM, before)
+        log.info("%.0f s in this start; the logs stand in %s", time.monotonic() - started, self.logs)
 
     def _may_start(self, stage: Stage) -> bool:
-        return all(need in self.whole for need in stage.needs)
+        return all(need in self.complete for need in stage.needs)
 
     def _has_room(self, stage: Stage) -> bool:
         return not self.running or sum(one.stage.cores for one in self.running) + stage.cores <= self.cores
 
     def _start(self, stage: Stage) -> None:
-        self._say(stage, f"$ {typed(stage)}")
+        self._report(stage, f"$ {typed(stage)}")
         log = self.logs / f"{stage.name.replace(' ', '-')}.log"
         with open(log, "ab") as handle:
             _own(handle, log)
@@ -113,28 +119,28 @@ class Runner:
         for one in [one for one in self.running if one.process.poll() is not None]:
             self.running.remove(one)
             seconds = time.monotonic() - one.started
-            if one.process.returncode != 0 or not one.stage.whole.exists():
+            if one.process.returncode != 0 or not one.stage.artefact.exists():
                 raise self._failure(one)
-            self.whole.add(one.stage.name)
+            self.complete.add(one.stage.name)
             write_json(self.logs / "seconds.json", stage_seconds(self.logs) | {one.stage.name: round(seconds, 1)})
-            self._say(one.stage, f"done in {seconds:.0f} s: {one.last_line()[:150]}")
+            self._report(one.stage, f"done in {seconds:.0f} s: {one.last_line()[:150]}")
 
     def _failure(self, one: Running) -> DeepSpecError:
         lines = one.log.read_text(errors="replace").replace("\r", "\n").splitlines()
-        self._say(one.stage, "\n".join(["failed; the end of its log:", *lines[-LOG_TAIL:]]))
+        self._report(one.stage, "\n".join(["failed; the end of its log:", *lines[-LOG_TAIL:]]))
         problem = f"stage {one.stage.name!r} failed (exit code {one.process.returncode})"
         if one.process.returncode == 0:
-            problem = f"stage {one.stage.name!r} ended without writing {one.stage.whole}"
+            problem = f"stage {one.stage.name!r} ended without writing {one.stage.artefact}"
         remedy = f"mend the cause and run the same command again; alone: {typed(one.stage)}"
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
-    def _say(self, stage: Stage, text: str) -> None:
+    def _report(self, stage: Stage, text: str) -> None:
         clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-        print(f"{clear}[{self.numbers[stage.name]:2}/{len(self.stages)}] {stage.name}: {text}", flush=True)
+        log.info("%s[%2d/%d] %s: %s", clear, self.numbers[stage.name], len(self.stages), stage.name, text)
 
     def _show_progress(self) -> None:
         """On a terminal: one live line with what the running stages say of themselves, once a second."""
-        if not sys.stdout.isatty() or not self.running or time.monotonic() - self._shown < 1:
+        if not (sys.stdout.isatty() and reports() and self.running) or time.monotonic() - self._shown < 1:
             return
         self._shown = time.monotonic()
         width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)

@@ -1,17 +1,18 @@
-"""Stages: each one a command that anyone can run again, and the file that says it is whole.
+"""Stages: each one a command that anyone can run again, and the file that says its artefact is complete.
 
-The functions here write the commands of the pipeline's own tools; which of them make a run is said in ``plan``, and in
-``deepspec.demos.smollm2`` for a real model.
+The functions here write the commands of the pipeline's own tools; each demonstration's ``plan`` puts them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.distributed import multiplies_bfloat16
+from deepspec.errors import RecipeError
 from deepspec.recipe import load_recipe
+from deepspec.registry import ALGORITHMS, algorithm
 
 PYTHON = "python"  # what a user types; the runner puts its own interpreter there
 Names = tuple[str, ...]
@@ -19,13 +20,33 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Stage:
-    """One command of a pipeline."""
+    """One command of a demonstration."""
 
     name: str
     command: Names
-    whole: Path  # exists = this stage's artefact is whole
-    needs: Names = ()  # stages that must be whole before
+    artefact: Path  # exists = what this stage makes is complete
+    needs: Names = ()  # stages that must be complete before
     cores: int = 1  # processes that compute at the same time
+
+
+def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
+    """Of every algorithm that has one, its recipe: ``recipe_of`` gives the path by the algorithm's name.
+
+    Raises:
+        RecipeError: there is none at all.
+    """
+    found = {name: recipe_of(name) for name in ALGORITHMS if Path(recipe_of(name)).exists()}
+    if not found:
+        raise RecipeError("no such recipe", file=recipe_of("*"), remedy="run this command in the checkout's root")
+    return found
+
+
+def shared_recipe(found: Mapping[str, str]) -> str:
+    """The recipe that answers and cache are made by for all drafts: the first whose loss reads all of a cache."""
+    for name, path in found.items():
+        if algorithm(name).needs_last_hidden(load_recipe(path).draft):
+            return path
+    return next(iter(found.values()))
 
 
 def settings(overrides: Sequence[str]) -> Names:
@@ -57,13 +78,19 @@ def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overri
     return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs)
 
 
-def train(name: str, recipe: str, needs: Names, processes: int = 2, overrides: Names = ()) -> Stage:
-    """A draft, trained by so many processes under DeepSpeed's launcher; the recipe states ``train.max_steps``."""
+def train(
+    name: str, recipe: str, draft: Path, needs: Names, processes: int = 2, overrides: Names = ()
+) -> tuple[Stage, Stage]:
+    """A draft, trained under DeepSpeed's launcher and exported; the recipe states ``train.max_steps``."""
     overrides = native(recipe, overrides)
     read = load_recipe(recipe, overrides)
     command = ("deepspeed", "-q", "--num_gpus", str(processes), "launch/train.py", "--recipe", recipe)
     checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
-    return Stage(name, command + settings(overrides), checkpoint / "manifest.json", needs, processes)
+    trained = f"train {name}"
+    return (
+        Stage(trained, command + settings(overrides), checkpoint / "manifest.json", needs, processes),
+        export(f"export {name}", checkpoint, draft, (trained,)),
+    )
 
 
 def export(name: str, checkpoint: Path, draft: Path, needs: Names) -> Stage:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from cache_tools import ROOT, Setup, contents, make_cache, make_setup, run_tool
+from cache_tools import Setup, contents, make_cache, make_setup, run_tool
 
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
@@ -20,6 +18,7 @@ from deepspec.cache.published import RECORD, export_published, import_published
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.writer import Layout
+from deepspec.cli.cache import cache
 from deepspec.errors import CacheError, DeepSpecError
 
 
@@ -35,19 +34,9 @@ def built(setup: Setup) -> Path:
     return output
 
 
-def tool(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"tool_{name}", ROOT / "tools" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
     monkeypatch.setattr(sys, "argv", ["cache.py", *map(str, arguments)])
-    code: int = tool("cache").main()
-    return code
+    return cache()
 
 
 def test_the_estimate_is_within_three_percent(setup: Setup, tmp_path: Path) -> None:

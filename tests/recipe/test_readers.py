@@ -29,7 +29,7 @@ SECTIONS = (
     recipes.ValidationSection, recipes.TrainSection, recipes.EvaluateSection,
 )  # fmt: skip
 KEYS = {(cls.__name__, key.name) for cls in SECTIONS for key in dataclasses.fields(cls)}
-COMMANDS = [tools.ROOT / name for name in ("deepspec", "tools", "launch")]
+COMMANDS = [tools.ROOT / name for name in ("deepspec",)]
 NO_READERS = (
     "arguments.py",
     "recipe_files.py",

@@ -8,7 +8,7 @@ from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
-def main() -> int:
+def main() -> None:
     """Parse the arguments and run one stage."""
     parser = Parser(prog="python -m deepspec.demos.quickstart", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -19,16 +19,15 @@ def main() -> int:
     target = stages.add_parser("target", help="train the tiny target")
     target.add_argument("--steps", type=COUNT, help="optimizer steps")
     target.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    if options.stage == "prompts":
-        from deepspec.demos.quickstart.prompts import write_prompts
+    given = parser.parse_args()
+    if given.stage == "prompts":
+        from deepspec.demos.quickstart.text import write_prompts
 
-        write_prompts(options.output, options.train, options.held_out)
+        write_prompts(given.output, given.train, given.held_out)
     else:
         from deepspec.demos.quickstart.target import STEPS, make_target
 
-        make_target(options.output, options.steps or STEPS)
-    return 0
+        make_target(given.output, given.steps or STEPS)
 
 
 if __name__ == "__main__":

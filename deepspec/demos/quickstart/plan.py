@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
-from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, export, train
-from deepspec.recipe import load_recipe
-from deepspec.registry import ALGORITHMS
+from deepspec.demos.runner import Runner
+from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 
 ROOT = Path("build/quickstart")  # of everything generated; the recipes name it too
 LOGS = ROOT / "logs"
 
 
+def quickstart() -> None:
+    """Run every stage that is not complete yet, write the report and print the table.
+
+    Raises:
+        DeepSpecError: not in the checkout's root, or a stage failed.
+    """
+    from deepspec.demos.quickstart.report import write_report
+
+    Runner(plan(), LOGS, cores=max(2, os.cpu_count() or 1)).run()
+    print(f"\n{write_report()}\n\n{ROOT}/report.html, {ROOT}/results.json")
+
+
 def recipe_of(algorithm: str) -> str:
     """The quickstart's recipe file of an algorithm, relative to the checkout."""
     return f"recipes/quickstart_{algorithm}.yaml"
-
-
-def draft_folder(algorithm: str) -> Path:
-    """Where the finished draft stands."""
-    return ROOT / f"{algorithm}-draft"
 
 
 def results_folder(algorithm: str) -> Path:
@@ -30,7 +37,8 @@ def results_folder(algorithm: str) -> Path:
 def plan() -> list[Stage]:
     """All stages, in an order in which each one's needs come before it."""
     prompts, target, conversations = ROOT / "prompts", ROOT / "target", ROOT / "conversations.jsonl"
-    shared = recipe_of("dspark")  # target, sampling and data of the three recipes are the same
+    found = recipes(recipe_of)
+    shared = shared_recipe(found)
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),
@@ -38,13 +46,8 @@ def plan() -> list[Stage]:
         answers("answers", shared, prompts / "train.jsonl", conversations, ("prompts", "target")),
         cache("cache", shared, conversations, ROOT / "cache", ("answers",)),
     ]
-    for algorithm in ALGORITHMS:
-        recipe, draft, tasks = recipe_of(algorithm), draft_folder(algorithm), [prompts / "held_out.jsonl"]
-        stages += [
-            train(f"train {algorithm}", recipe, ("cache",)),
-            export(f"export {algorithm}", Path(load_recipe(recipe).output), draft, (f"train {algorithm}",)),
-            evaluate(
-                f"evaluate {algorithm}", recipe, draft, tasks, results_folder(algorithm), (f"export {algorithm}",)
-            ),
-        ]
+    for name, recipe in found.items():
+        draft, tasks, needs = ROOT / f"{name}-draft", [prompts / "held_out.jsonl"], (f"export {name}",)
+        stages += train(name, recipe, draft, ("cache",))
+        stages.append(evaluate(f"evaluate {name}", recipe, draft, tasks, results_folder(name), needs))
     return stages

@@ -6,13 +6,14 @@ import platform
 from pathlib import Path
 from typing import Any
 
+from deepspec.demos.measured import cache_sizes, equality, length, speed_up, tau_by_step
 from deepspec.demos.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
 from deepspec.demos.runner import stage_seconds
-from deepspec.evaluate.report import figure, html_table, page, plot_positions
+from deepspec.demos.stages import recipes
+from deepspec.evaluate.report import figure, page, plot_positions
 from deepspec.files import read_json, write_json, write_text
-from deepspec.metrics import length_text
 from deepspec.recipe import load_recipe
-from deepspec.registry import ALGORITHMS
+from deepspec.tables import Table
 
 
 def collect() -> dict[str, Any]:
@@ -22,19 +23,18 @@ def collect() -> dict[str, Any]:
         ``algorithms`` (name -> the evaluator's results, and the training log), ``cache`` (bytes a token, coded and
         raw), ``seconds`` (of every stage, wall clock), ``target`` (how it was trained), ``machine``.
     """
-    cache = read_json(ROOT / "cache" / "manifest.json")
-    tokens = sum(part["tokens"] for part in cache["parts"])
+    sizes = cache_sizes([ROOT / "cache" / "manifest.json"])
     algorithms = {}
-    for name in ALGORITHMS:
-        log = Path(load_recipe(recipe_of(name)).output) / "log.jsonl"
+    for name, recipe in recipes(recipe_of).items():
+        log = Path(load_recipe(recipe).output) / "log.jsonl"
         algorithms[name] = read_json(results_folder(name) / "results.json") | {"training_log": str(log)}
     return {
         "format": "deepspec.quickstart/1",
         "algorithms": algorithms,
         "cache": {
-            "tokens": tokens,
-            "bytes_per_token": cache["coded_bytes"] / tokens,
-            "raw_bytes_per_token": cache["raw_bytes"] / tokens,
+            "tokens": sizes["tokens"],
+            "bytes_per_token": sizes["coded_bytes"] / sizes["tokens"],
+            "raw_bytes_per_token": sizes["raw_bytes"] / sizes["tokens"],
         },
         "seconds": stage_seconds(LOGS),
         "target": read_json(ROOT / "target" / "target.json"),
@@ -42,39 +42,20 @@ def collect() -> dict[str, Any]:
     }
 
 
-def drafts_table(results: dict[str, Any]) -> str:
-    """A Markdown table, one row per algorithm and temperature."""
-    lines = [
-        "| draft | T | accepted length (95 %) | speed-up | greedy equal | train s | evaluate s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+def drafts_table(results: dict[str, Any]) -> Table:
+    """A row an algorithm and temperature."""
+    rows = []
     for name, measured in results["algorithms"].items():
-        seconds = [results["seconds"].get(f"{verb} {name}", float("nan")) for verb in ("train", "evaluate")]
+        seconds = [f"{results['seconds'].get(f'{verb} {name}', float('nan')):.0f}" for verb in ("train", "evaluate")]
         for row in measured["summaries"]:
-            speed = "" if row["speed_up"] is None else f"{row['speed_up']:.2f}x"
-            equal = "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}"
-            lines.append(
-                f"| {name} | {row['temperature']:g} | {length_text(row)} | {speed} | "
-                f"{equal} | {seconds[0]:.0f} | {seconds[1]:.0f} |"
-            )
-    return "\n".join(lines)
-
-
-def stages_table(results: dict[str, Any]) -> str:
-    """A Markdown table of the wall-clock seconds of the stages; some of them ran side by side."""
-    lines = ["| stage | seconds |", "|---|---|"]
-    return "\n".join(lines + [f"| {name} | {seconds:.1f} |" for name, seconds in results["seconds"].items()])
+            rows.append([name, f"{row['temperature']:g}", length(row), speed_up(row), equality(row), *seconds])
+    return Table(["draft", "T", "accepted length (95 %)", "speed-up", "greedy equal", "train s", "evaluate s"], rows)
 
 
 def summary(results: dict[str, Any]) -> str:
-    """Table and cache size as the terminal shows them, the table's columns aligned."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in drafts_table(results).splitlines()]
-    del rows[1]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "  ".join("-" * width for width in widths))
+    """Table and cache size as the terminal shows them."""
     stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in results["seconds"].items())
-    return "\n".join([*lines, "", cache_line(results), f"seconds of the stages: {stages}"])
+    return f"{drafts_table(results).text()}\n\n{cache_line(results)}\nseconds of the stages: {stages}"
 
 
 def cache_line(results: dict[str, Any]) -> str:
@@ -93,8 +74,8 @@ def plot_accepted(axes: Any, results: dict[str, Any]) -> None:
         heights = [row["accepted_length"] or 0.0 for row in rows]
         ends = [row["interval"] or (height, height) for height, row in zip(heights, rows, strict=True)]
         errors = [[abs(h - end[side]) for h, end in zip(heights, ends, strict=True)] for side in (0, 1)]
-        places = [place + 0.35 * (i - (len(temperatures) - 1) / 2) for place in range(len(names))]
-        axes.bar(places, heights, 0.3, yerr=errors, capsize=3, label=f"T={temperature:g}")
+        at = [number + 0.35 * (i - (len(temperatures) - 1) / 2) for number in range(len(names))]
+        axes.bar(at, heights, 0.3, yerr=errors, capsize=3, label=f"T={temperature:g}")
     axes.set_xticks(range(len(names)), names)
     axes.set(ylabel="accepted length (tokens a round)")
     axes.axhline(1, color="grey", linewidth=0.8)
@@ -103,12 +84,9 @@ def plot_accepted(axes: Any, results: dict[str, Any]) -> None:
 
 def plot_training(axes: Any, results: dict[str, Any]) -> None:
     """The training's own estimate of the accepted length, step by step."""
-    import json
-
     for name, measured in results["algorithms"].items():
-        lines = Path(measured["training_log"]).read_text().splitlines()
-        rows = [row for row in map(json.loads, lines) if row.get("kind") == "train"]
-        axes.plot([row["step"] for row in rows], [row["tau"] for row in rows], label=name)
+        curve = tau_by_step(Path(measured["training_log"]).parent)
+        axes.plot(list(curve), list(curve.values()), label=name)
     axes.set(xlabel="optimizer step", ylabel="tau on the training batch")
     axes.legend(fontsize="small")
     axes.grid(alpha=0.3)
@@ -123,8 +101,9 @@ def write_report() -> str:
             greedy = [row for row in measured["summaries"] if row["temperature"] == 0]
             plot_positions(axes, measured | {"summaries": greedy}, label=name)
 
+    seconds = [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]
     parts = [
-        html_table(drafts_table(results)),
+        drafts_table(results).html(),
         f"<p>{cache_line(results)}; the target predicts {results['target']['held_out_top1']:.1%} of the held-out "
         "answers' tokens.</p>",
         "<h2>Accepted length</h2>",
@@ -133,8 +112,8 @@ def write_report() -> str:
         figure(positions),
         "<h2>Training</h2>",
         figure(lambda axes: plot_training(axes, results)),
-        "<h2>Stages</h2>",
-        html_table(stages_table(results)),
+        "<h2>Stages</h2>",  # some ran side by side
+        Table(["stage", "seconds"], seconds).html(),
     ]
     write_text(ROOT / "report.html", page("deepspec quickstart", parts))
     write_json(ROOT / "results.json", results)

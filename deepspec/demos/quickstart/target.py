@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import time
+import logging
 from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils import logging
+from transformers.utils.logging import disable_progress_bar
 
 from deepspec.demos.quickstart.muon import Muon
 from deepspec.demos.quickstart.text import Conversation, conversations
 from deepspec.demos.quickstart.tokenizer import END, END_OF_TEXT, VOCAB_SIZE, train_tokenizer
 from deepspec.distributed import multiplies_bfloat16
 from deepspec.files import named, undone_on_error, write_json
+from deepspec.progress import Progress
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "target.json"
 STEPS, ROWS = 400, 12  # optimizer steps, conversations a step
@@ -67,42 +70,30 @@ def losses(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tenso
     return (entropy * weights).sum() / weights.sum(), hits
 
 
-def train(
-    model: Qwen3ForCausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[Conversation],
-    steps: int,
-    report_every: int = 25,
-) -> None:
+def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Conversation], steps: int) -> None:
     """Train on ``steps`` batches of ROWS conversations, each seen once, the learning rate falling to 0."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = (Muon(matrices, MUON_LR), torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0))
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 - step / steps) for o in optimizers]
-    started, tokens = time.monotonic(), 0
-    for step in range(1, steps + 1):
-        ids, weights = collate(tokenizer, rows[(step - 1) * ROWS : step * ROWS])
+    progress = Progress("target", steps, noun="steps", more=lambda: f"loss {loss.item():.3f}, top-1 {hits.item():.3f}")
+    for step in range(steps):
+        ids, weights = collate(tokenizer, rows[step * ROWS : (step + 1) * ROWS])
         loss, hits = losses(model, ids, weights)
         loss.backward()
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        tokens += int((weights > 0).sum())
-        if step % report_every == 0 or step == steps:
-            spent = time.monotonic() - started
-            print(
-                f"target step {step}/{steps}  loss {loss.item():.3f}  top-1 {hits.item():.3f}  "
-                f"{tokens / spent:,.0f} tokens/s  {spent / step * (steps - step):.0f} s left",
-                flush=True,
-            )
+        progress.add(1, int((weights > 0).sum()))
+    progress.finish()
 
 
 def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
     """Train tokenizer and model and save them as a Hugging Face folder; ``target.json`` is written last."""
     torch.set_num_threads(1)  # the matrices are so small that a second thread slows it down
-    logging.disable_progress_bar()
+    disable_progress_bar()
     torch.manual_seed(seed)
     rows = list(islice(conversations(seed), max(steps * ROWS, TOKENIZER_ROWS)))
     tokenizer = train_tokenizer(text for row in rows[:TOKENIZER_ROWS] for text in (row.question, row.answer))
@@ -112,7 +103,7 @@ def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
     with torch.no_grad():
         held_out = list(islice(conversations(seed, held_out=True), HELD_OUT_ROWS))
         top1 = losses(model, *collate(tokenizer, held_out))[1].item()
-    print(f"target: predicts {top1:.1%} of the held-out answers' tokens", flush=True)
+    log.info("target: predicts %.1f%% of the held-out answers' tokens", 100 * top1)
     with undone_on_error(folder), named(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

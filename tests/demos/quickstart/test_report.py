@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,8 +31,7 @@ def root(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setattr(report, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(report, "results_folder", names.__getitem__)
-    recipe = type("Recipe", (), {"output": str(names["dspark"])})
-    monkeypatch.setattr(report, "load_recipe", lambda path: recipe)
+    monkeypatch.setattr(report, "load_recipe", lambda _: SimpleNamespace(output=str(next(iter(names.values())))))
     return tmp_path
 
 

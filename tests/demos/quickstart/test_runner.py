@@ -16,11 +16,11 @@ from deepspec.registry import ALGORITHMS
 
 def writing(name: str, folder: Path, needs: tuple[str, ...] = (), code: str = "", cores: int = 1) -> Stage:
     """A stage that runs ``code`` and then writes its file."""
-    whole = folder / f"{name}.json"
+    artefact = folder / f"{name}.json"
     program = (
-        f"import time, pathlib; print('hello from {name}'); {code or 'pass'}\npathlib.Path({str(whole)!r}).touch()"
+        f"import time, pathlib; print('hello from {name}'); {code or 'pass'}\npathlib.Path({str(artefact)!r}).touch()"
     )
-    return Stage(name, (PYTHON, "-c", program), whole, needs, cores)
+    return Stage(name, (PYTHON, "-c", program), artefact, needs, cores)
 
 
 def test_stages_run_after_what_they_need_and_not_twice(tmp_path: Path, capsys) -> None:
@@ -33,7 +33,7 @@ def test_stages_run_after_what_they_need_and_not_twice(tmp_path: Path, capsys) -
     assert "[ 2/2] second: done" in capsys.readouterr().out
     (tmp_path / "logs" / "second.log").unlink()
     Runner(stages, tmp_path / "logs", cores=2).run()
-    assert capsys.readouterr().out.count("whole already") == 2
+    assert capsys.readouterr().out.count("complete already") == 2
     assert not (tmp_path / "logs" / "second.log").exists()
 
 

@@ -59,8 +59,7 @@ def test_batches_weigh_prompt_answer_and_padding_apart() -> None:
 
 def test_a_short_training_ends_in_a_target_that_the_pipeline_loads(tmp_path: Path, capsys) -> None:
     make_target(tmp_path / "target", steps=12)
-    losses = [line for line in capsys.readouterr().out.splitlines() if line.startswith("target step")]
-    assert "12/12" in losses[-1]
+    assert "target: 12 steps in 0:00:" in capsys.readouterr().err
     assert (tmp_path / "target" / MANIFEST).exists()
     spec = load_spec(tmp_path / "target")
     assert (spec.family.name, spec.num_layers, spec.hidden_size) == ("qwen3", 6, 128)

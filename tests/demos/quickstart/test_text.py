@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations
-from deepspec.demos.quickstart.prompts import HELD_OUT, TRAIN, write_prompts
-from deepspec.demos.quickstart.text import TASKS, conversations, distinct, is_held_out
+from deepspec.demos.quickstart.text import HELD_OUT, TASKS, TRAIN, conversations, distinct, is_held_out, write_prompts
 from deepspec.demos.quickstart.tokenizer import END, MASK_TOKEN_ID, VOCAB_SIZE, train_tokenizer
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.smollm2 import ablation, pipeline
-from deepspec.demos.smollm2.plan import SCALES, plan, recipe_of
+from deepspec.demos.smollm2 import ablation
+from deepspec.demos.smollm2.plan import SCALES, plan, real, recipe_of
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.recipe import load_recipe
@@ -31,12 +31,13 @@ def test_needs_come_before_and_no_artefact_is_made_twice(stages: list[Stage]) ->
     for stage in stages:
         assert set(stage.needs) <= before
         before.add(stage.name)
-    assert len(before) == len(stages) == len({stage.whole for stage in stages})
+    assert len(before) == len(stages) == len({stage.artefact for stage in stages})
 
 
 def test_scales_share_the_target_alone() -> None:
     full, smoke = (plan(SCALES[name], [], 2) for name in ("full", "smoke"))
-    assert {stage.whole for stage in full} & {stage.whole for stage in smoke} == {Path("build/real/target/target.json")}
+    both = {stage.artefact for stage in full} & {stage.artefact for stage in smoke}
+    assert both == {Path("build/real/target/target.json")}
     for stage in smoke:
         for word in stage.command:
             assert "build/real/" not in word or stage.name == "target" or "target" in word, (stage.name, word)
@@ -49,7 +50,7 @@ def test_the_recipes_name_the_full_run() -> None:
         assert [Path(path) for path in recipe.data.cache] == scale.caches()
         assert Path(recipe.output) == scale.root / algorithm
         trained = next(stage for stage in plan(scale, [], 2) if stage.name == f"train {algorithm}")
-        assert trained.whole.parent.parent.parent == Path(recipe.output)
+        assert trained.artefact.parent.parent.parent == Path(recipe.output)
 
 
 def test_the_three_drafts_see_the_same_tokens() -> None:
@@ -74,10 +75,10 @@ def test_every_variant_changes_one_thing() -> None:
 
 def test_bad_starts_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(DataError, match="did you mean 'smoke'"):
-        pipeline.real("smok", tmp_path, 1)
+        real("smok", tmp_path, 1)
     monkeypatch.setattr(ablation, "QUICKSTART", tmp_path)
     with pytest.raises(DataError, match="make quickstart"):
-        pipeline.ablate(1)
+        ablation.ablate(1)
 
 
 KILLED = """

@@ -10,19 +10,20 @@ import pytest
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.prepare import Contamination, user_text
-from deepspec.demos.smollm2.library import PASSAGE_WORDS, function_prompts, passage_prompts
 from deepspec.demos.smollm2.prompts import write_prompts
-from deepspec.demos.smollm2.text import ASKS, TABLES, chat_prompts
+from deepspec.demos.smollm2.text import PASSAGE_WORDS, TEXTS, chat_prompts, function_prompts, passage_prompts
 from deepspec.errors import DataError
 
 EVAL = Path(__file__).resolve().parents[3].parent / "shared" / "eval"
 
 
 def test_every_gap_has_a_table_and_every_table_a_gap() -> None:
-    used = {gap.split("}")[0] for ask in ASKS for gap in ask.split("{")[1:]}
-    assert used == set(TABLES)
-    assert len(set(ASKS)) == len(ASKS)
-    assert all(len(set(table)) == len(table) for name, table in TABLES.items() if name != "language")
+    asks, tables = TEXTS["asks"], TEXTS["tables"]
+    used = {gap.split("}")[0] for ask in asks for gap in ask.split("{")[1:]}
+    assert used == set(tables)
+    assert len(set(asks)) == len(asks)
+    assert all(len(set(table)) == len(table) for name, table in tables.items() if name != "language")
+    assert all(isinstance(word, str) for table in tables.values() for word in table)
 
 
 def test_prompts_are_many_whole_and_the_same_for_a_seed() -> None:

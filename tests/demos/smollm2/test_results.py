@@ -36,7 +36,8 @@ def evaluation(folder: Path, temperatures: tuple[float, ...], tokens: int, task:
 
 @pytest.mark.usefixtures("_folder")
 def test_where_nothing_has_run_every_table_says_so() -> None:
-    text = results.write_results()
+    results.write_results()
+    text = Path("docs/results.md").read_text()
     assert text.count(results.NOT_RUN) > 20
     assert not any(character.isdigit() for line in text.split("\n") if "held-out chat |" in line for character in line)
 
@@ -50,7 +51,8 @@ def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
     evaluation(ablation.ROOT / "layers-1" / "results", (0.0,), 4)
     part = {"parts": [{"tokens": 10}], "coded_bytes": 670, "raw_bytes": 1000}
     write_json(ablation.ROOT / "cache-raw" / "manifest.json", part)
-    text = results.write_results()
+    results.write_results()
+    text = Path("docs/results.md").read_text()
     assert "| held-out chat | not run | not run | 3.00 (3.00-3.00) |" in text
     assert "| gsm8k | not run | not run | 2.00 (2.00-2.00) |" in text
     assert "| 1 layer | 4.00 (4.00-4.00) |" in text
@@ -59,17 +61,18 @@ def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
     assert "`python -m deepspec.evaluate --target T`" in text
     kept = json.loads(Path("docs/results.json").read_text())
     assert kept["real"]["chat"]["dspark"]["provenance"]["seed"] == 5
-    assert Path("docs/results.md").read_text() == text
 
 
 @pytest.mark.usefixtures("_folder")
 def test_what_was_gathered_before_outlives_its_folder() -> None:
     place = SCALES["full"].root / "dspark-chat"
     evaluation(place, (0.0, 1.0), 3)
-    before = results.write_results()
+    results.write_results()
+    before = Path("docs/results.md").read_text()
     (place / "results.json").unlink()
     evaluation(SCALES["full"].root / "dflash-chat", (0.0, 1.0), 2)
-    after = results.write_results()
+    results.write_results()
+    after = Path("docs/results.md").read_text()
     assert "3.00 (3.00-3.00)" in before
     assert "| held-out chat | not run | 2.00 (2.00-2.00) | 3.00 (3.00-3.00) |" in after
 

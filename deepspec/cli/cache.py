@@ -1,0 +1,264 @@
+"""Commands on target caches: build one; estimate, inspect, verify, import, export, recode."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
+from deepspec.cache.format import Manifest
+from deepspec.cache.levels import LEVELS, warnings
+from deepspec.cli import rank_word, recipe_words
+from deepspec.errors import CacheError, DataError
+from deepspec.progress import Progress, clock
+from deepspec.recipe import Recipe, load_recipe
+
+log = logging.getLogger(__name__)
+
+
+def build() -> int:
+    """Build a target cache from conversations, alone or under mpirun, deepspeed or torchrun.
+
+    Killed and started again it continues, with any number of processes.
+
+        python tools/build_cache.py --recipe recipes/dspark_qwen3_4b.yaml --data qwen3_4b.jsonl --output caches/qwen3_4b
+        mpirun -n 8 python tools/build_cache.py ...
+    """
+    parser = Parser(description=build.__doc__)
+    _recipe_and_data(parser, required=True)
+    parser.add_argument("--output", required=True, help="folder or URL of the cache")
+    parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
+    parser.add_argument("--server", help="URL of a server of the target that hands out hidden states (docs/serving.md)")
+    rank_word(parser)
+    given = parser.parse_args()
+
+    from deepspec.cache.build import BuildStopped, build_cache
+    from deepspec.data.refusals import refusal_lines
+    from deepspec.distributed import process_group, world_from_environment
+
+    recipe, data = _read(given)
+    with process_group(world_from_environment(), error=CacheError) as world:
+        try:
+            manifest = build_cache(recipe, data, given.output, world, given.append, given.server)
+        except BuildStopped as problem:
+            log.info("build: %s", problem)
+            return 143
+        if world.is_main:
+            rejected = sum(manifest.rejected.values())
+            lines = [f"{_summary(given.output, manifest)}, {rejected} rejected", *refusal_lines(manifest.rejected)]
+            print("\n  ".join(lines))
+    return 0
+
+
+def cache() -> int:
+    """Work on target caches: estimate a build, inspect, verify (and drop broken parts), import, export, recode.
+
+        python tools/cache.py estimate --recipe R --data conversations.jsonl [--measure 16] [--rate 40000]
+        python tools/cache.py inspect CACHE
+        python tools/cache.py verify CACHE [--rebuild --recipe R --data conversations.jsonl]
+        python tools/cache.py import PUBLISHED CACHE --recipe R
+        python tools/cache.py export CACHE PUBLISHED
+        python tools/cache.py recode CACHE OTHER --level near
+    Appending is building: tools/build_cache.py --append.
+    """
+    parser = Parser(description=cache.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(run: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        return one
+
+    one = command(_estimate, "estimate", "tokens, bytes per level, files and hours of a build")
+    _recipe_and_data(one)
+    one.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
+    one.add_argument("--measure", type=COUNT_OR_NONE, default=0,
+                     help="run so many through the target for its own ratios")  # fmt: skip
+    one.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
+    one.add_argument("--output", help="where the cache would go, for the free disk space")
+    one.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
+    one.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
+    one.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
+    one.add_argument("--hidden-size", type=COUNT, help="with --tokens: of the target")
+    one.add_argument("--layers", type=COUNT, default=5, help="with --tokens: target layers kept")
+    one.add_argument("--samples-per-part", type=COUNT, default=2048, help="with --tokens: as in the recipe")
+    one = command(_inspect, "inspect", "what a cache holds")
+    one.add_argument("cache")
+    one.add_argument("--sample", type=COUNT_OR_NONE, help="also decode this sample")
+    one = command(_verify, "verify", "check every byte; name broken parts")
+    _recipe_and_data(one)
+    one.add_argument("cache")
+    one.add_argument("--workers", type=COUNT, default=4, help="threads")
+    one.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
+    one = command(_import, "import", "a published raw-binary cache into ours")
+    _recipe_and_data(one)
+    one.add_argument("source")
+    one.add_argument("output")
+    one = command(_export, "export", "ours as a published raw-binary cache")
+    one.add_argument("source")
+    one.add_argument("output")
+    one = command(_recode, "recode", "an exact cache at another level")
+    one.add_argument("source")
+    one.add_argument("output")
+    one.add_argument("--level", default="near", choices=list(LEVELS))
+    one.add_argument("--features-level", choices=list(LEVELS))
+    one.add_argument("--last-hidden-level", choices=list(LEVELS))
+    given = parser.parse_args()
+    code: int = given.run(given)
+    return code
+
+
+def _estimate(given: argparse.Namespace) -> int:
+    from deepspec.cache.estimate import Totals, estimate, estimate_recipe
+    from deepspec.cache.writer import Layout
+
+    if given.tokens is not None:
+        if given.hidden_size is None:
+            raise CacheError("totals alone do not tell the width", key="--hidden-size", remedy="give --hidden-size")
+        rows = round(given.tokens / given.mean)
+        totals = Totals(rows, rows, round(given.tokens), round(given.tokens * given.supervised))
+        layout = Layout(given.hidden_size * given.layers, given.hidden_size, "bfloat16", "raw", "raw")
+        estimates = estimate(totals, layout, given.samples_per_part)
+    else:
+        totals, estimates = estimate_recipe(*_read(given), given.probe, given.measure)
+    print(
+        f"{totals.rows:,} conversations, {totals.samples:,} samples, {totals.tokens:,} tokens, "
+        f"{totals.mean_tokens:,.0f} a sample, {totals.last_rows / max(totals.tokens, 1):.0%} supervised"
+    )
+    for one in estimates:
+        print(f"  {one.level:9s} {one.coded_bytes / 1e9:12,.3f} GB  {one.parts:7,} parts  {one.files:8,} files")
+    if given.rate:
+        print(f"{clock(totals.tokens / given.rate)} at {given.rate:,.0f} tokens/s")
+    if given.output:
+        output = Path(given.output).absolute()
+        folder = next(path for path in (output, *output.parents) if path.exists())
+        print(f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free at {folder}")
+    return 0
+
+
+def _inspect(given: argparse.Namespace) -> int:
+    from deepspec.cache.reader import TargetCache
+    from deepspec.identity import flatten
+
+    opened = TargetCache.open(given.cache)
+    manifest = opened.manifest
+    for key, value in flatten(manifest.fingerprint).items():
+        print(f"{key}: {value}")
+    lengths = sorted(opened.lengths.tolist())
+    at = {share: lengths[min(len(lengths) - 1, int(share * len(lengths)))] for share in (0.0, 0.5, 0.9, 1.0)}
+    print(f"samples: {manifest.samples:,} in {len(manifest.parts):,} parts")
+    print(f"tokens: {manifest.tokens:,} ({manifest.rows / max(manifest.tokens, 1):.0%} with last_hidden)")
+    print("lengths: " + ", ".join(f"{share:.0%} {length}" for share, length in at.items()))
+    print(f"bytes: {manifest.coded_bytes:,}, {manifest.coded_bytes / max(manifest.raw_bytes, 1):.3f} of raw")
+    for reason, count in manifest.rejected.items():
+        print(f"rejected: {count} x {reason}")
+    print("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+    if given.sample is not None:
+        if given.sample >= manifest.samples:
+            wanted = f"0 to {manifest.samples - 1}"
+            raise CacheError("no such sample", file=given.cache, key="--sample", found=given.sample, wanted=wanted)
+        sample = opened.sample(given.sample)
+        spread = sample.features.float().std(dim=0)
+        print(f"sample {sample.sample_id}: {len(sample.input_ids)} tokens, {int(sample.loss_mask.sum())} supervised")
+        print(f"features: channel spread {spread.min():.3g} .. {spread.median():.3g} .. {spread.max():.3g}")
+    return 0
+
+
+def _verify(given: argparse.Namespace) -> int:
+    from deepspec.cache.build import build_cache
+    from deepspec.cache.verify import drop_parts, verify_cache
+
+    progress = Progress("verify", unit="bytes")
+    problems = verify_cache(given.cache, given.workers, _counting(progress))
+    progress.finish()
+    for problem in problems:
+        print(f"{problem.part}: {problem.text}")
+    if not problems:
+        print(f"{given.cache}: complete")
+        return 0
+    broken = sorted({problem.part for problem in problems if problem.part.isdigit()})
+    if not given.rebuild:
+        print(f"{len(broken)} broken parts; --rebuild --recipe R --data D makes just these again")
+        return 1
+    recipe, data = _read(given)
+    drop_parts(given.cache, broken)
+    build_cache(recipe, data, given.cache)
+    print(f"{given.cache}: built again: {', '.join(broken)}")
+    return 0
+
+
+def _import(given: argparse.Namespace) -> int:
+    from deepspec.cache.fingerprint import fingerprint_of
+    from deepspec.cache.forward import DTYPES
+    from deepspec.cache.published import import_published
+    from deepspec.targets import load_target_embeddings, load_tokenizer
+
+    recipe = _recipe(given)
+    target = recipe.target
+    spec = load_target_embeddings(target.path, DTYPES[target.dtype], revision=target.revision).spec  # fetches its files
+    recipe = recipe.for_target(spec)
+    mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
+    report = _counting(Progress("import", unit="parts"))
+    manifest = import_published(given.source, given.output, mark, recipe.cache.samples_per_part, report)
+    print(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
+    return 0
+
+
+def _export(given: argparse.Namespace) -> int:
+    from deepspec.cache.published import EAGLE3_CAUTION, export_published
+
+    samples = export_published(given.source, given.output, report=_counting(Progress("export", unit="samples")))
+    print(f"{given.output}: {samples:,} samples")
+    log.warning(EAGLE3_CAUTION)
+    return 0
+
+
+def _recode(given: argparse.Namespace) -> int:
+    from deepspec.cache.recode import recode_cache
+
+    features, last = given.features_level or given.level, given.last_hidden_level or given.level
+    for line in warnings({"features": features, "last_hidden": last}):
+        log.warning(line)
+    report = _counting(Progress("recode", unit="parts"))
+    manifest = recode_cache(given.source, given.output, features, last, report)
+    print(_summary(given.output, manifest))
+    return 0
+
+
+def _recipe_and_data(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    recipe_words(parser, required)
+    parser.add_argument("--data", help="conversations (JSONL); default: the recipe's data.conversations")
+
+
+def _recipe(given: argparse.Namespace) -> Recipe:
+    if given.recipe is None:
+        raise DataError("missing on the command line", key="--recipe")
+    return load_recipe(given.recipe, given.set)
+
+
+def _read(given: argparse.Namespace) -> tuple[Recipe, str]:
+    """The recipe, and the conversations of the command line or else of the recipe."""
+    recipe = _recipe(given)
+    data = given.data or recipe.data.conversations
+    if data is None:
+        raise DataError("no conversations named", key="data.conversations", remedy="give --data")
+    return recipe, data
+
+
+def _summary(output: str, manifest: Manifest) -> str:
+    share = manifest.coded_bytes / manifest.raw_bytes
+    sizes = f"{manifest.coded_bytes / 1e9:.3f} GB ({share:.3f} of raw)"
+    return f"{output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, {sizes}"
+
+
+def _counting(progress: Progress) -> Callable[..., None]:
+    """Reports (items done, items in all, bytes so far) to a progress line; without bytes an item counts 1."""
+
+    def report(done: int, total: int, size: int | None = None) -> None:
+        progress.total = total
+        progress.add(done - progress.done, 1 if size is None else size - progress.units)
+
+    return report

