@@ -1,21 +1,55 @@
-"""The small heads of DSpark: a sequential (Markov) head that corrects the parallel logits, and a confidence head.
+"""The heads of a draft: the target's own, frozen; a sequential (Markov) head that corrects its logits; confidence.
 
-A sequential head gives a *latent* per slot; the correction of the logits is ``markov_w2 @ latent``. In training the
-token before each slot is known (teacher forcing), so the latents of all slots are computed at once, except the rnn's
-state, which runs over the K slots of a block.
-
-D hidden size, R markov rank, V vocabulary (W2 has a row for each token that the draft can say); [..] any leading shape,
-K slots of a block.
+D hidden size, V vocabulary, R rank of the Markov head, K slots of a block; [..] any leading shape.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.nn.products import Linear
+from deepspec.nn.cpu.matmul import Linear, linear
 
-MARKOV_KINDS = ("vanilla", "gated", "rnn")
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """The target's embedding and output head, frozen, as a draft uses them.
+
+    They are no parameters of the draft: no optimizer, gradient, checkpoint or ZeRO partition ever touches them, and all
+    drafts of a process share the target's storage. A draft folder may carry them; see ``deepspec.drafts``.
+
+    Args:
+        embed_VD: the embedding matrix.
+        head_VD: the output head.
+        embed_scale: factor between a row and its token's embedding (Gemma: sqrt(D)).
+        softcap: c of the final logits c * tanh(x / c), or None.
+    """
+
+    embed_VD: Tensor
+    head_VD: Tensor
+    embed_scale: float = 1.0
+    softcap: float | None = None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """[..] int64 -> [.., D], scaled as the target scales."""
+        rows = F.embedding(tokens, self.embed_VD)
+        return rows if self.embed_scale == 1.0 else rows * self.embed_VD.new_tensor(self.embed_scale)
+
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> FrozenHead:
+        """The same head on ``device`` in ``dtype``; shares storage where nothing changes."""
+        return replace(self, embed_VD=self.embed_VD.to(device, dtype), head_VD=self.head_VD.to(device, dtype))
+
+    def reduced(self, draft_vocab: Tensor | None) -> FrozenHead:
+        """The head over the tokens ``draft_vocab`` [V'] int64; itself where it is None."""
+        return self if draft_vocab is None else replace(self, head_VD=self.head_VD[draft_vocab])
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[.., D] -> softcapped logits [.., V]."""
+        logits = linear(hidden.to(self.head_VD.dtype), self.head_VD)
+        return logits if self.softcap is None else self.softcap * (logits / self.softcap).tanh()
 
 
 class OutputMatrix(Linear):
@@ -29,19 +63,24 @@ class OutputMatrix(Linear):
 
 
 class MarkovHead(nn.Module):
-    """Low-rank bias on the logits from the token before a slot.
+    """Low-rank bias W2 @ latent on the logits, from the token x before a slot and the slot's hidden state h.
 
     - vanilla: latent = W1[x]
     - gated: latent = sigmoid(gate_proj([h; W1[x]])) * W1[x]
-    - rnn: z = [s; W1[x]; h]; joint_proj(z) -> (g, c, o); s' = sig(g) s + (1 - sig(g)) tanh(c); latent = tanh(o); s_0 =
-    0
+    - rnn: joint_proj([s; W1[x]; h]) -> (g, c, o); latent = tanh(o); s' = sig(g) s + (1 - sig(g)) tanh(c), at first 0
+
+    In training the token before each slot is known (teacher forcing), so the latents of all slots are computed at once,
+    except the rnn's state, which runs over the K slots of a block. W2 has a row for each of the ``draft_vocab_size``
+    tokens that the draft proposes from, by default all.
     """
 
-    def __init__(self, kind: str, vocab_size: int, rank: int, hidden_size: int, said: int | None = None) -> None:
+    def __init__(
+        self, kind: str, vocab_size: int, rank: int, hidden_size: int, draft_vocab_size: int | None = None
+    ) -> None:
         super().__init__()
         self.kind, self.rank = kind, rank
         self.markov_w1 = nn.Embedding(vocab_size, rank)
-        self.markov_w2 = OutputMatrix(rank, said or vocab_size, bias=False)
+        self.markov_w2 = OutputMatrix(rank, draft_vocab_size or vocab_size, bias=False)
         if kind == "gated":
             self.gate_proj = Linear(hidden_size + rank, rank)
         elif kind == "rnn":

@@ -1,30 +1,141 @@
-"""One draft layer for every algorithm and family: projections, and what happens around attention and the MLP.
+"""One draft layer for every algorithm and family, and its modules: norm, gated MLP, rotary table, projections.
 
-The layer does not decide who sees whom: an algorithm asks it for queries and for keys and values of its streams, calls
+The layer does not decide who sees whom: an algorithm asks it for queries and for keys and values, calls
 :func:`deepspec.nn.attention.attend`, and hands the result back to :meth:`DraftLayer.finish`.
 
-D hidden size, H query heads, G key/value heads, E head size.
+S sequence, D hidden size, H query heads, G key/value heads, E head size; [..] any leading shape.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
 
-from deepspec.families.base import Family, Shape
-from deepspec.nn.parts import GatedMLP, RMSNorm, rotate
-from deepspec.nn.products import Linear
+from deepspec.families.base import Family, Rope, Shape
+from deepspec.nn.cpu.matmul import Linear
 
-Table = tuple[Tensor, Tensor]
+Table = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
+
+
+class _Normalise(torch.autograd.Function):
+    """RMS norm in fp32 that keeps its input and one number a row for backward, not the fp32 copies autograd would."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        wide = x.float()
+        scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        normed = wide * scale
+        return (normed if weight is None else normed.mul_(weight.float())).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        normed, wide = x.float() * scale, grad.float()
+        d_weight = None
+        if weight is not None:
+            d_weight = (wide * normed).flatten(0, -2).sum(dim=0).to(weight.dtype)
+            wide = wide * weight.float()
+        inner = (wide * normed).mean(dim=-1, keepdim=True)
+        return (wide - normed.mul_(inner)).mul_(scale).to(x.dtype), d_weight, None
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last axis, computed in fp32; ``scale=False``: without a weight."""
+
+    def __init__(self, size: int, eps: float, scale: bool = True) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(size)) if scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Norm of ``x`` [.., size], in the dtype of ``x``."""
+        normed: Tensor = _Normalise.apply(x, self.weight, self.eps)
+        return normed
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x))."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.act = ACT2FN[shape.activation]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., D] -> [.., D]."""
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():
+            return self._down(gate, up)
+        # act(gate) and its product are the layer's widest activations and cost little to compute again in backward
+        return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+
+    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
+        return self.down_proj(self.act(gate) * up)
+
+
+def _inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
+    """(inv_freq [E / 2] fp32, attention scaling) of a rotary embedding.
+
+    "proportional" (Gemma4) rotates only the first ``partial_factor`` of the pairs; the rest have frequency 0. Other
+    kinds come from transformers.
+    """
+    if rope.kind in ("default", "proportional"):
+        exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        inv_freq = 1.0 / (rope.theta**exponent)
+        inv_freq[int(rope.partial_factor * head_dim // 2) :] = 0.0
+        return inv_freq, 1.0
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    config = LlamaConfig(
+        head_dim=head_dim, hidden_size=head_dim, num_attention_heads=1, max_position_embeddings=max_positions,
+        rope_parameters={"rope_type": rope.kind, "rope_theta": rope.theta, **dict(rope.parameters)},
+    )  # fmt: skip
+    inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope.kind](config, torch.device("cpu"))
+    return inv_freq.float(), float(scaling)
+
+
+class Rotary(nn.Module):
+    """cos and sin of the rotary embedding, always computed from an fp32 frequency table.
+
+    The table is no buffer and no parameter, which ``module.to(bfloat16)`` would round.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        with torch.device("cpu"):  # values and no state: also where the draft is built on ``meta``
+            self._inv_freq, self._scaling = _inverse_frequencies(shape.rope, shape.head_dim, shape.max_positions)
+
+    def forward(self, positions: Tensor) -> Table:
+        """(cos, sin), each [.., E] fp32, of integer ``positions`` [..]."""
+        if self._inv_freq.device != positions.device:
+            self._inv_freq = self._inv_freq.to(positions.device)
+        angles = positions[..., None].float() * self._inv_freq
+        angles = torch.cat((angles, angles), dim=-1)
+        return angles.cos() * self._scaling, angles.sin() * self._scaling
+
+
+def rotate(x: Tensor, table: Table) -> Tensor:
+    """Apply a rotary ``table`` (cos, sin: [.., S, E] fp32) to heads ``x`` [.., S, H, E], in fp32."""
+    cos, sin = (part.unsqueeze(-2) for part in table)
+    first, second = x.float().chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 class DraftAttention(nn.Module):
-    """Projections with separate query and key/value streams; the family's table says which norms stand on the heads.
+    """Projections with separate query and key/value inputs; the family's table says which norms stand on the heads.
 
     Args:
         shape: sizes of the layer.
         family: its parts.
-        input_size: width of the streams (D; 2D for Eagle3, which reads embedding and hidden state side by side).
+        input_size: width of the streams (D; 2D where a layer reads embedding and hidden state side by side).
     """
 
     def __init__(self, shape: Shape, family: Family, input_size: int) -> None:
@@ -35,9 +146,10 @@ class DraftAttention(nn.Module):
         self.k_proj = Linear(input_size, kv_size, bias=bias)
         self.v_proj = None if shape.k_eq_v else Linear(input_size, kv_size, bias=bias)
         self.o_proj = Linear(query_size, shape.hidden_size, bias=bias)
-        self.q_norm = RMSNorm(shape.head_dim, shape.norm_eps) if family.head_norm else None
-        self.k_norm = RMSNorm(shape.head_dim, shape.norm_eps) if family.head_norm else None
-        self.v_norm = RMSNorm(shape.head_dim, shape.norm_eps, scale=False) if family.value_norm else None
+        size, eps = shape.head_dim, shape.norm_eps
+        self.q_norm = RMSNorm(size, eps) if family.head_norm else None
+        self.k_norm = RMSNorm(size, eps) if family.head_norm else None
+        self.v_norm = RMSNorm(size, eps, scale=False) if family.value_norm else None
         self.scale = family.attention_scale or shape.head_dim**-0.5
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -61,13 +173,7 @@ class DraftAttention(nn.Module):
 
 
 class DraftLayer(nn.Module):
-    """Attention and MLP with the family's residual arrangement.
-
-    Args:
-        shape: sizes of the layer.
-        family: its parts.
-        input_size: width of the attention's streams.
-    """
+    """Attention and MLP with the family's residual arrangement; the arguments are those of :class:`DraftAttention`."""
 
     def __init__(self, shape: Shape, family: Family, input_size: int) -> None:
         super().__init__()
@@ -77,7 +183,7 @@ class DraftLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(shape)
         self.sandwich = family.sandwich
-        if self.sandwich:
+        if self.sandwich:  # norms before and after the MLP, and after attention
             self.pre_feedforward_layernorm = RMSNorm(size, eps)
             self.post_feedforward_layernorm = RMSNorm(size, eps)
             self.register_buffer("layer_scalar", torch.ones(1))

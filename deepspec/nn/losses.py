@@ -1,15 +1,18 @@
 """The fused head loss: everything between a draft's hidden states and its loss terms, without holding logits.
 
-The output head is frozen, so its weight needs no gradient: the supervised rows are walked in chunks; of each chunk both
-logits, all terms and the closed-form gradient with respect to the rows' hidden states and the sequential head's factors
-are computed, and only those gradients are kept. Rows that share a target position share its target logits and, with a
-vanilla Markov head, its bias row: rows come sorted by position, and both are computed once per position.
+The output head is frozen, so its weight needs no gradient: the supervised rows are taken in chunks; of each chunk both
+logits, all terms and the closed-form gradient with respect to the rows' hidden states and the Markov head's factors
+are computed, and only the gradients are kept. Rows come sorted by target position: the target's logits and, with a
+vanilla Markov head, the bias are computed once per position.
 
     z = softcap(head h) + W2 latent,  p = softmax(z),  q = softmax(softcap(head h_target))
     CE = -log p[label]              dCE/dz     = p - onehot(label)
     soft CE = -sum_v q log p        dsoftCE/dz = p - q
     L1 = sum_v |p - q|              dL1/dz     = p (s - <s, p>),  s = sign(p - q)
     acceptance rate c* = 1 - L1 / 2 (no gradient)
+
+Here: what a caller gives and gets, the cut into chunks, autograd. One chunk's computation: on a GPU
+:mod:`deepspec.nn.loss_chunk`, on a CPU :mod:`deepspec.nn.cpu.tiles`.
 
 R supervised rows, P distinct target positions, V vocabulary, D hidden size, M Markov rank.
 """
@@ -24,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspec.nn.chunk import Chunk, Gradients, HeadInputs, LossWeights, whole_chunk
-from deepspec.nn.frozen import FrozenHead
-from deepspec.nn.tiles import TileBuffers, TiledChunk
+from deepspec.nn.cpu.tiles import TileBuffers, TiledChunk
+from deepspec.nn.heads import FrozenHead
+from deepspec.nn.loss_chunk import Chunk, Gradients, HeadInputs, LossWeights, Markov, compute_chunk
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,16 @@ class HeadRows:
         device = label_R.device
         return replace(self, position_R=self.position_R.to(device), weight_R=self.weight_R.to(device), label_R=label_R)
 
-    def chunks(self, rows: int) -> Iterator[tuple[slice, slice]]:
-        """(positions, rows) slices of at most ``rows`` rows each, cut between positions."""
+    def chunks(self, max_rows: int) -> Iterator[Chunk]:
+        """Chunks of at most ``max_rows`` rows (more where one position has more), cut between positions."""
         first = 0
         while first < len(self.starts) - 1:
             last = first + 1
-            while last < len(self.starts) - 1 and self.starts[last + 1] - self.starts[first] <= rows:
+            while last < len(self.starts) - 1 and self.starts[last + 1] - self.starts[first] <= max_rows:
                 last += 1
-            yield slice(first, last), slice(self.starts[first], self.starts[last])
+            rows = slice(self.starts[first], self.starts[last])
+            local_r = self.position_R[rows] - first
+            yield Chunk(slice(first, last), rows, local_r, self.label_R[rows], self.weight_R[rows])
             first = last
 
 
@@ -65,7 +70,7 @@ class HeadRows:
 class HeadLoss:
     """What the fused head loss returns."""
 
-    combined: Tensor  # scalar, differentiable: sum over rows of weight * (ce CE + soft_ce softCE + l1 L1)
+    combined: Tensor  # scalar, fp32, differentiable: sum over rows of weight * (ce CE + soft_ce softCE + l1 L1)
     sums: dict[str, Tensor]  # detached weighted sums of the terms that were computed
     accept_R: Tensor | None  # detached c* of each row; None without a target distribution
     hit_R: Tensor  # detached 0/1: the label is the draft's most likely token
@@ -89,29 +94,25 @@ def head_loss(
         rows: labels, weights and target positions.
         weights: coefficients of the terms; a term with coefficient 0 and no gradient may still be reported.
         target_hidden_PD: the target's last hidden states; None where no term needs the target distribution.
-        latent: of the sequential head: [P, M] where it depends on the position's token alone, else [R, M].
-        w2_VM: the sequential head's output matrix.
-        backend: "tiled" (in place, tile by tile of the vocabulary), "compiled" (torch.compile of the chunk's
-            elementwise body) or "auto" (compiled on CUDA; the environment variable DEEPSPEC_LOSS overrides).
-
-    Returns:
-        HeadLoss; ``combined`` is fp32.
+        latent: of the Markov head: [P, M] where it depends on the position's token alone, else [R, M].
+        w2_VM: the Markov head's output matrix.
+        backend: "tiled" (in place, tile by tile of the vocabulary), "compiled" (torch.compile of the elementwise part)
+            or "auto" (compiled on CUDA, else tiled; the environment variable DEEPSPEC_LOSS overrides).
     """
     if backend == "auto":
         backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "tiled")
-    wanted = [x for x in (hidden_RD, latent, w2_VM) if x is not None]
-    differentiate = torch.is_grad_enabled() and any(x.requires_grad for x in wanted)
-    per_row = latent is not None and len(latent) == len(hidden_RD) != len(rows.starts) - 1
-    inputs = HeadInputs(hidden_RD.detach(), _data(latent), _data(w2_VM), target_hidden_PD, frozen, weights, per_row)
+    learns = any(x is not None and x.requires_grad for x in (hidden_RD, latent, w2_VM))
+    differentiate = torch.is_grad_enabled() and learns
+    markov = None
+    if latent is not None and w2_VM is not None:
+        per_row = len(latent) == len(hidden_RD) != len(rows.starts) - 1
+        markov = Markov(latent.detach(), w2_VM.detach(), per_row)
+    inputs = HeadInputs(hidden_RD.detach(), markov, target_hidden_PD, frozen, weights)
     combined, sums, accept, hit = _HeadLoss.apply(hidden_RD, latent, w2_VM, inputs, rows, differentiate, backend)
     compared = target_hidden_PD is not None
     computed = {"ce": True, "soft_ce": bool(weights.soft_ce) and compared, "l1": compared}
     terms = {name: total for (name, known), total in zip(computed.items(), sums, strict=True) if known}
     return HeadLoss(combined, terms, accept if compared else None, hit)
-
-
-def _data(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.detach()
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -127,30 +128,23 @@ class _HeadLoss(torch.autograd.Function):
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         accept = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         hit = torch.zeros_like(accept)
-        for positions, span in rows.chunks(buffers.max_rows):
-            local = rows.position_R[span] - positions.start
-            chunk = Chunk(positions, span, local, rows.label_R[span], rows.weight_R[span])
+        for chunk in rows.chunks(buffers.max_rows):
             if backend == "compiled":
-                terms = whole_chunk(inputs, chunk, gradients)
+                terms = compute_chunk(inputs, chunk, gradients)
             else:
                 terms = TiledChunk(inputs, chunk, buffers).run(gradients)
             sums += terms.sums
-            hit[span] = terms.hit_r
+            hit[chunk.rows] = terms.hit_r
             if terms.accept_r is not None:
-                accept[span] = terms.accept_r
+                accept[chunk.rows] = terms.accept_r
         del buffers  # before the last copies
-        if gradients is not None:
-            gradients.w2_VM = None if gradients.w2_VM is None or w2 is None else gradients.w2_VM.to(w2.dtype)
-            ctx.gradients = gradients
+        ctx.gradients = None if gradients is None else gradients.finished()
         ctx.mark_non_differentiable(sums, accept, hit)
         weights = inputs.weights
-        combined = (sums * sums.new_tensor([weights.ce, weights.soft_ce, weights.l1])).sum()
+        combined = weights.ce * sums[0] + weights.soft_ce * sums[1] + weights.l1 * sums[2]
         return combined, sums, accept, hit
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients: Gradients = ctx.gradients
-        ctx.gradients = None  # scaled in place and handed over: one backward a forward, as training does
-        kept = (gradients.hidden_RD, gradients.latent, gradients.w2_VM)
-        scaled = [None if part is None else part.mul_(grad.to(part.dtype)) for part in kept]
-        return (*scaled, None, None, None, None)
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and handed over: one backward a forward
+        return (*(None if x is None else x.mul_(grad.to(x.dtype)) for x in gradients), None, None, None, None)

@@ -2,8 +2,8 @@
 
 Rollback is a smaller length: nothing is copied, what lies behind a row's length is overwritten and never visible.
 
-B rows of the buffer, R rows of a call, C capacity in positions, N new positions or queries, S keys in view, G key/value
-heads, H query heads, E head size.
+B rows of the buffer, R rows of a call, C slots of a row, N new tokens or queries, S slots in view, G key/value heads,
+H query heads, r = H / G, E head size.
 """
 
 from __future__ import annotations
@@ -28,43 +28,43 @@ class RaggedKV:
         self.keys = like.new_zeros(rows, capacity, heads, head_dim)  # a masked key must be finite: no empty memory
         self.values = like.new_zeros(rows, capacity, heads, head_dim)
 
-    def reserve(self, reach: int) -> None:
-        """Make room for ``reach`` positions of every row."""
-        self.keys, self.values = grown(self.keys, reach), grown(self.values, reach)
+    def reserve(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` slots of every row."""
+        self.keys, self.values = grown(self.keys, num_slots), grown(self.values, num_slots)
 
     def write(self, kv_RNGE: tuple[Tensor, Tensor], slots_RN: Tensor, rows_R: Tensor) -> None:
-        """Write (keys, values) to positions ``slots`` of ``rows``."""
+        """Write (keys, values) to ``slots`` of ``rows``."""
         self.keys[rows_R[:, None], slots_RN], self.values[rows_R[:, None], slots_RN] = kv_RNGE
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows ``source`` [n] over rows ``target`` [n]."""
         self.keys[target], self.values[target] = self.keys[source], self.values[source]
 
-    def view(self, rows: int | Tensor, reach: int) -> tuple[Tensor, Tensor]:
+    def view(self, rows: int | Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
         """Keys and values [R, S, G, E] of the first ``rows`` rows, or of those named (a copy)."""
         if isinstance(rows, int):
-            return self.keys[:rows, :reach], self.values[:rows, :reach]
-        return self.keys[:, :reach].index_select(0, rows), self.values[:, :reach].index_select(0, rows)
+            return self.keys[:rows, :num_slots], self.values[:rows, :num_slots]
+        return self.keys[:, :num_slots].index_select(0, rows), self.values[:, :num_slots].index_select(0, rows)
 
 
-def grown(buffer: Tensor, reach: int) -> Tensor:
-    """``buffer`` [B, C, ..], or a copy half as long again (at least ``reach``) where it is too short."""
+def grown(buffer: Tensor, num_slots: int) -> Tensor:
+    """``buffer`` [B, C, ..], or a copy half as long again (at least ``num_slots``) where it is too short."""
     capacity = buffer.shape[1]
-    if reach <= capacity:
+    if num_slots <= capacity:
         return buffer
-    larger = buffer.new_zeros(buffer.shape[0], max(reach, capacity * 3 // 2), *buffer.shape[2:])
+    larger = buffer.new_zeros(buffer.shape[0], max(num_slots, capacity * 3 // 2), *buffer.shape[2:])
     larger[:, :capacity] = buffer
     return larger
 
 
-def score_bias(visible_RNS: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
-    """What :func:`attend_ragged` adds to the scores, [R, 1, groups * N, S]: 0 where visible, -inf elsewhere.
+def score_bias(visible_RNS: Tensor, heads_per_key: int, dtype: torch.dtype) -> Tensor:
+    """What :func:`attend_ragged` adds to the scores, [R, 1, r*N, S]: 0 where visible, -inf elsewhere.
 
-    ``groups`` query heads share a key head. Made once a pass: from a boolean mask it would be made in every layer.
+    Made once a pass: scaled_dot_product_attention would make it from a boolean mask in every layer.
     """
     R, N, S = visible_RNS.shape
     bias = torch.zeros((R, 1, N, S), dtype=dtype, device=visible_RNS.device)
-    return bias.masked_fill_(~visible_RNS[:, None], -torch.inf).repeat(1, 1, groups, 1)
+    return bias.masked_fill_(~visible_RNS[:, None], -torch.inf).repeat(1, 1, heads_per_key, 1)
 
 
 def attend_ragged(query_RNHE: Tensor, kv_RSGE: tuple[Tensor, Tensor], bias: Tensor, scale: float | None) -> Tensor:
@@ -75,7 +75,6 @@ def attend_ragged(query_RNHE: Tensor, kv_RSGE: tuple[Tensor, Tensor], bias: Tens
     R, N, H, E = query_RNHE.shape
     keys, values = (part.transpose(1, 2) for part in kv_RSGE)  # [R, G, S, E]
     G = keys.shape[1]
-    groups = H // G
-    folded = query_RNHE.view(R, N, G, groups, E).permute(0, 2, 3, 1, 4).reshape(R, G, groups * N, E)
+    folded = query_RNHE.view(R, N, G, H // G, E).permute(0, 2, 3, 1, 4).reshape(R, G, -1, E)  # [R, G, r*N, E]
     mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=bias, scale=scale)
-    return mixed.view(R, G, groups, N, E).permute(0, 3, 1, 2, 4).reshape(R, N, H, E)
+    return mixed.view(R, G, H // G, N, E).permute(0, 3, 1, 2, 4).reshape(R, N, H, E)

@@ -1,8 +1,15 @@
 """Targets: the frozen LLMs that drafts are trained for."""
 
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.embeddings import TargetEmbeddings, load_target_embeddings
-from deepspec.targets.load import Target, TargetSpec, load_spec, load_target, load_tokenizer
+from deepspec.targets.load import (
+    Target,
+    TargetEmbeddings,
+    TargetSpec,
+    load_spec,
+    load_target,
+    load_target_embeddings,
+    load_tokenizer,
+)
 
 __all__ = [
     "Target",

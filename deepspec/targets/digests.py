@@ -21,13 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from deepspec.errors import TargetError
-from deepspec.files import read_index, read_json, sha256_file, write_json
+from deepspec.files import sha256_file, write_json
+from deepspec.targets.stored import NAMES, open_stored, weight_files
 
 COMPLETE = "bytes:"  # in front of a digest of every byte; older records hold a bare sampled one
-NAMES = (  # in the order in which transformers looks for them
-    *("model.safetensors", "model.safetensors.index.json"),
-    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
-)
 SMALL = 4 << 20  # bytes: a smaller file is read again sooner than looked up
 SETTLED = 1_000_000_000  # ns: a file that changed less long ago could change again under the same time stamp
 
@@ -49,30 +46,6 @@ def weights_digest(path: str | Path, revision: str | None = None) -> str:
 def digest_like(known: str, path: str | Path, dtype: torch.dtype, revision: str | None = None) -> str:
     """The digest of a target in the form of ``known``: complete, or sampled as older records have it."""
     return weights_digest(path, revision) if known.startswith(COMPLETE) else sampled_digest(path, dtype, revision)
-
-
-def weight_files(path: str | Path, revision: str | None = None) -> list[str]:
-    """The files that transformers loads a target's weights from; none where they are not all on this machine."""
-    named = _find(path, "config.json", revision)
-    own = read_json(named, TargetError).get("transformers_weights") if named else None
-    for name in (*([own] if own else []), *NAMES):
-        file = _find(path, name, revision)
-        if file is None:
-            continue
-        if not name.endswith(".index.json"):
-            return [file]
-        found = [_find(path, shard, revision) for shard in read_index(file, TargetError)]
-        return [shard for shard in found if shard is not None] if None not in found else []
-    return []
-
-
-def _find(path: str | Path, name: str, revision: str | None) -> str | None:
-    from transformers.utils import cached_file
-
-    found: str | None = cached_file(
-        str(path), name, revision=revision, local_files_only=True, _raise_exceptions_for_missing_entries=False
-    )
-    return found
 
 
 # -- every byte --------------------------------------------------------------------------------------------------------
@@ -166,7 +139,6 @@ def _remember(new: dict[str, Any]) -> None:
 def sampled_digest(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> str:
     """The digest that records of before this version hold: of 1,024 values of each tensor as loaded in ``dtype``."""
     from deepspec.targets.load import load_target
-    from deepspec.targets.stored import open_stored
 
     stored = open_stored(path, dtype, revision)
     tensors: Iterable[tuple[str, Tensor]]

@@ -1,9 +1,9 @@
-"""Load a target: its facts from config.json alone, or the real Hugging Face model, frozen."""
+"""Load a target: its config alone, embedding and head alone, or the real Hugging Face model, frozen."""
 
 from __future__ import annotations
 
+import logging
 import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -22,8 +22,9 @@ from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
 from deepspec.files import read_json
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
-from deepspec.targets.digests import weight_files, weights_digest
-from deepspec.targets.stored import check_fit, silent
+from deepspec.targets.stored import check_fit, open_stored, silent, weight_files
+
+log = logging.getLogger(__name__)
 
 if not torch.cuda.is_available():  # transformers imports deepspeed where it is installed; that would guess, and warn
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -227,22 +228,39 @@ def load_target(
         raise _unreadable(path, problem) from None
     model, info = loaded
     check_fit(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    say_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
+    _warn_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
     return Target(model.to(device), spec)
 
 
-def say_untied(spec: TargetSpec, tied: bool) -> None:
-    """Say that the files hold a head of their own although the config ties it: transformers keeps it, engines may not.
+def load_target_embeddings(
+    path: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu", revision: str | None = None
+) -> TargetEmbeddings:
+    """Load embedding and head of a target in ``dtype``: all that training from a cache reads of it.
 
-    Args:
-        spec: the target.
-        tied: whether embedding and head are one tensor.
+    The complete :class:`Target` comes instead where it is quantized or its files are not safetensors.
+
+    Raises:
+        TargetError: nothing to load there, an unknown family, or tensors that are not those of its config.
     """
+    spec = load_spec(path, revision)
+    stored = open_stored(path, dtype, revision)
+    if stored is None:
+        return load_target(path, dtype, device, revision)
+    tied = stored.tied()
+    embed, head = (stored.weight_name(end) for end in stored.ends())
+    embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
+    head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
+    _warn_untied(spec, tied)
+    return TargetEmbeddings(spec, embed_weight, head_weight)
+
+
+def _warn_untied(spec: TargetSpec, tied: bool) -> None:
+    """Warn where the config ties the head and the files hold another: transformers keeps it, engines may not."""
     if spec.config.get("tie_word_embeddings") and not tied and world_from_environment().is_main:
-        print(
-            f"note: {spec.path}: tie_word_embeddings is true, but the files hold another lm_head; it is the head here, "
-            "as in transformers; set it to false in config.json, or a serving engine may take the embedding instead",
-            file=sys.stderr, flush=True,
+        log.warning(
+            "%s: tie_word_embeddings is true, but the files hold another lm_head; it is the head here, as in "
+            "transformers; set it to false in config.json, or a serving engine may take the embedding instead",
+            spec.path,
         )  # fmt: skip
 
 
@@ -258,25 +276,32 @@ def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:
     )
 
 
-class Target:
-    """A frozen target model and the few things that deepspec asks of it."""
+class TargetEmbeddings:
+    """A target's embedding and head, without what runs the model."""
 
-    def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
-        self.model = model.eval().requires_grad_(False)
-        self.spec = spec
-        self.decoder = _find_decoder(model)
-        self.embed_weight: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]  # [V, D]
-        self.head_weight: Tensor = model.get_output_embeddings().weight.detach()  # type: ignore[operator]  # [V, D]
+    def __init__(self, spec: TargetSpec, embed_weight: Tensor, head_weight: Tensor) -> None:
+        self.spec, self.embed_weight, self.head_weight = spec, embed_weight, head_weight  # [V, D] each
 
     @property
     def device(self) -> torch.device:
-        """Where the target runs."""
+        """Where the weights and the target's hidden states are."""
         return self.embed_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of its weights and hidden states."""
+        """Of weights and hidden states."""
         return self.embed_weight.dtype
+
+
+class Target(TargetEmbeddings):
+    """A frozen target model and the few things that deepspec asks of it."""
+
+    def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
+        ends: Any = model
+        embed, head = ends.get_input_embeddings().weight, ends.get_output_embeddings().weight
+        super().__init__(spec, embed.detach(), head.detach())
+        self.model = model.eval().requires_grad_(False)
+        self.decoder = find_decoder(model)
 
     @torch.no_grad()
     def forward(
@@ -319,10 +344,6 @@ class Target:
         cap = self.spec.softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
-    def weights_digest(self) -> str:
-        """The digest of the target's files, every byte; see :mod:`deepspec.targets.digests`."""
-        return weights_digest(self.spec.path, self.spec.revision)
-
 
 def cache_keyword(model: nn.Module) -> str:
     """What ``forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
@@ -334,7 +355,7 @@ def _cache_keyword(forward: Callable[..., Any]) -> str:  # every forward of the 
     return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 
-def _find_decoder(model: nn.Module) -> nn.Module:
+def find_decoder(model: nn.Module) -> nn.Module:
     """The module with ``layers`` and ``embed_tokens`` (``model.language_model`` in multi-modal models)."""
     decoder = getattr(model, "model", model)
     decoder = getattr(decoder, "language_model", decoder)

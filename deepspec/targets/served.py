@@ -10,14 +10,12 @@ S sequence, L layers asked for, D hidden size.
 from __future__ import annotations
 
 import fcntl
-import http.client
 import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
@@ -25,9 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
+from deepspec.http import NoReply, request, without_password
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.embeddings import TargetEmbeddings, load_target_embeddings
-from deepspec.targets.load import Target, TargetSpec, _find_decoder, load_spec
+from deepspec.targets.load import TargetEmbeddings, TargetSpec, find_decoder, load_spec, load_target_embeddings
 from deepspec.targets.stored import open_stored
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
@@ -39,8 +37,8 @@ def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
     return sorted({layer + 1 for layer in layers} | {spec.num_layers})
 
 
-class ServedTarget:
-    """Stands where a :class:`~deepspec.targets.Target` runs forward passes: the cache builder, online training.
+class ServedTarget(TargetEmbeddings):
+    """Runs forward passes where a :class:`~deepspec.targets.Target` would: for the cache builder, online training.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8000``.
@@ -60,37 +58,13 @@ class ServedTarget:
         revision: str | None = None, timeout: float = 600.0, concurrency: int = 8,
     ) -> None:  # fmt: skip
         self.url, self.timeout = url.rstrip("/"), timeout
-        self.spec = load_spec(path, revision)
-        self.spec.check_layers(layers)
-        self._places = {layer: place for place, layer in enumerate(server_layers(layers, self.spec))}
-        self._ends: TargetEmbeddings | Target = load_target_embeddings(path, dtype, "cpu", revision)
+        load_spec(path, revision).check_layers(layers)
+        ends = load_target_embeddings(path, dtype, "cpu", revision)
+        super().__init__(ends.spec, ends.embed_weight, ends.head_weight)
+        self._index = {layer: index for index, layer in enumerate(server_layers(layers, self.spec))}
         self._norm = load_final_norm(path, dtype, revision)
         self._pool = ThreadPoolExecutor(concurrency)
         self._name = self._served_name()
-
-    @property
-    def embed_weight(self) -> Tensor:
-        """[V, D]."""
-        return self._ends.embed_weight
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[V, D]."""
-        return self._ends.head_weight
-
-    @property
-    def device(self) -> torch.device:
-        """Where the hidden states come to lie."""
-        return self._ends.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of embedding, head and hidden states."""
-        return self._ends.dtype
-
-    def weights_digest(self) -> str:
-        """The digest of the target's files, equal to that of it loaded."""
-        return self._ends.weights_digest()
 
     @torch.no_grad()
     def forward(
@@ -118,7 +92,7 @@ class ServedTarget:
         """
         if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
             raise TargetError("a served target takes whole prompts only", found="positions, a cache or special masks")
-        unknown = [layer for layer in layers if layer + 1 not in self._places]
+        unknown = [layer for layer in layers if layer + 1 not in self._index]
         if unknown:
             raise TargetError("the server does not give these layers", file=self.url, found=unknown,
                               remedy="start it for the recipe's layers")  # fmt: skip
@@ -129,9 +103,9 @@ class ServedTarget:
         features = torch.zeros(B, S, len(layers) * D, dtype=self.dtype)
         last = torch.zeros(B, S, D, dtype=self.dtype)
         for row, hidden in enumerate(self._pool.map(self._hidden_states, rows)):
-            chosen = [hidden[:, self._places[layer + 1]] for layer in layers]
+            chosen = [hidden[:, self._index[layer + 1]] for layer in layers]
             features[row, : len(hidden)] = torch.cat(chosen, dim=-1) if chosen else hidden[:, 0, :0]
-            last[row, : len(hidden)] = self._norm(hidden[:, self._places[self.spec.num_layers]])
+            last[row, : len(hidden)] = self._norm(hidden[:, self._index[self.spec.num_layers]])
         return TargetOutput(features, last)
 
     def _served_name(self) -> str:
@@ -153,13 +127,13 @@ class ServedTarget:
 
     def _checked(self, found: dict[str, Tensor], tokens: list[int], path: str) -> Tensor:
         hidden = found["hidden_states"]
-        wanted = (len(tokens), len(self._places), self.spec.hidden_size)
+        wanted = (len(tokens), len(self._index), self.spec.hidden_size)
         if found["token_ids"].tolist() != tokens:
             raise TargetError(
                 "hidden states of other tokens", file=path, remedy="start the server without prefix caching"
             )
         if tuple(hidden.shape) != wanted:
-            remedy = f"start the server for the layers {sorted(self._places)} (its ids)"
+            remedy = f"start the server for the layers {sorted(self._index)} (its ids)"
             raise TargetError("hidden states of another shape", file=path, found=tuple(hidden.shape), wanted=wanted,
                               remedy=remedy)  # fmt: skip
         return hidden
@@ -175,38 +149,26 @@ class ServedTarget:
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                status, text = self._exchange(verb, path, body)
-            except (OSError, http.client.HTTPException) as error:
-                problem = f"{type(error).__name__} {error}"
+                reply = request(verb, self.url + path, self.timeout, body)
+            except NoReply as none:
+                problem = none.problem
                 continue
-            if status == 200:
-                return dict(json.loads(text))
-            problem = f"{status} {text[:200].decode(errors='replace')}"
-            if 400 <= status < 500 and status != 429:
+            if reply.status == 200:
+                return dict(json.loads(reply.body))
+            problem = reply.summary
+            if 400 <= reply.status < 500 and reply.status != 429:
                 break
-        raise TargetError("the server does not answer", file=self.url + path, found=problem,
+        raise TargetError("the server does not answer", file=without_password(self.url) + path, found=problem,
                           remedy="is it up, and does it serve this target?")  # fmt: skip
-
-    def _exchange(self, verb: str, path: str, body: dict[str, Any] | None) -> tuple[int, bytes]:
-        parts = urlsplit(self.url)
-        kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        connection = kind(parts.hostname or "", parts.port, timeout=self.timeout)
-        try:
-            data = None if body is None else json.dumps(body).encode()
-            connection.request(verb, parts.path + path, data, {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            return response.status, response.read()
-        finally:
-            connection.close()
 
 
 def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
-    """What the server wrote for one prompt, once it is whole: it holds a lock on ``PATH.lock`` while it writes.
+    """What the server wrote for one prompt, once it is complete: it holds a lock on ``PATH.lock`` while it writes.
 
     The file and its lock are removed: they were written for this reader alone.
 
     Raises:
-        TargetError: no such file here, a broken one, or one that is not whole after ``timeout`` seconds.
+        TargetError: no such file here, a broken one, or one that is not complete after ``timeout`` seconds.
     """
     lock = path.with_name(path.name + ".lock")
     try:
@@ -240,13 +202,13 @@ def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None =
     """The target's own final norm, alone.
 
     Raises:
-        TargetError: the target is quantized, not stored as safetensors, or not whole.
+        TargetError: the target is quantized, not stored as safetensors, or not complete.
     """
     stored = open_stored(path, dtype, revision)
     if stored is None:
         raise TargetError("its final norm cannot be read alone", file=path,
                           remedy="serve a target with safetensors files")  # fmt: skip
-    norm: nn.Module = _find_decoder(stored.model).norm  # type: ignore[assignment]
+    norm: nn.Module = find_decoder(stored.model).norm  # type: ignore[assignment]
     name = stored.name_of(norm)
     norm.load_state_dict({key: stored.read(f"{name}.{key}") for key in norm.state_dict()}, assign=True)
     return norm.eval().requires_grad_(False)

@@ -18,9 +18,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
-from deepspec.files import read_index
+from deepspec.files import read_index, read_json
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+NAMES = (  # in the order in which transformers looks for them
+    *("model.safetensors", "model.safetensors.index.json"),
+    *("pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
 SHOWN = 8  # names of one kind in an error
 
 
@@ -96,7 +99,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = AutoConfig.from_pretrained(str(path), revision=revision)
-    stored = stored_tensors(path, revision, config)
+    stored = _stored_tensors(path, revision, config)
     if not stored or getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):
@@ -111,32 +114,51 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     return StoredTarget(model, found, transforms, parts)
 
 
-def stored_tensors(path: str | Path, revision: str | None, config: Any) -> dict[str, StoredTensor]:
-    """All stored tensors by stored name; none where the target has no readable safetensors files.
+def weight_files(path: str | Path, revision: str | None = None, fetch: bool = False) -> list[str]:
+    """The files that transformers loads a target's weights from; none where they are not all to be had.
 
-    A single file comes before an index, as in transformers.
+    Args:
+        path: the target's folder or hub id.
+        revision: of the hub id.
+        fetch: whether files of a hub id that are not on this machine may be fetched.
 
     Raises:
-        TargetError: a file that the index names is missing.
+        TargetError: a broken index.
     """
+
+    def find(name: str) -> str | None:
+        found: str | None = cached_file(
+            str(path), name, revision=revision, local_files_only=not fetch,
+            _raise_exceptions_for_missing_entries=False,
+        )  # fmt: skip
+        return found
+
     from transformers.utils import cached_file
 
-    options = {"revision": revision, "_raise_exceptions_for_missing_entries": False}
-    if getattr(config, "transformers_weights", None):  # files under a name of its own
-        return {}
+    config = find("config.json")
+    own = read_json(config, TargetError).get("transformers_weights") if config else None
+    for name in (*([own] if own else []), *NAMES):
+        file = find(name)
+        if file is None:
+            continue
+        if not name.endswith(".index.json"):
+            return [file]
+        shards = [find(shard) for shard in read_index(file, TargetError)]
+        return [shard for shard in shards if shard is not None] if None not in shards else []
+    return []
+
+
+def _stored_tensors(path: str | Path, revision: str | None, config: Any) -> dict[str, StoredTensor]:
+    """All stored tensors by stored name; none where the target has no readable safetensors files."""
     found: dict[str, StoredTensor] = {}
     try:
-        names = [WEIGHTS]
-        if not cached_file(str(path), WEIGHTS, **options):
-            index = cached_file(str(path), INDEX, **options)
-            names = read_index(index, TargetError) if index else []
-        for name in names:
-            file = cached_file(str(path), name, **options)
-            if file is None:
-                raise TargetError("no such file", file=path, key=name, remedy=f"{INDEX} names it; fetch it")
+        files = weight_files(path, revision, fetch=True)
+        if getattr(config, "transformers_weights", None) or not all(file.endswith(".safetensors") for file in files):
+            return {}
+        for file in files:
             with safe_open(file, "pt") as opened:
                 for key in opened.keys():  # noqa: SIM118 - no dict
-                    found[key] = StoredTensor(str(file), key, tuple(opened.get_slice(key).get_shape()))
+                    found[key] = StoredTensor(file, key, tuple(opened.get_slice(key).get_shape()))
     except (OSError, SafetensorError):
         return {}
     return found

@@ -35,7 +35,7 @@ def test_no_file_and_no_function_is_too_long() -> None:
 
 def test_no_assert_outside_tests() -> None:
     found = [f"{path}:{n.lineno}" for path, tree in parsed() for n in ast.walk(tree) if isinstance(n, ast.Assert)]
-    assert not found
+    assert not [place for place in found if not place.startswith("deepspec/testing/")]  # the suites are tests
 
 
 def test_no_unfinished_work_is_marked_in_the_code() -> None:
@@ -51,7 +51,7 @@ def test_only_the_engine_imports_deepspeed() -> None:
         if (isinstance(node, ast.Import) and any(a.name.split(".")[0] == "deepspeed" for a in node.names))
         or (isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "deepspeed")
     }
-    assert importers <= {"deepspec/training/engine.py", "deepspec/export/consolidate.py"}
+    assert importers <= {"deepspec/training/engine.py", "deepspec/checkpoints.py"}
 
 
 def test_only_the_distributed_floor_asks_for_cuda_by_name() -> None:

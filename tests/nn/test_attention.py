@@ -1,4 +1,4 @@
-"""The attention backends against their plain twin, over random shapes."""
+"""The attention backends against the reference with a mask, over random shapes."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run(tensors: list[Tensor], limit: Tensor, backend: str) -> list[Tensor]:
 
 @given(**SHAPES)
 @settings(max_examples=40, deadline=None)
-def test_two_part_equals_the_masked_twin(**shape: int) -> None:
+def test_two_part_equals_the_masked_reference(**shape: int) -> None:
     tensors, limit = inputs(**shape, dtype=torch.float32)
     for fast, plain in zip(run(tensors, limit, "two_part"), run(tensors, limit, "sdpa"), strict=True):
         torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
@@ -53,7 +53,7 @@ def test_two_part_in_bf16_stays_near_fp32(**shape: int) -> None:
 @given(**{**SHAPES, "N": st.integers(1, 12)})
 @settings(max_examples=8, deadline=None)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-def test_flex_mask_equals_the_twin(**shape: int) -> None:
+def test_flex_mask_equals_the_reference(**shape: int) -> None:
     tensors, limit = inputs(**shape, dtype=torch.float32)
     if shape["M"] == 0:
         limit = limit.clamp_min(1)  # flex leaves rows that see nothing undefined

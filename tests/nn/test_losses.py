@@ -1,4 +1,4 @@
-"""The fused head loss against its plain twin: values, gradients, softcap, sequential head, reduced vocabulary."""
+"""The fused head loss against its reference: values, gradients, softcap, sequential head, reduced vocabulary."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_losses import plain_head_terms
 from torch import Tensor
 
-from deepspec.nn import chunk, tiles
-from deepspec.nn.chunk import LossWeights
-from deepspec.nn.frozen import FrozenHead
+from deepspec.nn import loss_chunk
+from deepspec.nn.cpu import tiles
+from deepspec.nn.heads import FrozenHead
+from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
-from deepspec.nn.plain import plain_head_terms
 
 V, D, M = 61, 12, 5
 CASES = {
@@ -33,12 +34,12 @@ class Problem:
         def normal(*shape: int, grad: bool = False) -> Tensor:
             return torch.randn(*shape, generator=g).to(dtype).requires_grad_(grad)
 
-        self.kept = torch.randperm(V, generator=g)[: V // 2].sort().values if reduced else None
-        size = V if self.kept is None else len(self.kept)
+        self.draft_vocab = torch.randperm(V, generator=g)[: V // 2].sort().values if reduced else None
+        size = V if self.draft_vocab is None else len(self.draft_vocab)
         position = torch.randint(0, max(1, R // 2), (R,), generator=g).sort().values
         _, position = torch.unique_consecutive(position, return_inverse=True)
         P = int(position.max()) + 1 if R else 0
-        self.frozen = FrozenHead(normal(V, D), normal(V, D) * 0.5, 1.0, softcap).reduced(self.kept)
+        self.frozen = FrozenHead(normal(V, D), normal(V, D) * 0.5, 1.0, softcap).reduced(self.draft_vocab)
         self.rows = HeadRows.plan(position, torch.rand(R, generator=g)).with_labels(
             torch.randint(0, size, (R,), generator=g)
         )
@@ -98,7 +99,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = problem.fused(weights)
     gradients = torch.autograd.grad(whole.combined, problem.leaves)
     monkeypatch.setattr(tiles, "_CHUNK_BYTES", {"cpu": 0})
-    monkeypatch.setattr(tiles, "_GRAIN", 7)
+    monkeypatch.setattr(tiles, "_ROW_MULTIPLE", 7)
     monkeypatch.setattr(tiles, "_TILE_COLUMNS", 13)
     pieces = problem.fused(weights)
     torch.testing.assert_close(pieces.combined, whole.combined)
@@ -108,7 +109,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_compiled_body_equals_the_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The body that torch.compile fuses on CUDA, run uncompiled here."""
-    monkeypatch.setattr("deepspec.nn.chunk.compiled_chunk_terms", lambda: chunk.functional_chunk_terms)
+    monkeypatch.setattr("deepspec.nn.loss_chunk.compiled_chunk_terms", lambda: loss_chunk.chunk_terms)
     for weights in (LossWeights(0.1, 0.0, 0.9), LossWeights(soft_ce=1.0), LossWeights(ce=1.0)):
         problem = Problem(2, 40, "position", 4.0, False, torch.float32)
         one, other = problem.fused(weights, "compiled"), problem.fused(weights, "tiled")

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from deepspec.families.base import Rope
-from deepspec.nn.parts import Rotary, rotate
+from deepspec.nn.layer import Rotary, rotate
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma4"])

@@ -20,14 +20,13 @@ from deepspec.recipe import TargetSection
 from deepspec.targets import (
     Target,
     TargetEmbeddings,
-    embeddings,
     load_spec,
     load_target,
     load_target_embeddings,
 )
 from deepspec.targets.digests import weights_digest
 from deepspec.targets.served import load_final_norm
-from deepspec.training.warm_start import warm_start
+from deepspec.training.initial import warm_start
 
 HEAD, EMBED, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 MLP = "model.layers.2.mlp.down_proj.weight"
@@ -57,10 +56,9 @@ def changed(folder: Path, change: Callable[[dict[str, Tensor]], object], config:
 def agreeing(path: Path, dtype: torch.dtype = torch.float32) -> TargetEmbeddings:
     """The ends of a target, equal to those of the whole."""
     whole, alone = load_target(path, dtype), load_target_embeddings(path, dtype)
-    assert isinstance(alone, TargetEmbeddings)
+    assert not isinstance(alone, Target)
     assert torch.equal(whole.embed_weight, alone.embed_weight)
     assert torch.equal(whole.head_weight, alone.head_weight)
-    assert whole.weights_digest() == alone.weights_digest()
     return alone
 
 
@@ -200,7 +198,7 @@ def test_a_target_with_experts_is_read_by_its_ends_alone(tmp_path: Path, monkeyp
     def never(*_: Any) -> Target:
         raise AssertionError("the whole target was loaded")
 
-    monkeypatch.setattr(embeddings, "load_target", never)
+    monkeypatch.setattr("deepspec.targets.load.load_target", never)
     assert load_target_embeddings(path, torch.bfloat16).dtype == torch.bfloat16
 
 

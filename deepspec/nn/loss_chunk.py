@@ -1,0 +1,173 @@
+"""One chunk of the fused head loss: what it reads, what it gives, and how a GPU computes it, from complete logits.
+
+A chunk is some target positions with all of their rows. :mod:`deepspec.nn.losses` cuts the chunks;
+:mod:`deepspec.nn.cpu.tiles` is how a CPU computes one.
+
+r rows of the chunk, p target positions of it, R and P of the whole call, V vocabulary, D hidden size, M Markov rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from deepspec.nn.cpu.matmul import add_matmul, matmul_fp32
+from deepspec.nn.heads import FrozenHead
+
+_W2_ROWS = 4096  # rows of the Markov head's output matrix whose gradient is summed at a time
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Coefficients of the terms of the head loss."""
+
+    ce: float = 0.0
+    soft_ce: float = 0.0
+    l1: float = 0.0
+    report_l1: bool = False  # the distance is wanted though its coefficient is 0 (the confidence head's label)
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether a term needs the target's distribution."""
+        return self.soft_ce != 0.0 or self.l1 != 0.0 or self.report_l1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Some positions with all of their rows."""
+
+    positions: slice  # of P
+    rows: slice  # of R
+    local_r: Tensor  # each row's position within the chunk
+    label_r: Tensor
+    weight_r: Tensor
+
+
+@dataclass(frozen=True)
+class Markov:
+    """The factors of the Markov head's bias W2 @ latent, or their gradients."""
+
+    latent: Tensor  # [P, M], or [R, M] where ``per_row``
+    w2_VM: Tensor
+    per_row: bool
+
+    def span(self, chunk: Chunk) -> slice:
+        """The chunk's part of the latents."""
+        return chunk.rows if self.per_row else chunk.positions
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a call of the head loss reads."""
+
+    hidden_RD: Tensor
+    markov: Markov | None
+    target_PD: Tensor | None
+    frozen: FrozenHead
+    weights: LossWeights
+
+
+@dataclass(frozen=True)
+class ChunkTerms:
+    """Values of one chunk."""
+
+    sums: Tensor  # [3]: weighted sums of CE, soft CE, L1
+    accept_r: Tensor | None
+    hit_r: Tensor
+
+
+class Gradients:
+    """Where the closed-form gradients of a call are collected; that of W2, a sum over all chunks, in fp32."""
+
+    def __init__(self, inputs: HeadInputs) -> None:
+        self.hidden_RD = torch.zeros_like(inputs.hidden_RD)
+        self.markov: Markov | None = None
+        if (given := inputs.markov) is not None:
+            self._w2_dtype = given.w2_VM.dtype
+            w2 = torch.zeros_like(given.w2_VM, dtype=torch.float32)
+            self.markov = Markov(torch.zeros_like(given.latent), w2, given.per_row)
+
+    def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of the hidden states, the latents and W2, each in the dtype of its input."""
+        if self.markov is None:
+            return self.hidden_RD, None, None
+        return self.hidden_RD, self.markov.latent, self.markov.w2_VM.to(self._w2_dtype)
+
+
+def compute_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None) -> ChunkTerms:
+    """Values of a chunk from complete logits [r, V]; its gradients go to ``gradients``."""
+    head, cap, markov = inputs.frozen.head_VD, inputs.frozen.softcap, inputs.markov
+    logits_rV = matmul_fp32(inputs.hidden_RD[chunk.rows].to(head.dtype), head.T)
+    slope_rV = None
+    if cap is not None:
+        logits_rV = (logits_rV / cap).tanh()
+        slope_rV, logits_rV = 1.0 - logits_rV.square(), cap * logits_rV
+    if markov is not None:
+        bias = matmul_fp32(markov.latent[markov.span(chunk)].to(markov.w2_VM.dtype), markov.w2_VM.T)
+        logits_rV = logits_rV + (bias if markov.per_row else bias[chunk.local_r])
+    target_pV = None
+    if inputs.target_PD is not None:
+        target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), head.T)
+        target_pV = target_pV if cap is None else cap * (target_pV / cap).tanh()
+    rows = (chunk.local_r, chunk.label_r, chunk.weight_r)
+    terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, *rows, inputs.weights, gradients is not None)
+    if gradients is not None and gradient_rV is not None:
+        _collect(inputs, chunk, gradients, gradient_rV, slope_rV)
+    return terms
+
+
+def _collect(
+    inputs: HeadInputs, chunk: Chunk, gradients: Gradients, gradient_rV: Tensor, slope_rV: Tensor | None
+) -> None:
+    head, markov = inputs.frozen.head_VD, inputs.markov
+    d_head = gradient_rV if slope_rV is None else gradient_rV * slope_rV
+    gradients.hidden_RD[chunk.rows] = (d_head.to(head.dtype) @ head).to(gradients.hidden_RD.dtype)
+    if markov is None or gradients.markov is None:
+        return
+    d_bias, w2, span = gradient_rV, markov.w2_VM, markov.span(chunk)
+    if not markov.per_row:
+        positions = chunk.positions.stop - chunk.positions.start
+        d_bias = gradient_rV.new_zeros(positions, gradient_rV.shape[1]).index_add_(0, chunk.local_r, gradient_rV)
+    d_bias = d_bias.to(w2.dtype)
+    gradients.markov.latent[span] = (d_bias @ w2).to(markov.latent.dtype)
+    latent = markov.latent[span].to(w2.dtype)
+    for start in range(0, len(w2), _W2_ROWS):  # so that no product grows large before its sum in fp32
+        rows = slice(start, start + _W2_ROWS)
+        add_matmul(gradients.markov.w2_VM[rows], d_bias[:, rows].T, latent)
+
+
+def chunk_terms(
+    logits_rV: Tensor, target_pV: Tensor | None, local_r: Tensor, label_r: Tensor, weight_r: Tensor,
+    weights: LossWeights, differentiate: bool,
+) -> tuple[ChunkTerms, Tensor | None]:  # fmt: skip
+    """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses into a few kernels."""
+    p = logits_rV.softmax(dim=-1)
+    log_total = logits_rV.logsumexp(dim=-1)
+    label = label_r[:, None]
+    at_label = logits_rV.gather(1, label)[:, 0]
+    ce = log_total - at_label
+    soft_ce = distance = torch.zeros_like(ce)
+    gradient = weights.ce * (p - torch.zeros_like(p).scatter(1, label, 1.0))
+    if target_pV is not None:
+        q = target_pV.softmax(dim=-1)[local_r]
+        difference = p - q
+        distance = difference.abs().sum(dim=-1)
+        sign = difference.sign()
+        gradient = gradient + weights.l1 * p * (sign - (sign * p).sum(dim=-1, keepdim=True))
+        if weights.soft_ce:
+            soft_ce = log_total - (q * logits_rV).sum(dim=-1)
+            gradient = gradient + weights.soft_ce * difference
+    sums = torch.stack([(weight_r * term).sum() for term in (ce, soft_ce, distance)])
+    accept = None if target_pV is None else 1.0 - 0.5 * distance
+    hit = (at_label == logits_rV.amax(dim=-1)).float()
+    return ChunkTerms(sums, accept, hit), gradient * weight_r[:, None] if differentiate else None
+
+
+@cache
+def compiled_chunk_terms() -> Callable[..., tuple[ChunkTerms, Tensor | None]]:
+    """:func:`chunk_terms` compiled once a process."""
+    return torch.compile(chunk_terms, dynamic=True)
