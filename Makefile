@@ -6,7 +6,7 @@ READY := .venv/.ready
 SCALE ?= full
 TASKS ?= ../shared/eval
 
-.PHONY: help quickstart serve-check real ablate results test test-slow test-mpi lint format clean clean-all
+.PHONY: help quickstart serve-check real ablate results test test-slow test-mpi lint house format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
@@ -17,6 +17,7 @@ help:
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
+	@echo "make house       size, length and names of the code against their limits"
 	@echo "make format      format the code"
 	@echo "make clean       remove build/;  make clean-all  the virtual environment too"
 
@@ -59,6 +60,9 @@ lint: $(READY)
 	@$(BIN)/mypy --no-error-summary
 	@report=$$($(BIN)/lint-imports 2>&1) || { echo "$$report"; exit 1; }
 	@echo "lint: ruff, mypy and the import contracts are clean"
+
+house: $(READY)
+	@$(BIN)/python benchmarks/house.py
 
 format: $(READY)
 	@$(BIN)/ruff check --fix --quiet

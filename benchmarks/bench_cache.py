@@ -40,11 +40,11 @@ from deepspec.cache.codecs.uniform import to_float
 from deepspec.cache.format import HIDDEN_CHUNK
 from deepspec.cache.forward import DTYPES, forward_batch
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.plan import Plan, PlannedPart, batches, read_rows, scan
+from deepspec.cache.memory import empty
+from deepspec.cache.parts import Block, layout_of, write_part
+from deepspec.cache.plan import CachePlan, PlannedPart, batches, read_rows, scan
 from deepspec.cache.reader import TargetCache
-from deepspec.cache.recode import write_part
-from deepspec.cache.store import LocalFolder
-from deepspec.cache.writer import Block, layout_of
+from deepspec.cache.store import FolderStore
 from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.conversations import write_conversations
 from deepspec.recipe import load_recipe
@@ -174,11 +174,11 @@ def make_caches(target: Any, work: Path, samples: int, levels: list[str]) -> Non
             for start in starts:
                 file.write(values[start : start + WINDOW].tobytes())
     for level in levels:
-        folder = LocalFolder(work / level)
+        folder = FolderStore(work / level)
         shutil.rmtree(folder.path, ignore_errors=True)
         mark: dict[str, Any] = {"target": {"hidden_size": WIDTH}, "layers": list(LAYERS), "dtype": "bfloat16"}
         mark |= {"levels": {"features": level, "last_hidden": level}, "sources": []}
-        plan = Plan(mark, 0, float(WINDOW), (PlannedPart("00000", 0, 0, samples, 0, 0),))
+        plan = CachePlan(mark, 0, float(WINDOW), (PlannedPart("00000", 0, 0, samples, 0, 0),))
         ids, mask = np.arange(WINDOW, dtype=np.int32), np.ones(WINDOW, np.uint8)
 
         def blocks(ids: Any = ids, mask: Any = mask) -> Iterator[Block]:
@@ -223,10 +223,12 @@ class Ours(Dataset[tuple[torch.Tensor, torch.Tensor]]):
         self.cache = TargetCache.open(path)
 
     def __getitem__(self, numbers: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        padded = self.cache.padded(numbers)
-        if padded.last_hidden is None:
-            raise ValueError("the cache has no last_hidden")
-        return padded.features, padded.last_hidden
+        widths = (len(LAYERS) * WIDTH, WIDTH)
+        features, last = (empty((len(numbers), WINDOW, width), torch.bfloat16) for width in widths)
+        for row, number in enumerate(numbers):
+            self.cache.tokens(number)
+            self.cache.read_into(number, features[row], last[row])
+        return features, last
 
 
 def threaded(dataset: Any, plan: list[list[int]], workers: int) -> Iterator[Any]:

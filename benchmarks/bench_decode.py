@@ -21,10 +21,11 @@ from bars import at_least, at_most, write_bars
 
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, Request
+from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.distributed import pick_device
 from deepspec.drafts import load_draft
 from deepspec.errors import run_main
+from deepspec.tables import Table
 from deepspec.targets import load_target, load_tokenizer
 
 
@@ -41,7 +42,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
     parser.add_argument("--repeat", type=int, default=3, help="the fastest run of each size counts")
     parser.add_argument("--threads", type=int, default=1, help="of torch")
-    parser.add_argument("--json", type=Path, help="write the bars of the issue there")
+    parser.add_argument("--json", type=Path, help="write the bars there")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
 
@@ -57,7 +58,7 @@ def main() -> None:
     def run(batch_size: int) -> dict[str, float]:
         decoder = Decoder(target, draft.algorithm.drafter(draft, batch_size, capacity), settings, batch_size)
         start = time.perf_counter()
-        done = list(decoder.stream(deque(Request(ids, number) for number, ids in enumerate(prompts))))
+        done = list(decoder.stream(deque(DecodeRequest(ids, number) for number, ids in enumerate(prompts))))
         seconds, spent = time.perf_counter() - start, decoder.clock.seconds()
         models = spent["draft"] + spent["verify"] + spent["head"]
         return {
@@ -74,14 +75,13 @@ def main() -> None:
     best = [max(column, key=lambda one: one["prompts_per_second"]) for column in zip(*attempts, strict=True)]
     machine = f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores, {given.threads} threads"
     print(f"{machine}, {len(prompts)} prompts, {target.dtype}, the best of {given.repeat}\n")
-    print("| batch | prompts/s | of the first | tokens/s | round ms | of it outside the models | overhead |")
-    print("|---|---|---|---|---|---|---|")
+    header = ["batch", "prompts/s", "of the first", "tokens/s", "round ms", "of it outside the models", "overhead"]
+    rows = []
     for one in best:
-        gain = one["prompts_per_second"] / best[0]["prompts_per_second"]
-        print(
-            f"| {one['batch_size']} | {one['prompts_per_second']:.2f} | {gain:.2f}x | {one['tokens_per_second']:.0f} | "
-            f"{one['round_ms']:.2f} | {one['overhead_ms']:.3f} | {one['overhead']:.1%} |"
-        )
+        rate, gain = one["prompts_per_second"], one["prompts_per_second"] / best[0]["prompts_per_second"]
+        own = [one["batch_size"], f"{rate:.2f}", f"{gain:.2f}x", f"{one['tokens_per_second']:.0f}"]
+        rows.append([*own, f"{one['round_ms']:.2f}", f"{one['overhead_ms']:.3f}", f"{one['overhead']:.1%}"])
+    print(Table(header, rows).markdown())
     gain = best[-1]["prompts_per_second"] / best[0]["prompts_per_second"]
     write_bars(
         given.json,

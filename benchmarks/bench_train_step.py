@@ -1,18 +1,24 @@
 """Time and memory of one forward + backward of each objective, fused against plain, side by side in one run.
 
-    python benchmarks/bench_train_step.py [--json FILE] [--real] [--rounds N]
+    python benchmarks/bench_train_step.py [--json FILE] [--real] [--rounds N] [--before CHECKOUT]
 
 One thread; hidden 256, 4 heads / 2 kv, head_dim 64, intermediate 1024, vocabulary 32,768, markov rank 256, S 1024, 128
 anchors, block 7, half the tokens supervised in 3 spans. "published" is the published code measured on such a machine.
 Seconds are CPU seconds of the one thread, which a busy neighbour disturbs least; memory is the peak of the process
 above model and inputs (each measurement runs in its own process, after a tiny step that loads the libraries' code).
 ``--real`` adds the loss at V 151,936, 512 anchors, hidden 2560, S 4096.
+
+Last comes the time between a micro-batch's arrival and its first kernel (S 4096, 512 anchors, 2048 tokens supervised):
+what the host does before the device has work. ``--before`` measures it also of another checkout, with the same Python;
+one that planned in the step (such as a06a0c0) does so between the two.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -125,6 +131,42 @@ def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
     return {"seconds": seconds, "megabytes": resident("VmHWM") - before, "loss": float(loss.combined.detach())}
 
 
+class FirstKernel(Exception):
+    """The draft's first product is about to run."""
+
+
+def measure_arrival(name: str, rounds: int) -> dict[str, float]:
+    """Median milliseconds from a micro-batch's arrival to its first kernel."""
+    torch.set_num_threads(1)
+    size = {**SMALL, "vocab": 512, "S": 4096, "anchors": 512}
+    model, batch = build(name, torch.float32, size), make_batch(size, torch.float32, 2048)
+    if hasattr(batch, "planned"):  # as the reading threads hand it over
+        batch = batch.planned(model.algorithm.plan(model.config, batch.supervision))
+
+    def stop(*_: Any) -> None:
+        raise FirstKernel
+
+    model.fc.register_forward_pre_hook(stop)
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        with contextlib.suppress(FirstKernel):
+            model(batch)
+        times.append(1000 * (time.perf_counter() - start))
+    return {"milliseconds": statistics.median(times)}
+
+
+def arrivals(before: Path | None, bars: Bars) -> None:
+    """The table of :func:`measure_arrival`."""
+    print("\n| algorithm | first kernel after, ms | with --before, ms |\n|---|---|---|")
+    for name in ("dspark", "dflash", "eagle3"):
+        common = (name, "fp32", "2048", "50", "arrival")
+        now = in_process(*common)["milliseconds"]
+        then = None if before is None else in_process(*common, package=before)["milliseconds"]
+        print(f"| {name} | {now:.3f} | {'' if then is None else f'{then:.3f}'} |", flush=True)
+        bars[f"{name} milliseconds to the first kernel"] = at_most(now, 0.5)
+
+
 def resident(field: str) -> float:
     """MB of VmRSS (now) or VmHWM (the peak since :func:`forget_peak`) of this process, from the kernel."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -139,10 +181,11 @@ def forget_peak() -> float:
     return resident("VmRSS")
 
 
-def in_process(*arguments: str) -> dict[str, float]:
-    """Run one measurement in a fresh process."""
-    command = [sys.executable, __file__, "--one", *arguments]
-    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+def in_process(*arguments: str, package: Path | None = None) -> dict[str, float]:
+    """Run one measurement in a fresh process, of the deepspec in the folder ``package`` where one is given."""
+    environment = os.environ if package is None else {**os.environ, "PYTHONPATH": str(package.resolve())}
+    command, here = [sys.executable, __file__, "--one", *arguments], Path(__file__).parent
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=here, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -175,15 +218,20 @@ def main() -> None:
     """Parse arguments and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="0: the time to the first kernel alone")
     parser.add_argument("--real", action="store_true", help="also the loss at the real shape (about 10 GB, minutes)")
+    parser.add_argument("--before", type=Path, help="a checkout to compare the time to the first kernel with")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.one:
         name, dtype, supervised, rounds, mode = given.one
+        if mode == "arrival":
+            print(json.dumps(measure_arrival(name, int(rounds))))
+            return
         print(json.dumps(measure(name, dtype, int(supervised), mode == "plain", int(rounds), mode == "real")))
         return
-    bars = compare(given.rounds)
+    bars = compare(given.rounds) if given.rounds else {}
+    arrivals(given.before, bars)
     if given.real:
         real = in_process("dspark", "bf16", "2048", "1", "real")
         print(

@@ -32,8 +32,9 @@ from bars import Bars, at_most, write_bars
 
 from deepspec.distributed import World
 from deepspec.errors import run_main
+from deepspec.recipe import load_recipe
 from deepspec.training.engine import training_processes
-from deepspec.training.plan import Plan
+from deepspec.training.plan import RunPlan
 from deepspec.training.run import assemble, prepare
 
 WORK = Path("build/bench_training")
@@ -54,13 +55,13 @@ def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[s
         shutil.rmtree(output, ignore_errors=True)
     dist.barrier()
     settings = [f"output={output}", f"train.max_steps={steps}", "train.log_every=10", "train.tensorboard=false"]
-    trainer = assemble(prepare(recipe, [*overrides, *settings], world, False), world, profile=False)
+    trainer = assemble(prepare(load_recipe(recipe, [*overrides, *settings]), world, False), world, profile=False)
     begun = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):  # the log lines
         trainer.run(0)
     cpu = torch.tensor(time.process_time() - begun)
     dist.all_reduce(cpu)
-    plan = trainer.feeder.plan
+    plan = trainer.prefetcher.plan
     tokens = sum(int(plan.step(number).lengths.sum()) for number in range(steps))
     trainer.engine.close()
     rows = [json.loads(line) for line in (output / "log.jsonl").read_text(encoding="utf-8").splitlines()][1:]
@@ -81,7 +82,7 @@ def throughput(recipe: str, world: World, steps: int, rounds: int) -> dict[str, 
 
 def padding(lengths: np.ndarray, global_batch: int, cut: dict[str, int], world_size: int) -> tuple[float, float]:
     """(share of padding over an epoch, padded tokens of the fullest rank at a time against the mean)."""
-    plan = Plan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
+    plan = RunPlan(lengths, (len(lengths),), seed=42, global_batch=global_batch, **cut)
     real = padded = slowest = 0
     for step in map(plan.step, range(plan.steps_per_epoch)):
         costs = [int(lengths[part].max()) * len(part) for part in step.micro_batches(world_size)]
@@ -92,7 +93,7 @@ def padding(lengths: np.ndarray, global_batch: int, cut: dict[str, int], world_s
 
 def padding_table(recipe: str, world: World, bars: Bars) -> list[str]:
     """Rows of the padding table: the recipe's own samples, and a wide spread of lengths."""
-    prepared = prepare(recipe, [f"output={WORK / 'none'}"], world, False)
+    prepared = prepare(load_recipe(recipe, [f"output={WORK / 'none'}"]), world, False)
     wide = np.clip(np.random.default_rng(0).lognormal(6.3, 0.8, 40_000), 16, 4096).astype(np.int64)
     cuts = [{"micro_batch": 1}, {"micro_batch": 4}, {"micro_batch": 8}, {"micro_tokens": 4096}, {"micro_tokens": 8192}]
     rows = []

@@ -5,7 +5,9 @@ B sequences of the batch, S their padded length, L target layers read, D the tar
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,8 +17,8 @@ from torch import Tensor
 class Supervision:
     """Which tokens are supervised, and the key of every random draw: (seed, epoch, sample id).
 
-    The part of a batch that is known before any hidden state is read; it suffices to compute the batch's loss weight.
-    Its tensors stay on the CPU: what to compute is planned there, so that no plan ever waits for the GPU.
+    The part of a batch that is known before any hidden state is read: a loss plan is made from it alone. Its tensors
+    stay on the CPU.
     """
 
     loss_mask: Tensor  # [B, S] bool, 1 where the token itself is part of an answer; 0 on padding
@@ -32,6 +34,34 @@ class Supervision:
 
 
 @dataclass(frozen=True)
+class LossPlan:
+    """What an objective computes of a micro-batch (anchors, rows, positions, weights), decided before the step.
+
+    An algorithm adds the tensors that its objective reads, as fields of a subclass. Made on the CPU by the threads that
+    read the data; it travels in the batch, so that an objective never waits for the GPU to know what to do.
+    """
+
+    weight: Tensor  # scalar, the weight of all loss terms of the micro-batch
+
+    def to(self, device: torch.device | str) -> Self:
+        """A copy on ``device``."""
+        return _each_tensor(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """A copy in page-locked memory."""
+        return _each_tensor(self, Tensor.pin_memory)
+
+
+def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """``value`` with every tensor in it changed, those in fields that are dataclasses too."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _each_tensor(getattr(value, one.name), change) for one in fields(value)})
+    return value
+
+
+@dataclass(frozen=True)
 class Batch:
     """A padded batch of conversations with what the target computed for them."""
 
@@ -39,13 +69,19 @@ class Batch:
     input_ids: Tensor  # [B, S] int64
     features: Tensor  # [B, S, L*D], the outputs of the target layers, concatenated
     last_hidden: Tensor | None  # [B, S, D], the input of lm_head; None where the loss does not use it
+    plan: LossPlan | None = None  # of the algorithm that trains; a source leaves it out
+
+    def planned(self, plan: LossPlan) -> Batch:
+        """The batch with its loss plan, which moves to the batch's device."""
+        return replace(self, plan=plan.to(self.input_ids.device))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """A copy on ``device``, hidden states cast to ``dtype``; the supervision stays on the CPU."""
-        last = None if self.last_hidden is None else self.last_hidden.to(device, dtype, non_blocking=True)
+        """A copy on ``device``, hidden states cast to ``dtype`` there; the supervision stays on the CPU."""
+        last = None if self.last_hidden is None else self.last_hidden.to(device, non_blocking=True).to(dtype)
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
-            features=self.features.to(device, dtype, non_blocking=True),
+            features=self.features.to(device, non_blocking=True).to(dtype),
             last_hidden=last,
+            plan=None if self.plan is None else self.plan.to(device),
         )

@@ -1,7 +1,9 @@
-"""What a training checkpoint says of itself: ``<run>/checkpoints/step_N/manifest.json``, written last."""
+"""A training checkpoint, ``<run>/checkpoints/step_N/``: its manifest, written last, and the weights in its shards."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -9,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspec.errors import CheckpointError
 from deepspec.files import read_json
@@ -72,10 +75,64 @@ def target_differences(
 
 
 def steps_of(run: Path) -> dict[int, Path]:
-    """Whole checkpoints of a run, by step, in rising order."""
+    """Complete checkpoints of a run, by step, in rising order."""
     folders = {}
     for path in (run / "checkpoints").glob("step_*"):
         match = re.fullmatch(r"step_(\d+)", path.name)
         if match and (path / "manifest.json").is_file():
             folders[int(match[1])] = path
     return dict(sorted(folders.items()))
+
+
+def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The draft's weights by name: parameters in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
+
+    Buffers (Gemma's layer scalars, a reduced vocabulary) come as the module held them.
+
+    Raises:
+        CheckpointError: the shards cannot be put together.
+    """
+    try:
+        if manifest.zero_stage == 0:
+            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+            return dict(states["module"])
+        if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
+            return weights | read_buffers(folder)
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+        return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
+    except (OSError, RuntimeError, KeyError, ValueError) as problem:
+        line = (str(problem).strip() or repr(problem)).splitlines()[0]
+        raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
+
+
+def read_buffers(folder: Path) -> dict[str, Tensor]:
+    """The module's buffers of a checkpoint in their own dtypes (DeepSpeed's tool turns them into fp32)."""
+    path = next(folder.glob("*mp_rank_00_model_states.pt"))
+    states = torch.load(path, map_location="cpu", weights_only=False)
+    return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}
+
+
+def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:
+    """ZeRO-1 in bf16 with fp32 accumulation: shards of DeepSpeed's BF16_Optimizer, which its own tool does not read.
+
+    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding. None where
+    the shards are of the common kind.
+    """
+    paths = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
+    if not all(path.is_file() for path in paths):
+        return None
+    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
+    if "zero_stage" in states[0]:
+        return None
+    slices = [state["single_partition_of_fp32_groups"] for state in states]
+    shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["param_shapes"]
+    weights: dict[str, Tensor] = {}
+    for group, named in enumerate(shapes):
+        flat, start = torch.cat([one[group].flatten() for one in slices]), 0
+        for name, shape in named.items():
+            weights[name] = flat[start : start + shape.numel()].view(shape).clone()
+            start += shape.numel()
+    return weights

@@ -37,6 +37,7 @@ from deepspec.targets.load import check_rope, family_of
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+IMPORT = "import it first: python tools/export.py FOLDER OUT --from auto"
 
 
 def save_draft(
@@ -126,24 +127,21 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
 
 
 def draft_algorithm(config: Mapping[str, Any], file: str | Path | None = None) -> Algorithm:
-    """The algorithm of a draft from its config.json.
+    """The algorithm of a draft: the one of the registry that its config.json matches.
 
     Raises:
-        DraftError: an architecture that is none of the published ones.
+        DraftError: none does, or several.
     """
-    names = config.get("architectures") or [""]
-    if names[0].endswith("Eagle3Model"):
-        return registry.algorithm("eagle3")
-    if names[0].endswith("DSparkModel"):
-        plain = not config.get("markov_rank") and not config.get("enable_confidence_head")
-        return registry.algorithm("dflash" if plain else "dspark")
+    known: list[Algorithm] = [registry.algorithm(name) for name in registry.ALGORITHMS]
+    found = [one for one in known if one.matches(config)]
+    if len(found) == 1:
+        return found[0]
+    wanted = " or ".join(dict.fromkeys(f"*{one.architecture}" for one in known))
+    remedy = IMPORT if not found else f"mend `matches` of {' or '.join(one.name for one in found)}"
     raise DraftError(
-        "unknown draft architecture",
-        file=file,
-        key="architectures",
-        found=names[0],
-        wanted="*DSparkModel or *Eagle3Model",
-    )
+        "several algorithms claim this draft" if found else "unknown draft architecture", file=file,
+        key="architectures", found=config.get("architectures"), wanted=wanted, remedy=remedy,
+    )  # fmt: skip
 
 
 def load_draft(
@@ -166,7 +164,7 @@ def load_draft(
     folder = Path(folder)
     config = read_json(folder / "config.json", DraftError, "is this a draft folder?")
     if target is not None:
-        _check_target(folder, config, target)
+        check_target(config, target.spec, folder / "config.json")
     model = build_draft(config, folder / "config.json")
     state = read_weights(folder)
     frozen = {name: state.pop(name) for name in FROZEN if name in state}
@@ -184,30 +182,23 @@ def build_draft(config: Mapping[str, Any], file: Path) -> DraftModel:
     Raises:
         DraftError: an unknown architecture, a missing field or a value out of range.
     """
-    if "deepspec" in config or "speculators_model_type" in config or "dflash_config" in config:
-        remedy = "import it first: python tools/export.py FOLDER OUT --from auto"
-        raise DraftError("a draft in an engine's layout, not in ours", file=file, remedy=remedy)
+    if "deepspec" in config:
+        raise DraftError("a draft in an engine's layout, not in ours", file=file, remedy=IMPORT)
     algorithm = draft_algorithm(config, file)
     if "model_type" not in config:
         raise DraftError("missing field", file=file, key="model_type")
     family = family_of(config["model_type"], file)
     check_rope(config, file, DraftError)
     spec = TargetSpec(str(file.parent), family, config, config["model_type"])
-    parsed = _read_config(algorithm, config, file)
-    mask = getattr(parsed, "mask_token_id", 0)  # of block drafters
-    if mask >= spec.vocab_size:
-        wanted = f"an id below {spec.vocab_size}, the rows of the embedding"
-        raise DraftError("no such token", file=file, key="mask_token_id", found=mask, wanted=wanted)
-    return algorithm.build_model(parsed, spec.shape, family)
-
-
-def _read_config(algorithm: Algorithm, config: Mapping[str, Any], file: Path) -> Any:
     try:
-        return algorithm.read_config(config)
+        parsed = algorithm.read_config(config)
+        algorithm.check_target(parsed, spec)
     except KeyError as missing:
         raise DraftError("missing field", file=file, key=missing.args[0]) from None
     except RecipeError as error:
-        raise DraftError(error.problem, file=file, key=error.key, found=error.found, wanted=error.wanted) from None
+        key = str(error.key).removeprefix("draft.")
+        raise DraftError(error.problem, file=file, key=key, found=error.found, wanted=error.wanted) from None
+    return algorithm.build_model(parsed, spec.shape, family)
 
 
 def check_weights(model: DraftModel, state: Mapping[str, Tensor], path: Path) -> None:
@@ -265,15 +256,14 @@ def _check_same(folder: Path, name: str, stored: Tensor, theirs: Tensor, target:
     )  # fmt: skip
 
 
-def _check_target(folder: Path, config: Mapping[str, Any], target: Target) -> None:
-    pairs = {
-        "hidden_size": target.spec.hidden_size,
-        "vocab_size": target.spec.vocab_size,
-        "num_target_layers": target.spec.num_layers,
-    }
-    for key, wanted in pairs.items():
-        if config.get(key) != wanted:
-            raise DraftError(
-                "draft of another target", file=folder / "config.json", key=key, found=config.get(key),
-                wanted=f"{wanted} as in {target.spec.path}",
-            )  # fmt: skip
+def check_target(config: Mapping[str, Any], target: TargetSpec, file: Path | None) -> None:
+    """Check that a draft's widths are the target's.
+
+    Raises:
+        DraftError: they are not.
+    """
+    sizes = {"hidden_size": target.hidden_size, "vocab_size": target.vocab_size, "num_target_layers": target.num_layers}
+    for key, size in sizes.items():
+        if config.get(key) != size:
+            wanted = f"{size} as in {target.path}"
+            raise DraftError("draft of another target", file=file, key=key, found=config.get(key), wanted=wanted)

@@ -1,4 +1,4 @@
-"""Writing without loss: temporary name, fsync, rename; digests of what was read."""
+"""Atomic writes (temporary name, fsync, rename) and digests of files."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from typing import Any
 from deepspec.errors import DeepSpecError, as_os_error
 
 
-def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut (fsync of the directory)."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Make what was written to a file, or renamed inside a folder, survive a power cut (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -40,7 +40,7 @@ def named(path: str | Path) -> Iterator[None]:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuse to put a file in the place of what is none: a rename would replace a device such as /dev/full.
+    """Refuse to write over what is no file: a rename would replace a device such as /dev/full.
 
     Raises:
         OSError: a folder, a device or a pipe stands there.
@@ -62,13 +62,9 @@ def temporary_file(path: Path) -> Iterator[Path]:
     try:
         with named(path):
             yield temporary
-            handle = os.open(temporary, os.O_RDWR)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+            sync(temporary)
             os.replace(temporary, path)
-            sync_folder(path.parent)
+            sync(path.parent)
     except BaseException:
         with suppress(OSError):
             temporary.unlink()
@@ -77,7 +73,7 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def undone_on_error(folder: Path) -> Iterator[None]:
-    """When the block raises, what came into ``folder`` meanwhile goes again, the folder too where it was not there."""
+    """When the block raises, remove what it put into ``folder``, and the folder itself where it was not there."""
     before = set(os.listdir(folder)) if folder.is_dir() else None
     try:
         yield
@@ -101,7 +97,7 @@ def remove(path: Path) -> None:
 
 
 def write_bytes(path: str | Path, data: bytes) -> None:
-    """Write ``data`` whole or not at all: temporary name in the same folder, fsync, rename."""
+    """Write ``data`` completely or not at all: temporary name in the same folder, fsync, rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with temporary_file(path) as temporary:
@@ -109,12 +105,12 @@ def write_bytes(path: str | Path, data: bytes) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` as UTF-8, whole or not at all."""
+    """Write ``text`` as UTF-8, completely or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Write ``value`` as indented JSON, completely or not at all."""
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
@@ -22,6 +22,7 @@ from deepspec.targets.date import template_date, undated
 from deepspec.targets.digests import COMPLETE, digest_like, weights_digest
 from deepspec.targets.stored import weight_files
 
+log = logging.getLogger(__name__)
 NO_FORWARD = frozenset(  # fields of a config that change no hidden state; every other one is compared
     (
         *("transformers_version", "_name_or_path", "dtype", "torch_dtype", "architectures", "auto_map", "use_cache"),
@@ -192,7 +193,7 @@ def as_recorded(
     now = {key: value for key, value in now.items() if key not in missing}
     missing = [key for key in missing if key != "target.reader" and not (key == "date" and wanted["date"] is None)]
     if (partly or missing) and world_from_environment().is_main:
-        said = [f"compared in part: {', '.join(partly)}"] * bool(partly)
-        said += [f"not compared: {', '.join(missing)}"] * bool(missing)
-        print(f"note: {file} is of an earlier version; {'; '.join(said)}", file=sys.stderr, flush=True)
+        notes = [f"compared in part: {', '.join(partly)}"] * bool(partly)
+        notes += [f"not compared: {', '.join(missing)}"] * bool(missing)
+        log.warning("%s is of an earlier version; %s", file, "; ".join(notes))
     return now

@@ -1,16 +1,16 @@
 """One writer at a time in a folder or of a file, on this machine's disks: the system's own lock (flock).
 
-The system lets go of it however the process ends, so a killed job blocks nobody. The lock file names its holder; it
-goes with the job, and what a kill leaves of it means nothing.
+The system releases it however the process ends, so a killed job blocks nobody. The lock file names its holder and is
+removed with the job; one that a killed job left behind is ignored.
 """
 
 from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from deepspec.errors import DeepSpecError
 
+log = logging.getLogger(__name__)
 LOCK = ".deepspec.lock"  # inside the folder that it guards
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -29,7 +30,7 @@ def me() -> str:
 
 @contextmanager
 def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepSpecError) -> Iterator[None]:
-    """Hold the folder for the block; folders that were made for it and stay empty go again.
+    """Hold the folder for the block; folders that were made for it and stay empty are removed.
 
     Args:
         folder: made where missing.
@@ -53,7 +54,7 @@ def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepS
 
 
 def is_free(folder: Path) -> bool:
-    """Whether nothing stands in the folder, or it is not there; a lock file is nothing."""
+    """Whether the folder is missing or empty; a lock file does not count."""
     return not folder.exists() or all(one.name == LOCK for one in folder.iterdir())
 
 
@@ -87,8 +88,8 @@ def _take(path: Path, guarded: Path, work: str, error: type[DeepSpecError]) -> i
                     found=holder,
                     remedy="wait until it has ended, or end it, or name another output",
                 ) from None
-            line = f"{work}: {guarded} cannot be locked ({problem.strerror}); do not start a second one there"
-            print(line, file=sys.stderr, flush=True)  # a file system without locks
+            text = "%s: %s cannot be locked (%s); do not start a second one there"  # a file system without locks
+            log.warning(text, work, guarded, problem.strerror)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle

@@ -34,7 +34,7 @@ class LossTerms:
 
     The loss of a step is ``sum_name coefficients[name] * sum(terms[name].total) / sum(terms[name].weight)``, the inner
     sums running over all micro-batches and ranks of the step. The weights of all terms of an algorithm are equal and
-    known from the supervision alone (``Algorithm.loss_weight``).
+    known from the supervision alone (``LossPlan.weight``).
     """
 
     terms: Mapping[str, WeightedSum]

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that says everything about a draft, read once into frozen, validated sections.
+"""A recipe: one YAML file with every setting of a draft, read once into frozen, validated sections.
 
 A recipe may start from others (``extends: [base/a.yaml, base/b.yaml]``, relative to its own folder; later ones and the
 file's own keys win), and single keys can be set from the command line (``train.lr=3e-4``); ``recipe_files`` reads them.
@@ -57,7 +57,7 @@ class TargetSection:
 class DataSection:
     """Where training samples come from."""
 
-    source: Literal["cache", "online"] = "cache"
+    source: str = "cache"  # a row of deepspec.registry.SOURCES
     prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
     held_out: float = 0.05  # share of the prompts kept from training
     conversations: str | None = None  # JSONL of prompts with the target's answers
@@ -67,13 +67,15 @@ class DataSection:
     min_supervised: int = 14  # samples with fewer answer tokens are dropped
     thinking: bool = False
     system_prompt: str | None = None
+    servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
         _require(0 <= self.held_out < 1, "held_out", self.held_out, "a share in [0, 1)")
         _require(self.min_supervised >= 0, "min_supervised", self.min_supervised, "0 or more")
-        if self.source == "online" and self.conversations is None:
-            raise RecipeError("source online reads conversations, and none are named", key="conversations")
+        if self.source not in registry.SOURCES:
+            remedy = nearest(self.source, registry.SOURCES)
+            raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
         if self.cache_weights is not None:
             wanted = f"{len(self.cache)} weights, one per cache"
             _require(len(self.cache_weights) == len(self.cache), "cache_weights", list(self.cache_weights), wanted)
@@ -136,6 +138,9 @@ class ValidationSection:
             )
 
 
+_TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch")
+
+
 @dataclass(frozen=True)
 class TrainSection:
     """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
@@ -152,7 +157,7 @@ class TrainSection:
     betas: tuple[float, ...] = (0.9, 0.999)
     eps: float = 1.0e-8
     warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
-    grad_clip: float = 1.0  # norm of the whole gradient; 0 = off
+    grad_clip: float = 1.0  # norm of the complete gradient; 0 = off
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step
@@ -167,15 +172,7 @@ class TrainSection:
     validation: ValidationSection | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "epochs",
-            "micro_batch",
-            "global_batch",
-            "log_every",
-            "save_every",
-            "keep_last",
-            "online_micro_batch",
-        ):
+        for name in _TRAIN_COUNTS:
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
         for name in ("max_steps", "keep_every", "micro_tokens"):
             value = getattr(self, name)
@@ -231,7 +228,7 @@ class _File:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole recipe; ``draft`` is the algorithm's own frozen config."""
+    """A recipe with all its keys; ``draft`` is the algorithm's own frozen config."""
 
     name: str
     algorithm: str
@@ -260,7 +257,7 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(folder), sort_keys=False, allow_unicode=True, width=120)
 
     def save(self, path: str | Path) -> None:
-        """Write the resolved recipe as YAML, whole or not at all."""
+        """Write the resolved recipe as YAML, completely or not at all."""
         write_text(path, self.to_yaml(Path(path).parent))
 
     def digest(self) -> str:

@@ -102,7 +102,7 @@ def portable(values: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def _with_paths(values: dict[str, Any], change: Callable[[str, str], str]) -> dict[str, Any]:
-    """A copy of ``values`` with ``change(key, text)`` in place of every path."""
+    """A copy of ``values`` with ``change(key, text)`` instead of every path."""
     changed = dict(values)
     for key in (*INPUTS, *NAMES, OUTPUT):
         *sections, last = key.split(".")
@@ -203,8 +203,8 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
     merged: dict[str, Any] = {}
     for base in _bases(values.pop("extends", []), path):
         near = path.parent / base
-        place = near if near.exists() else Path(find("extends", base, folder))
-        merged = _merge(merged, _read_file(place if place.exists() else near, (*above, real), known))
+        found = near if near.exists() else Path(find("extends", base, folder))
+        merged = _merge(merged, _read_file(found if found.exists() else near, (*above, real), known))
     known[real] = _merge(merged, locate(values, folder))
     return known[real]
 

@@ -17,10 +17,26 @@ ALGORITHMS = {
     "dspark": "deepspec.algorithms.dspark:DSPARK",
 }
 
+ENGINES = {  # an import that is told nothing asks them in this order: the more particular layouts stand first
+    "speculators": "deepspec.export.engines.speculators:SPECULATORS",
+    "deepspec": "deepspec.export.engines.deepspec:DEEPSPEC",
+    "zlab": "deepspec.export.engines.zlab:ZLAB",
+    "vllm": "deepspec.export.engines.vllm:VLLM",
+    "sglang": "deepspec.export.engines.sglang:SGLANG",
+}
+
+SERVERS = {"vllm": "deepspec.serving.vllm:VLLMServer"}  # engines that run here, for the serve check
+
 FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
     "gemma4": "deepspec.families.gemma4:GEMMA4",
+}
+
+SOURCES = {
+    "cache": "deepspec.sources.cache:CacheSource",
+    "online": "deepspec.sources.online:OnlineSource",
+    "served": "deepspec.sources.served:ServedSource",
 }
 
 
@@ -41,6 +57,16 @@ def algorithm(name: str) -> Any:
     return lookup("algorithm", ALGORITHMS, name)
 
 
+def engine(name: str) -> Any:
+    """The :class:`deepspec.export.engines.base.ExportEngine` called ``name``."""
+    return lookup("engine", ENGINES, name)
+
+
 def family(name: str) -> Any:
     """The :class:`deepspec.families.base.Family` called ``name``."""
     return lookup("family", FAMILIES, name)
+
+
+def source(name: str) -> Any:
+    """The class of the :class:`deepspec.sources.base.FeatureSource` called ``name``."""
+    return lookup("feature source", SOURCES, name)

@@ -15,11 +15,12 @@ from deepspec.files import named, write_bytes
 
 K = TypeVar("K", bound=Hashable)
 Row = dict[str, Any]
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of a file: compact UTF-8 JSON and a newline."""
-    text = json.dumps(row, ensure_ascii=False, separators=(",", ":"))
+    text = _ENCODER.encode(row)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
 
 

@@ -1,8 +1,8 @@
 """One strict reader from a YAML mapping to a frozen dataclass, for every section of a recipe.
 
-A section is a frozen dataclass beside its owner; cross-field rules stand in its ``__post_init__`` and raise
-:class:`~deepspec.errors.RecipeError` with ``key=`` a field's name. Nothing is ignored and nothing is guessed: an
-unknown key, a missing key and a wrong type each raise and name the key, the value found and what is wanted.
+Cross-field rules stand in a section's ``__post_init__`` and raise :class:`~deepspec.errors.RecipeError` with ``key=`` a
+field's name. Nothing is ignored or guessed: an unknown key, a missing key and a wrong type each raise and name the key,
+the value found and what is wanted.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def section_to_dict(section: Any) -> Any:
 
 
 def relocate(error: RecipeError, **changes: Any) -> RecipeError:
-    """The same error, with its place (``file``, ``key``) filled in."""
+    """The same error with ``file`` or ``key`` filled in."""
     fields = {name: getattr(error, name) for name in ("file", "key", "found", "wanted", "remedy")}
     return RecipeError(error.problem, **{**fields, **changes})
 

@@ -1,27 +1,32 @@
-"""What the three algorithms share: a config, a draft model with the target's frozen head, an objective, a drafter.
+"""What every algorithm has: identity, config, draft model with the target's frozen head, objective, drafter.
 
-B batch, S sequence, L target layers read, D hidden size, V vocabulary, V' what the draft says of it, K tokens drafted a
-round.
+A new algorithm is one file with a subclass of :class:`Algorithm` and one row in ``deepspec/registry.py``;
+``deepspec.testing.DrafterSuite`` checks it.
+
+B batch, S sequence, L target layers read, D hidden size, V vocabulary, V' the draft's own vocabulary, K tokens drafted
+a round.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, cast
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
+from deepspec.nn.ragged import RaggedKV
 from deepspec.nn.tree import Tree
+from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
 
 Sampler = Callable[
@@ -29,28 +34,37 @@ Sampler = Callable[
 ]  # (logits [B, V], slot) -> tokens [B], probs [B, V] or None
 
 
-class DraftConfig(Protocol):
-    """What every algorithm's frozen config has."""
+REQUIRED = object()
 
-    @property
-    def algorithm(self) -> str:
-        """Registry name."""
 
-    @property
-    def target_layers(self) -> tuple[int, ...]:
-        """0-based target layers whose outputs are read; -1 the embedding."""
+@dataclass(frozen=True, kw_only=True)
+class DraftConfig:
+    """What every algorithm's config has. A field that the algorithm's recipes cannot set has ``init=False``."""
 
-    @property
-    def num_layers(self) -> int:
-        """Layers of the draft."""
+    target_layers: tuple[int, ...]  # 0-based target layers whose outputs are read; -1 the embedding
+    num_layers: int = 1  # of the draft
+    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
+    confidence_head: bool = field(default=False, init=False)  # whether a proposal says how likely each token is taken
 
-    @property
-    def draft_vocab_size(self) -> int | None:
-        """V' of a reduced vocabulary (the most frequent answer tokens), or None."""
+    def __post_init__(self) -> None:
+        require_at_least(self, 1, "num_layers")
+        size = self.draft_vocab_size
+        require(size is None or size >= 1, "draft_vocab_size", size, "at least 1, or null")
 
     @property
     def max_draft(self) -> int:
         """K."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class OwnField:
+    """A field of a draft's config.json that is an algorithm's own."""
+
+    key: str  # in config.json
+    attribute: str  # of the algorithm's config
+    default: Any = REQUIRED  # what a file means that does not say
+    training_only: bool = False  # no engine's layout has a field for it
 
 
 @dataclass(frozen=True)
@@ -62,40 +76,61 @@ class Proposal:
     confidence_logits: Tensor | None  # [B, K], raw
 
 
-class Drafter(Protocol):
-    """The decoding state of a draft: B rows, each with its own committed length."""
+class Drafter(ABC):
+    """The decoding state of a draft: B rows, each with its own committed length, and every layer's keys and values.
 
-    max_draft: int
+    Args:
+        model: the draft.
+        batch_size: B.
+        max_length: committed positions that the buffers hold before they grow.
+    """
+
+    max_children = 0  # distinct tokens that may follow a node of a tree; 0: it drafts chains alone
+
+    def __init__(self, model: DraftModel, batch_size: int, max_length: int) -> None:
+        self.model, self.max_draft = model, int(model.config.max_draft)
+        shape, like = model.shape, model.fc.weight.detach()
+        capacity = max_length + self.max_draft + 1
+        self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
+        self._groups = shape.num_heads // shape.num_kv_heads
+        self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
+        self._row_B = torch.arange(batch_size, device=model.device)
+        self._max_context_len = 0  # no row is longer
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows`` [n] int64."""
+        self._length_B[rows] = 0
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
         """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+        self._length_B[target] = self._length_B[source]
+        for cache in self._cache:
+            cache.move(source, target)
 
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
+    @abstractmethod
+    def extend(
+        self, features: Tensor, tokens: Tensor, counts: Tensor, max_context_len: int, rows: Tensor | None = None
+    ) -> None:
         """Append committed positions to the first R rows, or to ``rows`` [R].
 
         Args:
             features: [R, N, L*D]; row r's first ``counts[r]`` are the target's features at its next positions.
             tokens: [R, N], the token AFTER each of those positions.
             counts: [R] int64.
-            reach: a bound that the host knows: no row of the batch is longer, the N new positions counted whole.
+            max_context_len: a bound that the host knows: no row of the batch is longer, all N new positions counted.
             rows: which rows.
         """
 
+    @abstractmethod
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """Draft up to K tokens for the first R rows after ``last_token`` [R], the newest committed token."""
 
-
-class TreeDrafter(Drafter, Protocol):
-    """A drafter that can also propose a static tree."""
-
-    model: DraftModel
-    max_children: int  # as many distinct tokens follow a node
-
     def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
-        """The tree's nodes behind the root for the first R rows, [R, M - 1]; the root is ``last_token`` [R]."""
+        """The tree's nodes behind the root for the first R rows, [R, M - 1]; the root is ``last_token`` [R].
+
+        Only a drafter with ``max_children`` above 0 has it.
+        """
+        raise NotImplementedError
 
 
 class DraftModel(nn.Module):
@@ -106,29 +141,32 @@ class DraftModel(nn.Module):
         config: its frozen config.
         shape: sizes of its layers.
         family: their parts.
-        input_size: width of the attention streams.
+        input_size: width of the attention streams; None: D.
     """
 
     config: Any  # the algorithm's own DraftConfig
+    hidden_norm: RMSNorm | None  # of the projected features, where the layers read them normed
     layers: Any  # ModuleList of DraftLayer
     d2t: Tensor  # only with a reduced vocabulary
     t2d: Tensor
 
     def __init__(
-        self, algorithm: Algorithm, config: DraftConfig, shape: Shape, family: Family, input_size: int
+        self, algorithm: Algorithm, config: Any, shape: Shape, family: Family, input_size: int | None = None
     ) -> None:
         super().__init__()
+        self.hidden_norm = None
         self.algorithm, self.config, self.shape, self.family = algorithm, config, shape, family
         self.fc = Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
-        self.layers = nn.ModuleList(DraftLayer(shape, family, input_size) for _ in range(config.num_layers))
+        width = input_size or shape.hidden_size
+        self.layers = nn.ModuleList(DraftLayer(shape, family, width) for _ in range(config.num_layers))
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.rotary = Rotary(shape)
         self.attention = "auto"  # backend of deepspec.nn.attention.attend
         self.loss = "auto"  # backend of deepspec.nn.losses.head_loss
         self.activation_checkpointing = False
         self._frozen: FrozenHead | None = None
-        self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (whole, reduced): the copy of V' rows is made once
-        if config.draft_vocab_size is not None:  # until set_vocabulary or a checkpoint says which: the first V' tokens
+        self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (of V, of V'): the copy of V' rows is made once
+        if config.draft_vocab_size is not None:  # until set_draft_vocab or a checkpoint names them: the first V' tokens
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
@@ -164,20 +202,20 @@ class DraftModel(nn.Module):
             self._frozen = self._frozen.to(self.device, self.dtype)
         return self._frozen
 
-    def set_vocabulary(self, kept: Tensor) -> None:
-        """Draft over the tokens ``kept`` [V'] int64 alone, ascending; the target verifies over all of V.
+    def set_draft_vocab(self, tokens: Tensor) -> None:
+        """Draft over ``tokens`` [V'] int64 alone, ascending; the target verifies over all of V.
 
-        Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the kept.
+        Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the tokens.
         """
         size = self.config.draft_vocab_size
-        require(len(kept) == size, "draft_vocab_size", len(kept), f"{size} distinct tokens")
-        self.d2t.copy_(kept - torch.arange(len(kept)))
-        self.t2d.zero_()[kept] = True
+        require(len(tokens) == size, "draft_vocab_size", len(tokens), f"{size} distinct tokens")
+        self.d2t.copy_(tokens - torch.arange(len(tokens)))
+        self.t2d.zero_()[tokens] = True
         self._reduced = None
 
     @property
-    def kept_tokens(self) -> Tensor | None:
-        """The reduced vocabulary [V'] int64, or None."""
+    def draft_vocab_tokens(self) -> Tensor | None:
+        """The tokens of the reduced vocabulary [V'] int64, or None."""
         if self.config.draft_vocab_size is None:
             return None
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
@@ -185,15 +223,15 @@ class DraftModel(nn.Module):
     @property
     def head(self) -> FrozenHead:
         """The target's head over the draft's vocabulary."""
-        whole = self.frozen
-        if self.config.draft_vocab_size is None:
-            return whole
-        if self._reduced is None or self._reduced[0] is not whole:
-            self._reduced = whole, whole.reduced(self.kept_tokens)
+        complete, tokens = self.frozen, self.draft_vocab_tokens
+        if tokens is None:
+            return complete
+        if self._reduced is None or self._reduced[0] is not complete:
+            self._reduced = complete, complete.reduced(tokens)
         return self._reduced[1]
 
     def draft_ids(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(draft ids, which of them the draft can say) of ``tokens`` [..]; an unsayable one has some id; None: all."""
+        """(draft ids, which are in the draft's vocabulary) of ``tokens`` [..]; others have some id; None: all are."""
         if self.config.draft_vocab_size is None:
             return tokens, None
         ids = (self.t2d.cumsum(0) - 1).clamp_min(0)
@@ -201,10 +239,10 @@ class DraftModel(nn.Module):
 
     def expand_to_target_vocab(self, logits: Tensor) -> Tensor:
         """Logits [.., V] from those over the draft's vocabulary [.., V']: -inf outside it."""
-        kept = self.kept_tokens
-        if kept is None:
+        tokens = self.draft_vocab_tokens
+        if tokens is None:
             return logits
-        return logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf).index_copy(-1, kept, logits)
+        return logits.new_full((*logits.shape[:-1], self.shape.vocab_size), -torch.inf).index_copy(-1, tokens, logits)
 
     @property
     def device(self) -> torch.device:
@@ -217,56 +255,74 @@ class DraftModel(nn.Module):
         return self.fc.weight.dtype
 
     def forward(self, batch: Batch) -> LossTerms:
-        """The algorithm's objective (through ``forward`` so that ZeRO's hooks see the pass)."""
+        """The algorithm's objective (through ``forward`` so that ZeRO's hooks see the pass).
+
+        A batch straight from a source is planned first; in training the threads that read it have done so.
+        """
+        if batch.plan is None:
+            batch = batch.planned(self.algorithm.plan(self.config, batch.supervision))
         return self.algorithm.objective(self, batch)
 
 
 class Algorithm(ABC):
-    """One way to draft: how its config is read, its model built, trained and run."""
+    """One way to draft: its identity as plain attributes; how it is trained and run as methods."""
 
-    name: ClassVar[str]
+    name: ClassVar[str]  # in the registry, in recipes and in results
+    config_class: ClassVar[type[DraftConfig]]
+    model_class: ClassVar[type[DraftModel]]
+    drafter_class: ClassVar[type[Drafter]]
+    architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix stands before
+    own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
+    tiny_section: ClassVar[Mapping[str, Any]]  # a `draft:` section as small as it can be, for tests and examples
 
-    @abstractmethod
     def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Any:
         """The recipe's ``draft:`` section (with ``target_layers``) as a frozen config.
 
         Raises:
             RecipeError: an unknown key, a wrong type, or a value that does not fit the target.
         """
+        config = parse_section(self.config_class, section, "draft")
+        if target is not None:
+            self.check_target(config, target)
+        return config
 
-    @abstractmethod
-    def build_model(self, config: Any, shape: Shape, family: Family) -> DraftModel:
-        """An uninitialised draft."""
+    def check_target(self, config: Any, target: TargetSpec) -> None:
+        """Check what a config alone cannot know.
 
-    @abstractmethod
+        Raises:
+            RecipeError: a value that does not fit the target.
+        """
+        size = config.draft_vocab_size
+        if size is not None and size > target.vocab_size:
+            wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
+            raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+
+    def matches(self, published: Mapping[str, Any]) -> bool:
+        """Whether a draft folder's config.json is of this algorithm."""
+        return (published.get("architectures") or [""])[0].endswith(self.architecture)
+
     def read_config(self, published: Mapping[str, Any]) -> Any:
-        """The config from a draft folder's config.json."""
+        """The config from a draft folder's config.json.
 
-    @abstractmethod
-    def write_config(self, config: Any, published: dict[str, Any]) -> None:
-        """Add this algorithm's fields to a draft's config.json."""
+        Raises:
+            KeyError: a field that is missing.
+            RecipeError: a value out of range.
+        """
+        values = {
+            "target_layers": tuple(published["target_layer_ids"]),
+            "num_layers": published["num_hidden_layers"],
+            "draft_vocab_size": published.get("draft_vocab_size"),
+        }
+        unread = {one.name for one in fields(self.config_class) if one.init} - set(values)
+        for own in self.own_fields:
+            if own.attribute in unread:
+                known = own.default is REQUIRED or own.key in published
+                values[own.attribute] = published[own.key] if known else own.default
+        return self.config_class(**values)
 
-    @abstractmethod
-    def loss_weight(self, config: Any, supervision: Supervision) -> Tensor:
-        """The weight of this micro-batch's loss terms, a scalar on the CPU, from the masks alone."""
-
-    @abstractmethod
-    def objective(self, model: Any, batch: Batch) -> LossTerms:
-        """Loss terms and metrics of a micro-batch."""
-
-    @abstractmethod
-    def needs_last_hidden(self, config: Any) -> bool:
-        """Whether the objective reads the target's last hidden states."""
-
-    @abstractmethod
-    def drafter(self, model: Any, batch_size: int, max_length: int) -> Drafter:
-        """An empty decoding state for ``batch_size`` rows of at most ``max_length`` committed positions."""
-
-    def build(self, config: Any, target: TargetSpec, seed: int = 0) -> DraftModel:
-        """A freshly initialised draft for ``target``; its embedding and head are attached by the caller."""
-        model = self.build_model(config, target.shape, target.family)
-        initialise(model, float(target.config.get("initializer_range", 0.02)), seed)
-        return model
+    def own_config(self, config: Any) -> dict[str, Any]:
+        """This algorithm's own fields of config.json."""
+        return {own.key: getattr(config, own.attribute) for own in self.own_fields}
 
     def config_json(self, config: Any, target: TargetSpec, dtype: str = "float32") -> dict[str, Any]:
         """config.json of a draft in the published layout.
@@ -283,11 +339,53 @@ class Algorithm(ABC):
             target_layer_ids=list(config.target_layers),
             target_model_name_or_path=target.path,
             target_model_type=target.model_type,
+            **self.own_config(config),
         )
-        self.write_config(config, published)
-        kind = "Eagle3" if self.name == "eagle3" else "DSpark"
-        published["architectures"] = [f"{target.family.class_prefix}{kind}Model"]
+        if config.draft_vocab_size is not None:
+            published["draft_vocab_size"] = config.draft_vocab_size
+        published["architectures"] = self.architectures(target.family)
         return published
+
+    def architectures(self, family: Family) -> list[str]:
+        """``architectures`` of a draft with layers of ``family``."""
+        return [f"{family.class_prefix}{self.architecture}"]
+
+    def card_rows(self, config: Any, shape: Shape) -> list[tuple[str, object]]:
+        """What a model card says of a draft: (what, value)."""
+        rows: list[tuple[str, object]] = [
+            ("layers", config.num_layers),
+            ("target layers whose OUTPUT is read (0-based, -1 the embedding)", list(config.target_layers)),
+            ("tokens drafted a round", config.max_draft),
+        ]
+        if config.draft_vocab_size:
+            rows.append(("vocabulary", f"{config.draft_vocab_size} of {shape.vocab_size} tokens"))
+        return rows
+
+    def build_model(self, config: Any, shape: Shape, family: Family) -> DraftModel:
+        """An uninitialised draft."""
+        return self.model_class(self, config, shape, family)
+
+    def build(self, config: Any, target: TargetSpec, seed: int = 0) -> DraftModel:
+        """A freshly initialised draft for ``target``; its embedding and head are attached by the caller."""
+        model = self.build_model(config, target.shape, target.family)
+        initialise(model, float(target.config.get("initializer_range", 0.02)), seed)
+        return model
+
+    def drafter(self, model: Any, batch_size: int, max_length: int) -> Drafter:
+        """An empty decoding state for ``batch_size`` rows of at most ``max_length`` committed positions."""
+        return self.drafter_class(model, batch_size, max_length)
+
+    @abstractmethod
+    def plan(self, config: Any, supervision: Supervision) -> LossPlan:
+        """What the objective computes of a micro-batch, and its loss weight; made on the CPU from the masks."""
+
+    @abstractmethod
+    def objective(self, model: Any, batch: Batch) -> LossTerms:
+        """Loss terms and metrics of a micro-batch by its plan; never waits for the GPU."""
+
+    @abstractmethod
+    def needs_last_hidden(self, config: Any) -> bool:
+        """Whether the objective reads the target's last hidden states."""
 
 
 def target_states(batch: Batch, position_P: Tensor, dtype: torch.dtype) -> Tensor:
@@ -312,17 +410,10 @@ def require(holds: bool, key: str, found: object, wanted: str) -> None:
         raise RecipeError("value out of range", key=key, found=found, wanted=wanted)
 
 
-def check_vocabulary(config: DraftConfig, target: TargetSpec | None) -> None:
-    """Check that a reduced vocabulary is one.
-
-    Raises:
-        RecipeError: it holds nothing, or more than the target's.
-    """
-    size = config.draft_vocab_size
-    require(size is None or size >= 1, "draft.draft_vocab_size", size, "at least 1, or null")
-    if target is not None and size is not None and size > target.vocab_size:
-        wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
-        raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+def require_at_least(config: DraftConfig, least: int, *keys: str) -> None:
+    """Raise a :class:`RecipeError` for the first of the fields ``keys`` that is below ``least``."""
+    for key in keys:
+        require(getattr(config, key) >= least, key, getattr(config, key), f"at least {least}")
 
 
 def initialise(model: nn.Module, std: float, seed: int) -> None:
@@ -332,5 +423,5 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 module.weight.normal_(0.0, std, generator=generator)
-                if getattr(module, "bias", None) is not None:
-                    cast(Tensor, module.bias).zero_()
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                module.bias.zero_()

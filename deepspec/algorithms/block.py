@@ -1,4 +1,4 @@
-"""The block drafter that DFlash and DSpark share: context injection, parallel slots, anchors.
+"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, a table of facts.
 
 A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
 and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already
@@ -12,22 +12,63 @@ P distinct target positions of those slots.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from deepspec.algorithms.base import Algorithm, DraftModel, Proposal, Sampler
-from deepspec.batch import Supervision
+from deepspec.algorithms.base import (
+    Algorithm,
+    DraftConfig,
+    Drafter,
+    DraftModel,
+    OwnField,
+    Proposal,
+    Sampler,
+    require,
+    require_at_least,
+)
+from deepspec.batch import LossPlan, Supervision
+from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.layer import RMSNorm
 from deepspec.nn.losses import HeadRows
-from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
+from deepspec.nn.ragged import attend_ragged, score_bias
+from deepspec.targets import TargetSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockConfig(DraftConfig):
+    """The ``draft:`` section of a block drafter; the fields with ``init=False`` are of those with more heads."""
+
+    mask_token_id: int
+    num_layers: int = 5
+    block_size: int = 7
+    num_anchors: int = 512
+    loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
+    sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
+    markov_rank: int = field(default=0, init=False)  # of the sequential head; 0: there is none
+    markov_head: Literal["vanilla", "gated", "rnn"] = field(default="vanilla", init=False)
+    confidence_with_markov: bool = field(default=False, init=False)  # it reads W1[x] of the previous token too
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_at_least(self, 1, "block_size", "num_anchors")
+        gamma = self.loss_decay_gamma
+        require(gamma is None or gamma > 0, "loss_decay_gamma", gamma, "above 0, or null for no decay")
+        require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
+        require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
+
+    @property
+    def max_draft(self) -> int:
+        """K: every slot drafts one token, the anchor's too unless ``sample_from_anchor`` is false."""
+        return self.block_size if self.sample_from_anchor else self.block_size - 1
 
 
 def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
@@ -48,14 +89,15 @@ def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """Which slots of which blocks are supervised, sorted by the target position they are compared with; on the CPU."""
+class BlockPlan(LossPlan):
+    """Which slots of which blocks are supervised, sorted by the target position they are compared with."""
 
     anchor_BN: Tensor  # int64, 0 where a row has fewer blocks
     slot_R: Tensor  # index of each supervised slot in [B, N, K] flattened
     position_P: Tensor  # index of each distinct target position a + k in [B, S] flattened
     label_R: Tensor  # index of each slot's label (position a + k + 1) in [B, S] flattened
     rows: HeadRows  # without labels yet: they need the tokens
+    max_context_len: int  # one more than the last anchor: the context that any block sees
 
     @staticmethod
     def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float | None) -> BlockPlan:
@@ -80,28 +122,26 @@ class BlockPlan:
         slot_R = slot_R[order]
         position_P, position_R = torch.unique_consecutive(label - 1, return_inverse=True)
         weight_R = torch.exp(-(slot_R % block_size).double() / (math.inf if gamma is None else gamma)).float()
-        return BlockPlan(anchor_BN, slot_R, position_P, label, HeadRows.plan(position_R, weight_R))
-
-    @property
-    def weight(self) -> Tensor:
-        """Sum of the slots' weights, a scalar."""
-        return self.rows.weight_R.sum()
+        rows = HeadRows.plan(position_R, weight_R)
+        context = int(anchor_BN.max()) + 1 if anchor_BN.numel() else 1
+        return BlockPlan(rows.weight_R.sum(), anchor_BN, slot_R, position_P, label, rows, context)
 
 
 class BlockDraft(DraftModel):
-    """DFlash, or DSpark where the config asks for a sequential or a confidence head."""
+    """Layers that read the target's features as context, with the heads that the config asks for."""
 
-    def __init__(self, algorithm: Algorithm, config: Any, shape: Shape, family: Family) -> None:
-        super().__init__(algorithm, config, shape, family, input_size=shape.hidden_size)
-        self.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
-        rank = getattr(config, "markov_rank", 0)
-        said = config.draft_vocab_size or shape.vocab_size
-        self.markov_head = (
-            MarkovHead(config.markov_head, shape.vocab_size, rank, shape.hidden_size, said) if rank else None
-        )
-        self.confidence_head = None
-        if getattr(config, "confidence_head", False):
-            self.confidence_head = ConfidenceHead(shape.hidden_size, rank if config.confidence_with_markov else 0)
+    hidden_norm: RMSNorm
+
+    def __init__(self, algorithm: Algorithm, config: BlockConfig, shape: Shape, family: Family) -> None:
+        super().__init__(algorithm, config, shape, family)
+        size, rank, draft_vocab = shape.hidden_size, config.markov_rank, config.draft_vocab_size or shape.vocab_size
+        self.hidden_norm = RMSNorm(size, shape.norm_eps)
+        self.markov_head: MarkovHead | None = None
+        self.confidence_head: ConfidenceHead | None = None
+        if rank:
+            self.markov_head = MarkovHead(config.markov_head, shape.vocab_size, rank, size, draft_vocab)
+        if config.confidence_head:
+            self.confidence_head = ConfidenceHead(size, rank if config.confidence_with_markov else 0)
 
     def context(self, features: Tensor) -> Tensor:
         """H_ctx [.., D] = RMSNorm(fc(features [.., L*D]))."""
@@ -127,17 +167,17 @@ class BlockDraft(DraftModel):
             )
         return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
 
-    def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, reach: int) -> Tensor:
+    def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, max_context_len: int) -> Tensor:
         """Normed hidden states [B, N, K, D] with the context taken from ``features`` [B, S, L*D].
 
         Args:
             features: the target's features.
             input_ids: [B, S].
             anchor_BN: anchors on the same device.
-            reach: one more than the last anchor: the context that any block can see.
+            max_context_len: one more than the last anchor: the context that any block can see.
         """
-        context = self.context(features[:, :reach])
-        table = self.rotary(torch.arange(reach, device=context.device))
+        context = self.context(features[:, :max_context_len])
+        table = self.rotary(torch.arange(max_context_len, device=context.device))
         context_kv = [layer.self_attn.keys_values(context, table) for layer in self.layers]
         return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_kv)
 
@@ -153,9 +193,8 @@ def _block_layer(
 def by_block(values_R: Tensor, plan: BlockPlan, block_size: int) -> tuple[Tensor, Tensor]:
     """Scatter one value per supervised slot into [blocks, K]; (values, mask), zeros elsewhere."""
     size = plan.anchor_BN.numel() * block_size
-    slots = plan.slot_R.to(values_R.device)
-    dense = torch.zeros(size, device=values_R.device).index_copy(0, slots, values_R.float())
-    mask = torch.zeros(size, device=values_R.device).index_fill(0, slots, 1.0)
+    dense = torch.zeros(size, device=values_R.device).index_copy(0, plan.slot_R, values_R.float())
+    mask = torch.zeros(size, device=values_R.device).index_fill(0, plan.slot_R, 1.0)
     return dense.view(-1, block_size), mask.view(-1, block_size)
 
 
@@ -169,45 +208,26 @@ def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, Weighted
     }
 
 
-class BlockDrafter:
-    """Decoding state: the context's keys and values per layer. A block's own stand behind them until the next extends.
+class BlockDrafter(Drafter):
+    """The context's keys and values per layer; a block's own stand behind them until the next :meth:`extend`."""
 
-    Args:
-        model: the draft.
-        batch_size: B.
-        max_length: committed positions that the buffers hold before they grow.
-    """
+    model: BlockDraft
 
     def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
-        self.model, self.max_draft = model, model.config.max_draft
-        shape, like = model.shape, model.fc.weight.detach()
-        capacity = max_length + model.config.block_size
-        self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
-        self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
-        self._row_B = torch.arange(batch_size, device=model.device)
+        super().__init__(model, batch_size, max_length)
         self._slot_K = torch.arange(model.config.block_size, device=model.device)
-        self._groups = shape.num_heads // shape.num_kv_heads
-        self._reach = 0  # no row is longer
-
-    def reset_rows(self, rows: Tensor) -> None:
-        """Empty the contexts of ``rows``."""
-        self._length_B[rows] = 0
-
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
-        self._length_B[target] = self._length_B[source]
-        for cache in self._cache:
-            cache.move(source, target)
 
     @torch.no_grad()
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
+    def extend(
+        self, features: Tensor, tokens: Tensor, counts: Tensor, max_context_len: int, rows: Tensor | None = None
+    ) -> None:
         """Append the features of committed positions (the tokens after them are not used)."""
         row_R = self._row_B[: len(features)] if rows is None else rows
         slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
-        self._reach = reach
+        self._max_context_len = max_context_len
         context, table = self.model.context(features), self.model.rotary(slots)
         for layer, cache in zip(self.model.layers, self._cache, strict=True):
-            cache.reserve(reach + len(self._slot_K))
+            cache.reserve(max_context_len + len(self._slot_K))
             cache.write(layer.self_attn.keys_values(context, table), slots, row_R)
         self._length_B[row_R] += counts
 
@@ -242,15 +262,59 @@ class BlockDrafter:
         model, rows, block = self.model, len(last_token), len(self._slot_K)
         first = block - self.max_draft
         length_R1 = self._length_B[:rows, None]
-        slots, reach = length_R1 + self._slot_K, self._reach + block
+        slots, seen = length_R1 + self._slot_K, self._max_context_len + block
         table = model.rotary(slots)
-        visible = torch.arange(reach, device=slots.device) < length_R1 + block
+        visible = torch.arange(seen, device=slots.device) < length_R1 + block
         bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
         hidden = model.block_inputs(last_token[:, None])[:, 0]
         for layer, cache in zip(model.layers, self._cache, strict=True):
             normed = layer.input_layernorm(hidden)
             cache.write(layer.self_attn.keys_values(normed, table), slots, self._row_B[:rows])
             queries = layer.self_attn.queries(normed, table)
-            mixed = attend_ragged(queries, cache.view(rows, reach), bias, layer.self_attn.scale)
+            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.self_attn.scale)
             hidden = layer.finish(hidden, mixed)
         return model.norm(hidden[:, first : first + count])
+
+
+class BlockAlgorithm(Algorithm):
+    """The identity of a block drafter. One without further heads is written as one whose heads are off."""
+
+    has_heads: ClassVar[bool] = False  # a sequential or a confidence head
+    model_class = BlockDraft
+    drafter_class = BlockDrafter
+    architecture = "DSparkModel"
+    own_fields: ClassVar[tuple[OwnField, ...]] = (
+        OwnField("block_size", "block_size"),
+        OwnField("num_anchors", "num_anchors", training_only=True),
+        OwnField("mask_token_id", "mask_token_id"),
+        OwnField("sample_from_anchor", "sample_from_anchor", True),  # released drafts do not say: they do
+        OwnField("markov_rank", "markov_rank"),
+        OwnField("enable_confidence_head", "confidence_head"),
+    )
+    tiny_section: ClassVar[dict[str, Any]] = {
+        "num_layers": 2, "block_size": 4, "num_anchors": 5, "mask_token_id": 3,
+    }  # fmt: skip
+
+    def matches(self, published: Mapping[str, Any]) -> bool:
+        """See :meth:`Algorithm.matches`."""
+        heads = bool(published.get("markov_rank") or published.get("enable_confidence_head"))
+        return super().matches(published) and heads == self.has_heads
+
+    def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
+        """See :meth:`Algorithm.check_target`."""
+        super().check_target(config, target)
+        if config.mask_token_id >= target.vocab_size:
+            wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
+            raise RecipeError("no such token", key="draft.mask_token_id", found=config.mask_token_id, wanted=wanted)
+
+    def card_rows(self, config: BlockConfig, shape: Shape) -> list[tuple[str, object]]:
+        """See :meth:`Algorithm.card_rows`."""
+        meaning = "the anchor's slot drafts too" if config.sample_from_anchor else "the anchor's slot drafts nothing"
+        return [
+            *super().card_rows(config, shape),
+            ("block size", config.block_size),
+            ("sample_from_anchor", f"{str(config.sample_from_anchor).lower()}: {meaning}"),
+            ("mask token", config.mask_token_id),
+            ("sequential head", f"{config.markov_head}, rank {config.markov_rank}" if config.markov_rank else "none"),
+            ("confidence head", "yes" if config.confidence_head else "none"),
+        ]

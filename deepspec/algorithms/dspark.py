@@ -9,50 +9,39 @@ uses.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.algorithms.base import require
-from deepspec.algorithms.block import (
-    BlockDraft,
-    acceptance_metrics,
-    by_block,
-)
-from deepspec.algorithms.dflash import DFlash, DFlashConfig, SlotLoss, block_loss
+from deepspec.algorithms.base import OwnField, require, require_at_least
+from deepspec.algorithms.block import BlockConfig, BlockDraft, acceptance_metrics, by_block
+from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.loss_chunk import LossWeights
 
 
-@dataclass(frozen=True)
-class DSparkConfig(DFlashConfig):
-    """The ``draft:`` section of a DSpark recipe."""
+@dataclass(frozen=True, kw_only=True)
+class DSparkConfig(BlockConfig):
+    """The ``draft:`` section of a DSpark recipe; without heads its draft is saved, and loaded, as DFlash."""
 
+    algorithm: ClassVar[str] = "dspark"
     markov_rank: int = 256
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
-    confidence_with_markov: bool = True  # the confidence head also reads W1[x] of the previous token
+    confidence_with_markov: bool = True
     ce_weight: float = 0.1
     l1_weight: float = 0.9
     confidence_weight: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.markov_rank >= 0, "markov_rank", self.markov_rank, "0 (no sequential head) or more")
-        for key in ("ce_weight", "l1_weight", "confidence_weight"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        require_at_least(self, 0, "markov_rank", "ce_weight", "l1_weight", "confidence_weight")
         if self.confidence_head and self.confidence_with_markov:
             require(self.markov_rank > 0, "confidence_with_markov", True, "false where markov_rank is 0")
-
-    @property
-    def algorithm(self) -> str:
-        """Registry name."""
-        return "dspark"
 
 
 def confidence_terms(
@@ -67,7 +56,7 @@ def confidence_terms(
     if model.confidence_head is None or label_R is None:
         raise TypeError("confidence terms need a confidence head and a target distribution")
     logit_R = model.confidence_head(slots.hidden_RD, slots.previous_RM if config.confidence_with_markov else None)
-    weight_R = slots.plan.rows.weight_R.to(logit_R.device)
+    weight_R = slots.plan.rows.weight_R
     bce = (weight_R * F.binary_cross_entropy_with_logits(logit_R, label_R, reduction="none")).sum()
     with torch.no_grad():
         error_R = logit_R.sigmoid() - label_R
@@ -79,7 +68,7 @@ def confidence_terms(
             "confidence_bias": WeightedSum(error_R.sum(), count),
             "confidence_prefix_bias": WeightedSum((survival * mask_NK).sum(), count),
         }
-    return WeightedSum(bce, slots.weight), metrics
+    return WeightedSum(bce, slots.plan.weight), metrics
 
 
 class DSpark(DFlash):
@@ -87,40 +76,28 @@ class DSpark(DFlash):
 
     name = "dspark"
     config_class = DSparkConfig
-
-    def published_fields(self, published: Mapping[str, Any]) -> dict[str, Any]:
-        """Those of DFlash, and the heads'."""
-        return super().published_fields(published) | {
-            "markov_rank": published["markov_rank"],
-            "markov_head": published.get("markov_head_type", "vanilla"),
-            "confidence_head": published["enable_confidence_head"],
-            "confidence_with_markov": published.get("confidence_head_with_markov", False),
-        }
-
-    def write_config(self, config: Any, published: dict[str, Any]) -> None:
-        """See :meth:`Algorithm.write_config`."""
-        super().write_config(config, published)
-        published.update(
-            markov_rank=config.markov_rank,
-            markov_head_type=config.markov_head,
-            enable_confidence_head=config.confidence_head,
-            confidence_head_with_markov=config.confidence_with_markov,
-        )
+    own_fields = (
+        *DFlash.own_fields,
+        OwnField("markov_head_type", "markov_head", "vanilla"),
+        OwnField("confidence_head_with_markov", "confidence_with_markov", False),
+    )
+    has_heads = True
+    tiny_section: ClassVar[dict[str, Any]] = {**DFlash.tiny_section, "markov_rank": 6}
 
     def needs_last_hidden(self, config: Any) -> bool:
         """The L1 term and the confidence label compare with the target's distribution."""
         return config.l1_weight > 0 or config.confidence_head
 
-    def objective(self, model: BlockDraft, batch: Batch, anchors: list[Tensor] | None = None) -> LossTerms:
+    def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""
         config: DSparkConfig = model.config
         weights = LossWeights(ce=config.ce_weight, l1=config.l1_weight, report_l1=config.confidence_head)
-        slots = block_loss(model, batch, weights, anchors)
+        slots = block_loss(model, batch, weights)
         measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
         accept, mask = by_block(measured, slots.plan, config.max_draft)
-        terms, factors = {"head": WeightedSum(slots.head.combined, slots.weight)}, {"head": 1.0}
+        terms, factors = {"head": WeightedSum(slots.head.combined, slots.plan.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
-        metrics |= {name: WeightedSum(total, slots.weight) for name, total in slots.head.sums.items()}
+        metrics |= {name: WeightedSum(total, slots.plan.weight) for name, total in slots.head.sums.items()}
         if config.confidence_head:
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight

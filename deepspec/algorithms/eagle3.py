@@ -3,8 +3,7 @@
 Slot t starts from g = fc(features[t]) and the token x_{t+1} and predicts x_{t+2}; at TTT step j it continues from its
 own output of step j - 1 and the token x_{t+1+j}, as it will when decoding, and predicts x_{t+2+j}. A query at step j
 sees the step-0 keys of positions <= t and its own slot's keys of steps 1..j. Each step is compared with the target's
-distribution at
-t + 1 + j by soft cross-entropy:
+distribution at t + 1 + j by soft cross-entropy:
 
     loss = sum_j decay^j * mean over sequences of (sum over supervised slots of soft CE / length of the sequence)
 
@@ -14,9 +13,8 @@ size, R supervised (step, slot) pairs, P distinct target positions of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -24,16 +22,18 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.base import (
     Algorithm,
+    DraftConfig,
     Drafter,
     DraftModel,
+    OwnField,
     Proposal,
     Sampler,
-    check_vocabulary,
     require,
+    require_at_least,
     target_states,
 )
 from deepspec.algorithms.block import acceptance_metrics
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend
@@ -42,29 +42,20 @@ from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
 from deepspec.nn.tree import Tree
-from deepspec.sections import parse_section
-from deepspec.targets import TargetSpec
 
 
-@dataclass(frozen=True)
-class Eagle3Config:
+@dataclass(frozen=True, kw_only=True)
+class Eagle3Config(DraftConfig):
     """The ``draft:`` section of an Eagle3 recipe."""
 
-    target_layers: tuple[int, ...]
-    num_layers: int = 1
+    algorithm: ClassVar[str] = "eagle3"
     ttt_length: int = 7
     step_loss_decay: float = 0.8
-    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
 
     def __post_init__(self) -> None:
-        for key in ("num_layers", "ttt_length"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        super().__post_init__()
+        require_at_least(self, 1, "ttt_length")
         require(0 < self.step_loss_decay <= 1, "step_loss_decay", self.step_loss_decay, "above 0, at most 1")
-
-    @property
-    def algorithm(self) -> str:
-        """Registry name."""
-        return "eagle3"
 
     @property
     def max_draft(self) -> int:
@@ -83,14 +74,15 @@ def supervised_slots(supervision: Supervision, steps: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TTTPlan:
-    """Which (step, slot) pairs are supervised, sorted by target position; on the CPU."""
+class TTTPlan(LossPlan):
+    """Which (step, slot) pairs are supervised, sorted by target position; the weight is the number of sequences."""
 
     active_BN: Tensor  # int64 slots t that some step supervises, 0 where a row has fewer
     pair_R: Tensor  # index of each supervised pair in [T, B, N] flattened
     position_P: Tensor  # index of each distinct target position t + 1 + j in [B, S] flattened
-    rows: HeadRows
+    rows: HeadRows  # without labels: soft cross-entropy reads none
     num_steps: int
+    max_context_len: int  # one more than the last active slot: the step-0 keys that any slot sees
 
     @staticmethod
     def make(slots_TBS: Tensor, lengths_B: Tensor, decay: float) -> TTTPlan:
@@ -111,7 +103,9 @@ class TTTPlan:
         position_P, position_R = torch.unique_consecutive(position, return_inverse=True)
         weight_R = decay ** step_R.double() / lengths_B[row_R].double()
         pair_R = (step_R * B + row_R) * N + column_R
-        return TTTPlan(active_BN, pair_R, position_P, HeadRows.plan(position_R, weight_R.float()), T)
+        rows = HeadRows.plan(position_R, weight_R.float())
+        context = int(active_BN.max()) + 1 if active_BN.numel() else 1
+        return TTTPlan(torch.tensor(float(B)), active_BN, pair_R, position_P, rows, T, context)
 
 
 class Eagle3Draft(DraftModel):
@@ -130,7 +124,9 @@ class Eagle3Draft(DraftModel):
         """g [.., D] = fc(features [.., L*D]), without a norm."""
         return self.fc(features.to(self.dtype))
 
-    def train_hidden(self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, reach: int) -> Tensor:
+    def train_hidden(
+        self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, max_context_len: int
+    ) -> Tensor:
         """Hidden states before the final norm, [T, B, N, D], of the active slots at every TTT step.
 
         Args:
@@ -138,13 +134,13 @@ class Eagle3Draft(DraftModel):
             input_ids: [B, S].
             active_BN: the slots to compute, on the same device.
             steps: T.
-            reach: one more than the last active slot; only those positions' step-0 keys are ever seen.
+            max_context_len: one more than the last active slot; only those positions' step-0 keys are ever seen.
         """
         B, _N = active_BN.shape
-        positions = torch.arange(reach, device=features.device).expand(B, -1)
-        hidden_BSD = self.start(features[:, :reach])
+        positions = torch.arange(max_context_len, device=features.device).expand(B, -1)
+        hidden_BSD = self.start(features[:, :max_context_len])
         next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, steps))
-        embedded = self.frozen.embed(next_ids[:, :reach])
+        embedded = self.frozen.embed(next_ids[:, :max_context_len])
         context: list[tuple[Tensor, Tensor]] = []
         rows = positions
         for depth, layer in enumerate(self.layers):
@@ -210,49 +206,35 @@ def _step_layer(
     return layer.finish(hidden, mixed[:, :, 0]), kv
 
 
-class Eagle3Drafter:
-    """Decoding state: keys and values of committed positions, and the output at the newest one.
+class Eagle3Drafter(Drafter):
+    """Keys and values of committed positions, and the output at the newest one."""
 
-    Args:
-        model: the draft.
-        batch_size: B.
-        max_length: committed positions that the buffers hold before they grow.
-    """
+    model: Eagle3Draft
 
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
-        self.model, self.max_draft = model, model.config.max_draft
+        super().__init__(model, batch_size, max_length)
         self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
-        shape, like = model.shape, model.fc.weight.detach()
-        capacity = max_length + self.max_draft
-        self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
-        self._groups = shape.num_heads // shape.num_kv_heads
-        self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
-        self._newest_BD = like.new_zeros(batch_size, shape.hidden_size)
-        self._row_B = torch.arange(batch_size, device=model.device)
-        self._reach = 0  # no row is longer
-
-    def reset_rows(self, rows: Tensor) -> None:
-        """Empty the contexts of ``rows``."""
-        self._length_B[rows] = 0
+        self._newest_BD = model.fc.weight.detach().new_zeros(batch_size, model.shape.hidden_size)
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
-        self._length_B[target], self._newest_BD[target] = self._length_B[source], self._newest_BD[source]
-        for cache in self._cache:
-            cache.move(source, target)
+        """See :meth:`Drafter.move_rows`."""
+        super().move_rows(source, target)
+        self._newest_BD[target] = self._newest_BD[source]
 
     @torch.no_grad()
-    def extend(self, features: Tensor, tokens: Tensor, counts: Tensor, reach: int, rows: Tensor | None = None) -> None:
+    def extend(
+        self, features: Tensor, tokens: Tensor, counts: Tensor, max_context_len: int, rows: Tensor | None = None
+    ) -> None:
         """Append (features of position i, token i + 1): step 0 for the new positions."""
         model = self.model
         R, N = tokens.shape
         row_R = self._row_B[:R] if rows is None else rows
         slots = self._length_B[row_R, None] + torch.arange(N, device=tokens.device)
         last = (counts - 1).clamp_min(0)[:, None]  # [R, 1], the newest of the new positions
-        self._reach = reach
+        self._max_context_len = max_context_len
         hidden, embedded, table = model.start(features), model.frozen.embed(tokens), model.rotary(slots)
         for depth, (layer, cache) in enumerate(zip(model.layers, self._cache, strict=True)):
-            cache.reserve(reach + self.max_draft)
+            cache.reserve(max_context_len + self.max_draft)
             joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
             cache.write(layer.self_attn.keys_values(joined, table), slots, row_R)
             own = slots
@@ -260,7 +242,7 @@ class Eagle3Drafter:
                 own = slots.gather(1, last)
                 joined, hidden = (x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) for x in (joined, hidden))
             queries = layer.self_attn.queries(joined, model.rotary(own))
-            visible = torch.arange(reach, device=own.device) <= own[..., None]
+            visible = torch.arange(max_context_len, device=own.device) <= own[..., None]
             hidden = self._attend(layer, cache, hidden, queries, visible, R if rows is None else rows)
         newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
         self._newest_BD[row_R] = newest
@@ -272,13 +254,13 @@ class Eagle3Drafter:
         count = min(max_draft or self.max_draft, self.max_draft)
         R = len(last_token)
         hidden = self._newest_BD[:R, None]
-        places = torch.arange(self._reach + self.max_draft, device=last_token.device)
+        keys = torch.arange(self._max_context_len + self.max_draft, device=last_token.device)
         tokens: list[Tensor] = []
         probs: list[Tensor] = []
         for k in range(count):
             if k:
                 slots = self._length_B[:R, None] + (k - 1)
-                hidden = self._step(hidden, tokens[-1][:, None], slots, slots, places <= slots[..., None])
+                hidden = self._step(hidden, tokens[-1][:, None], slots, slots, keys <= slots[..., None])
             token, prob = sample(self.model.draft_logits(hidden)[:, 0], k)
             tokens.append(token)
             if prob is not None:
@@ -289,11 +271,11 @@ class Eagle3Drafter:
     def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
         """All nodes of a depth in one step, each from the output of its parent; its children are its likeliest tokens.
 
-        The root stands at the newest position, so node i is written i places behind it.
+        The root stands at the newest position, so node i is written i positions behind it.
         """
         R = len(last_token)
         root_R = self._length_B[:R] - 1
-        seen = self._reach + len(tree)
+        seen = self._max_context_len + len(tree)
         for cache in self._cache:
             cache.reserve(seen)
         hidden = self._newest_BD[:R, None]
@@ -334,78 +316,46 @@ class Eagle3(Algorithm):
     """The published recipe: one layer, seven TTT steps."""
 
     name = "eagle3"
-
-    def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Eagle3Config:
-        """See :meth:`Algorithm.parse`."""
-        config = parse_section(Eagle3Config, section, "draft")
-        check_vocabulary(config, target)
-        return config
-
-    def build_model(self, config: Eagle3Config, shape: Shape, family: Family) -> Eagle3Draft:
-        """See :meth:`Algorithm.build_model`."""
-        return Eagle3Draft(self, config, shape, family)
-
-    def read_config(self, published: Mapping[str, Any]) -> Eagle3Config:
-        """See :meth:`Algorithm.read_config`."""
-        return Eagle3Config(
-            target_layers=tuple(published["target_layer_ids"]),
-            num_layers=published["num_hidden_layers"],
-            ttt_length=published["ttt_length"],
-            step_loss_decay=published["step_loss_decay"],
-            draft_vocab_size=published.get("draft_vocab_size"),
-        )
-
-    def write_config(self, config: Eagle3Config, published: dict[str, Any]) -> None:
-        """See :meth:`Algorithm.write_config`."""
-        published.update(
-            draft_num_hidden_layers=config.num_layers,
-            ttt_length=config.ttt_length,
-            step_loss_decay=config.step_loss_decay,
-        )
-        if config.draft_vocab_size is not None:
-            published["draft_vocab_size"] = config.draft_vocab_size
+    config_class = Eagle3Config
+    model_class = Eagle3Draft
+    drafter_class = Eagle3Drafter
+    architecture = "Eagle3Model"
+    own_fields = (
+        OwnField("draft_num_hidden_layers", "num_layers"),
+        OwnField("ttt_length", "ttt_length", training_only=True),
+        OwnField("step_loss_decay", "step_loss_decay", training_only=True),
+    )
+    tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 1, "ttt_length": 3}
 
     def needs_last_hidden(self, config: Eagle3Config) -> bool:
         """Every term compares with the target's distribution."""
         return True
 
-    def loss_weight(self, config: Eagle3Config, supervision: Supervision) -> Tensor:
-        """The number of sequences: the loss is a mean of per-sequence means."""
-        return torch.tensor(float(len(supervision.lengths)))
+    def plan(self, config: Eagle3Config, supervision: Supervision) -> TTTPlan:
+        """See :meth:`Algorithm.plan`; the loss is a mean of per-sequence means."""
+        slots_TBS = supervised_slots(supervision, config.ttt_length)
+        return TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
 
-    def objective(self, model: Eagle3Draft, batch: Batch, slots_TBS: Tensor | None = None) -> LossTerms:
-        """Soft cross-entropy of every step; ``slots_TBS`` overrides which slots are supervised (reference checks)."""
-        config: Eagle3Config = model.config
-        supervision, device = batch.supervision, batch.input_ids.device
-        if slots_TBS is None:
-            slots_TBS = supervised_slots(supervision, config.ttt_length)
-        plan = TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
-        reach = int(plan.active_BN.max()) + 1 if plan.active_BN.numel() else 1
+    def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
+        """Soft cross-entropy of every step."""
+        plan = cast(TTTPlan, batch.plan)
         hidden = model.train_hidden(
-            batch.features, batch.input_ids, plan.active_BN.to(device), config.ttt_length, reach
+            batch.features, batch.input_ids, plan.active_BN, plan.num_steps, plan.max_context_len
         )
-        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R.to(device)))
-        position_P = plan.position_P.to(device)
-        target_PD = target_states(batch, position_P, model.dtype)
-        rows = plan.rows.with_labels(torch.zeros_like(plan.rows.position_R, device=device))  # soft CE reads no label
+        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R))
+        target_PD = target_states(batch, plan.position_P, model.dtype)
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        head = head_loss(hidden_RD, model.head, rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
-        weight = torch.tensor(float(len(supervision.lengths)), device=device)
+        head = head_loss(hidden_RD, model.head, plan.rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
         metrics = self._metrics(head.accept_R, plan)
-        return LossTerms({"soft_ce": WeightedSum(head.combined, weight)}, {"soft_ce": 1.0}, metrics)
+        return LossTerms({"soft_ce": WeightedSum(head.combined, plan.weight)}, {"soft_ce": 1.0}, metrics)
 
     def _metrics(self, accept_R: Tensor | None, plan: TTTPlan) -> dict[str, WeightedSum]:
         if accept_R is None:
             return {}
         T, slots = plan.num_steps, plan.active_BN.numel()
-        pair_R = plan.pair_R.to(accept_R.device)
-        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, pair_R, accept_R)
-        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, pair_R, 1.0)
+        accept = torch.zeros(T * slots, device=accept_R.device).index_copy(0, plan.pair_R, accept_R)
+        mask = torch.zeros(T * slots, device=accept_R.device).index_fill(0, plan.pair_R, 1.0)
         return acceptance_metrics(accept.view(T, slots).T, mask.view(T, slots).T)
-
-    def drafter(self, model: Eagle3Draft, batch_size: int, max_length: int) -> Drafter:
-        """See :meth:`Algorithm.drafter`."""
-        return Eagle3Drafter(model, batch_size, max_length)
 
 
 EAGLE3 = Eagle3()

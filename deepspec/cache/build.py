@@ -6,52 +6,42 @@ alone, so a build that was killed and goes on with any number of ranks ends in t
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import sys
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
-from deepspec.cache.assemble import finish_cache, sweep, whole_part
-from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
-from deepspec.cache.format import MANIFEST, PART_MANIFEST, PARTS, PLAN, Manifest
+from deepspec.cache.assemble import finish_cache
+from deepspec.cache.format import CacheManifest
 from deepspec.cache.forward import DTYPES, Conversation, forward_batch
-from deepspec.cache.levels import warnings
-from deepspec.cache.lock import build_lock
-from deepspec.cache.pipeline import ByteQueue
-from deepspec.cache.plan import Plan, PlannedPart, Source, cut, mean_tokens, read_rows, samples_per_part, scan
-from deepspec.cache.plan import batches as cut_batches
-from deepspec.cache.progress import BuildProgress
-from deepspec.cache.store import Store, open_folder
-from deepspec.cache.writer import Block, PartWriter, layout_of, temporary_part
-from deepspec.data.chat import Renderer, load_renderer, render_row
+from deepspec.cache.parts import Block, PartWriter, layout_of
+from deepspec.cache.plan import BuildJob, CachePlan, PlannedPart, batches, plan_build, read_rows
+from deepspec.cache.store import Store, build_lock, open_store
+from deepspec.data.chat import load_renderer, render_row
 from deepspec.distributed import World, barrier, on_rank0, pick_device
 from deepspec.errors import CacheError, DeepSpecError, system_error
+from deepspec.progress import Progress
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, load_target
 from deepspec.targets.served import ServedTarget
 
+log = logging.getLogger(__name__)
+Rejected = tuple[tuple[int, str, str], ...]  # sample id, conversation id, reason
+_Usable = tuple[list[Conversation], Rejected]  # of a part
 QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
 
 
 class BuildStopped(CacheError):
     """The build was asked to stop (SIGTERM or SIGINT) and did; started again it continues."""
-
-
-@dataclass(frozen=True)
-class _Usable:
-    """A part's conversations as the target sees them."""
-
-    rows: list[Conversation]
-    rejected: tuple[tuple[int, str, str], ...]
 
 
 def build_cache(
@@ -61,7 +51,7 @@ def build_cache(
     world: World | None = None,
     append: bool = False,
     server: str | None = None,
-) -> Manifest:
+) -> CacheManifest:
     """Build the cache of ``recipe``, or go on with it where a build ended.
 
     Args:
@@ -80,20 +70,16 @@ def build_cache(
         DataError: conversations that cannot be read.
         BuildStopped: SIGTERM or SIGINT came; finished parts stay.
     """
-    world = world or World()
-    folder = open_folder(output)
-    device = pick_device(world.local_rank)
+    world, store = world or World(), open_store(output)
     with ExitStack() as stack:
-        on_rank0(world, lambda: stack.enter_context(build_lock(folder)), CacheError)
-        target = _open_target(recipe, device, server)
+        on_rank0(world, lambda: stack.enter_context(build_lock(store)), CacheError)
+        target = _open_target(recipe, pick_device(world.local_rank), server)
         recipe = recipe.for_target(target.spec)
-        renderer = load_renderer(recipe, target.spec)
-        maker = Planner(recipe, folder, Path(conversations), target, renderer, append)
-        plan, todo = on_rank0(world, maker.begin, CacheError)
-        builder = _Builder(recipe, folder, Path(conversations), target, renderer, plan, world)
-        builder.build(todo[world.rank :: world.size])
+        job = BuildJob(recipe, store, Path(conversations), target, load_renderer(recipe, target.spec))
+        plan, todo = on_rank0(world, lambda: plan_build(job, append), CacheError)
+        _Builder(job, plan, world).build(todo[world.rank :: world.size])
         barrier(world)
-        return on_rank0(world, lambda: finish_cache(folder, plan), CacheError)
+        return on_rank0(world, lambda: finish_cache(store, plan), CacheError)
 
 
 def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
@@ -103,109 +89,68 @@ def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Ta
     return ServedTarget(server, section.path, section.layers, dtype, section.revision)
 
 
-@dataclass
-class Planner:
-    """What rank 0 does before the others begin."""
+class ByteQueue:
+    """One thread that runs tasks in order; at most ``limit`` bytes of them wait.
 
-    recipe: Recipe
-    folder: Store
-    conversations: Path
-    target: Target | ServedTarget
-    renderer: Renderer
-    append: bool
+    Args:
+        limit: bytes; a single larger task is let in when nothing else waits.
+    """
 
-    def begin(self) -> tuple[Plan, list[PlannedPart]]:
-        """The plan and the parts that are still to be made."""
-        source = scan(self.conversations)
-        wanted = fingerprint_of(self.recipe, self.target.spec, self.renderer.tokenizer, [source.entry()])
-        if self.folder.size(PLAN) is None:
-            if self.folder.size(MANIFEST) is not None:
-                raise CacheError("a cache without its plan cannot be built further", file=self.folder.url, key=PLAN)
-            plan = self._new_plan(source, wanted)
-        else:
-            plan = self._known_plan(source, wanted)
-        sweep(self.folder)
-        todo = [part for part in plan.parts if not whole_part(self.folder, part.name)]
-        mine = next(i for i, entry in enumerate(plan.fingerprint["sources"]) if entry["sha256"] == source.sha256)
-        for part in todo:
-            if part.source != mine:
-                name = plan.fingerprint["sources"][part.source]["name"]
-                raise CacheError(
-                    "a part of another source is missing",
-                    file=self.folder.url,
-                    key=part.name,
-                    remedy=f"build it with --data {name}",
-                )
-            self.folder.remove(f"{PARTS}/{part.name}")
-        return plan, todo
+    def __init__(self, limit: int) -> None:
+        self.limit, self.peak, self._bytes = limit, 0, 0
+        self._tasks: deque[tuple[Future[None], int]] = deque()
+        self._error: BaseException | None = None
+        self._thread = ThreadPoolExecutor(1, "cache writer")
 
-    def _new_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
-        for line in warnings(wanted["levels"]):
-            print(f"build: {line}", file=sys.stderr, flush=True)
-        plan = Plan(wanted, self.recipe.cache.tokens_per_batch, 0.0, ())
-        return self._add(plan, source, 0, 0)
+    def put(self, task: Callable[[], None], size: int) -> None:
+        """Queue a task that holds ``size`` bytes; waits for room. Raises what an earlier task raised."""
+        while self._tasks and (self._tasks[0][0].done() or self._bytes + size > self.limit):
+            self._await_oldest()
+        if self._error is not None:
+            raise self._error
+        self._bytes += size
+        self.peak = max(self.peak, self._bytes)
+        self._tasks.append((self._thread.submit(self._run, task), size))
 
-    def _add(self, plan: Plan, source: Source, number: int, first_sample: int) -> Plan:
-        mean = mean_tokens(source, self.renderer, self.recipe.data.min_supervised)
-        token_bytes = token_bytes_of(plan.fingerprint)
-        size = samples_per_part(source.rows, self.recipe.cache.samples_per_part, mean, token_bytes)
-        parts = plan.parts + cut(source, number, len(plan.parts), first_sample, size)
-        plan = replace(plan, parts=parts, mean_tokens=mean)
-        self.folder.write(PLAN, plan.to_bytes())
-        return plan
+    def drain(self) -> None:
+        """Wait until all tasks are done. Raises what a task raised."""
+        while self._tasks:
+            self._await_oldest()
 
-    def _known_plan(self, source: Source, wanted: dict[str, Any]) -> Plan:
-        plan = Plan.load(self.folder)
-        known = plan.fingerprint["sources"]
-        is_new = source.sha256 not in {entry["sha256"] for entry in known}
-        compared = {**wanted, "sources": []} if self.append and is_new else wanted
-        lines = mismatches(plan.fingerprint, compared, self.folder.url)
-        if plan.fingerprint["levels"] != wanted["levels"]:
-            lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
-        if lines:
-            raise CacheError(
-                f"the folder holds another cache: {'; '.join(lines)}",
-                file=self.folder.url,
-                remedy=remedy_for(lines, "choose another output folder, mend the recipe, or delete the folder"),
-            )
-        if not is_new:
-            return plan
-        first_sample = sum(entry["rows"] for entry in known)
-        grown = replace(plan, fingerprint={**plan.fingerprint, "sources": [*known, source.entry()]})
-        return self._add(grown, source, len(known), first_sample)
+    def close(self, cancel: bool = False) -> None:
+        """End the thread; with ``cancel`` tasks that have not begun are dropped."""
+        self._thread.shutdown(cancel_futures=cancel)
 
+    def _await_oldest(self) -> None:
+        future, size = self._tasks.popleft()
+        self._bytes -= size
+        future.result()
 
-def token_bytes_of(fingerprint: dict[str, Any]) -> int:
-    """Bytes of one token's hidden states before coding."""
-    width = len(fingerprint["layers"]) + (fingerprint["levels"]["last_hidden"] is not None)
-    return int(fingerprint["target"]["hidden_size"]) * width * (2 if fingerprint["dtype"] == "bfloat16" else 4)
+    def _run(self, task: Callable[[], None]) -> None:
+        if self._error is None:  # after a failure nothing else runs
+            try:
+                task()
+            except BaseException as problem:
+                self._error = problem
+                raise
 
 
 class _Builder:
     """One rank's work: forward here, copies, encoding and writing on other threads."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        folder: Store,
-        conversations: Path,
-        target: Target | ServedTarget,
-        renderer: Renderer,
-        plan: Plan,
-        world: World,
-    ) -> None:
-        self.recipe, self.folder, self.conversations = recipe, folder, conversations
-        self.target, self.renderer, self.plan, self.world = target, renderer, plan, world
-        self.layers = tuple(plan.fingerprint["layers"])
+    def __init__(self, job: BuildJob, plan: CachePlan, world: World) -> None:
+        self.job, self.plan, self.world = job, plan, world
         self.layout = layout_of(plan.fingerprint)
         self.stop = threading.Event()
-        self._writer: PartWriter | None = None  # of the part that the queue's thread is writing; see _open
+        self.written = self.raw = self.rejected = 0
+        self._writer: PartWriter | None = None  # of the part that the queue's thread is writing
 
     def build(self, parts: list[PlannedPart]) -> None:
-        """Make ``parts``."""
+        """Make ``parts``; rank 0 shows its progress, taking the others to be as fast as itself."""
         cores = max(1, (os.cpu_count() or 1) // self.world.local_size)
-        expected = self.plan.mean_tokens * sum(part.rows for part in parts)
-        progress = BuildProgress(len(parts), int(expected), self.world, token_bytes_of(self.plan.fingerprint))
+        expected = int(self.plan.mean_tokens * sum(part.rows for part in parts))
+        noun = "parts" if self.world.size == 1 else f"parts on rank 0 of {self.world.size}"
+        progress = Progress("build", len(parts), noun=noun, expected=expected, more=self._more, every=10.0)
         queue = ByteQueue(QUEUE_BYTES)
         with (
             ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,
@@ -221,61 +166,61 @@ class _Builder:
                 queue.drain()  # parts that are through the target are still written
                 raise
             except OSError as problem:
-                raise _disk_error(problem, self.folder) from None
+                raise _disk_error(problem, self.job.store) from None
             finally:
                 queue.close(cancel=True)
                 if self._writer is not None:
                     self._writer.abandon()
         progress.finish()
 
+    def _more(self) -> str:
+        text = f"{self.written / 1e9:.2f} GB written"
+        text += f" ({self.written / self.raw:.3f} of raw)" if self.raw else ""
+        return text + (f", {self.rejected} samples rejected" if self.rejected else "")
+
     def _render(self, part: PlannedPart) -> _Usable:
+        """A part's conversations as the target sees them, and those that it cannot use."""
         rows, rejected = [], []
-        for number, row in read_rows(self.conversations, part.offset, part.first, part.rows):
+        for number, row in read_rows(self.job.conversations, part.offset, part.first, part.rows):
             sample = part.first_sample + number - part.first
             name = row["id"] if isinstance(row, dict) else f"row {number + 1}"
-            rendered = render_row(self.renderer, row, self.recipe.data.min_supervised)
+            rendered = render_row(self.job.renderer, row, self.job.recipe.data.min_supervised)
             if isinstance(rendered, str):
                 rejected.append((sample, name, rendered))
             else:
                 rows.append((sample, name, rendered))
-        return _Usable(rows, tuple(rejected))
+        return rows, tuple(rejected)
 
     def _build_part(
-        self,
-        part: PlannedPart,
-        usable: _Usable,
-        queue: ByteQueue,
-        encoders: ThreadPoolExecutor,
-        progress: BuildProgress,
+        self, part: PlannedPart, usable: _Usable, queue: ByteQueue, encoders: ThreadPoolExecutor, progress: Progress
     ) -> None:
-        keeps_last = self.layout.last_hidden_level is not None
-        lengths = [len(rendered.input_ids) for _, _, rendered in usable.rows]
+        conversations, rejected = usable
+        lengths = [len(rendered.input_ids) for _, _, rendered in conversations]
         queue.put(lambda: self._open(part, encoders), 0)
-        for batch in cut_batches(lengths, self.plan.tokens_per_batch):
+        for batch in batches(lengths, self.plan.tokens_per_batch):
             if self.stop.is_set():
-                raise BuildStopped(
-                    "stopped when asked to; finished parts stay",
-                    file=self.folder.url,
-                    remedy="start the same command again, it continues",
-                )
-            rows = [usable.rows[i] for i in batch]
-            size, block = forward_batch(self.target, self.layers, keeps_last, rows)
+                problem = "stopped when asked to; finished parts stay"
+                remedy = "start the same command again, it continues"
+                raise BuildStopped(problem, file=self.job.store.url, remedy=remedy)
+            rows, layers = [conversations[i] for i in batch], self.plan.fingerprint["layers"]
+            size, block = forward_batch(self.job.target, layers, self.layout.keeps_last, rows)
             queue.put(partial(self._append, block), size)
-            progress.add(sum(lengths[i] for i in batch))
-        queue.put(partial(self._finish, usable, progress), 0)
+            progress.add(0, sum(lengths[i] for i in batch))
+        queue.put(lambda: self._finish(rejected, progress), 0)
 
     def _open(self, part: PlannedPart, encoders: ThreadPoolExecutor) -> None:
-        self._writer = PartWriter(temporary_part(self.folder, part.name), part.name, self.layout, encoders)
+        self._writer = PartWriter(self.job.store, part.name, self.layout, encoders)
 
     def _append(self, block: Callable[[], Block]) -> None:
         self._current.append(block())
 
-    def _finish(self, usable: _Usable, progress: BuildProgress) -> None:
-        writer = self._current
-        manifest = writer.finish(usable.rejected)
-        self.folder.commit(writer.folder, f"{PARTS}/{writer.name}", PART_MANIFEST)
+    def _finish(self, rejected: Rejected, progress: Progress) -> None:
+        manifest = self._current.finish(rejected)
         self._writer = None
-        progress.part_done(manifest)
+        self.written += manifest.coded_bytes
+        self.raw += manifest.raw_bytes
+        self.rejected += len(rejected)
+        progress.add(1)
 
     @property
     def _current(self) -> PartWriter:
@@ -305,7 +250,7 @@ def _stoppable(stop: threading.Event) -> Iterator[None]:
 
     def note(_number: int, _frame: Any) -> None:
         stop.set()
-        print("build: stopping after this batch", file=sys.stderr, flush=True)
+        log.warning("build: stopping after this batch")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -315,7 +260,7 @@ def _stoppable(stop: threading.Event) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _disk_error(problem: OSError, folder: Store) -> DeepSpecError:
-    with_remedy = cast(DeepSpecError, system_error(problem, folder.url))
-    text = f"cannot write the cache; finished parts stay ({with_remedy.problem})"
-    return CacheError(text, file=with_remedy.file, remedy=with_remedy.remedy)
+def _disk_error(problem: OSError, store: Store) -> CacheError:
+    known = cast(DeepSpecError, system_error(problem, store.url))
+    text = f"cannot write the cache; finished parts stay ({known.problem})"
+    return CacheError(text, file=known.file, remedy=known.remedy)

@@ -5,20 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
-
-import numpy as np
 
 from deepspec import registry
-from deepspec.cache.format import HIDDEN_CHUNK
-from deepspec.cache.forward import DTYPES, Conversation, forward_batch
+from deepspec.cache.format import HIDDEN_CHUNK, ArrayInfo
+from deepspec.cache.forward import DTYPES, forward_batch
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.plan import Source, read_rows, samples_per_part, scan
-from deepspec.cache.writer import Block, Layout, PartWriter
-from deepspec.data.chat import Renderer, load_renderer, render_row
+from deepspec.cache.parts import Block, Layout, PartWriter
+from deepspec.cache.plan import Source, samples_per_part, scan, usable_rows
+from deepspec.cache.store import FolderStore
+from deepspec.data.chat import Renderer, load_renderer
 from deepspec.distributed import pick_device
 from deepspec.recipe import Recipe
 from deepspec.targets import load_spec, load_target
@@ -80,37 +78,22 @@ def estimate_recipe(
         dtype = DTYPES[recipe.target.dtype]
         target = load_target(recipe.target.path, dtype, pick_device(), recipe.target.revision)
         rows = usable_rows(source, renderer, minimum, measured)
-        blocks = [forward_batch(target, recipe.target.layers, keeps_last, [row])[1]() for row in rows]
+        blocks = [forward_batch(target, recipe.target.layers, keeps_last, [(i, str(i), one)])[1]() for i, one in rows]
         ratios = measure_ratios(blocks, layout)
     return totals, estimate(totals, layout, recipe.cache.samples_per_part, ratios)
-
-
-def usable_rows(source: Source, renderer: Renderer, min_supervised: int, wanted: int) -> list[Conversation]:
-    """The usable ones among ``wanted`` rows spread over the file."""
-    rows = []
-    for row in range(0, source.rows, max(1, source.rows // wanted)):
-        ((_, content),) = read_rows(source.path, source.offsets[row], row, 1)
-        rendered = render_row(renderer, content, min_supervised)
-        if not isinstance(rendered, str):
-            rows.append((row, str(row), rendered))
-    return rows
 
 
 def count(source: Source, renderer: Renderer, min_supervised: int, probed: int) -> Totals:
     """Totals of a conversation file from at most ``probed`` rows spread evenly over it."""
     rows = usable_rows(source, renderer, min_supervised, probed)
     scale = source.rows / len(range(0, source.rows, max(1, source.rows // probed)))
-    tokens = sum(len(rendered.input_ids) for _, _, rendered in rows)
-    last_rows = sum(sum(rendered.loss_mask[1:]) for _, _, rendered in rows)
+    tokens = sum(len(rendered.input_ids) for _, rendered in rows)
+    last_rows = sum(sum(rendered.loss_mask[1:]) for _, rendered in rows)
     return Totals(source.rows, round(len(rows) * scale), round(tokens * scale), round(last_rows * scale))
 
 
 def estimate(
-    totals: Totals,
-    layout: Layout,
-    limit: int,
-    ratios: dict[str, tuple[float, float]] | None = None,
-    levels: Sequence[str] = tuple(LEVELS),
+    totals: Totals, layout: Layout, limit: int, ratios: dict[str, tuple[float, float]] | None = None
 ) -> list[Estimate]:
     """Bytes and files at each level.
 
@@ -119,49 +102,39 @@ def estimate(
         layout: widths and dtype; its levels do not count, but whether last_hidden is kept.
         limit: the recipe's cache.samples_per_part.
         ratios: measured coded bytes / raw bytes of (features, last_hidden) by level; else the table's.
-        levels: to estimate.
     """
-    width = 2 if layout.dtype == "bfloat16" else 4
-    keeps_last = layout.last_hidden_level is not None
-    token_bytes = width * (layout.channels + (layout.hidden_size if keeps_last else 0))
-    size = samples_per_part(totals.rows, limit, totals.mean_tokens, token_bytes)
+    width, keeps_last = layout.value_bytes, layout.keeps_last
+    size = samples_per_part(totals.rows, limit, totals.mean_tokens, layout.token_bytes)
     parts = math.ceil(totals.rows / size)
     files = FILES_PER_CACHE + parts * (FILES_PER_PART + FILES_PER_ARRAY * (3 + keeps_last))
     found = []
-    for level in levels:
+    for level in LEVELS:
         features, last = (ratios or {}).get(level, LEVELS[level].ratios)
         coded = totals.tokens * (features * width * layout.channels + TOKEN_BYTES)
         if keeps_last:
             coded += totals.last_rows * last * width * layout.hidden_size
         coded += totals.samples * SAMPLE_BYTES
         coded += 20 * (totals.tokens + totals.last_rows) / HIDDEN_CHUNK  # index entries and checksums
-        coded += parts * (PART_BYTES_FIXED + TABLE_BYTES[level] * token_bytes // width)
+        coded += parts * (PART_BYTES_FIXED + TABLE_BYTES[level] * layout.token_bytes // width)
         found.append(Estimate(level, round(coded), parts, files))
     return found
 
 
-def measure_ratios(
-    blocks: Sequence[Block], layout: Layout, levels: Sequence[str] = tuple(LEVELS)
-) -> dict[str, tuple[float, float]]:
+def measure_ratios(blocks: Sequence[Block], layout: Layout) -> dict[str, tuple[float, float]]:
     """Coded / raw bytes of (features, last_hidden) at each level, on real hidden states."""
     ratios = {}
-    with ThreadPoolExecutor(1) as pool, TemporaryDirectory() as place:
-        for level in levels:
-            kept = level if layout.last_hidden_level is not None else None
-            shape = Layout(layout.channels, layout.hidden_size, layout.dtype, level, kept)
-            writer = PartWriter(Path(place) / level, level, shape, pool)
+    with ThreadPoolExecutor(1) as pool, TemporaryDirectory() as folder:
+        for level in LEVELS:
+            coded = replace(layout, features_level=level, last_hidden_level=level if layout.keeps_last else None)
+            writer = PartWriter(FolderStore(folder), level, coded, pool)
             for block in blocks:
                 writer.append(block)
             arrays = writer.finish().arrays
-            found = []
-            for name in ("features", "last_hidden"):
-                info = arrays.get(name)
-                found.append(1.0 if info is None or not info.shape[0] else _ratio(info))
-            ratios[level] = (found[0], found[1])
+            ratios[level] = (_ratio(arrays["features"]), _ratio(arrays.get("last_hidden")))
     return ratios
 
 
-def _ratio(info: Any) -> float:
-    raw = math.prod(info.shape) * np.dtype(info.dtype).itemsize
-    overhead = 20 * math.ceil(info.shape[0] / HIDDEN_CHUNK) + 4
-    return float((info.bytes - overhead) / raw)
+def _ratio(info: ArrayInfo | None) -> float:
+    if info is None or not info.raw_bytes:
+        return 1.0
+    return (info.bytes - 20 * math.ceil(info.shape[0] / HIDDEN_CHUNK) - 4) / info.raw_bytes

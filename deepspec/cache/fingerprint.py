@@ -1,4 +1,4 @@
-"""What a cache's bytes depend on, as plain values; compared whole with the recipe before the first training step."""
+"""What a cache's bytes depend on, as plain values; compared with the recipe before the first training step."""
 
 from __future__ import annotations
 
@@ -65,12 +65,9 @@ def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object
     if now["levels"]["last_hidden"] is None:
         known["levels"] = {**known["levels"], "last_hidden": None}
     lines = differences(known, now, SIDES)
-    return lines + [missing_sources(missing)] * bool(missing)
-
-
-def missing_sources(names: list[str]) -> str:
-    """The line of :func:`mismatches` for conversations that a cache does not hold."""
-    return f"sources: cache without {', '.join(names)}, recipe names them in data.conversations"
+    if missing:
+        lines.append(f"sources: cache without {', '.join(missing)}, recipe names them in data.conversations")
+    return lines
 
 
 def remedy_for(lines: list[str], otherwise: str) -> str:

@@ -1,13 +1,14 @@
 """The cache's names and manifests; docs/cache-format.md is the specification.
 
 A cache is a folder of parts. A part is a Zarr v3 group whose arrays hold the tokens of a run of samples, one after the
-other. `part.json` makes a part whole, `manifest.json` the cache.
+other. `part.json`, written last, completes a part, `manifest.json` the cache.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,7 @@ HIDDEN_CHUNK = 64  # tokens of one inner chunk of features and last_hidden: what
 TOKEN_CHUNK = 1024  # tokens of one inner chunk of input_ids and loss_mask
 REBUILD = "tools/cache.py verify names all broken parts and has them rebuilt"
 SAMPLE_COLUMNS = ("sample_id", "part", "start", "length", "row_start", "rows")
+_ITEM_BYTES = {"uint8": 1, "uint16": 2, "int32": 4, "float32": 4, "int64": 8}
 STORED_DTYPES = {"bfloat16": "uint16", "float32": "float32"}  # Zarr has no bfloat16: its bits are kept
 
 
@@ -29,16 +31,16 @@ def to_json(value: Any) -> bytes:
     return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
-def from_json(folder: Store, name: str) -> Any:
+def from_json(store: Store, name: str) -> Any:
     """A JSON file of the cache.
 
     Raises:
         CacheError: missing or unreadable.
     """
     try:
-        return json.loads(folder.read(name))
+        return json.loads(store.read(name))
     except ValueError as problem:
-        raise CacheError(f"not a JSON file ({problem})", file=f"{folder.url}/{name}") from None
+        raise CacheError(f"not a JSON file ({problem})", file=f"{store.url}/{name}") from None
 
 
 def digest(data: bytes) -> str:
@@ -61,6 +63,11 @@ class ArrayInfo:
     bytes: int  # of the shard
     metadata_sha256: str  # of zarr.json, which holds the codec's calibration
 
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the values without a codec."""
+        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+
 
 @dataclass(frozen=True)
 class PartManifest:
@@ -74,23 +81,33 @@ class PartManifest:
     arrays: dict[str, ArrayInfo]
     rejected: tuple[tuple[int, str, str], ...] = ()  # (sample id, conversation id, reason)
 
+    @property
+    def coded_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(info.bytes for info in self.arrays.values())
+
+    @property
+    def raw_bytes(self) -> int:
+        """Bytes of the same arrays without codecs."""
+        return sum(info.raw_bytes for info in self.arrays.values())
+
     def to_bytes(self) -> bytes:
         """The content of part.json."""
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Store, name: str, sha256: str | None = None) -> PartManifest:
+    def load(cls, store: Store, name: str, sha256: str | None = None) -> PartManifest:
         """Read a part's manifest; ``sha256`` is what the cache's manifest says of it.
 
         Raises:
             CacheError: missing, unreadable, of another format, or not the part that the cache was made of.
         """
         file = f"{PARTS}/{name}/{PART_MANIFEST}"
-        if folder.size(file) is None:
-            raise CacheError("part missing", file=f"{folder.url}/{PARTS}/{name}", remedy=REBUILD)
-        if sha256 is not None and digest(folder.read(file)) != sha256:
-            raise CacheError("part.json differs from the cache's manifest", file=f"{folder.url}/{file}", remedy=REBUILD)
-        values = _checked(from_json(folder, file), f"{folder.url}/{file}")
+        if store.size(file) is None:
+            raise CacheError("part missing", file=f"{store.url}/{PARTS}/{name}", remedy=REBUILD)
+        if sha256 is not None and digest(store.read(file)) != sha256:
+            raise CacheError("part.json differs from the cache's manifest", file=f"{store.url}/{file}", remedy=REBUILD)
+        values = _checked(from_json(store, file), f"{store.url}/{file}")
         arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
         lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
         rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
@@ -110,8 +127,8 @@ class PartEntry:
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The cache as a whole."""
+class CacheManifest:
+    """What completes a cache: its parts and what they hold."""
 
     fingerprint: dict[str, Any]
     samples: int
@@ -130,26 +147,26 @@ class Manifest:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Store) -> Manifest:
+    def load(cls, store: Store) -> CacheManifest:
         """Read the manifest.
 
         Raises:
             CacheError: no cache there, an unfinished one, or another format.
         """
-        if folder.size(MANIFEST) is None:
-            begun = folder.size(PLAN) is not None
+        if store.size(MANIFEST) is None:
+            begun = store.size(PLAN) is not None
             raise CacheError(
                 "the cache is not finished: it has no manifest.json" if begun else "no cache here: no manifest.json",
-                file=folder.url,
+                file=store.url,
                 remedy="run tools/build_cache.py again, it continues" if begun else "build one: tools/build_cache.py",
             )
-        values = _checked(from_json(folder, MANIFEST), f"{folder.url}/{MANIFEST}")
+        values = _checked(from_json(store, MANIFEST), f"{store.url}/{MANIFEST}")
         values.pop("format")
         try:
             parts = tuple(PartEntry(**part) for part in values["parts"])
             return cls(**{**values, "parts": parts, "table_info": _array_info(values["table_info"])})
         except (TypeError, KeyError) as problem:
-            raise CacheError(f"damaged manifest ({problem})", file=f"{folder.url}/{MANIFEST}") from None
+            raise CacheError(f"damaged manifest ({problem})", file=f"{store.url}/{MANIFEST}") from None
 
 
 def _array_info(values: dict[str, Any]) -> ArrayInfo:

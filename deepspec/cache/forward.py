@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from deepspec.cache.writer import Block, next_supervised
+from deepspec.cache.parts import Block, next_supervised
 from deepspec.data.chat import Rendered
 from deepspec.targets import Target
 from deepspec.targets.served import ServedTarget
@@ -35,11 +35,11 @@ def forward_batch(
     padded[valid] = torch.from_numpy(ids).long()
     device = target.device
     output = target.forward(padded.to(device), layers, attention_mask=valid.long().to(device))
-    places = valid.flatten().nonzero()[:, 0]  # found on the host: on the device it would wait for the forward
-    features = _to_host(output.features.flatten(0, 1)[places.to(device)])
+    filled = valid.flatten().nonzero()[:, 0]  # found on the host: on the device it would wait for the forward
+    features = _to_host(output.features.flatten(0, 1)[filled.to(device)])
     last = None
     if keeps_last:
-        chosen = places[torch.from_numpy(next_supervised(loss_mask, lengths))]
+        chosen = filled[torch.from_numpy(next_supervised(loss_mask, lengths))]
         last = _to_host(output.last_hidden.flatten(0, 1)[chosen.to(device)])
     event = torch.cuda.Event() if device.type == "cuda" else None
     if event is not None:

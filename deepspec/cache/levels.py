@@ -1,6 +1,6 @@
 """Levels: a name for how exactly, and in how many bytes, the hidden states of a cache are kept.
 
-docs/cache.md has the table: bytes, speed, error, and what training on each level does to the accepted length.
+docs/cache.md has the table: bytes, speed, error, and what training on each level does to the acceptance length.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from deepspec.cache.codecs.base import RawCodec
 from deepspec.cache.codecs.lossless import LosslessCodec
-from deepspec.cache.codecs.raw import RawCodec
 from deepspec.cache.codecs.uniform import UniformCodec
 from deepspec.errors import CacheError, nearest
 
+CODECS: dict[str, Any] = {codec.name: codec for codec in (RawCodec, LosslessCodec, UniformCodec)}  # by zarr.json's name
 Calibrate = Callable[[NDArray[Any]], Any]  # a sample of the array [T, C] -> its codec
 
 
@@ -29,7 +30,7 @@ class Level:
     ratios: tuple[float, float]  # coded / raw bytes of features and last_hidden, measured on SmolLM2-135M
     exact: bool
     summary: str
-    caution: str | None = None  # what drafts trained on it lose; said when a cache is made at this level
+    caution: str | None = None  # what drafts trained on it lose: a warning of every cache made at this level
 
 
 def _rounded(features: float, last_hidden: float, ratios: tuple[float, float], summary: str) -> Level:
@@ -50,26 +51,15 @@ LEVELS = {
     "compact": _rounded(20, 64, (0.423, 0.528), "features to 1.6 %, last_hidden to a TV of 0.003"),
     "smallest": replace(
         _rounded(4, 48, (0.272, 0.5), "features to 8 %, last_hidden to a TV of 0.004"),
-        caution="a DSpark draft trained on it accepted 2.1 % less than on lossless (docs/cache.md): compare on yours",
+        caution="a draft trained on it accepted 2.1 % less than on lossless (docs/cache.md): compare on yours",
     ),
 }
 
 
 def warnings(levels: Mapping[str, str | None]) -> list[str]:
-    """A line for each array kept at a level that costs accepted length (``{"features": level, "last_hidden": ..}``)."""
+    """A line for each level of ``{"features": level, "last_hidden": level}`` that costs acceptance length."""
     known = {name: LEVELS[name].caution for name in levels.values() if name is not None}
     return [f"level {name}: {caution}" for name, caution in known.items() if caution is not None]
-
-
-def level_of(name: str, key: str = "cache.level") -> Level:
-    """The level called ``name``.
-
-    Raises:
-        CacheError: no such level.
-    """
-    if name not in LEVELS:
-        raise CacheError("unknown cache level", key=key, found=name, remedy=nearest(name, LEVELS))
-    return LEVELS[name]
 
 
 def codec_for(array: str, level: str) -> Calibrate:
@@ -78,5 +68,7 @@ def codec_for(array: str, level: str) -> Calibrate:
     Raises:
         CacheError: no such level.
     """
-    chosen: Calibrate = getattr(level_of(level, f"cache.{array}_level"), array)
+    if level not in LEVELS:
+        raise CacheError("unknown cache level", key=f"cache.{array}_level", found=level, remedy=nearest(level, LEVELS))
+    chosen: Calibrate = getattr(LEVELS[level], array)
     return chosen

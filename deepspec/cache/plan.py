@@ -1,21 +1,29 @@
-"""The plan of a build: which rows of which conversation file make which part. Ranks only cut the list of parts."""
+"""The plan of a build: which rows of which conversation file make which part. Ranks only take parts from it."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 from array import array
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deepspec.cache.format import FORMAT, PLAN, from_json, to_json
+from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
+from deepspec.cache.format import FORMAT, MANIFEST, PLAN, from_json, to_json
+from deepspec.cache.levels import warnings
+from deepspec.cache.parts import is_complete, layout_of, sweep
 from deepspec.cache.store import Store
-from deepspec.data.chat import Renderer, render_row
+from deepspec.data.chat import Rendered, Renderer, render_row
 from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
 from deepspec.data.lines import is_blank, numbered_lines, parse_line
 from deepspec.errors import CacheError, DataError
+from deepspec.recipe import Recipe
+from deepspec.targets import Target
+from deepspec.targets.served import ServedTarget
 
+log = logging.getLogger(__name__)
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
 MIN_SAMPLES, MIN_PARTS = 64, 32  # small data sets are cut finer, so that ranks and a restart have something of it
 PROBED_ROWS = 64  # rendered to learn the mean length
@@ -34,7 +42,7 @@ class PlannedPart:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CachePlan:
     """All that decides a cache's bytes."""
 
     fingerprint: dict[str, Any]
@@ -47,18 +55,30 @@ class Plan:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: Store) -> Plan:
+    def load(cls, store: Store) -> CachePlan:
         """Read a plan.
 
         Raises:
             CacheError: missing or unreadable.
         """
-        values = from_json(folder, PLAN)
+        values = from_json(store, PLAN)
         try:
             values.pop("format")
             return cls(**{**values, "parts": tuple(PlannedPart(**part) for part in values["parts"])})
         except (TypeError, KeyError, AttributeError) as problem:
-            raise CacheError(f"damaged plan ({problem})", file=f"{folder.url}/{PLAN}") from None
+            raise CacheError(f"damaged plan ({problem})", file=f"{store.url}/{PLAN}") from None
+
+    def claim(self, store: Store) -> None:
+        """Write the plan to a store, or see that the store's is the same.
+
+        Raises:
+            CacheError: the folder holds another cache.
+        """
+        if store.size(PLAN) is None:
+            store.write(PLAN, self.to_bytes())
+        elif store.read(PLAN) != self.to_bytes():
+            raise CacheError("the folder holds another cache", file=store.url, remedy="choose another output folder")
+        sweep(store)
 
 
 @dataclass(frozen=True)
@@ -109,16 +129,15 @@ def read_rows(path: Path, offset: int, first: int, rows: int) -> Iterator[tuple[
             yield number, usable_row(line)
 
 
-def mean_tokens(source: Source, renderer: Renderer, min_supervised: int) -> float:
-    """Mean length of the usable ones among rows spread over the file; 0 when none is."""
-    step = max(1, source.rows // PROBED_ROWS)
-    lengths = []
-    for row in range(0, source.rows, step):
+def usable_rows(source: Source, renderer: Renderer, min_supervised: int, wanted: int) -> list[tuple[int, Rendered]]:
+    """The usable ones, by row number, among about ``wanted`` rows spread over the file."""
+    rows = []
+    for row in range(0, source.rows, max(1, source.rows // wanted)):
         ((_, content),) = read_rows(source.path, source.offsets[row], row, 1)
         rendered = render_row(renderer, content, min_supervised)
         if not isinstance(rendered, str):
-            lengths.append(len(rendered.input_ids))
-    return sum(lengths) / len(lengths) if lengths else 0.0
+            rows.append((row, rendered))
+    return rows
 
 
 def samples_per_part(rows: int, limit: int, mean: float, token_bytes: int) -> int:
@@ -129,26 +148,88 @@ def samples_per_part(rows: int, limit: int, mean: float, token_bytes: int) -> in
 
 def cut(source: Source, number: int, first_part: int, first_sample: int, size: int) -> tuple[PlannedPart, ...]:
     """The parts of one source, ``size`` rows each."""
-    return tuple(
-        PlannedPart(
-            f"{first_part + i:05d}",
-            number,
-            first,
-            min(size, source.rows - first),
-            source.offsets[first],
-            first_sample + first,
-        )
-        for i, first in enumerate(range(0, source.rows, size))
-    )
+    parts = []
+    for i, first in enumerate(range(0, source.rows, size)):
+        rows, offset = min(size, source.rows - first), source.offsets[first]
+        parts.append(PlannedPart(f"{first_part + i:05d}", number, first, rows, offset, first_sample + first))
+    return tuple(parts)
 
 
 def batches(lengths: list[int], budget: int) -> list[list[int]]:
-    """Samples (places in ``lengths``) in batches of at most ``budget`` padded tokens, like lengths together."""
+    """Samples (indices of ``lengths``) in batches of at most ``budget`` padded tokens, like lengths together."""
     order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
     found: list[list[int]] = []
-    for place in order:
-        if found and (len(found[-1]) + 1) * lengths[place] <= budget:
-            found[-1].append(place)
+    for index in order:
+        if found and (len(found[-1]) + 1) * lengths[index] <= budget:
+            found[-1].append(index)
         else:
-            found.append([place])
+            found.append([index])
     return found
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """What a build works on: the same on every rank."""
+
+    recipe: Recipe
+    store: Store
+    conversations: Path
+    target: Target | ServedTarget
+    renderer: Renderer
+
+
+def plan_build(job: BuildJob, append: bool) -> tuple[CachePlan, list[PlannedPart]]:
+    """The plan, written where it is new or grows, and the parts that are still to be made.
+
+    Raises:
+        CacheError: the folder holds another cache, or a part of another source is missing.
+        DataError: see :func:`scan`.
+    """
+    store, source = job.store, scan(job.conversations)
+    wanted = fingerprint_of(job.recipe, job.target.spec, job.renderer.tokenizer, [source.entry()])
+    if store.size(PLAN) is not None:
+        plan = _known_plan(job, source, wanted, append)
+    elif store.size(MANIFEST) is not None:
+        raise CacheError("a cache without its plan cannot be built further", file=store.url, key=PLAN)
+    else:
+        for line in warnings(wanted["levels"]):
+            log.warning(line)
+        plan = _add_source(job, CachePlan(wanted, job.recipe.cache.tokens_per_batch, 0.0, ()), source, 0, 0)
+    sweep(store)
+    todo = [part for part in plan.parts if not is_complete(store, part.name)]
+    sources = plan.fingerprint["sources"]
+    for part in todo:
+        name, sha256 = (sources[part.source][key] for key in ("name", "sha256"))
+        if sha256 != source.sha256:
+            problem, remedy = "a part of another source is missing", f"build it with --data {name}"
+            raise CacheError(problem, file=store.url, key=part.name, remedy=remedy)
+    return plan, todo
+
+
+def _add_source(job: BuildJob, plan: CachePlan, source: Source, number: int, first_sample: int) -> CachePlan:
+    usable = usable_rows(source, job.renderer, job.recipe.data.min_supervised, PROBED_ROWS)
+    mean = sum(len(rendered.input_ids) for _, rendered in usable) / len(usable) if usable else 0.0
+    token_bytes = layout_of(plan.fingerprint).token_bytes
+    size = samples_per_part(source.rows, job.recipe.cache.samples_per_part, mean, token_bytes)
+    parts = plan.parts + cut(source, number, len(plan.parts), first_sample, size)
+    plan = replace(plan, parts=parts, mean_tokens=mean)
+    job.store.write(PLAN, plan.to_bytes())
+    return plan
+
+
+def _known_plan(job: BuildJob, source: Source, wanted: dict[str, Any], append: bool) -> CachePlan:
+    plan = CachePlan.load(job.store)
+    known = plan.fingerprint["sources"]
+    is_new = source.sha256 not in {entry["sha256"] for entry in known}
+    compared = {**wanted, "sources": []} if append and is_new else wanted
+    lines = mismatches(plan.fingerprint, compared, job.store.url)
+    if plan.fingerprint["levels"] != wanted["levels"]:
+        lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
+    if lines:
+        remedy = remedy_for(lines, "choose another output folder, mend the recipe, or delete the folder")
+        raise CacheError(f"the folder holds another cache: {'; '.join(lines)}", file=job.store.url, remedy=remedy)
+    if not is_new:
+        return plan
+    first_sample = sum(entry["rows"] for entry in known)
+    grown = replace(plan, fingerprint={**plan.fingerprint, "sources": [*known, source.entry()]})
+    return _add_source(job, grown, source, len(known), first_sample)

@@ -1,11 +1,9 @@
-"""Random access to a cache's samples, by whole samples, from many threads or worker processes."""
+"""Random access to the samples of a cache, from many threads or worker processes."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from deepspec.cache.format import PARTS, Manifest, PartManifest
+from deepspec.cache.format import PARTS, CacheManifest, PartManifest
 from deepspec.cache.memory import empty
 from deepspec.cache.shard import ShardReader
-from deepspec.cache.store import Store, open_folder
+from deepspec.cache.store import Store, open_store
 from deepspec.errors import CacheError
 
 OPEN_PARTS = 256  # whose indexes and calibration tables are kept in memory
@@ -35,32 +33,20 @@ class Sample:
     last_hidden: Tensor | None  # [n, D]; zeros where the next token is not supervised
 
 
-@dataclass(frozen=True)
-class Padded:
-    """B samples padded to the longest."""
-
-    sample_ids: tuple[int, ...]
-    lengths: Tensor  # [B] int64
-    input_ids: Tensor  # [B, S] int64
-    loss_mask: Tensor  # [B, S] bool
-    features: Tensor  # [B, S, L*D]
-    last_hidden: Tensor | None  # [B, S, D]
-
-
 class PartReader:
     """The arrays of one part, opened when first used."""
 
-    def __init__(self, folder: Store, name: str, sha256: str) -> None:
-        self.folder, self.name = folder, f"{PARTS}/{name}"
-        self.manifest = PartManifest.load(folder, name, sha256)
+    def __init__(self, store: Store, name: str, sha256: str) -> None:
+        self.store, self.name = store, f"{PARTS}/{name}"
+        self.manifest = PartManifest.load(store, name, sha256)
         self._arrays: dict[str, ShardReader] = {}
 
     def array(self, name: str) -> ShardReader:
         """The reader of an array of the part."""
         if name not in self._arrays:
             if name not in self.manifest.arrays:
-                raise CacheError("the cache has no such array", file=f"{self.folder.url}/{self.name}", key=name)
-            self._arrays[name] = ShardReader(self.folder, f"{self.name}/{name}", self.manifest.arrays[name])
+                raise CacheError("the cache has no such array", file=f"{self.store.url}/{self.name}", key=name)
+            self._arrays[name] = ShardReader(self.store, f"{self.name}/{name}", self.manifest.arrays[name])
         return self._arrays[name]
 
 
@@ -72,15 +58,15 @@ class TargetCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = str(path)
-        self.folder = open_folder(path)
-        self.manifest = Manifest.load(self.folder)
-        table = ShardReader(self.folder, self.manifest.table, self.manifest.table_info)
+        self.store = open_store(path)
+        self.manifest = CacheManifest.load(self.store)
+        table = ShardReader(self.store, self.manifest.table, self.manifest.table_info)
         self.table = np.empty(self.manifest.table_info.shape, np.int64)  # [N, 6] of SAMPLE_COLUMNS
         table.read(0, self.table)
         self.sample_ids: NDArray[np.int64] = self.table[:, _SAMPLE_ID].copy()
         self.lengths: NDArray[np.int64] = self.table[:, _LENGTH].copy()
-        self._parts: OrderedDict[int, PartReader] = OrderedDict()
-        self._lock = threading.Lock()
+        store, parts = self.store, self.manifest.parts
+        self._part = lru_cache(OPEN_PARTS)(lambda number: PartReader(store, parts[number].name, parts[number].sha256))
 
     @classmethod
     def open(cls, path: str | Path) -> TargetCache:
@@ -113,18 +99,8 @@ class TargetCache:
         return self.fingerprint["levels"]["last_hidden"] is not None
 
     def part(self, number: int) -> PartReader:
-        """The reader of the part at that place of the manifest."""
-        with self._lock:
-            if number in self._parts:
-                self._parts.move_to_end(number)
-                return self._parts[number]
-        entry = self.manifest.parts[number]
-        reader = PartReader(self.folder, entry.name, entry.sha256)
-        with self._lock:
-            self._parts[number] = reader
-            while len(self._parts) > OPEN_PARTS:
-                self._parts.popitem(last=False)
-        return reader
+        """The reader of the manifest's part of that number."""
+        return self._part(number)
 
     def masks(self, number: int) -> tuple[NDArray[np.bool_], int]:
         """(loss_mask [n], n) of a sample; reads no hidden states."""
@@ -162,12 +138,10 @@ class TargetCache:
 
     def _read_last_hidden(self, number: int, part: PartReader, out: Tensor) -> None:
         row = self.table[number]
-        mask = np.empty(row[_LENGTH], np.uint8)
-        part.array("loss_mask").read(int(row[_START]), mask)
-        places = np.flatnonzero(mask[1:])
-        first, count = (int(places[0]), len(places)) if len(places) else (0, 0)
+        kept = np.flatnonzero(self.masks(number)[0][1:])  # [R] tokens whose next token is supervised
+        first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
         rows = stored_view(out)
-        if count and places[-1] - first + 1 == count:  # one answer: its rows lie side by side
+        if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
             part.array("last_hidden").read(int(row[_ROW_START]), rows[first : first + count])
             rows[:first] = 0
             rows[first + count :] = 0
@@ -175,45 +149,16 @@ class TargetCache:
         packed = np.empty((int(row[_ROWS]), rows.shape[1]), rows.dtype)
         part.array("last_hidden").read(int(row[_ROW_START]), packed)
         rows[...] = 0
-        rows[places] = packed
+        rows[kept] = packed
 
     def _name_sample(self, problem: CacheError, number: int) -> CacheError:
         row = self.table[number]
-        place = f"sample {row[_SAMPLE_ID]} in part {self.manifest.parts[row[_PART]].name}"
-        key = f"{problem.key}, {place}" if problem.key else place
-        return CacheError(
-            problem.problem,
-            file=problem.file,
-            key=key,
-            found=problem.found,
-            wanted=problem.wanted,
-            remedy=problem.remedy,
-        )
-
-    def padded(self, numbers: Sequence[int], last_hidden: bool = True) -> Padded:
-        """Samples side by side, decoded straight into the padded tensors; zeros behind each.
-
-        Raises:
-            CacheError: a broken or missing chunk, named by part, array, chunk and sample.
-        """
-        lengths = self.lengths[list(numbers)]
-        hidden = int(self.fingerprint["target"]["hidden_size"])
-        shape = (len(numbers), int(lengths.max()))
-        features = empty((*shape, hidden * len(self.fingerprint["layers"])), self.dtype)
-        last = empty((*shape, hidden), self.dtype) if last_hidden and self.has_last_hidden else None
-        ids, mask = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool)
-        for row, (number, length) in enumerate(zip(numbers, lengths.tolist(), strict=True)):
-            tokens, supervised = self.tokens(number)
-            ids[row, :length], mask[row, :length] = torch.from_numpy(tokens), torch.from_numpy(supervised)
-            self.read_into(number, features[row, :length], None if last is None else last[row, :length])
-            for tensor in (features, last):
-                if tensor is not None:
-                    tensor[row, length:] = 0
-        samples = tuple(self.sample_ids[list(numbers)].tolist())
-        return Padded(samples, torch.from_numpy(lengths), ids, mask, features, last)
+        sample = f"sample {row[_SAMPLE_ID]} in part {self.manifest.parts[row[_PART]].name}"
+        facts = {name: getattr(problem, name) for name in ("file", "found", "wanted", "remedy")}
+        return CacheError(problem.problem, key=f"{problem.key}, {sample}" if problem.key else sample, **facts)
 
     def sample(self, number: int) -> Sample:
-        """A whole sample.
+        """A sample with its hidden states.
 
         Raises:
             CacheError: a broken or missing chunk, named by part, array, chunk and sample.
@@ -223,9 +168,8 @@ class TargetCache:
             ids, mask = self.tokens(number)
         except CacheError as problem:
             raise self._name_sample(problem, number) from None
-        layout = self.fingerprint
-        hidden = int(layout["target"]["hidden_size"])
-        features = empty((length, hidden * len(layout["layers"])), self.dtype)
+        hidden = int(self.fingerprint["target"]["hidden_size"])
+        features = empty((length, hidden * len(self.fingerprint["layers"])), self.dtype)
         last = empty((length, hidden), self.dtype) if self.has_last_hidden else None
         self.read_into(number, features, last)
         return Sample(int(self.sample_ids[number]), ids, mask, features, last)

@@ -1,6 +1,6 @@
-"""One array of a part = one Zarr shard: written chunk by chunk in order, read by whole runs of chunks.
+"""One array of a part = one Zarr shard: written chunk by chunk in order, read in runs of chunks.
 
-zarr itself opens these files (a test compares); reading and writing them here saves it what costs most: the shard
+zarr itself opens these files (a test compares). Reading and writing them here saves what costs zarr most: the shard
 index fetched again at every read, a shard held in memory while it is written, and copies.
 """
 
@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,10 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec
 from zarr.storage import LocalStore
 
-from deepspec.cache.codecs import CODECS
+from deepspec.cache.codecs.base import RawCodec
 from deepspec.cache.codecs.bits import scratch
-from deepspec.cache.codecs.raw import RawCodec
-from deepspec.cache.format import REBUILD, STORED_DTYPES, ArrayInfo, array_file, digest
+from deepspec.cache.format import REBUILD, ArrayInfo, array_file, digest
+from deepspec.cache.levels import CODECS
 from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
@@ -148,7 +147,7 @@ class ShardWriter:
             dtype=self.dtype,
             chunks=(self.chunk, *self.shape),
             shards=(shards, *self.shape),
-            serializer=codec.serializer() if isinstance(codec, RawCodec) else codec,
+            serializer=codec.serializer if isinstance(codec, RawCodec) else codec,
             filters=None,
             compressors=Crc32cCodec(),
             fill_value=0,
@@ -164,15 +163,8 @@ class ShardWriter:
             self._file.close()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    chunk: int
-    codec: Any
-    dtype: np.dtype[Any]
-
-
-def _parse_metadata(data: bytes, file: str) -> _Layout:
-    """The chunk length and codec of a zarr.json.
+def _parse_metadata(data: bytes, file: str) -> tuple[int, Any, np.dtype[Any]]:
+    """The chunk length, codec and dtype of a zarr.json.
 
     Raises:
         CacheError: not an array that this package writes.
@@ -185,7 +177,7 @@ def _parse_metadata(data: bytes, file: str) -> _Layout:
         if shards["name"] != "sharding_indexed" or checksum["name"] != "crc32c":
             raise KeyError("crc32c inside sharding_indexed")
         codec = CODECS[serializer["name"]].from_dict(serializer)
-        return _Layout(int(settings["chunk_shape"][0]), codec, np.dtype(sharding["data_type"]))
+        return int(settings["chunk_shape"][0]), codec, np.dtype(sharding["data_type"])
     except (ValueError, KeyError, TypeError) as problem:
         raise CacheError(f"not an array of a target cache ({problem!r})", file=file) from None
 
@@ -194,31 +186,30 @@ class ShardReader:
     """Reads rows of one array; threads may share it.
 
     Args:
-        folder: the cache's.
-        place: the array's folder in it, such as ``parts/00000/features``.
+        store: the cache's.
+        path: the array's folder in it, such as ``parts/00000/features``.
         info: what the manifest says of it.
 
     Raises:
         CacheError: a missing file, a size or digest other than the manifest's, or a broken index.
     """
 
-    def __init__(self, folder: Store, place: str, info: ArrayInfo) -> None:
-        self.folder, self.info = folder, info
-        self.file = array_file(place, len(info.shape))
-        metadata = folder.read(f"{place}/zarr.json")
-        where = f"{folder.url}/{place}/zarr.json"
+    def __init__(self, store: Store, path: str, info: ArrayInfo) -> None:
+        self.store, self.info = store, info
+        self.file = array_file(path, len(info.shape))
+        metadata = store.read(f"{path}/zarr.json")
+        where = f"{store.url}/{path}/zarr.json"
         if digest(metadata) != info.metadata_sha256:
             raise self._broken("zarr.json differs from the manifest's digest", where)
-        layout = _parse_metadata(metadata, where)
-        self.chunk, self.codec, self.dtype = layout.chunk, layout.codec, layout.dtype
+        self.chunk, self.codec, self.dtype = _parse_metadata(metadata, where)
         self.row_bytes = self.dtype.itemsize * int(np.prod(info.shape[1:], dtype=np.int64))
         self.offsets, self.sizes = self._read_index()
 
     def _broken(self, problem: str, file: str | None = None, key: object = None, **facts: Any) -> CacheError:
-        return CacheError(problem, file=file or f"{self.folder.url}/{self.file}", key=key, remedy=REBUILD, **facts)
+        return CacheError(problem, file=file or f"{self.store.url}/{self.file}", key=key, remedy=REBUILD, **facts)
 
     def _read_index(self) -> tuple[list[int], list[int]]:
-        size = self.folder.size(self.file)
+        size = self.store.size(self.file)
         if size is None:
             raise self._broken("shard missing")  # zarr itself would read it as zeros
         if size != self.info.bytes:
@@ -227,7 +218,7 @@ class ShardReader:
         if not chunks:
             return [], []
         data = bytearray(chunks * 16 + 4)
-        self.folder.read_into(self.file, size - len(data), [memoryview(data)])
+        self.store.read_into(self.file, size - len(data), [memoryview(data)])
         if struct.pack("<I", google_crc32c.value(bytes(data[:-4]))) != data[-4:]:
             raise self._broken("the shard's index does not match its checksum")
         index = np.frombuffer(data[:-4], "<u8").reshape(chunks, 2)
@@ -265,16 +256,15 @@ class ShardReader:
         origin = self.offsets[first]
         size = self.offsets[last - 1] + self.sizes[last - 1] - origin
         data = scratch("shard", size)
-        self.folder.read_into(self.file, origin, [data.data])
+        self.store.read_into(self.file, origin, [data.data])
         for chunk in range(first, last):
             begin = self.offsets[chunk] - origin
             coded = data[begin : begin + self.sizes[chunk]]
             self._check(chunk, google_crc32c.value(coded[:-4]), coded[-4:].tobytes())
             from_row, to_row = max(start, chunk * self.chunk), min(start + len(out), (chunk + 1) * self.chunk)
+            rows = out[from_row - start : to_row - start]
             try:
-                self.codec.decode_rows(
-                    coded[:-4], out[from_row - start : to_row - start], from_row - chunk * self.chunk
-                )
+                self.codec.decode_rows(coded[:-4], rows, from_row - chunk * self.chunk)
             except (ValueError, RuntimeError, struct.error) as problem:
                 raise self._broken(f"cannot decode the chunk ({problem})", key=f"chunk {chunk}") from None
 
@@ -294,7 +284,7 @@ class ShardReader:
         buffers: list[memoryview] = []
         for number, group in enumerate(pieces):
             buffers += [piece.data for piece in (*group, sums[4 * number : 4 * number + 4])]
-        self.folder.read_into(self.file, self.offsets[first], buffers)
+        self.store.read_into(self.file, self.offsets[first], buffers)
         for number, group in enumerate(pieces):
             self._check(first + number, _checksum(group), sums[4 * number : 4 * number + 4].tobytes())
 
@@ -309,14 +299,3 @@ def _checksum(pieces: Sequence[NDArray[np.uint8]]) -> int:
     for piece in pieces[1:]:
         value = google_crc32c.extend(value, piece)
     return value
-
-
-def stored_dtype(dtype: str) -> str:
-    """The Zarr data type that keeps hidden states of ``dtype``.
-
-    Raises:
-        CacheError: neither bfloat16 nor float32.
-    """
-    if dtype not in STORED_DTYPES:
-        raise CacheError("hidden states of this dtype are not kept", found=dtype, wanted=", ".join(STORED_DTYPES))
-    return STORED_DTYPES[dtype]

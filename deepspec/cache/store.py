@@ -3,54 +3,24 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from deepspec import files
 from deepspec.errors import CacheError
+from deepspec.locks import LOCK, me, one_writer
 
 OPEN_FILES = 256  # kept open by one FolderStore
+RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so the holder of a lock object renews it
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
-
-
-class Store(Protocol):
-    """A folder of named byte strings; names are relative paths with ``/``."""
-
-    url: str
-
-    def read(self, name: str) -> bytes:
-        """All bytes.
-
-        Raises:
-            CacheError: missing.
-        """
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file, None when it is missing."""
-
-    def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
-        """Fill ``buffers``, one after the other, from ``offset`` on.
-
-        Raises:
-            CacheError: missing, or too short.
-        """
-
-    def names(self, name: str) -> list[str]:
-        """Entries of a folder, sorted; empty when there is none."""
-
-    def write(self, name: str, data: bytes) -> None:
-        """Write whole or not at all."""
-
-    def commit(self, local: Path, name: str, marker: str) -> None:
-        """Take over the finished local folder as ``name``; the file ``marker`` in it becomes visible last."""
-
-    def remove(self, name: str) -> None:
-        """Delete a file or a folder with all in it; nothing happens when it is missing."""
 
 
 class _File:
@@ -66,13 +36,15 @@ class _File:
 
 
 class FolderStore:
-    """A folder on this machine's disks."""
+    """A folder on this machine's disks: byte strings by relative paths with ``/``.
+
+    What cannot be read, or is shorter than asked, is a CacheError; an entry that is not there has size None.
+    """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = folder = Path(path)
         self.url = str(path)
-        self._open: OrderedDict[str, _File] = OrderedDict()
-        self._lock = threading.Lock()
+        self._file = lru_cache(OPEN_FILES)(lambda name: _File(folder / name))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -93,18 +65,6 @@ class FolderStore:
             return (self.path / name).stat().st_size
         except (FileNotFoundError, NotADirectoryError):
             return None
-
-    def _file(self, name: str) -> _File:
-        with self._lock:
-            if name in self._open:
-                self._open.move_to_end(name)
-                return self._open[name]
-        file = _File(self.path / name)
-        with self._lock:
-            self._open[name] = file
-            while len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)
-        return file
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` from ``offset`` on: one system call for up to 512 of them, no copy in between."""
@@ -128,52 +88,44 @@ class FolderStore:
         return offset
 
     def names(self, name: str) -> list[str]:
-        """Entries of a folder, sorted."""
+        """Entries of a folder, sorted; empty when there is none."""
         folder = self.path / name
         return sorted(os.listdir(folder)) if folder.is_dir() else []
 
     def write(self, name: str, data: bytes) -> None:
-        """Write whole or not at all."""
+        """Write completely or not at all."""
         files.write_bytes(self.path / name, data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:
-        """Rename a finished folder of the same file system into place, synced to disk."""
+        """Take over the finished folder ``local`` as ``name``, by a rename in the same file system, synced to disk."""
         for folder, _, found in os.walk(local, topdown=False):
-            for one in found:
-                _sync_file(Path(folder) / one)
-            files.sync_folder(Path(folder))
-        place = self.path / name
-        place.parent.mkdir(parents=True, exist_ok=True)
+            for one in (*(Path(folder) / name for name in found), Path(folder)):
+                files.sync(one)
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.rename(local, place)
+            os.rename(local, path)
         except OSError as problem:
-            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (place / marker).exists():
+            if problem.errno not in (errno.ENOTEMPTY, errno.EEXIST) or not (path / marker).exists():
                 raise
             shutil.rmtree(local)  # a process of an earlier run that outlived it finished the same part
-        files.sync_folder(place.parent)
+        files.sync(path.parent)
 
     def remove(self, name: str) -> None:
-        """Delete a file or a folder."""
-        place = self.path / name
-        with self._lock:
-            for known in [known for known in self._open if known == name or known.startswith(f"{name}/")]:
-                del self._open[known]
-        if place.is_dir():
-            shutil.rmtree(place)
+        """Delete a file or a folder with all in it; nothing happens when it is missing."""
+        path = self.path / name
+        self._file.cache_clear()
+        if path.is_dir():
+            shutil.rmtree(path)
         else:
-            place.unlink(missing_ok=True)
-
-
-def _sync_file(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            path.unlink(missing_ok=True)
 
 
 class RemoteStore:
-    """A folder behind an fsspec URL. An object is written whole or not at all by the protocols themselves."""
+    """A folder behind an fsspec URL, with the methods of :class:`FolderStore`.
+
+    The protocols themselves write an object completely or not at all.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/")
@@ -199,7 +151,7 @@ class RemoteStore:
             self._pid = os.getpid()
         return self._filesystem
 
-    def _place(self, name: str) -> str:
+    def _path(self, name: str) -> str:
         self._fs  # noqa: B018 (sets _root)
         return f"{self._root}/{name}" if name else str(self._root)
 
@@ -209,7 +161,7 @@ class RemoteStore:
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
         try:
-            data: bytes = self._fs.cat_file(self._place(name))
+            data: bytes = self._fs.cat_file(self._path(name))
         except (OSError, ValueError) as problem:
             raise self._failed(name, problem) from None
         return data
@@ -217,7 +169,7 @@ class RemoteStore:
     def size(self, name: str) -> int | None:
         """Bytes of an object, None when it is missing."""
         try:
-            return int(self._fs.size(self._place(name)))
+            return int(self._fs.size(self._path(name)))
         except FileNotFoundError:
             return None
 
@@ -225,7 +177,7 @@ class RemoteStore:
         """Fill ``buffers`` by one range request."""
         total = sum(len(buffer) for buffer in buffers)
         try:
-            data = memoryview(self._fs.cat_file(self._place(name), start=offset, end=offset + total))
+            data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=offset + total))
         except (OSError, ValueError) as problem:
             raise self._failed(name, problem) from None
         if len(data) != total:
@@ -239,31 +191,82 @@ class RemoteStore:
         """Entries of a folder, sorted."""
         self._fs.invalidate_cache()
         try:
-            found = self._fs.ls(self._place(name), detail=False)
+            found = self._fs.ls(self._path(name), detail=False)
         except FileNotFoundError:
             return []
         return sorted(one.rstrip("/").rsplit("/", 1)[1] for one in found)
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object."""
-        self._fs.pipe_file(self._place(name), data)
+        self._fs.pipe_file(self._path(name), data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Upload a finished local folder, the marker last, and delete the local one."""
         found = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(found, key=lambda path: path == local / marker):
-            self._fs.put_file(str(path), self._place(f"{name}/{path.relative_to(local)}"))
+            self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
         shutil.rmtree(local)
 
     def remove(self, name: str) -> None:
         """Delete an object or all below a prefix."""
-        if self._fs.exists(self._place(name)):
-            self._fs.rm(self._place(name), recursive=True)
+        if self._fs.exists(self._path(name)):
+            self._fs.rm(self._path(name), recursive=True)
 
 
-def open_folder(place: str | Path) -> Store:
-    """The folder behind a path or a URL (``file://`` counts as a path)."""
-    text = str(place)
+Store = FolderStore | RemoteStore
+
+
+def open_store(path: str | Path) -> Store:
+    """The store at a path or a URL (``file://`` counts as a path)."""
+    text = str(path)
     if text.startswith("file://"):
         return FolderStore(text[len("file://") :])
     return RemoteStore(text) if "://" in text else FolderStore(text)
+
+
+@contextmanager
+def build_lock(store: Store) -> Iterator[None]:
+    """Hold the build lock of a cache.
+
+    On a local disk the system lets go of it however the process ends; behind a URL a killed builder's lock is free
+    after two minutes.
+
+    Raises:
+        CacheError: another process builds here, or the folder cannot be written.
+    """
+    with one_writer(store.path, "build", CacheError) if isinstance(store, FolderStore) else _remote_lock(store):
+        yield
+
+
+@contextmanager
+def _remote_lock(store: Store) -> Iterator[None]:
+    mine = f"{me()} ({time.time_ns()})"
+
+    def claim() -> None:
+        store.write(LOCK, json.dumps({"holder": mine, "time": time.time()}).encode())
+
+    def refuse_other() -> None:
+        held = json.loads(store.read(LOCK)) if store.size(LOCK) is not None else None
+        if held is not None and held["holder"] != mine and time.time() - held["time"] < STALE:
+            problem = "another process works here, this build does not start"
+            remedy = "wait until it has ended, or end it"
+            raise CacheError(problem, file=store.url, found=held["holder"], remedy=remedy)
+
+    refuse_other()
+    claim()
+    time.sleep(1.0)  # of two that start at once, the one that wrote last holds the lock
+    refuse_other()
+    ended = threading.Event()
+
+    def renew() -> None:
+        while not ended.wait(RENEWED):
+            claim()
+
+    thread = threading.Thread(target=renew, daemon=True, name="cache lock")
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        store.remove(LOCK)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from deepspec.cache.assemble import sample_table
-from deepspec.cache.format import MANIFEST, PARTS, Manifest, PartEntry, PartManifest
-from deepspec.cache.lock import build_lock
+from deepspec.cache.format import MANIFEST, PARTS, CacheManifest, PartEntry, PartManifest
+from deepspec.cache.parts import rows_of
 from deepspec.cache.reader import PartReader, TargetCache
 from deepspec.cache.shard import ShardReader
-from deepspec.cache.store import Store, open_folder
-from deepspec.cache.writer import next_supervised
+from deepspec.cache.store import Store, build_lock, open_store
 from deepspec.errors import CacheError
+from deepspec.progress import Progress
 
 ROWS = 4096  # decoded at a time
 
@@ -29,50 +28,45 @@ class Problem:
     text: str
 
 
-def verify_cache(
-    path: str | Path, workers: int = 4, report: Callable[[int, int, int], None] | None = None
-) -> list[Problem]:
+def verify_cache(path: str | Path, workers: int = 4) -> list[Problem]:
     """Read and decode everything.
 
     Args:
         path: folder or URL of a finished cache.
         workers: threads.
-        report: called with (parts done, parts, bytes read) after each part.
 
     Returns:
-        One problem for each broken array or part; empty when the cache is whole.
+        One problem for each broken array or part; empty when nothing is broken.
 
     Raises:
         CacheError: no finished cache, or a broken manifest or sample table: nothing can be said of the parts then.
     """
-    folder = open_folder(path)
-    manifest = Manifest.load(folder)
+    store = open_store(path)
+    manifest = CacheManifest.load(store)
     found: list[Problem] = []
     manifests: list[PartManifest | None] = []
+    progress = Progress("verify", len(manifest.parts), unit="bytes", noun="parts")
     with ThreadPoolExecutor(max(1, workers)) as pool:
-        done = size = 0
-        for entry, (part, problems) in zip(
-            manifest.parts, pool.map(lambda entry: _verify_part(folder, entry), manifest.parts), strict=True
-        ):
+        checked = pool.map(lambda entry: _verify_part(store, entry), manifest.parts)
+        for entry, (part, problems) in zip(manifest.parts, checked, strict=True):
             manifests.append(part)
             found += problems
-            done, size = done + 1, size + entry.bytes
-            if report is not None:
-                report(done, len(manifest.parts), size)
-    if not found:
-        found += _verify_table(path, [part for part in manifests if part is not None])
+            progress.add(1, entry.bytes)
+    progress.finish()
+    if not found and not np.array_equal(TargetCache.open(path).table, sample_table([one for one in manifests if one])):
+        found.append(Problem(MANIFEST, "the sample table does not fit the parts"))
     known = {entry.name for entry in manifest.parts}
     found += [
         Problem(name, "is in no manifest (an unfinished append, or a stray folder)")
-        for name in folder.names(PARTS)
+        for name in store.names(PARTS)
         if name not in known and name != "zarr.json"
     ]
     return found
 
 
-def _verify_part(folder: Store, entry: PartEntry) -> tuple[PartManifest | None, list[Problem]]:
+def _verify_part(store: Store, entry: PartEntry) -> tuple[PartManifest | None, list[Problem]]:
     try:
-        part = PartReader(folder, entry.name, entry.sha256)
+        part = PartReader(store, entry.name, entry.sha256)
     except CacheError as problem:
         return None, [Problem(entry.name, str(problem))]
     problems = []
@@ -102,19 +96,9 @@ def _wrong_counts(part: PartReader) -> list[str]:
     if not texts and tokens:
         mask = np.empty(tokens, np.uint8)
         part.array("loss_mask").read(0, mask)
-        lengths = np.array(manifest.lengths, np.int64)
-        starts = np.cumsum(lengths) - lengths
-        rows = np.add.reduceat(next_supervised(mask, list(manifest.lengths)).astype(np.int64), starts)
-        if rows.tolist() != list(manifest.rows):
+        if rows_of(mask, list(manifest.lengths)) != list(manifest.rows):
             texts.append("loss_mask: does not fit the numbers of supervised tokens in part.json")
     return texts
-
-
-def _verify_table(path: str | Path, parts: list[PartManifest]) -> list[Problem]:
-    cache = TargetCache.open(path)
-    if not np.array_equal(cache.table, sample_table(parts)):
-        return [Problem(MANIFEST, "the sample table does not fit the parts")]
-    return []
 
 
 def drop_parts(path: str | Path, names: list[str]) -> None:
@@ -123,8 +107,8 @@ def drop_parts(path: str | Path, names: list[str]) -> None:
     Raises:
         CacheError: another process builds here.
     """
-    folder = open_folder(path)
-    with build_lock(folder):
-        folder.remove(MANIFEST)
+    store = open_store(path)
+    with build_lock(store):
+        store.remove(MANIFEST)
         for name in names:
-            folder.remove(f"{PARTS}/{name}")
+            store.remove(f"{PARTS}/{name}")

@@ -46,9 +46,8 @@ def main() -> int | None:
         return code
     if not verb.startswith("-"):
         raise DeepSpecError("no such verb", found=verb, remedy=nearest(verb, VERBS))
-    lines = [f"  {name:12s} {text}" for name, (_, text) in VERBS.items()]
-    parser = Parser(prog="deepspec", usage="deepspec VERB ...", description="\n".join(["verbs:", *lines]))
-    parser.parse_args([verb])
+    lines = (f"  {name:12s} {text}" for name, (_, text) in VERBS.items())
+    Parser(prog="deepspec", usage="deepspec VERB ...", epilog="\n".join(["verbs:", *lines])).parse_args([verb])
     return 0
 
 

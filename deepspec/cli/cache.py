@@ -9,11 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
-from deepspec.cache.format import Manifest
+from deepspec.cache.format import CacheManifest
 from deepspec.cache.levels import LEVELS, warnings
 from deepspec.cli import rank_word, recipe_words
 from deepspec.errors import CacheError, DataError
-from deepspec.progress import Progress, clock
+from deepspec.progress import clock
 from deepspec.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
@@ -59,8 +59,8 @@ def cache() -> int:
         python tools/cache.py estimate --recipe R --data conversations.jsonl [--measure 16] [--rate 40000]
         python tools/cache.py inspect CACHE
         python tools/cache.py verify CACHE [--rebuild --recipe R --data conversations.jsonl]
-        python tools/cache.py import PUBLISHED CACHE --recipe R
-        python tools/cache.py export CACHE PUBLISHED
+        python tools/cache.py import RAW CACHE --recipe R
+        python tools/cache.py export CACHE RAW
         python tools/cache.py recode CACHE OTHER --level near
     Appending is building: tools/build_cache.py --append.
     """
@@ -93,11 +93,11 @@ def cache() -> int:
     one.add_argument("cache")
     one.add_argument("--workers", type=COUNT, default=4, help="threads")
     one.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
-    one = command(_import, "import", "a published raw-binary cache into ours")
+    one = command(_import, "import", "a raw-binary cache of the release into ours")
     _recipe_and_data(one)
     one.add_argument("source")
     one.add_argument("output")
-    one = command(_export, "export", "ours as a published raw-binary cache")
+    one = command(_export, "export", "ours as a raw-binary cache of the release")
     one.add_argument("source")
     one.add_argument("output")
     one = command(_recode, "recode", "an exact cache at another level")
@@ -113,7 +113,7 @@ def cache() -> int:
 
 def _estimate(given: argparse.Namespace) -> int:
     from deepspec.cache.estimate import Totals, estimate, estimate_recipe
-    from deepspec.cache.writer import Layout
+    from deepspec.cache.parts import Layout
 
     if given.tokens is not None:
         if given.hidden_size is None:
@@ -171,9 +171,7 @@ def _verify(given: argparse.Namespace) -> int:
     from deepspec.cache.build import build_cache
     from deepspec.cache.verify import drop_parts, verify_cache
 
-    progress = Progress("verify", unit="bytes")
-    problems = verify_cache(given.cache, given.workers, _counting(progress))
-    progress.finish()
+    problems = verify_cache(given.cache, given.workers)
     for problem in problems:
         print(f"{problem.part}: {problem.text}")
     if not problems:
@@ -193,7 +191,7 @@ def _verify(given: argparse.Namespace) -> int:
 def _import(given: argparse.Namespace) -> int:
     from deepspec.cache.fingerprint import fingerprint_of
     from deepspec.cache.forward import DTYPES
-    from deepspec.cache.published import import_published
+    from deepspec.cache.raw_cache import import_raw_cache
     from deepspec.targets import load_target_embeddings, load_tokenizer
 
     recipe = _recipe(given)
@@ -201,18 +199,17 @@ def _import(given: argparse.Namespace) -> int:
     spec = load_target_embeddings(target.path, DTYPES[target.dtype], revision=target.revision).spec  # fetches its files
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
-    report = _counting(Progress("import", unit="parts"))
-    manifest = import_published(given.source, given.output, mark, recipe.cache.samples_per_part, report)
+    manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)
     print(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
     return 0
 
 
 def _export(given: argparse.Namespace) -> int:
-    from deepspec.cache.published import EAGLE3_CAUTION, export_published
+    from deepspec.cache.raw_cache import EXPORT_CAUTION, export_raw_cache
 
-    samples = export_published(given.source, given.output, report=_counting(Progress("export", unit="samples")))
+    samples = export_raw_cache(given.source, given.output)
     print(f"{given.output}: {samples:,} samples")
-    log.warning(EAGLE3_CAUTION)
+    log.warning(EXPORT_CAUTION)
     return 0
 
 
@@ -222,9 +219,7 @@ def _recode(given: argparse.Namespace) -> int:
     features, last = given.features_level or given.level, given.last_hidden_level or given.level
     for line in warnings({"features": features, "last_hidden": last}):
         log.warning(line)
-    report = _counting(Progress("recode", unit="parts"))
-    manifest = recode_cache(given.source, given.output, features, last, report)
-    print(_summary(given.output, manifest))
+    print(_summary(given.output, recode_cache(given.source, given.output, features, last)))
     return 0
 
 
@@ -248,17 +243,7 @@ def _read(given: argparse.Namespace) -> tuple[Recipe, str]:
     return recipe, data
 
 
-def _summary(output: str, manifest: Manifest) -> str:
+def _summary(output: str, manifest: CacheManifest) -> str:
     share = manifest.coded_bytes / manifest.raw_bytes
     sizes = f"{manifest.coded_bytes / 1e9:.3f} GB ({share:.3f} of raw)"
     return f"{output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, {sizes}"
-
-
-def _counting(progress: Progress) -> Callable[..., None]:
-    """Reports (items done, items in all, bytes so far) to a progress line; without bytes an item counts 1."""
-
-    def report(done: int, total: int, size: int | None = None) -> None:
-        progress.total = total
-        progress.add(done - progress.done, 1 if size is None else size - progress.units)
-
-    return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import islice
 
 from deepspec.arguments import (
     COUNT,
@@ -91,16 +92,20 @@ def regenerate() -> None:
     if not given.recipe and (given.set or not given.target):
         raise DataError("nothing says who answers and how", wanted="--recipe, or --target for the built-in sampling")
 
-    from deepspec.data.regenerate import Engine, Plan
+    from deepspec.data.dialogue import AnswerEngine
+    from deepspec.data.regenerate import RegenerationPlan
     from deepspec.data.regenerate import regenerate as run
     from deepspec.data.server import ServerOptions
 
-    plan = Plan.of_recipe(load_recipe(given.recipe, given.set), given.target) if given.recipe else Plan(given.target)
+    plan = RegenerationPlan(given.target)
+    if given.recipe:
+        plan = RegenerationPlan.of_recipe(load_recipe(given.recipe, given.set), given.target)
     kind = given.engine or ("server" if given.server else "local")
     if kind == "server":
         key = os.environ.get("OPENAI_API_KEY")
         limits = (given.concurrency, given.timeout, given.attempts, given.patience, key)
-        engine: Engine = plan.server_engine(ServerOptions(tuple(given.server), given.model or plan.target, *limits))
+        options = ServerOptions(tuple(given.server), given.model or plan.target, *limits)
+        engine: AnswerEngine = plan.server_engine(options)
     else:
         engine = plan.local_engine()
     settings = plan.settings(served=kind == "server") | {"engine": kind}
@@ -126,7 +131,6 @@ def inspect() -> None:
 
     from deepspec.data.chat import Renderer
     from deepspec.data.conversations import read_conversations
-    from deepspec.data.inspect import first_rows
     from deepspec.data.inspect import inspect as run
     from deepspec.targets.load import load_spec, load_tokenizer
 
@@ -134,5 +138,5 @@ def inspect() -> None:
     revision = recipe.target.revision if recipe and path == recipe.target.path else None
     spec = load_spec(path, revision)
     renderer = Renderer(load_tokenizer(path, revision), spec, data.system_prompt, data.thinking, data.max_length)
-    rows = first_rows(read_conversations(given.data), given.limit)
+    rows = islice(read_conversations(given.data), given.limit)
     print(run(renderer, rows, data.min_supervised, given.show, given.html, given.histogram))

@@ -5,10 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
-from deepspec.errors import DraftError
-
-SHIM = Path(__file__).resolve().parents[3] / "shared" / "vllm_cpu" / "shim"
 
 
 def quickstart() -> None:
@@ -73,34 +71,26 @@ def serve_check() -> int:
     parser = Parser(description=serve_check.__doc__)
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
-    parser.add_argument("--engine", type=Path, default=Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm")))
-    parser.add_argument("--shim", type=Path, default=os.environ.get("DEEPSPEC_VLLM_SHIM"))
+    parser.add_argument("--engine", type=Path, help="folder of the engine's environment")
+    parser.add_argument("--shim", help="folder of the CPU shim")
     parser.add_argument("--prompts", type=COUNT, default=12)
     parser.add_argument("--max-tokens", type=COUNT, default=48)
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
     parser.add_argument("--kind", action="append", default=[], help="only this kind; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results here too")
     given = parser.parse_args()
-    if given.shim is not None and not (given.shim / "tricpu").is_dir():
-        # with it every kind that needs a shim would fail for another reason
-        raise DraftError("no CPU shim", file=given.shim, key="--shim", wanted="a folder that holds tricpu/")
 
     from deepspec.files import write_json
-    from deepspec.serving.check import CheckOptions, ServeCheck, engine_version, table, to_json
+    from deepspec.serving.check import CheckOptions, ServeCheck, table, to_json
 
-    options = CheckOptions(
-        quickstart=given.quickstart,
-        work=given.work,
-        engine=given.engine,
-        shim=given.shim or (SHIM if SHIM.is_dir() else None),
-        prompts=given.prompts,
-        max_tokens=given.max_tokens,
-        timeout=given.timeout,
-        kinds=tuple(given.kind),
-    )
-    check = ServeCheck(options)
+    name = next(iter(registry.SERVERS))  # the one engine that runs here
+    kind = registry.lookup("server", registry.SERVERS, name)
+    folder, shim = given.engine or kind.default_folder(), kind.find_shim(given.shim)
+    server = kind(given.work, folder, shim, given.timeout)
+    options = CheckOptions(given.quickstart, given.prompts, given.max_tokens, tuple(given.kind))
+    check = ServeCheck(options, server)
     rows = check.run()
-    print(table(rows, engine_version(given.engine)))
+    print(table(rows, server.version))
     if given.json:
         write_json(given.json, to_json(rows, check))
     return int(any(row.status == "FAILED" for row in rows))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
-
-FORMATS = ("deepspec", "vllm", "sglang", "speculators", "zlab")
 
 
 def export() -> int:
@@ -20,20 +19,21 @@ def export() -> int:
     parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")
     way = parser.add_mutually_exclusive_group(required=True)
-    way.add_argument("--format", choices=FORMATS, help="export to this")
-    way.add_argument("--from", choices=("auto", *FORMATS), dest="origin", help="import from this")
+    way.add_argument("--format", choices=registry.ENGINES, help="export to this")
+    way.add_argument("--from", choices=("auto", *registry.ENGINES), dest="origin", help="import from this")
     parser.add_argument("--target", help="the target: a folder or hub id; default: what the draft names")
     parser.add_argument("--without-embeddings", action="store_true", help="leave the target's embedding and head out")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of a checkpoint's weights; default: as trained")
     parser.add_argument("--shard-gb", type=POSITIVE, default=5.0, help="no file of weights is larger")
     parser.add_argument("--results", help="results.json of an evaluation, for the model card")
     parser.add_argument("--target-layers", type=layers, help="import: layers whose OUTPUT is read, such as 1,9,17")
-    parser.add_argument("--max-draft", type=COUNT, help="import: tokens an Eagle3 drafts a round")
+    parser.add_argument("--max-draft", type=COUNT, help="import: tokens drafted a round, of a draft that does not say")
     parser.add_argument("--sample-from-anchor", choices=("yes", "no"), help="import: does the anchor's slot draft too?")
     given = parser.parse_args()
 
-    from deepspec.export.convert import ExportOptions, export_draft, import_draft, target_facts
+    from deepspec.export.convert import ExportOptions, export_draft, import_draft
     from deepspec.export.parts import ImportHints
+    from deepspec.targets import load_spec
 
     if given.format:
         options = ExportOptions(
@@ -50,8 +50,9 @@ def export() -> int:
         )
         return 0
     anchor = None if given.sample_from_anchor is None else given.sample_from_anchor == "yes"
-    facts = ImportHints(target_facts(given.target), given.targetlayers, given.max_draft, anchor)
-    draft, origin = import_draft(given.source, given.output, given.origin, facts)
+    target = None if given.target is None else load_spec(given.target)
+    hints = ImportHints(target, given.target_layers, given.max_draft, anchor)
+    draft, origin = import_draft(given.source, given.output, given.origin, hints)
     name, count = draft.algorithm.name, draft.parsed.max_draft
     print(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")
     return 0

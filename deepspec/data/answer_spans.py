@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from deepspec.data.marks import Reading
 from deepspec.data.messages import Message
@@ -22,19 +22,14 @@ _ASK = {"role": "user", "content": "x"}
 
 Span = tuple[int, int]  # the first character (or token) of an answer, and the one after its last
 Tools = Sequence[Any] | None
-
-
-class Render(Protocol):
-    """The chat template."""
-
-    def __call__(self, messages: Sequence[Message], tools: Tools, generation_prompt: bool = False) -> str: ...
+Render = Callable[[list[Message], Tools, bool], str]
 
 
 class SpanFinder:
     """Finds answers in renderings.
 
     Args:
-        render: the chat template.
+        render: the chat template: of messages, tools and whether a prompt for an answer follows.
         tail: what it writes after an answer.
     """
 
@@ -136,15 +131,15 @@ class SpanFinder:
         """
         spans = []
         for i in _answers(messages):
-            grown = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools)
-            prompt = self._render(messages[:i], tools, generation_prompt=True)
+            grown = full if i == len(messages) - 1 else self._render(messages[: i + 1], tools, False)
+            prompt = self._render(messages[:i], tools, True)
             start = len(prompt) if full.startswith(prompt) else None
             end = None
             if full.startswith(grown):
                 end = len(grown) - (len(self._tail) if grown.endswith(self._tail, start or 0) else 0)
             if start is None or end is None:
                 marked = [*messages[:i], _answer(MARK), *messages[i + 1 :]]
-                before, _, after = self._render(marked, tools).partition(MARK)
+                before, _, after = self._render(marked, tools, False).partition(MARK)
                 start = len(before) if start is None and full.startswith(before) else start
                 end = len(full) - len(after) if end is None and full.endswith(after) else end
             if start is None or end is None or start > end:

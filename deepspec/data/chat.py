@@ -48,6 +48,8 @@ from deepspec.recipe import Recipe
 from deepspec.targets.date import dated, template_date
 from deepspec.targets.load import TargetSpec, load_tokenizer
 
+_ASK = {"role": "user", "content": "a"}
+
 
 @dataclass(frozen=True)
 class Rendered:
@@ -95,11 +97,8 @@ class Renderer:
         self.system_prompt, self.thinking, self.max_length = system_prompt, thinking, max_length
         self.template_kwargs = self.family.chat_template_kwargs(thinking)
         if not tokenizer.chat_template:
-            raise DataError(
-                "the tokenizer has no chat template",
-                file=tokenizer.name_or_path,
-                remedy="use an instruction-tuned target, or put its chat_template.jinja beside the tokenizer",
-            )
+            remedy = "use an instruction-tuned target, or put its chat_template.jinja beside the tokenizer"
+            raise DataError("the tokenizer has no chat template", file=tokenizer.name_or_path, remedy=remedy)
         if not tokenizer.is_fast:
             raise DataError("a fast tokenizer is needed", file=tokenizer.name_or_path, found=type(tokenizer).__name__)
         tail, self._ending, self._end_of_turn = self._probe_end_of_turn()
@@ -185,12 +184,9 @@ class Renderer:
         limit = self.max_length or len(ids)
         rendered = Rendered(self._known(ids[:limit]), mask[:limit])
         if not rendered.supervised:
-            raise NoSupervision(
-                NO_SUPERVISION + (f" within max_length {limit}" if any(mask) else ""),
-                key="messages",
-                found=f"{len(ids)} tokens",
-                remedy="raise data.max_length, or drop the conversation",
-            )
+            problem = NO_SUPERVISION + (f" within max_length {limit}" if any(mask) else "")
+            remedy = "raise data.max_length, or drop the conversation"
+            raise NoSupervision(problem, key="messages", found=f"{len(ids)} tokens", remedy=remedy)
         return rendered
 
     def _text_and_answers(self, given: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[Answer]]:
@@ -240,11 +236,10 @@ class Renderer:
         if thought and reading.has(i, "reasoning_content"):
             return last or not stops_in_reasoning(message)
         if last and (thought or opened):
-            raise DataError(
-                left_out("reasoning_content") if thought else OPEN_THOUGHT,
-                key="messages",
-                remedy=None if thought else "set data.thinking and give answers with their reasoning_content",
-            )
+            if thought:
+                raise DataError(left_out("reasoning_content"), key="messages")
+            remedy = "set data.thinking and give answers with their reasoning_content"
+            raise DataError(OPEN_THOUGHT, key="messages", remedy=remedy)
         return not thought and not opened
 
     def _after_prompt(self, full: str, prompt: str, spans: list[Span]) -> tuple[str, list[Span]]:
@@ -295,12 +290,8 @@ class Renderer:
         text, marks = rendered[0][0], rendered[1][0]
         turns = sum(message["role"] == "assistant" for message in messages)
         if len(marks) != turns:
-            raise DataError(
-                "the template's generation marks do not fit the messages",
-                key="messages",
-                found=f"{len(marks)} marks",
-                wanted=f"{turns}, one for each assistant message",
-            )
+            problem, wanted = "the template's generation marks do not fit the messages", f"{turns}, one for each answer"
+            raise DataError(problem, key="messages", found=f"{len(marks)} marks", wanted=wanted)
         spans = []
         for start, end in marks:  # marks may hold the end of turn, and white space after it, or neither
             inside = text.rfind(self._ending, start, end)
@@ -358,15 +349,13 @@ class Renderer:
     @cached_property
     def _knows_developer(self) -> bool:
         try:
-            return MARK in self._render(
-                [{"role": "developer", "content": MARK}, {"role": "user", "content": "a"}], None
-            )
+            return MARK in self._render([{"role": "developer", "content": MARK}, _ASK], None)
         except DataError:
             return False
 
     @cached_property
     def _opens_think(self) -> bool:
-        return opens_reasoning(self._render([{"role": "user", "content": "a"}], None, generation_prompt=True)) == THINK
+        return opens_reasoning(self._render([_ASK], None, generation_prompt=True)) == THINK
 
     def _render(self, messages: Sequence[Message], tools: Sequence[Any] | None, generation_prompt: bool = False) -> str:
         try:
@@ -384,19 +373,14 @@ class Renderer:
 
     def _probe_end_of_turn(self) -> tuple[str, str, int]:
         """What the template writes after an answer; that up to its first special token; that token's id."""
-        messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": MARK}]
-        tail = self._render(messages, None).rpartition(MARK)[2]
+        tail = self._render([_ASK, {"role": "assistant", "content": MARK}], None).rpartition(MARK)[2]
         special = self.tokenizer.added_tokens_decoder
         for token in self._encode(tail):
             if token in special:
                 text = special[token].content
                 return tail, tail[: tail.index(text) + len(text)], token
-        raise DataError(
-            "the chat template ends an answer without a special token",
-            file=self.tokenizer.name_or_path,
-            found=tail,
-            wanted="an end-of-turn token such as <|im_end|>",
-        )
+        problem, name = "the chat template ends an answer without a special token", self.tokenizer.name_or_path
+        raise DataError(problem, file=name, found=tail, wanted="an end-of-turn token such as <|im_end|>")
 
 
 def _shared(one: Sequence[Any], other: Sequence[Any]) -> int:

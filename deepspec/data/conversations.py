@@ -19,7 +19,7 @@ from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, p
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, refuse_special, sync_folder, write_json
+from deepspec.files import named, read_json, refuse_special, sync, write_json
 from deepspec.rows import dump_row
 
 FORMAT = "deepspec.conversations/1"
@@ -48,10 +48,7 @@ def row_problem(row: Any) -> tuple[str, object] | None:
         content = message.get("content")
         beside = message.get("tool_calls") or message.get("function_call") or message.get("reasoning_content")
         if not isinstance(content, str) and not (content is None and beside):
-            return (
-                "a message needs `content`, a string (or null beside tool_calls or reasoning_content)",
-                content,
-            )
+            return "a message needs `content`, a string (or null beside tool_calls or reasoning_content)", content
     return None
 
 
@@ -72,30 +69,34 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
         DataError: no such file, an empty file, a malformed line (named by its number), an id that comes twice, or a
             file that differs from its manifest.
     """
-    path = Path(path)
-    digest, seen = hashlib.sha256(), set[str]()
-    for number, line in numbered_lines(path):
-        digest.update(line)
-        if is_blank(line):
-            continue
-        row = _row(line, path, number)
+    path, seen = Path(path), set[str]()
+    for number, line in checked_lines(path):
+        row = parse_line(line, path, number, DataError, WANTED)
+        fault = row_problem(row)
+        if fault is not None:
+            raise DataError(fault[0], file=path, key=f"line {number}", found=fault[1], wanted=WANTED)
         note_id(seen, row, path, number)
-        yield row
+        try:
+            yield normal_row(row)
+        except Unusable as problem:
+            raise DataError(str(problem), file=path, key=f"line {number}") from None
     if not seen:
         raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
-    check_manifest(path, len(seen), digest.hexdigest())
 
 
-def _row(line: bytes, path: Path, number: int) -> dict[str, Any]:
-    row = parse_line(line, path, number, DataError, WANTED)
-    fault = row_problem(row)
-    if fault is not None:
-        found = fault[1] if fault[1] is None or len(repr(fault[1])) < 200 else repr(fault[1])[:200]
-        raise DataError(fault[0], file=path, key=f"line {number}", found=found, wanted=WANTED)
-    try:
-        return normal_row(row)
-    except Unusable as problem:
-        raise DataError(str(problem), file=path, key=f"line {number}") from None
+def checked_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line that is not blank; after the last, the file is compared with its manifest.
+
+    Raises:
+        DataError: no such file, or one that differs from its manifest.
+    """
+    digest, rows = hashlib.sha256(), 0
+    for number, line in numbered_lines(path):
+        digest.update(line)
+        if not is_blank(line):
+            rows += 1
+            yield number, line
+    check_manifest(path, rows, digest.hexdigest())
 
 
 def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
@@ -185,7 +186,7 @@ class ConversationWriter:
             return
         manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not vouch for the new one
         os.replace(self._temporary, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
         manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}
         write_json(manifest_path(self.path), manifest | {"provenance": self.provenance})
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,3 @@ def inspect(
         histogram(lengths, supervised, histogram_path)
     shown = [terminal(renderer, sample, rendered) for sample, rendered in kept]
     return "\n".join([*shown, statistics(lengths, supervised, counts)])
-
-
-def first_rows(rows: Iterable[Mapping[str, Any]], limit: int | None) -> Iterator[Mapping[str, Any]]:
-    """The first ``limit`` rows, or all."""
-    return islice(rows, limit)

@@ -18,6 +18,7 @@ from deepspec.errors import DataError, DeepSpecError, system_error
 
 DEPTH = 100  # levels of lists and objects; Python's own stack ends near 1,000
 DIGITS = 4000  # of an integer; Python reads and writes 4,300
+_CONTAINERS = (dict, list)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -57,7 +58,7 @@ def value_problem(value: Any) -> str | None:
         if isinstance(one, str):
             if not one.isascii() and _lone_surrogate(one):
                 return "half a surrogate pair"
-        elif isinstance(one, dict | list):
+        elif isinstance(one, _CONTAINERS):
             if depth == DEPTH:
                 return f"nested more than {DEPTH} levels deep"
             for part in chain(one, one.values()) if isinstance(one, dict) else one:
@@ -85,7 +86,6 @@ def parse_json(text: bytes | str) -> Any:
     Raises:
         NotJSON: it is none, or one that cannot be written again.
     """
-    whole = isinstance(text, bytes)  # UTF-8 holds no half of a surrogate pair, so only an escape can
     try:
         text = text.decode() if isinstance(text, bytes) else text
         value = _DECODER.decode(text.removeprefix("\ufeff"))
@@ -97,10 +97,9 @@ def parse_json(text: bytes | str) -> Any:
         raise NotJSON("not UTF-8 text", f"not UTF-8 text ({problem.reason} at byte {problem.start})") from None
     except ValueError as problem:
         raise NotJSON("not a JSON object", f"not JSON ({problem})") from None
-    plain = whole and text.count("[") + text.count("{") <= DEPTH and "\\ud" not in text and "\\uD" not in text
-    problem_found = None if plain else value_problem(value)
-    if problem_found is not None:
-        raise NotJSON(problem_found)
+    fault = value_problem(value)
+    if fault is not None:
+        raise NotJSON(fault)
     return value
 
 

@@ -7,34 +7,26 @@ uniform numbers, one for each token.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec.data.chat import Renderer
+from deepspec.data.dialogue import Dialogue, Outcome, answer_text, call_mark, read_answer
+from deepspec.data.messages import THINK, Unusable, opens_reasoning
+from deepspec.errors import DataError
+from deepspec.recipe import RegenerateSection
 from deepspec.targets.load import cache_keyword
-
-
-class Sampling(Protocol):
-    """How a token is drawn (``deepspec.recipe.RegenerateSection`` is one)."""
-
-    @property
-    def temperature(self) -> float: ...
-    @property
-    def top_p(self) -> float: ...
-    @property
-    def top_k(self) -> int: ...
-    @property
-    def min_p(self) -> float: ...
-    @property
-    def max_tokens(self) -> int: ...
+from deepspec.targets.positions import check_room
 
 
 @dataclass(frozen=True)
-class Request:
+class SamplingRequest:
     """A rendered prompt; ``key`` names it, for its random numbers too."""
 
     key: str  # sample id and turn
@@ -45,7 +37,7 @@ class Request:
 class Generated:
     """The sampled tokens, without the stop token."""
 
-    request: Request
+    request: SamplingRequest
     token_ids: list[int]
     finish_reason: str  # "stop", or "length" when max_tokens cut it
 
@@ -60,7 +52,7 @@ def uniforms(seed: int, key: str, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=draw_seed(seed, key))).random(count, dtype=np.float32)
 
 
-def sample(logits: Tensor, sampling: Sampling, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, sampling: RegenerateSection, uniform: Tensor) -> Tensor:
     """One token a row by inverse transform; filters in the order of the serving engines: min-p, top-k, top-p.
 
     Args:
@@ -103,20 +95,20 @@ class LocalSampler:
     """
 
     def __init__(
-        self, model: Any, stop_token_ids: Sequence[int], sampling: Sampling, seed: int, batch_size: int
+        self, model: Any, stop_token_ids: Sequence[int], sampling: RegenerateSection, seed: int, batch_size: int
     ) -> None:
         self.model, self.sampling, self.seed, self.batch_size = model, sampling, seed, batch_size
         self.device = model.get_input_embeddings().weight.device
         self.stop = torch.tensor(sorted(stop_token_ids), device=self.device)
 
-    def answer(self, requests: Sequence[Request]) -> Iterator[Generated]:
+    def answer(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
         """Every request's answer, in the order in which they end; prompts of like length share a batch."""
         ordered = sorted(requests, key=lambda request: (-len(request.input_ids), request.key))  # the largest first
         for start in range(0, len(ordered), self.batch_size):
             yield from self._batch(ordered[start : start + self.batch_size])
 
     @torch.inference_mode()
-    def _batch(self, requests: Sequence[Request]) -> Iterator[Generated]:
+    def _batch(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
         from transformers import DynamicCache
 
         limit = self.sampling.max_tokens
@@ -131,7 +123,7 @@ class LocalSampler:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         numbers = np.stack([uniforms(self.seed, request.key, limit) for request in requests])
         random = torch.from_numpy(numbers).to(self.device)  # [B, max_tokens]
-        rows = np.arange(len(requests))  # request of each row still in the batch
+        rows = np.arange(len(requests))  # the number of the request of each row still in the batch
         live = np.ones(len(requests), dtype=bool)  # rows whose answer goes on
         answers: list[list[int]] = [[] for _ in requests]
         cached = {cache_keyword(self.model): cache}
@@ -140,14 +132,11 @@ class LocalSampler:
             logits = output.logits[:, -1]  # [B, V]
             token = sample(logits, self.sampling, random[:, step])
             ended = torch.isin(token, self.stop).cpu().numpy()
-            for place, value in enumerate(token.tolist()):
-                if not live[place]:
-                    continue
-                index = int(rows[place])
-                if ended[place]:
-                    yield Generated(requests[index], answers[index], "stop")
-                else:
-                    answers[index].append(value)
+            for number, value, on, end in zip(rows.tolist(), token.tolist(), live, ended, strict=True):
+                if on and end:
+                    yield Generated(requests[number], answers[number], "stop")
+                elif on:
+                    answers[number].append(value)
             live &= ~ended
             if not live.any():
                 return
@@ -159,5 +148,62 @@ class LocalSampler:
             ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
             positions = positions[:, -1:] + 1
-        for index in rows[live].tolist():
-            yield Generated(requests[index], answers[index], "length")
+        for number in rows[live].tolist():
+            yield Generated(requests[number], answers[number], "length")
+
+
+class LocalEngine:
+    """The target in this process, turn by turn over chunks of conversations."""
+
+    def __init__(self, model: Any, renderer: Renderer, sampling: RegenerateSection, seed: int, batch_size: int) -> None:
+        self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
+        self.most_new_tokens = sampling.max_tokens
+        self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
+        self.chunk = 8 * batch_size  # enough that prompts of like length find each other
+
+    def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
+        """See :class:`deepspec.data.dialogue.AnswerEngine`."""
+        waiting = iter(dialogues)
+        while chunk := list(islice(waiting, self.chunk)):
+            yield from self._chunk(chunk)
+
+    def _chunk(self, waiting: list[Dialogue]) -> Iterator[Outcome]:
+        while waiting:
+            requests, by_key = [], dict[str, tuple[Dialogue, bool]]()  # the answer begins inside its reasoning
+            for dialogue in waiting:
+                try:
+                    text = self.renderer.prompt_text(dialogue.messages, dialogue.tools)
+                    ids = self.renderer.prompt_ids(text)
+                    check_room(self.config, len(ids), self.most_new_tokens, dialogue.key)
+                except DataError as problem:
+                    yield Outcome(dialogue, str(problem))
+                    continue
+                by_key[dialogue.key] = (dialogue, opens_reasoning(text) == THINK)
+                requests.append(SamplingRequest(dialogue.key, ids))
+            waiting = []
+            for generated in self.sampler.answer(requests):
+                dialogue, opened = by_key[generated.request.key]
+                try:
+                    self._add(dialogue, generated, opened)
+                except Unusable as problem:
+                    yield Outcome(dialogue, str(problem))
+                    continue
+                if dialogue.open:
+                    waiting.append(dialogue)
+                else:
+                    yield Outcome(dialogue)
+
+    def _add(self, dialogue: Dialogue, generated: Generated, opened: bool) -> None:
+        """Give a dialogue its answer.
+
+        Raises:
+            Unusable: there is nothing to train on.
+        """
+        tokenizer, ids, reason = self.renderer.tokenizer, generated.token_ids, generated.finish_reason
+        text = answer_text(tokenizer, ids)
+        mark = call_mark(self.renderer, dialogue.tools) if dialogue.tools else None
+        if mark and mark in tokenizer.decode(ids, skip_special_tokens=False):
+            if mark not in text:  # its marks are special tokens, which no text holds
+                raise Unusable("the target called a tool, which only --engine server can read")
+            reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
+        dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)

@@ -61,6 +61,14 @@ def _parsed(value: Any, what: str) -> Any:
     return without_nulls(value)
 
 
+def _list_of(given: Any, what: str) -> list[Any]:
+    values = _parsed(given, what)
+    values = [values] if isinstance(values, Mapping) else values or []
+    if not isinstance(values, list):
+        raise Unusable(f"{what} that are no list")
+    return values
+
+
 def normal_tools(given: Any) -> list[dict[str, Any]]:
     """Tools in OpenAI's form, from such, from bare functions, and from either as JSON text (whole or one by one).
 
@@ -69,11 +77,7 @@ def normal_tools(given: Any) -> list[dict[str, Any]]:
     """
     if given is None or (isinstance(given, str) and not given.strip()):
         return []
-    tools = _parsed(given, "tools")
-    tools = [tools] if isinstance(tools, Mapping) else tools or []
-    if not isinstance(tools, list):
-        raise Unusable("tools that are no list")
-    return [_tool(_parsed(one, "tools") if isinstance(one, str) else one) for one in tools]
+    return [_tool(_parsed(one, "tools") if isinstance(one, str) else one) for one in _list_of(given, "tools")]
 
 
 def _tool(tool: Any) -> dict[str, Any]:
@@ -99,11 +103,7 @@ def normal_calls(given: Any) -> list[dict[str, Any]]:
     Raises:
         Unusable: they cannot be read.
     """
-    calls = _parsed(given, "tool calls") if given else []
-    calls = [calls] if isinstance(calls, Mapping) else calls or []
-    if not isinstance(calls, list):
-        raise Unusable("tool calls that are no list")
-    return [_call(one) for one in calls]
+    return [_call(one) for one in _list_of(given, "tool calls")] if given else []
 
 
 def _call(call: Any) -> dict[str, Any]:
@@ -153,6 +153,8 @@ def with_system_columns(row: Mapping[str, Any], messages: list[Message]) -> list
         Unusable: a column holds no text, or the columns and the messages name different ones.
     """
     given = [row[key] for key in SYSTEM_COLUMNS if row.get(key)]
+    if not given:
+        return messages
     if any(not isinstance(one, str) for one in given):
         raise Unusable("a system column other than text")
     texts = {one.strip() for one in given} - {""}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import random
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +21,7 @@ from deepspec.files import write_json
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
 
+log = logging.getLogger(__name__)
 # columns that hold prompts, however short these are
 _ASKED = ("turns", "prompt", "prompts", "question", "instruction", "problem", "query")
 
@@ -67,7 +68,7 @@ class Contamination:
 
     def overlap(self, texts: Sequence[str]) -> str | None:
         """ "exact" or "n-gram" where a user turn (in normal form) is in the tasks, else None."""
-        if any(key_of(text) in self.whole for text in texts):
+        if self.whole and any(key_of(text) in self.whole for text in texts):
             return "exact"
         if self.grams and any(gram in self.grams for text in texts for gram in grams(text.split())):
             return "n-gram"
@@ -95,6 +96,9 @@ def mix(sources: Mapping[str, Iterable[Any]], weights: Mapping[str, float], seed
     left = {name: iter(rows) for name, rows in sources.items()}
     while left:
         names = list(left)
+        if len(names) == 1:  # nothing to draw
+            yield from ((names[0], row) for row in left[names[0]])
+            return
         name = rng.choices(names, [weights[one] for one in names])[0]
         try:
             yield name, next(left[name])
@@ -202,7 +206,7 @@ def _remove_earlier(path: Path) -> None:
     for one in (Path(f"{path}.manifest.json"), path):
         if one.exists():
             one.unlink()
-            print(f"prepare: removed {one} of an earlier run; this one holds nothing out", file=sys.stderr)
+            log.warning("removed %s of an earlier run; this one holds nothing out", one)
 
 
 def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: Report) -> tuple[dict[str, Any], float]:
@@ -211,7 +215,7 @@ def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: R
     Raises:
         Unusable: it is to be dropped.
     """
-    notes = Counter[str]()
+    notes: list[str] = []
     messages = to_messages(raw, notes)
     tools = row_tools(raw)
     texts = user_text(messages)
@@ -222,9 +226,10 @@ def _keep(raw: Any, source: str, tasks: Contamination, seen: set[int], report: R
     if overlap is not None:
         raise Unusable(f"in an evaluation task ({overlap})")
     seen.add(duplicate_key)
-    report.left_out.update(notes)
-    read = {"id", *columns_read(raw)}
-    empty = {key for key, value in raw.items() if value is None or (isinstance(value, str | list) and not value)}
-    report.unread.update(raw.keys() - read - empty)
+    if notes:
+        report.left_out.update(notes)
+    unread = raw.keys() - columns_read(raw) - {"id"}
+    if unread:
+        report.unread.update(key for key in unread if raw[key] not in (None, "", []))
     row: dict[str, Any] = {"id": f"{duplicate_key:016x}", "messages": messages, "source": source}
     return row | ({"tools": tools} if tools else {}), key_of(f"split\0{texts[0]}") / 2**64

@@ -8,20 +8,19 @@ stands in ``<output>.failures.jsonl``.
 from __future__ import annotations
 
 import json
-import sys
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from deepspec.data.answer import answer_text, call_mark, read_answer
+import torch
+
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import manifest_path, read_conversations, write_conversations
-from deepspec.data.dialogue import Dialogue
-from deepspec.data.local import Generated, LocalSampler, Request, Sampling
-from deepspec.data.messages import THINK, Unusable, opens_reasoning
-from deepspec.data.outcome import Outcome
+from deepspec.data.dialogue import AnswerEngine, Dialogue, Outcome
+from deepspec.data.local import LocalEngine
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
@@ -31,84 +30,16 @@ from deepspec.locks import lock_file
 from deepspec.progress import Progress
 from deepspec.recipe import Recipe, RegenerateSection
 from deepspec.rows import RowLog, dump_row
-from deepspec.targets.positions import check_room
+from deepspec.targets.load import load_spec, load_target, load_tokenizer
 
 PARTIAL_FORMAT = "deepspec.regeneration/1"
 SYNC_SECONDS = 5.0  # a power cut costs the answers of as long
 _REASONED = "with reasoning"  # counted beside the finish reasons
-
-
-class Engine(Protocol):
-    """Something that answers conversations."""
-
-    def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
-        """Every dialogue's outcome, in any order, taking dialogues as it has room for them."""
-
-
-class LocalEngine:
-    """The target in this process, turn by turn over chunks of conversations."""
-
-    def __init__(self, model: Any, renderer: Renderer, sampling: Sampling, seed: int, batch_size: int) -> None:
-        self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
-        self.most_new_tokens = sampling.max_tokens
-        self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
-        self.chunk = 8 * batch_size  # enough that prompts of like length find each other
-
-    def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
-        """See :class:`Engine`."""
-        chunk: list[Dialogue] = []
-        for dialogue in dialogues:
-            chunk.append(dialogue)
-            if len(chunk) == self.chunk:
-                yield from self._chunk(chunk)
-                chunk = []
-        yield from self._chunk(chunk)
-
-    def _chunk(self, waiting: list[Dialogue]) -> Iterator[Outcome]:
-        while waiting:
-            requests, by_key = [], dict[str, tuple[Dialogue, bool]]()  # the answer begins inside its reasoning
-            for dialogue in waiting:
-                try:
-                    text = self.renderer.prompt_text(dialogue.messages, dialogue.tools)
-                    ids = self.renderer.prompt_ids(text)
-                    check_room(self.config, len(ids), self.most_new_tokens, dialogue.key)
-                except DataError as problem:
-                    yield Outcome(dialogue, str(problem))
-                    continue
-                by_key[dialogue.key] = (dialogue, opens_reasoning(text) == THINK)
-                requests.append(Request(dialogue.key, ids))
-            waiting = []
-            for generated in self.sampler.answer(requests):
-                dialogue, opened = by_key[generated.request.key]
-                try:
-                    self._add(dialogue, generated, opened)
-                except Unusable as problem:
-                    yield Outcome(dialogue, str(problem))
-                    continue
-                if dialogue.open:
-                    waiting.append(dialogue)
-                else:
-                    yield Outcome(dialogue)
-
-    def _add(self, dialogue: Dialogue, generated: Generated, opened: bool) -> None:
-        """Give a dialogue its answer.
-
-        Raises:
-            Unusable: there is nothing to train on.
-        """
-        decode = self.renderer.tokenizer.decode
-        ids, reason = generated.token_ids, generated.finish_reason
-        text = answer_text(self.renderer.tokenizer, ids)
-        mark = call_mark(self.renderer, dialogue.tools) if dialogue.tools else None
-        if mark and mark in decode(ids, skip_special_tokens=False):
-            if mark not in text:  # its marks are special tokens, which no text holds
-                raise Unusable("the target called a tool, which only --engine server can read")
-            reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
-        dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Summary:
+class RegenerationSummary:
     """What a regeneration ended with."""
 
     rows: int
@@ -118,18 +49,18 @@ class Summary:
     finish_reasons: Mapping[str, int]
     reasoned: int = 0  # answers with reasoning
 
-    def lines(self, settings: Mapping[str, Any]) -> list[str]:
+    def warnings(self, settings: Mapping[str, Any]) -> list[str]:
         """What the user should know beside the numbers."""
         lines, answers = [], sum(self.finish_reasons.values())
         cut = self.finish_reasons.get("length", 0)
         if 2 * cut > answers:
             lines.append(
-                f"warning: {cut} of {answers} answers ({cut / answers:.0%}) were cut at regenerate.max_tokens "
-                f"({settings.get('max_tokens', 'not said')}): raise it, or the draft hardly learns how answers end"
+                f"{cut} of {answers} answers ({cut / answers:.0%}) were cut at regenerate.max_tokens "
+                f"({settings.get('max_tokens', 'not stated')}): raise it, or the draft hardly learns how answers end"
             )
         if self.reasoned and settings.get("thinking") is False:
             lines.append(
-                f"warning: {self.reasoned} of {answers} answers hold reasoning, and data.thinking is false, which "
+                f"{self.reasoned} of {answers} answers hold reasoning, and data.thinking is false, which "
                 "leaves it out of training: set data.thinking: true, or serve the target without reasoning"
             )
         return lines
@@ -138,10 +69,10 @@ class Summary:
 def regenerate(
     prompts: str | Path,
     output: str | Path,
-    engine: Engine,
+    engine: AnswerEngine,
     settings: Mapping[str, Any],
     max_failed: float = 0.02,
-) -> Summary:
+) -> RegenerationSummary:
     """Answer every prompt of a file once, resuming what an earlier start left.
 
     Args:
@@ -156,43 +87,51 @@ def regenerate(
             (the message says how many of them another start may answer).
     """
     output = Path(output)
-    _readable(prompts)
+    if Path(prompts).is_dir():
+        raise DataError("this is a folder", file=prompts, wanted="a file of conversations (JSONL)")
+    if not Path(prompts).is_file():
+        raise DataError("no such prompts file", file=prompts, remedy="make it with tools/prepare_data.py")
     refuse_special(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(output.with_name(f".{output.name}.lock"), output, "regeneration", DataError):
-        return _regenerate(prompts, output, engine, settings, max_failed)
+        settings = {"prompts_sha256": sha256_file(prompts), **settings}
+        partial_path = output.with_name(output.name + ".partial")
+        if manifest_path(output).exists():
+            partial_path.unlink(missing_ok=True)  # a kill between the manifest and the end of the job left it
+            summary = _finished(output, settings)
+        else:
+            partial = _open_partial(partial_path, settings)
+            try:
+                summary = _answer_all(prompts, output, engine, partial, settings, max_failed)
+            finally:
+                partial.close()
+            partial_path.unlink()
+    for line in summary.warnings(settings):
+        log.warning(line)
+    return summary
 
 
-def _regenerate(
-    prompts: str | Path, output: Path, engine: Engine, settings: Mapping[str, Any], max_failed: float
-) -> Summary:
-    settings = {"prompts_sha256": sha256_file(prompts), **settings}
-    partial_path = output.with_name(output.name + ".partial")
-    if manifest_path(output).exists():
-        partial_path.unlink(missing_ok=True)  # a kill between the manifest and the end of the job left it
-        return _told(_finished(output, settings), settings)
+def _answer_all(
+    prompts: str | Path, output: Path, engine: AnswerEngine, partial: RowLog[str], settings: Mapping[str, Any],
+    max_failed: float,
+) -> RegenerationSummary:  # fmt: skip
     total = sum(1 for _ in read_conversations(prompts))
-    partial = _partial(partial_path, settings)
-    try:
-        tokens, seconds, failures = _answer_rest(prompts, output, engine, partial, total)
-        failed = failures.count
-        if failed > max_failed * total or not partial:
-            raise DataError(
-                f"{failed} of {total} conversations failed; the first, {failures.first}",
-                file=failures_path(output),
-                wanted=f"at most {max_failed:.1%}",
-                remedy=failures.remedy(bool(partial)),
-            )
-        ends = Counter[str]()
-        rows = _counted(_in_order(prompts, partial), ends)
-        count = write_conversations(output, rows, {"made_by": "regenerate", "failed": failed, **settings})
-    finally:
-        partial.close()
-    partial.path.unlink()
-    return _told(_summary(count, failed, tokens, seconds, ends), settings)
+    tokens, seconds, failures = _answer_rest(prompts, output, engine, partial, total)
+    if failures.count > max_failed * total or not partial:
+        raise DataError(
+            f"{failures.count} of {total} conversations failed; the first, {failures.first}",
+            file=failures_path(output),
+            wanted=f"at most {max_failed:.1%}",
+            remedy=failures.remedy(bool(partial)),
+        )
+    ends = Counter[str]()
+    in_order = (partial[prompt["id"]] for prompt in read_conversations(prompts) if prompt["id"] in partial)
+    provenance = {"made_by": "regenerate", "failed": failures.count, **settings}
+    rows = write_conversations(output, _counted(in_order, ends), provenance)
+    return RegenerationSummary(rows, failures.count, tokens, seconds, ends, ends.pop(_REASONED, 0))
 
 
-def _partial(path: Path, settings: Mapping[str, Any]) -> RowLog[str]:
+def _open_partial(path: Path, settings: Mapping[str, Any]) -> RowLog[str]:
     """The finished rows of an earlier start.
 
     Raises:
@@ -220,24 +159,14 @@ def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], f
     now: dict[str, Any] = json.loads(json.dumps(dict(settings)))
     before, wanted = found.get("identity"), now.pop("identity", None)
     lines = [f"{key}: then {shown(found.get(key))}, now {shown(now[key])}" for key in now if found.get(key) != now[key]]
-    if before is None and wanted is not None:
-        note = "weights, config, tokenizer, template and stop tokens are not compared"
-        print(f"note: {file} is of an earlier version; the target's {note}", file=sys.stderr, flush=True)
-    if before is None or wanted is None:
-        return lines
-    return lines + differences(before, wanted, ("then", "now"))
-
-
-def _told(summary: Summary, settings: Mapping[str, Any]) -> Summary:
-    """The summary, its warnings said on screen."""
-    for line in summary.lines(settings):
-        print(line, file=sys.stderr, flush=True)
-    return summary
-
-
-def _summary(rows: int, failed: int, tokens: int, seconds: float, ends: Counter[str]) -> Summary:
-    reasoned = ends.pop(_REASONED, 0)
-    return Summary(rows, failed, tokens, seconds, dict(ends), reasoned)
+    if before is not None and wanted is not None:
+        return lines + differences(before, wanted, ("then", "now"))
+    if wanted is not None:
+        log.warning(
+            "%s is of an earlier version; the target's weights, config, tokenizer, template and stop tokens are not "
+            "compared", file,
+        )  # fmt: skip
+    return lines
 
 
 def failures_path(output: Path) -> Path:
@@ -254,12 +183,12 @@ class _Failures:
     first: str = ""
 
     def add(self, outcome: Outcome) -> None:
-        """Count one; the first is said on screen."""
+        """Count one; the first is shown at once."""
         self.count += 1
         self.again += outcome.again
         if self.count == 1:
             self.first = f"{outcome.dialogue.id}: {outcome.error}"
-            print(f"regenerate: a failure, {self.first}", file=sys.stderr, flush=True)
+            log.warning("a failure, %s", self.first)
 
     def remedy(self, some: bool) -> str:
         """What to do about them; ``some``: there are answers to go on with."""
@@ -270,24 +199,17 @@ class _Failures:
         return ", or ".join([*ways, *["go on without them with a larger --max-failed"] * some])
 
 
-def _readable(path: str | Path) -> None:
-    if Path(path).is_dir():
-        raise DataError("this is a folder", file=path, wanted="a file of conversations (JSONL)")
-    if not Path(path).is_file():
-        raise DataError("no such prompts file", file=path, remedy="make it with tools/prepare_data.py")
-
-
 def _answer_rest(
-    prompts: str | Path, output: Path, engine: Engine, partial: RowLog[str], total: int
+    prompts: str | Path, output: Path, engine: AnswerEngine, partial: RowLog[str], total: int
 ) -> tuple[int, float, _Failures]:
     """Run the engine over what is not done; returns tokens, seconds and what failed."""
     done, tokens, failed = len(partial), 0, _Failures()
     if done:
-        print(f"resuming: {done} of {total} conversations are there")
+        log.info("resuming: %d of %d conversations are there", done, total)
     progress = Progress("regenerate", total - done)
-    rows = (row for row in read_conversations(prompts) if row["id"] not in partial)
+    dialogues = (Dialogue(row) for row in read_conversations(prompts) if row["id"] not in partial)
     with open(failures_path(output), "wb") as failures:
-        for outcome in engine.run(_open_dialogues(rows)):
+        for outcome in engine.run(dialogues):
             if outcome.error is None and not outcome.dialogue.turn:
                 outcome = Outcome(outcome.dialogue, "no user turn to answer")
             if outcome.error is None:
@@ -305,15 +227,6 @@ def _answer_rest(
     return tokens, progress.seconds, failed
 
 
-def _open_dialogues(rows: Iterable[Mapping[str, Any]]) -> Iterator[Dialogue]:
-    return (Dialogue(row) for row in rows)
-
-
-def _in_order(prompts: str | Path, partial: RowLog[str]) -> Iterator[dict[str, Any]]:
-    """The finished rows in the order of the prompts."""
-    return (partial[prompt["id"]] for prompt in read_conversations(prompts) if prompt["id"] in partial)
-
-
 def _counted(rows: Iterable[dict[str, Any]], ends: Counter[str]) -> Iterator[dict[str, Any]]:
     """The rows; counts how the target's answers ended, and those with reasoning, on the way."""
     for row in rows:
@@ -324,26 +237,24 @@ def _counted(rows: Iterable[dict[str, Any]], ends: Counter[str]) -> Iterator[dic
         yield row
 
 
-def _finished(output: Path, settings: Mapping[str, Any]) -> Summary:
-    """The summary of an output that is whole already.
+def _finished(output: Path, settings: Mapping[str, Any]) -> RegenerationSummary:
+    """The summary of an output that is complete already.
 
     Raises:
         DataError: it was made with other settings.
     """
     provenance = read_json(manifest_path(output), DataError).get("provenance", {})
     if lines := setting_differences(provenance, settings, output):
-        remedy = "name another output, or delete it and its manifest"
-        raise DataError(
-            f"the output exists and was made with other settings: {'; '.join(lines)}", file=output, remedy=remedy
-        )
+        problem = f"the output exists and was made with other settings: {'; '.join(lines)}"
+        raise DataError(problem, file=output, remedy="name another output, or delete it and its manifest")
     ends = Counter[str]()
     rows = sum(1 for _ in _counted(read_conversations(output), ends))
-    print(f"{output}: already whole, {rows} conversations")
-    return _summary(rows, int(provenance.get("failed", 0)), 0, 0.0, ends)
+    log.info("%s: already complete, %d conversations", output, rows)
+    return RegenerationSummary(rows, int(provenance.get("failed", 0)), 0, 0.0, ends, ends.pop(_REASONED, 0))
 
 
 @dataclass(frozen=True)
-class Plan:
+class RegenerationPlan:
     """Who answers, and how: what the answers depend on."""
 
     target: str
@@ -355,17 +266,11 @@ class Plan:
     sampling: RegenerateSection = field(default_factory=RegenerateSection)
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, target: str | None = None) -> Plan:
+    def of_recipe(cls, recipe: Recipe, target: str | None = None) -> RegenerationPlan:
         """The plan that a recipe states, for another copy of its target where one is named."""
-        return cls(
-            target or recipe.target.path,
-            recipe.target.revision,
-            recipe.target.dtype,
-            recipe.seed,
-            recipe.data.thinking,
-            recipe.data.system_prompt,
-            recipe.regenerate,
-        )
+        stated, data = recipe.target, recipe.data
+        how = (recipe.seed, data.thinking, data.system_prompt, recipe.regenerate)
+        return cls(target or stated.path, stated.revision, stated.dtype, *how)
 
     def settings(self, served: bool = False) -> dict[str, Any]:
         """As plain values, without those that only change the speed; with the identity of what answers.
@@ -373,8 +278,6 @@ class Plan:
         Args:
             served: by servers; the target's weights need not be on this machine.
         """
-        from deepspec.targets.load import load_spec
-
         values = asdict(self)
         sampling = values.pop("sampling")
         sampling.pop("batch_size")
@@ -388,8 +291,6 @@ class Plan:
         Raises:
             TargetError: no tokenizer or config there.
         """
-        from deepspec.targets.load import load_spec, load_tokenizer
-
         spec = load_spec(self.target, self.revision)
         return Renderer(load_tokenizer(self.target, self.revision), spec, self.system_prompt, self.thinking)
 
@@ -399,10 +300,6 @@ class Plan:
         Raises:
             TargetError: a target that cannot be loaded.
         """
-        import torch
-
-        from deepspec.targets.load import load_target
-
         model = load_target(self.target, getattr(torch, self.dtype), pick_device(), self.revision).model
         return LocalEngine(model, self.renderer(), self.sampling, self.seed, self.sampling.batch_size)
 

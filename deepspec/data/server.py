@@ -5,23 +5,26 @@ servers, back-off where one fails. A request that failed is asked again with the
 from __future__ import annotations
 
 import json
+import logging
 import queue
-import sys
+import random
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from deepspec.data.answer import read_answer
 from deepspec.data.chat import Renderer
-from deepspec.data.dialogue import Dialogue
-from deepspec.data.local import Sampling, draw_seed
+from deepspec.data.dialogue import Dialogue, Outcome, read_answer
+from deepspec.data.local import draw_seed
 from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
-from deepspec.data.outcome import Outcome
-from deepspec.data.pool import Pool, Server
 from deepspec.errors import DataError, DeepSpecError
-from deepspec.http import NoReply, request
+from deepspec.http import NoReply, Reply, check_url, request, without_password
+from deepspec.recipe import RegenerateSection
 from deepspec.targets.date import server_keywords
+
+FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds that a server rests after a failure; doubled with each in a row
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,83 @@ class ServerOptions:
     attempts: int = 6  # of one request, before its conversation counts as failed
     patience: float = 300.0  # seconds without any server before the job stops
     api_key: str | None = None
+
+
+class Server:
+    """One server: its address and how it fares. Changed under its pool's lock only."""
+
+    def __init__(self, url: str) -> None:
+        url = url.rstrip("/")
+        self.url = url if url.endswith("/v1") else f"{url}/v1"
+        check_url(self.url, "--server", DataError)
+        self.name = without_password(self.url)  # in messages
+        self.in_flight, self.failures, self.answered = 0, 0, 0
+        self.rests_until = 0.0
+        self.plain_fields = False  # refuses fields beyond OpenAI's (see ServerEngine)
+
+
+class Pool:
+    """Servers that come and go: hands out the least busy one that is not resting."""
+
+    def __init__(self, servers: list[Server], concurrency: int, patience: float) -> None:
+        if not servers:
+            raise DataError("no server given", wanted="at least one --server URL")
+        self.servers, self.concurrency, self.patience = servers, concurrency, patience
+        self._changed = threading.Condition()
+        self._last_good = time.monotonic()
+        self._closed = False
+
+    def acquire(self) -> Server:
+        """A server with room, waiting for one.
+
+        Raises:
+            DataError: none has answered for ``patience`` seconds, or the pool is closed.
+        """
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                if self._closed:
+                    raise DataError("the job has ended")
+                if all(server.failures for server in self.servers) and now - self._last_good > self.patience:
+                    raise DataError(
+                        f"no server has answered for {self.patience:.0f} s",
+                        file=", ".join(server.name for server in self.servers),
+                        remedy="start the servers, then run the same command again: what is answered is kept",
+                    )
+                ready = [server for server in self.servers if self._has_room(server, now)]
+                if ready:
+                    server = min(ready, key=lambda one: (one.in_flight, one.answered))
+                    server.in_flight += 1
+                    return server
+                self._changed.wait(0.05 + 0.05 * random.random())
+
+    def _has_room(self, server: Server, now: float) -> bool:
+        """A server that failed is tried with one request before it gets its share again."""
+        room = 1 if server.failures else self.concurrency
+        return server.rests_until <= now and server.in_flight < room
+
+    def release(self, server: Server, problem: str | None = None, rest: float | None = None) -> None:
+        """Give a server back; with a problem it rests, longer each time (or for ``rest`` seconds)."""
+        with self._changed:
+            server.in_flight -= 1
+            if problem is None:
+                server.failures, server.rests_until = 0, 0.0
+                server.answered += 1
+                self._last_good = time.monotonic()
+            elif rest != 0:
+                server.failures += 1
+                pause = min(FIRST_REST * 2 ** min(server.failures - 1, 10), LONGEST_REST) if rest is None else rest
+                now = time.monotonic()
+                if server.rests_until <= now:  # the first of many that fail together
+                    server.rests_until = now + pause * (0.75 + 0.5 * random.random())
+                    log.warning("%s; it rests for %.1f s", problem, pause)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Wake and end whoever waits."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
 
 
 class _Retry(Exception):
@@ -54,7 +134,7 @@ class _Refused(Exception):
 
 
 class ServerEngine:
-    """See :class:`deepspec.data.regenerate.Engine`: a thread a conversation, its turns one after the other.
+    """See :class:`deepspec.data.dialogue.AnswerEngine`: a thread a conversation, its turns one after the other.
 
     Args:
         options: the servers.
@@ -63,13 +143,14 @@ class ServerEngine:
         seed: every request gets its own seed from it, its sample and its turn.
     """
 
-    def __init__(self, options: ServerOptions, renderer: Renderer, sampling: Sampling, seed: int) -> None:
+    def __init__(self, options: ServerOptions, renderer: Renderer, sampling: RegenerateSection, seed: int) -> None:
         self.options, self.renderer, self.sampling, self.seed = options, renderer, sampling, seed
         self._date = server_keywords(renderer.tokenizer.chat_template)
         if renderer.date is not None and not self._date:
-            remedy = "serve the target with a template of a fixed date, or use --engine local"
-            said = f"we write {renderer.date}, the servers write today's: {remedy}"
-            print(f"note: the chat template writes the date; {said}", file=sys.stderr, flush=True)
+            log.warning(
+                "the chat template writes the date: we write %s, the servers write today's; serve the target with a "
+                "template of a fixed date, or use --engine local", renderer.date,
+            )  # fmt: skip
         self.pool = Pool([Server(url) for url in options.urls], options.concurrency, options.patience)
 
     def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
@@ -86,7 +167,7 @@ class ServerEngine:
         source, waiting = iter(dialogues), 0
         try:
             while True:
-                while waiting < threads + 8:  # a few beyond the threads, so that none waits for the feeder
+                while waiting < threads + 8:  # a few beyond the threads, so that none waits for this one
                     dialogue = next(source, None)
                     if dialogue is None:
                         break
@@ -161,15 +242,11 @@ class ServerEngine:
         }
         if dialogue.tools:
             body["tools"] = dialogue.tools
-        if server.plain_fields:  # `transformers serve` takes the rest in one field only
-            generation = {
-                "do_sample": sampling.temperature > 0,
-                "top_k": sampling.top_k,
-                "min_p": sampling.min_p or None,
-                "max_new_tokens": limit,
-            }
-            return body | {"generation_config": json.dumps(generation)}
-        return body | {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
+        if not server.plain_fields:
+            return body | {"top_k": sampling.top_k or -1, "min_p": sampling.min_p}
+        # `transformers serve` takes the rest in one field only
+        rest = {"do_sample": sampling.temperature > 0, "top_k": sampling.top_k, "min_p": sampling.min_p or None}
+        return body | {"generation_config": json.dumps(rest | {"max_new_tokens": limit})}
 
     def _ask(self, server: Server, dialogue: Dialogue) -> Mapping[str, Any]:
         """One request.
@@ -183,20 +260,10 @@ class ServerEngine:
             reply = request("POST", f"{server.url}/chat/completions", self.options.timeout, body, headers)
         except NoReply as problem:
             raise _Retry(str(problem), counted=not problem.refused) from None
-        status = reply.status
-        if status in (429, 503):
-            rest = _seconds(reply.headers.get("Retry-After"))
-            raise _Retry(f"{server.name}: busy ({status})", counted=False, rest=rest)
-        if status == 422 and b"Unexpected fields" in reply.body and "top_k" in body:
+        if reply.status == 422 and b"Unexpected fields" in reply.body and "top_k" in body:
             server.plain_fields = True
             raise _Retry(f"{server.name} takes plain fields only", counted=False, rest=0.0)
-        if status in (401, 403, 404) or 300 <= status < 400:
-            remedy = "check the URL, --model and the API key"
-            raise DataError("the server refuses us", file=server.name, found=reply.summary, remedy=remedy)
-        if 400 <= status < 500 and status not in (408, 409, 425):
-            raise _Refused(f"{server.name}: {reply.summary}")
-        if status != 200:
-            raise _Retry(f"{server.name}: {reply.summary}")
+        _check_status(server, reply)
         try:
             value = json.loads(reply.body)
         except (ValueError, RecursionError):
@@ -211,7 +278,7 @@ class ServerEngine:
         """(message, finish reason, completion tokens) of a completion.
 
         Raises:
-            _Retry: it is not whole.
+            _Retry: it is not complete.
             _Refused: the target answered nothing that can be trained on.
             DataError: the server's prompt is not ours.
         """
@@ -221,10 +288,10 @@ class ServerEngine:
             content, thought = given.get("content") or "", given.get("reasoning_content") or given.get("reasoning")
             calls = [{"type": "function", "function": one["function"]} for one in given.get("tool_calls") or []]
             tokens, prompt_tokens = int(usage.get("completion_tokens") or 0), usage.get("prompt_tokens")
+            if not isinstance(content, str) or not isinstance(thought, str | None):
+                raise TypeError
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise _Retry(f"{server.name}: not a completion: {str(reply)[:300]}") from None
-        if not isinstance(content, str) or not isinstance(thought, str | None):
-            raise _Retry(f"{server.name}: not a completion: {str(reply)[:300]}")
         if reason not in ("stop", "length", "tool_calls"):
             raise _Retry(f"{server.name}: finish_reason {reason!r}")
         if prompt_tokens not in (None, prompt_length) and not dialogue.tools:  # tools: servers normalise the schemas
@@ -242,6 +309,22 @@ class ServerEngine:
             raise _Refused(str(problem)) from None
 
 
+def _check_status(server: Server, reply: Reply) -> None:
+    """Raise what a status other than 200 means: see :meth:`ServerEngine._answer_turn`."""
+    status = reply.status
+    if status in (429, 503):
+        after = (reply.headers.get("Retry-After") or "").strip()
+        rest = float(after) if after.isdigit() else None
+        raise _Retry(f"{server.name}: busy ({status})", counted=False, rest=rest)
+    if status in (401, 403, 404) or 300 <= status < 400:
+        remedy = "check the URL, --model and the API key"
+        raise DataError("the server refuses us", file=server.name, found=reply.summary, remedy=remedy)
+    if 400 <= status < 500 and status not in (408, 409, 425):
+        raise _Refused(f"{server.name}: {reply.summary}")
+    if status != 200:
+        raise _Retry(f"{server.name}: {reply.summary}")
+
+
 def _sent(message: Message) -> Message:
     """A message in OpenAI's form: arguments as JSON text, which servers check and parse before their template."""
     calls = []
@@ -250,8 +333,3 @@ def _sent(message: Message) -> Message:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": text}})
     return message | ({"tool_calls": calls} if calls else {})
-
-
-def _seconds(text: str | None) -> float | None:
-    """A Retry-After header's seconds, where it gives them."""
-    return float(text) if text and text.strip().isdigit() else None

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.conversations import ROLES, check_manifest
-from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, value_problem
+from deepspec.data.conversations import ROLES, checked_lines
+from deepspec.data.lines import NotJSON, parse_json, value_problem
 from deepspec.data.messages import (
     SYSTEM_COLUMNS,
     Message,
@@ -38,6 +36,7 @@ _SHAREGPT_ROLES = {
 _CHATS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question")
 _TOOLS = ("tools", "functions")
+NOT_TEXT = "content other than text"
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "finish_reason", "weight")
 
 
@@ -65,19 +64,13 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
-    digest, rows = hashlib.sha256(), 0
-    for number, line in numbered_lines(path):
-        digest.update(line)
-        if is_blank(line):
-            continue
-        rows += 1
+    for number, line in checked_lines(path):  # of conversations that an earlier command wrote, too
         try:
             row = parse_json(line)
         except NotJSON as problem:
             yield Unusable(problem.reason, f"line {number}")
         else:
             yield row if isinstance(row, dict) else Unusable("not a JSON object", f"line {number}")
-    check_manifest(path, rows, digest.hexdigest())  # of conversations that an earlier command wrote
 
 
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -96,9 +89,8 @@ def columns_read(row: Mapping[str, Any]) -> set[str]:
     """The columns of a row whose content is kept in one form or another."""
     chat = next((key for key in _CHATS if row.get(key)), None)
     prompt = next((key for key in _PROMPTS if isinstance(row.get(key), str)), None)
-    first = {chat} if chat else {prompt, "input"} if prompt else set()
     tools = next((key for key in _TOOLS if row.get(key)), None)
-    return {key for key in (*first, tools, *SYSTEM_COLUMNS) if key}
+    return {chat or prompt or "", "" if chat or not prompt else "input", tools or "", *SYSTEM_COLUMNS}
 
 
 def row_tools(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -110,12 +102,12 @@ def row_tools(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     return normal_tools(next((row[key] for key in _TOOLS if row.get(key)), None))
 
 
-def to_messages(row: Mapping[str, Any] | Unusable | None, notes: Counter[str] | None = None) -> list[Message]:
+def to_messages(row: Mapping[str, Any] | Unusable | None, notes: list[str] | None = None) -> list[Message]:
     """A raw row as clean OpenAI messages: known roles, text without white space at its ends, a user turn first.
 
     Args:
         row: of :func:`read_source`.
-        notes: counts what was left out of rows that are kept.
+        notes: is told what was left out of a row that is used.
 
     Raises:
         Unusable: it is none; the reason is one of a few words, to be counted.
@@ -129,22 +121,19 @@ def to_messages(row: Mapping[str, Any] | Unusable | None, notes: Counter[str] | 
         given = _single_prompt(row)
     if not isinstance(given, list) or not given:
         raise Unusable("no messages")
-    found = Counter[str]()
+    found = [] if notes is None else notes
     messages = with_system_columns(row, [_message(one, found) for one in given])
-    head = [one for one in messages[:1] if one["role"] in ("system", "developer")]
-    rest = messages[len(head) :]
-    while rest and rest[0]["role"] != "user":  # ShareGPT rows that begin with an answer to nothing
-        rest = rest[1:]
-    if not rest:
+    head = 1 if messages[0]["role"] in ("system", "developer") else 0
+    first = next((i for i, one in enumerate(messages) if i >= head and one["role"] == "user"), None)
+    if first is None:
         raise Unusable("no user turn")
-    for one, following in pairwise(rest):
+    messages[head:first] = []  # ShareGPT rows that begin with an answer to nothing
+    for one, following in pairwise(messages[head:]):
         if one["role"] == following["role"] != "tool":
             raise Unusable("two turns of one role in a row")
         if following["role"] in ("system", "developer"):
             raise Unusable("a system message in the middle")
-    if notes is not None:
-        notes.update(found)
-    return head + rest
+    return messages
 
 
 def _single_prompt(row: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
@@ -157,34 +146,46 @@ def _single_prompt(row: Mapping[str, Any]) -> list[Mapping[str, Any]] | None:
     return None
 
 
-def _message(given: Any, notes: Counter[str]) -> Message:
+def _message(given: Any, notes: list[str]) -> Message:
     if not isinstance(given, Mapping):
         raise Unusable("a message is not an object")
     name = str(given.get("role") or given.get("from"))
     role = _SHAREGPT_ROLES.get(name)
     if role is None:
         raise Unusable("unknown role")
-    content = _text(
-        given["value"] if given.get("content") is None and "value" in given else given.get("content"), notes
-    )
-    full = normal_message({**given, "role": role, "content": content})
-    message: Message = {"role": role, "content": (content or "").strip()}
+    content = given.get("content")
+    text = _text(given["value"] if content is None and "value" in given else content, notes)
+    if text is None or len(given) > 2 or name == "function_call":
+        message = _with_fields(given, name, role, text)
+    else:  # a role and a text, as most are
+        message = {"role": role, "content": text.strip()}
+    if role == "assistant":
+        return _answer(message)
+    if not message["content"] and role == "user":
+        raise Unusable("an empty user turn")
+    return message
+
+
+def _with_fields(given: Mapping[str, Any], name: str, role: str, text: str | None) -> Message:
+    """A message with tool calls, reasoning and what else is kept of it."""
+    full = normal_message({**given, "role": role, "content": text})
+    message: Message = {"role": role, "content": (text or "").strip()}
     message |= {key: full[key] for key in _KEPT if key in full}
     if not isinstance(message.get("finish_reason", ""), str):
         del message["finish_reason"]
     if name == "function_call" and "tool_calls" not in message:  # ShareGPT's: the calls are the text
-        message |= {"content": "", "tool_calls": normal_calls(content)}
+        message |= {"content": "", "tool_calls": normal_calls(text)}
     if not isinstance(message.get("reasoning_content", ""), str):
         raise Unusable("reasoning other than text")
     calls = message.get("tool_calls", [])
-    if content is None and not calls and not message.get("reasoning_content"):
-        raise Unusable("content other than text")
+    if text is None and not calls and not message.get("reasoning_content"):
+        raise Unusable(NOT_TEXT)
     if not arguments_are_objects(calls):
         raise Unusable("tool arguments that are not a JSON object")
-    problem = value_problem(message)
+    problem = value_problem(message)  # of Arrow's rows; those of JSON were read strictly
     if problem is not None:
         raise Unusable(problem)
-    return _answer(message) if role == "assistant" else _nonempty(message)
+    return message
 
 
 def _answer(message: Message) -> Message:
@@ -199,22 +200,15 @@ def _answer(message: Message) -> Message:
     return message
 
 
-def _nonempty(message: Message) -> Message:
-    if not message["content"] and message["role"] == "user":
-        raise Unusable("an empty user turn")
-    return message
-
-
-def _text(content: Any, notes: Counter[str]) -> str | None:
+def _text(content: Any, notes: list[str]) -> str | None:
     """A message's text, OpenAI's content parts joined; None where there is none at all."""
     if content is None or isinstance(content, str):
         return content
-    if not isinstance(content, list) or any(
-        not isinstance(part, Mapping) or part.get("type") != "text" for part in content
-    ):
-        raise Unusable("content other than text")
-    texts = [part.get("text") for part in content]
-    if any(not isinstance(text, str | None) for text in texts):
-        raise Unusable("content other than text")
-    notes.update("a text part that is null" for text in texts if text is None)
+    parts = content if isinstance(content, list) else [content]
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
+        raise Unusable(NOT_TEXT)
+    texts = [part.get("text") for part in parts]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise Unusable(NOT_TEXT)
+    notes.extend("a text part that is null" for text in texts if text is None)
     return "".join(text for text in texts if text is not None)

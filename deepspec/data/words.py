@@ -22,7 +22,7 @@ _HANS = r"\p{Han}\p{Hiragana}\p{Katakana}\u3005-\u3007\u30fc\uff70"
 _THAIS = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _LETTER = rf"[[\w\p{{M}}\p{{N}}]--[{_HANS}{_THAIS}]]"
 # Words, numbers with what stands between their digits (3.14, 12:30), the point of .5, the ! of 5!/3 and !=, f'(x).
-_INNER = r"{0}+(?:(?<=\d)[.,:](?=\d){0}+)*|\.(?=\d)|!(?=\)*\s*[-+*/=^×÷])|(?<=[\w'])'(?='*\()"
+_INNER = r"{0}+(?:[.,:](?<=\d.)(?=\d){0}+)*|\.(?=\d)|!(?=\)*\s*[-+*/=^×÷])|'(?<=[\w']')(?='*\()"
 _SIGNS = r"#%&()*/@\\\[\]{}\-"
 _TOKEN = regex.compile(
     rf"(?V1)[[{_HANS}{_THAIS}]--\p{{P}}]\p{{M}}*|{_INNER.format(_LETTER)}|[[\p{{S}}{_SIGNS}′″‰·]--[`]]"

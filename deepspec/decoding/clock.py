@@ -13,19 +13,18 @@ PHASES = ("prefill", "draft", "verify", "head")
 
 
 class StepTiming(NamedTuple):
-    """One turn of the loop, prefill left out."""
+    """One round of the batch, prefill left out."""
 
     rows: int  # that decoded
     verified: int  # tokens sent to the target, one a row for the newest token included
     emitted: int  # tokens that outputs grew by
-    drafted: int  # slots of each row
     seconds: float
 
 
 class PhaseClock:
     """Sums the seconds of named phases and counts rounds.
 
-    ``now`` may be replaced by another clock (of the process's own time), ``turns`` by a list that then fills.
+    ``now`` may be replaced by another clock (the process's own time), ``timings`` by a list that is then filled.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,7 +36,7 @@ class PhaseClock:
         self.verified = 0  # tokens sent to the target, one a row for the newest token included
         self.wall = 0.0
         self.now: Callable[[], float] = time.perf_counter
-        self.turns: list[StepTiming] | None = None
+        self.timings: list[StepTiming] | None = None
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -1,11 +1,10 @@
 """The target's KV cache while decoding: one static buffer, a length per row, and packed queries.
 
-A forward of the target sees its tokens *packed*: one sequence of T tokens that belong to several rows, each row
-bringing as many as it likes. Linear layers therefore never compute padding, and the price of verifying is the number of
-tokens verified. Only the attention itself is unpacked to [rows, queries] and back, by :func:`_ragged_attention`, which
-:func:`ragged_attention` installs through transformers' own attention registry.
+A forward of the target sees its tokens *packed*: one sequence of T tokens of several rows, each with its own count.
+Linear layers never compute padding, so verifying costs the tokens verified. Only attention unpacks to [rows, queries]
+and back (:func:`_ragged_attention`, set through transformers' attention registry by :func:`ragged_attention`).
 
-Rolling back is lowering a row's length: what lies behind it is overwritten by the next tokens and never visible.
+Rolling back is lowering a row's length: what comes after it is overwritten by the next tokens and never visible.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ NAME = "deepspec_ragged"
 
 
 @dataclass
-class Step:
+class PackedBatch:
     """Where the T packed tokens of a forward belong; R attending rows, Q the most queries of a row, L keys in view."""
 
     first_row: int  # the attending rows are `rows` where given, else first_row .. first_row + R
     num_rows: int
     rows: Tensor | None
     queries: int
-    longest: int
+    max_context_len: int  # L
     rectangular: bool  # every attending row has exactly Q queries: packed order is padded order
     positions: Tensor  # [T] position of each token in its row
     writes: Tensor  # [T] index of each token in the flattened buffer [B * capacity]
@@ -52,8 +51,8 @@ class Step:
     def mask(self, window: int | None) -> Tensor:
         """Which keys each query sees, [R, 1, Q, L] bool: no later one, and with ``window`` none that far back."""
         if self.tree is not None:  # the root is a row's first query; 0 for padding, which sees one key here too
-            return self.tree.visible(self.query_positions[:, 0], slice(None), self.longest, window)[:, None]
-        keys = torch.arange(self.longest, device=self.positions.device)
+            return self.tree.visible(self.query_positions[:, 0], slice(None), self.max_context_len, window)[:, None]
+        keys = torch.arange(self.max_context_len, device=self.positions.device)
         own = self.query_positions[:, None, :, None]
         visible = keys <= own
         return visible if window is None else visible & (keys > own - window)
@@ -61,20 +60,20 @@ class Step:
     def bias(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         """``mask`` as :func:`score_bias` for ``groups`` query heads a KV head, made once for all layers."""
         key = (id(mask), groups)
-        if key not in self._folded:  # the mask is kept beside it, so that its id stays its own
+        if key not in self._folded:  # the mask is stored with it, so that no other object takes its id
             self._folded[key] = mask, score_bias(mask[:, 0], groups, dtype)
         return self._folded[key][1]
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """What of a step depends on its counts alone."""
+    """What of a packed batch depends on its counts alone."""
 
     rows: np.ndarray  # [R] 0 .. R - 1
     slots: np.ndarray  # [Q] 0 .. Q - 1
     inside: np.ndarray  # [R, Q] which of the padded queries are tokens
     rectangular: bool
-    fixed: np.ndarray  # the step's dense, index and counts, one behind the other
+    fixed: np.ndarray  # the batch's dense, index and counts, concatenated
 
 
 @lru_cache(maxsize=256)
@@ -92,8 +91,9 @@ def _layout(counts: tuple[int, ...]) -> _Layout:
 class RaggedCache(Cache):
     """Keys and values of B rows over a buffer of ``capacity`` positions each, growing when a row needs more.
 
-    ``lengths`` (host, [B]) are the committed positions; :meth:`plan` lays out a forward behind them, and :meth:`commit`
+    ``lengths`` (host, [B]) are the committed positions; :meth:`plan` lays out a forward after them, and :meth:`commit`
     keeps as many of the written positions as were accepted.
+
     """
 
     def __init__(self, num_rows: int, capacity: int, device: torch.device) -> None:
@@ -102,9 +102,9 @@ class RaggedCache(Cache):
         self.lengths = np.zeros(num_rows, dtype=np.int64)
         self._keys: dict[int, Tensor] = {}  # layer -> [B, capacity, kv heads, head dim]
         self._values: dict[int, Tensor] = {}
-        self.step: Step | None = None
+        self.batch: PackedBatch | None = None
 
-    def plan(self, counts: np.ndarray, rows: np.ndarray | None = None, tree: Tree | None = None) -> Step:
+    def plan(self, counts: np.ndarray, rows: np.ndarray | None = None, tree: Tree | None = None) -> PackedBatch:
         """Lay out a forward in which row r brings ``counts[r]`` tokens ([R] int64, at least one positive).
 
         The rows are the first R, or ``rows`` [R] ascending. With ``tree`` a row brings all of its nodes, or nothing.
@@ -112,24 +112,25 @@ class RaggedCache(Cache):
         layout = _layout(tuple(counts.tolist()))
         own = layout.rows if rows is None else rows
         lengths = self.lengths[own]
-        longest = int((lengths + counts).max())
-        self._reserve(longest)
+        max_context_len = int((lengths + counts).max())
+        self._reserve(max_context_len)
         writes = (lengths + own * self.capacity)[:, None] + layout.slots
-        places = lengths[:, None] + (layout.slots if tree is None else tree.depths)
+        positions = lengths[:, None] + (layout.slots if tree is None else tree.depths)
         if layout.rectangular:
-            parts = [places.ravel(), writes.ravel(), layout.fixed, own]
+            parts = [positions.ravel(), writes.ravel(), layout.fixed, own]
         else:
-            parts = [places[layout.inside], writes[layout.inside], layout.fixed, own, (places * layout.inside).ravel()]
+            inside = layout.inside
+            parts = [positions[inside], writes[inside], layout.fixed, own, (positions * inside).ravel()]
         moved = torch.from_numpy(np.concatenate(parts)).to(self.device, non_blocking=True)  # one copy for all of them
         total, padded = len(parts[0]), layout.inside.size
         pieces = moved.split([total, total, total, padded, len(counts), len(own), *map(len, parts[4:])])
         queries = layout.inside.shape[1]
-        self.step = Step(
+        self.batch = PackedBatch(
             first_row=int(own[0]),
             num_rows=len(own),
             rows=None if own[-1] - own[0] == len(own) - 1 else pieces[5],  # neighbours are seen without a copy
             queries=queries,
-            longest=longest,
+            max_context_len=max_context_len,
             rectangular=layout.rectangular,
             positions=pieces[0],
             writes=pieces[1],
@@ -139,7 +140,7 @@ class RaggedCache(Cache):
             counts=pieces[4],
             tree=tree,
         )
-        return self.step
+        return self.batch
 
     def commit(self, counts: np.ndarray) -> None:
         """Keep the first ``counts[r]`` positions that the last forward wrote for each of the first R rows."""
@@ -147,10 +148,10 @@ class RaggedCache(Cache):
 
     def keep_path(self, path: Tensor) -> None:
         """Move what the last forward wrote for the nodes ``path`` [R, n] of each of the first R rows to the front."""
-        if self.step is None:
+        if self.batch is None:
             raise RuntimeError("RaggedCache.plan comes before keep_path")
         row = torch.arange(len(path), device=path.device)[:, None]
-        root = self.step.query_positions[:, :1]
+        root = self.batch.query_positions[:, :1]
         target = root + torch.arange(path.shape[1], device=path.device)
         for buffers in (self._keys, self._values):
             for buffer in buffers.values():
@@ -160,13 +161,13 @@ class RaggedCache(Cache):
         """Forget a row: the next prompt starts at position 0."""
         self.lengths[row] = 0
 
-    def move_rows(self, source: Sequence[int], target: Sequence[int], reach: int) -> None:
-        """Rows ``target`` take over the first ``reach`` positions of rows ``source``."""
+    def move_rows(self, source: Sequence[int], target: Sequence[int], max_context_len: int) -> None:
+        """Rows ``target`` take over the first ``max_context_len`` positions of rows ``source``."""
         self.lengths[list(target)] = self.lengths[list(source)]
         for buffers in (self._keys, self._values):
             for buffer in buffers.values():
                 for old, new in zip(source, target, strict=True):
-                    buffer[new, :reach] = buffer[old, :reach]
+                    buffer[new, :max_context_len] = buffer[old, :max_context_len]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
@@ -179,26 +180,26 @@ class RaggedCache(Cache):
         return int(self.lengths.max())
 
     def _put(self, buffers: dict[int, Tensor], layer: int, states: Tensor) -> Tensor:
-        step = self.step
-        if step is None:
+        batch = self.batch
+        if batch is None:
             raise RuntimeError("RaggedCache.plan comes before the forward")
         if layer not in buffers:  # zeros: a masked key must be finite, or its zero weight still gives NaN
             heads, width = states.shape[1], states.shape[3]
             buffers[layer] = states.new_zeros(self.num_rows, self.capacity, heads, width)
         buffer = buffers[layer]
-        buffer.flatten(0, 1).index_copy_(0, step.writes, states[0].transpose(0, 1))
-        if step.rows is not None:
-            return buffer[:, : step.longest].index_select(0, step.rows).transpose(1, 2)
-        return buffer[step.first_row : step.first_row + step.num_rows, : step.longest].transpose(1, 2)
+        buffer.flatten(0, 1).index_copy_(0, batch.writes, states[0].transpose(0, 1))
+        if batch.rows is not None:
+            return buffer[:, : batch.max_context_len].index_select(0, batch.rows).transpose(1, 2)
+        return buffer[batch.first_row : batch.first_row + batch.num_rows, : batch.max_context_len].transpose(1, 2)
 
-    def _reserve(self, longest: int) -> None:
+    def _reserve(self, max_context_len: int) -> None:
         for buffers in (self._keys, self._values):
             for layer, buffer in buffers.items():
-                buffers[layer] = grown(buffer, longest)
-        self.capacity = next((buffer.shape[1] for buffer in self._keys.values()), max(longest, self.capacity))
+                buffers[layer] = grown(buffer, max_context_len)
+        self.capacity = next((buffer.shape[1] for buffer in self._keys.values()), max(max_context_len, self.capacity))
 
 
-_CURRENT: list[Step] = []
+_CURRENT: list[PackedBatch] = []
 
 
 def _ragged_attention(
@@ -211,27 +212,27 @@ def _ragged_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of packed queries over each row's own keys; returns [1, T, heads, D]."""
-    step = _CURRENT[-1]
-    R, Q = step.num_rows, step.queries
+    batch = _CURRENT[-1]
+    R, Q = batch.num_rows, batch.queries
     packed = query[0].transpose(0, 1)  # [T, heads, D]
-    if not step.rectangular:
-        packed = packed.new_zeros(R * Q, *packed.shape[1:]).index_copy_(0, step.dense, packed)
-    bias = step.bias(attention_mask, query.shape[1] // key.shape[1], query.dtype)
+    if not batch.rectangular:
+        packed = packed.new_zeros(R * Q, *packed.shape[1:]).index_copy_(0, batch.dense, packed)
+    bias = batch.bias(attention_mask, query.shape[1] // key.shape[1], query.dtype)
     kv = (key.transpose(1, 2), value.transpose(1, 2))
     mixed = attend_ragged(packed.reshape(R, Q, *packed.shape[1:]), kv, bias, scaling).flatten(0, 1)
-    return (mixed if step.rectangular else mixed.index_select(0, step.dense))[None], None
+    return (mixed if batch.rectangular else mixed.index_select(0, batch.dense))[None], None
 
 
 AttentionInterface.register(NAME, _ragged_attention)
 
 
 @contextmanager
-def ragged_attention(decoder: nn.Module, step: Step) -> Iterator[None]:
-    """Within the block, ``decoder`` attends by ``step``; its own attention comes back afterwards."""
+def ragged_attention(decoder: nn.Module, batch: PackedBatch) -> Iterator[None]:
+    """Within the block, ``decoder`` attends by ``batch``; afterwards by its own attention again."""
     config: Any = decoder.config
     before = config._attn_implementation
     config._attn_implementation_internal = NAME
-    _CURRENT.append(step)
+    _CURRENT.append(batch)
     try:
         yield
     finally:
@@ -240,11 +241,11 @@ def ragged_attention(decoder: nn.Module, step: Step) -> Iterator[None]:
 
 
 class PackedTarget:
-    """A target that runs packed steps over a :class:`RaggedCache`.
+    """A target that runs packed batches over a :class:`RaggedCache`.
 
     Args:
         target: the model.
-        layers: the layer outputs that the draft reads; none for plain decoding.
+        layers: the layer outputs that the draft reads; none for the baseline.
         num_rows: B.
         capacity: positions a row holds before the buffer grows.
     """
@@ -256,14 +257,14 @@ class PackedTarget:
         kinds = config.get("layer_types") or ()
         self._window = config.get("sliding_window") if "sliding_attention" in kinds else None
 
-    def forward(self, step: Step, input_ids: Tensor) -> TargetOutput:
-        """Run the packed tokens [T] of a planned step: features [T, L*D] and last hidden states [T, D]."""
-        full = step.mask(None)
+    def forward(self, batch: PackedBatch, input_ids: Tensor) -> TargetOutput:
+        """Run the packed tokens [T] of a planned batch: features [T, L*D] and last hidden states [T, D]."""
+        full = batch.mask(None)
         masks: Tensor | dict[str, Tensor] = full
         if self._window is not None:
-            masks = {"full_attention": full, "sliding_attention": step.mask(self._window)}
-        with ragged_attention(self.target.decoder, step):
+            masks = {"full_attention": full, "sliding_attention": batch.mask(self._window)}
+        with ragged_attention(self.target.decoder, batch):
             output = self.target.forward(
-                input_ids[None], self.layers, step.positions[None], masks, past_key_values=self.cache
+                input_ids[None], self.layers, batch.positions[None], masks, past_key_values=self.cache
             )
         return TargetOutput(output.features[0], output.last_hidden[0])

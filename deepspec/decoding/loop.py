@@ -1,11 +1,11 @@
-"""The draft-verify loop: R rows of at most B, each at its own place; rows leave when done and new prompts enter.
+"""The draft-verify loop: R rows of at most B, each at its own position; finished rows leave and new prompts enter.
 
-The live rows always stand first: a prompt enters where one left, and when none waits the last row moves there.
+The live rows always come first: a prompt enters where one left, and when none waits the last row moves there.
 
-A round is: the draft proposes; the host reads once what the previous round committed and what is proposed now; finished
+A round: the draft proposes; the host reads once what the previous round committed and what is proposed now; finished
 rows leave and the policy says how many tokens of each row to verify; the target runs over exactly those tokens; they
-are accepted or rejected on the device. That one reading is the only synchronisation of a round. Plain decoding of the
-target is the same loop without a drafter.
+are accepted or rejected on the device. That read is the only synchronisation of a round. The baseline, decoding
+without a draft, is the same loop without a drafter.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.clock import PhaseClock, StepTiming
-from deepspec.decoding.kv import PackedTarget, Step
-from deepspec.decoding.records import DecodeSettings, Generation, Request, Round
+from deepspec.decoding.kv import PackedBatch, PackedTarget
+from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
 from deepspec.decoding.tree import path_tokens, tree_of, walk
 from deepspec.decoding.verify import Uniforms, VerifyResult, sample, verify_greedy, verify_sampled
@@ -43,7 +43,7 @@ def generate(
     batch_size: int = 1,
     policy: Policy | None = None,
 ) -> list[Generation]:
-    """Decode prompts (token ids; the sample id is the place in the list) and return their generations in that order.
+    """Decode prompts (token ids; the sample id is the index in the list) and return their generations in that order.
 
     ``drafter`` None decodes the target alone; otherwise it was made for ``batch_size`` rows.
 
@@ -52,9 +52,8 @@ def generate(
         EvaluationError: a draft tree that cannot be used.
     """
     decoder = Decoder(target, drafter, settings, batch_size, policy)
-    requests = deque(Request(tuple(prompt), number) for number, prompt in enumerate(prompts))
-    done = sorted(decoder.stream(requests), key=lambda generation: generation.request.sample_id)
-    return list(done)
+    requests = deque(DecodeRequest(tuple(prompt), number) for number, prompt in enumerate(prompts))
+    return sorted(decoder.stream(requests), key=lambda generation: generation.request.sample_id)
 
 
 @dataclass
@@ -96,9 +95,9 @@ class Decoder:
         self._tree = tree_of(settings, drafter, policy is not None)
         self._slots = len(self._tree) - 1 if self._tree else drafter.max_draft if drafter else 0
         self._stops = frozenset(settings.stop_token_ids)
-        # Nothing behind a drafted stop token matters to the output. The published loop verifies it all the same where a
+        # Nothing after a drafted stop token matters to the output. The released loop verifies it all the same where a
         # draft proposes all slots at once; one that goes token by token (it can draft a tree) stops there by itself.
-        self._cuts_at_stops = not settings.published_limit or hasattr(drafter, "propose_tree")
+        self._cuts_at_stops = not settings.release_counting or (drafter is not None and drafter.max_children > 0)
         self._scale = np.array(settings.confidence_temperatures or (1.0,) * self._slots)
         self._rows: list[_Row | None] = [None] * batch_size
         self._limit = settings.max_new_tokens + 2  # rows of the table of random numbers
@@ -110,13 +109,13 @@ class Decoder:
         self._every_row = torch.arange(batch_size, device=device)
         width = 2 * self._slots + 1 if settings.temperature > 0 else 0
         self._table = torch.zeros(batch_size, self._limit, width, dtype=torch.float64, device=device)
-        self._emitted = 0  # tokens that the host's last look added to outputs
-        self._live = 0  # R: rows 0 .. R - 1 were not finished when the host last looked
+        self._emitted = 0  # tokens that the host's last read added to outputs
+        self._live = 0  # R: rows 0 .. R - 1 were not finished at the host's last read
         self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens that the last forward brought, unread yet
         self._packed: PackedTarget | None = None
 
     @torch.inference_mode()
-    def stream(self, requests: deque[Request]) -> Iterator[Generation]:
+    def stream(self, requests: deque[DecodeRequest]) -> Iterator[Generation]:
         """Yield generations as they finish. The caller may append to ``requests`` while it iterates (next turns)."""
         while requests or any(self._rows):
             start = self.clock.now()
@@ -128,13 +127,12 @@ class Decoder:
             self._verify(proposal)
             end = self.clock.now()
             self.clock.wall += end - start
-            if self.clock.turns is not None:
+            if self.clock.timings is not None:
                 rows, verified = self.clock.row_rounds - before[0], self.clock.verified - before[1]
-                drafted = 0 if proposal is None else proposal.tokens.shape[1]
-                self.clock.turns.append(StepTiming(rows, verified, self._emitted, drafted, end - entered))
+                self.clock.timings.append(StepTiming(rows, verified, self._emitted, end - entered))
             yield from finished
 
-    def _enter(self, requests: deque[Request]) -> None:
+    def _enter(self, requests: deque[DecodeRequest]) -> None:
         """Fill free rows with waiting requests and run their prompts; close the gaps that stay."""
         entering: list[int] = []
         for row in range(self.batch_size):
@@ -161,19 +159,19 @@ class Decoder:
         source, target = torch.tensor([moving, free], device=self.target.device)
         for state in (self._outcome, self._round, self._table):
             state[target] = state[source]
-        reach = int((self._target.cache.lengths + self._in_flight)[moving].max())
-        self._target.cache.move_rows(moving, free, reach)
+        max_context_len = int((self._target.cache.lengths + self._in_flight)[moving].max())
+        self._target.cache.move_rows(moving, free, max_context_len)
         self._in_flight[free] = self._in_flight[moving]
         if self.drafter is not None:
             self.drafter.move_rows(source, target)
 
-    def _start(self, row: int, request: Request) -> None:
+    def _start(self, row: int, request: DecodeRequest) -> None:
         if not request.prompt_ids:
             raise DataError("an empty prompt cannot be decoded", key=f"sample {request.sample_id}")
         positions = (len(request.prompt_ids), self.settings.max_new_tokens)
         check_room(self.target.spec.config, *positions, f"sample {request.sample_id}")
         if self._packed is None:
-            layers = self.drafter.model.config.target_layers if self.drafter else ()  # type: ignore[attr-defined]
+            layers = self.drafter.model.config.target_layers if self.drafter else ()
             room = len(request.prompt_ids) + min(self.settings.max_new_tokens, 512) + self._slots + 1
             self._packed = PackedTarget(self.target, layers, self.batch_size, room)
         self._packed.cache.clear(row)
@@ -192,26 +190,24 @@ class Decoder:
             chunk = {row: ids[offset : offset + PREFILL_CHUNK + 1] for row, ids in prompts.items() if len(ids) > offset}
             rows = np.array(list(chunk))
             counts = np.array([min(len(ids), PREFILL_CHUNK) for ids in chunk.values()])
-            step = self._target.cache.plan(counts, rows)
+            batch = self._target.cache.plan(counts, rows)
             flat = [token for ids, count in zip(chunk.values(), counts, strict=True) for token in ids[:count]]
-            output = self._target.forward(step, torch.tensor(flat, device=device))
-            places = [place for place, ids in enumerate(chunk.values()) if len(ids) <= PREFILL_CHUNK]
-            ending, own = (
-                torch.from_numpy(rows[places]).to(device),
-                torch.tensor(places, dtype=torch.long, device=device),
-            )
-            if places:
-                self._last[ending] = self._first_tokens(output.last_hidden[step.index[own, -1]], ending)
+            output = self._target.forward(batch, torch.tensor(flat, device=device))
+            complete = [index for index, ids in enumerate(chunk.values()) if len(ids) <= PREFILL_CHUNK]
+            ending, own = torch.from_numpy(rows[complete]).to(device), torch.tensor(complete, device=device).long()
+            if complete:
+                self._last[ending] = self._first_tokens(output.last_hidden[batch.index[own, -1]], ending)
                 self._round[ending] = 1
             if self.drafter is not None:
-                after = torch.zeros(len(chunk), step.queries, dtype=torch.long)
-                for place, ids in enumerate(chunk.values()):
-                    after[place, : len(ids) - 1] = torch.tensor(ids[1:])
+                after = torch.zeros(len(chunk), batch.queries, dtype=torch.long)
+                for index, ids in enumerate(chunk.values()):
+                    after[index, : len(ids) - 1] = torch.tensor(ids[1:])
                 after = after.to(device)
-                after[own, step.counts[own] - 1] = self._last[ending]
-                reach = max(int((self._target.cache.lengths + self._in_flight).max()), offset + step.queries)
-                index = torch.from_numpy(rows).to(device)
-                self.drafter.extend(output.features[step.index], after, step.counts, reach, index)
+                after[own, batch.counts[own] - 1] = self._last[ending]
+                longest = int((self._target.cache.lengths + self._in_flight).max())
+                max_context_len = max(longest, offset + batch.queries)
+                own_rows = torch.from_numpy(rows).to(device)
+                self.drafter.extend(output.features[batch.index], after, batch.counts, max_context_len, own_rows)
             self._target.cache.lengths[rows] += counts
 
     @property
@@ -228,7 +224,7 @@ class Decoder:
         return sample(weights, self._table[rows, 0, -1])
 
     def _propose(self) -> Proposal | None:
-        """Draft for every row; rows that turn out to be finished drafted in vain."""
+        """Draft for every row, also for those that the next read finds finished."""
         wanted = self.policy.max_draft
         slots = self._slots if wanted is None else min(self._slots, wanted)
         if self.drafter is None or not slots:
@@ -236,7 +232,7 @@ class Decoder:
         with self.clock.phase("draft"):
             last = self._last[: self._live]
             if self._tree is not None:
-                return self.drafter.propose_tree(last, self._tree)  # type: ignore[attr-defined]
+                return self.drafter.propose_tree(last, self._tree)
             return self.drafter.propose(last, self._sample_draft, slots)
 
     def _uniforms(self) -> Uniforms:
@@ -254,7 +250,7 @@ class Decoder:
         return sample(probs, self._now.draft[:, slot]), probs
 
     def _settle(self, proposal: Proposal | None) -> list[Generation]:
-        """Read the last outcome and this proposal (the one synchronisation) and plan what to verify.
+        """Read the last outcome and this proposal (the only synchronisation) and plan what to verify.
 
         Returns the generations that are finished.
         """
@@ -276,7 +272,7 @@ class Decoder:
         """Append what the last forward committed to each row; free the rows that are finished."""
         finished = []
         self._emitted = 0
-        kept = np.zeros(self._live, dtype=np.int64)
+        committed_counts = np.zeros(self._live, dtype=np.int64)
         for number, row in enumerate(self._rows[: self._live]):
             if row is None:
                 continue
@@ -285,7 +281,7 @@ class Decoder:
             else:
                 committed = self._accepted(row.sent, int(accepted[number]))
                 count, length = len(committed), row.length
-                kept[number] = count + 1
+                committed_counts[number] = count + 1
                 if not (committed and committed[-1] in self._stops):
                     committed.append(int(tokens[number]))
                 elif self._tree is None:
@@ -298,7 +294,7 @@ class Decoder:
             if row.generation.finish:
                 finished.append(row.generation)
                 self._rows[number] = None
-        self._target.cache.commit(kept)
+        self._target.cache.commit(committed_counts)
         self._in_flight[:] = 0
         return finished
 
@@ -323,12 +319,13 @@ class Decoder:
         return added
 
     def _is_full(self, generation: Generation) -> bool:
-        if self.settings.published_limit:
+        if self.settings.release_counting:
             return sum(generation.acceptance_lengths) >= self.settings.max_new_tokens
         return len(generation.output_ids) >= self.settings.max_new_tokens
 
     def _admit(self, drafts: np.ndarray, logits: np.ndarray | None) -> None:
-        """Let the policy choose how many drafts of each row to verify; none behind a drafted stop token."""
+        """Let the policy choose how many drafts of each row to verify; none after a drafted stop token."""
+
         numbers = [number for number, row in enumerate(self._rows) if row is not None]
         if not numbers:
             return
@@ -352,57 +349,57 @@ class Decoder:
         if not counts.any():
             return
         cache = self._target.cache
-        step = cache.plan(counts, tree=self._tree)
+        batch = cache.plan(counts, tree=self._tree)
         tokens = self._last[:live, None]
         if proposal is not None:
-            tokens = torch.cat((tokens, proposal.tokens), dim=1)[:, : step.queries]
-        packed = tokens.flatten() if step.rectangular else tokens.flatten()[step.dense]
+            tokens = torch.cat((tokens, proposal.tokens), dim=1)[:, : batch.queries]
+        packed = tokens.flatten() if batch.rectangular else tokens.flatten()[batch.dense]
         with self.clock.phase("verify"):
-            output = self._target.forward(step, packed)
+            output = self._target.forward(batch, packed)
         with self.clock.phase("head"):
             logits = self.target.logits(output.last_hidden)
-        verdict = self._judge(logits, tokens[:, 1:], proposal, step)
-        torch.stack((verdict.accepted, verdict.token), dim=1, out=self._outcome[:live])
+        result = self._accept(logits, tokens[:, 1:], proposal, batch)
+        torch.stack((result.accepted, result.token), dim=1, out=self._outcome[:live])
         self._round += 1
         if self.drafter is not None:
-            self._extend(output.features, tokens, step, verdict)
+            self._extend(output.features, tokens, batch, result)
         self._in_flight[:live] = counts
         self.clock.rounds += 1
         self.clock.row_rounds += int((counts > 0).sum())
         self.clock.verified += int(counts.sum())
 
-    def _extend(self, features: Tensor, tokens: Tensor, step: Step, verdict: VerifyResult) -> None:
+    def _extend(self, features: Tensor, tokens: Tensor, batch: PackedBatch, result: VerifyResult) -> None:
         """Hand the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
 
-        ``features`` are packed, ``tokens`` [R, Q] are those of the step.
+        ``features`` are packed, ``tokens`` [R, Q] are those of the batch.
         """
-        index, accepted = step.index, verdict.accepted
+        index, accepted = batch.index, result.accepted
         if self._tree is not None:
             path, accepted = self._tree.path[accepted], self._tree.depth[accepted]
             index, tokens = index.gather(1, path), tokens.gather(1, path)
             self._target.cache.keep_path(path)
-        kept = torch.minimum(accepted + 1, step.counts)  # none of a row that is finished
+        counts = torch.minimum(accepted + 1, batch.counts)  # none of a row that is finished
         after = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
-        after.scatter_(1, accepted[:, None], verdict.token[:, None])
-        reach = int(self._target.cache.lengths[: self._live].max()) + index.shape[1]
+        after.scatter_(1, accepted[:, None], result.token[:, None])
+        max_context_len = int(self._target.cache.lengths[: self._live].max()) + index.shape[1]
         with self.clock.phase("draft"):
-            self.drafter.extend(features[index], after, kept, reach)  # type: ignore[union-attr]
+            self.drafter.extend(features[index], after, counts, max_context_len)  # type: ignore[union-attr]
 
-    def _judge(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, step: Step) -> VerifyResult:
+    def _accept(self, logits: Tensor, drafts: Tensor, proposal: Proposal | None, batch: PackedBatch) -> VerifyResult:
         if self._tree is not None:
-            return walk(self._tree, logits.argmax(-1)[step.index], torch.nn.functional.pad(drafts, (1, 0)))
-        lengths = (step.counts - 1).clamp_min_(0)
+            return walk(self._tree, logits.argmax(-1)[batch.index], torch.nn.functional.pad(drafts, (1, 0)))
+        lengths = (batch.counts - 1).clamp_min_(0)
         if self.settings.temperature <= 0:
-            return verify_greedy(logits, drafts, step.index, lengths)
+            return verify_greedy(logits, drafts, batch.index, lengths)
         if proposal is None or proposal.probs is None:
             probs, self._now = logits.new_zeros(self._live, 0, logits.shape[-1]), self._uniforms()
         else:
             probs = proposal.probs[:, : drafts.shape[1]]
-        return verify_sampled(logits, drafts, probs, step.index, lengths, self.settings.temperature, self._now)
+        return verify_sampled(logits, drafts, probs, batch.index, lengths, self.settings.temperature, self._now)
 
 
 def _up_to_stop(tokens: Sequence[int], stops: frozenset[int]) -> int:
     """How many of ``tokens`` there are up to and with the first stop token; all where there is none."""
     if stops.isdisjoint(tokens):
         return len(tokens)
-    return next((place for place, token in enumerate(tokens, 1) if token in stops))
+    return next((count for count, token in enumerate(tokens, 1) if token in stops))

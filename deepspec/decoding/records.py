@@ -21,9 +21,8 @@ class DecodeSettings:
         confidence_threshold: verify only the drafted prefix whose confidences reach it; 0 verifies all.
         confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
         tree: draft this static tree, children of every node by depth; empty: a chain. At temperature 0 alone.
-        published_limit: count as the published loop does, only to compare with its results: go on until the rounds
-            alone reach the limit (where a round ends exactly there it runs one more, all of it past the limit), and
-            verify what a block drafter proposes behind a drafted stop token too.
+        release_counting: count as the released implementation does, only to compare with its results: go on until the
+            rounds alone reach the limit, and verify what a block drafter proposes after a drafted stop token too.
 
     Raises:
         EvaluationError: a number out of its range.
@@ -35,7 +34,7 @@ class DecodeSettings:
     seed: int = 0
     confidence_threshold: float = 0.0
     confidence_temperatures: tuple[float, ...] | None = None
-    published_limit: bool = False
+    release_counting: bool = False
     tree: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
@@ -46,7 +45,7 @@ class DecodeSettings:
 
 
 @dataclass(frozen=True)
-class Request:
+class DecodeRequest:
     """A prompt to decode; ``sample_id`` keys its random numbers, ``tag`` comes back with the generation."""
 
     prompt_ids: tuple[int, ...]
@@ -60,7 +59,7 @@ class Round(NamedTuple):
     sent: tuple[int, ...]  # drafted tokens that the policy admitted; of a tree all nodes, depth by depth
     length: int  # of them, those that count as verified: up to and with a stop token that ends them; of a tree all
     accepted: int
-    committed: int  # accepted + 1, without the 1 when the last accepted token is a stop token (the published counting)
+    committed: int  # accepted + 1 bonus token; without the 1 when the last accepted token is a stop token
     emitted: int  # of the committed tokens, those inside the output limit and before the end
     confidence: tuple[float, ...]  # logits of all drafted slots; empty without a confidence head
 
@@ -69,25 +68,15 @@ class Round(NamedTuple):
 class Generation:
     """The output of one prompt. ``output_ids`` are the new tokens, the prompt not included."""
 
-    request: Request
+    request: DecodeRequest
     output_ids: list[int] = field(default_factory=list)
     rounds: list[Round] = field(default_factory=list)
     finish: str = ""  # "stop" or "length"
 
     @property
     def acceptance_lengths(self) -> list[int]:
-        """Tokens each round committed, those past the limit included: the counting of the published results."""
+        """Tokens each round committed (accepted + bonus), those past the limit included."""
         return [one.committed for one in self.rounds]
-
-    @property
-    def emitted_lengths(self) -> list[int]:
-        """Tokens each round added to the output; their sum is len(output_ids) - 1 (the prompt's own pass gives one)."""
-        return [one.emitted for one in self.rounds]
-
-    @property
-    def proposal_lengths(self) -> list[int]:
-        """Drafted tokens each round verified."""
-        return [one.length for one in self.rounds]
 
     @property
     def proposals(self) -> list[list[int]]:

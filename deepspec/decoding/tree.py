@@ -1,9 +1,9 @@
 """Drafting a static tree instead of a chain: its setting, and the greedy walk that accepts a path of it.
 
 At temperature 0 the target has one choice after every node. The longest path from the root whose every token is the
-target's choice after the token before it is accepted, and then the target's choice after the path's last node. That is
-what plain decoding commits, so the output stays the target's own. At other temperatures the children of a node would
-have to be sampled without replacement and verified one after the other; a chain is drafted there.
+target's choice after the token before it is accepted, and then the target's choice after the path's last node: the
+tokens that the target alone would commit. At other temperatures the children of a node would have to be sampled without
+replacement and verified one after the other; a chain is drafted there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepspec.errors import EvaluationError
 from deepspec.nn.tree import Tree
 
 if TYPE_CHECKING:
-    from deepspec.algorithms.base import TreeDrafter
+    from deepspec.algorithms.base import Drafter
 
 MOST_NODES = 1024
 WANTED = "children of every node by depth, for instance 4,2,1,1"
@@ -72,18 +72,18 @@ def tree_of(settings: DecodeSettings, drafter: Any, with_policy: bool = False) -
         )  # fmt: skip
     if settings.confidence_threshold > 0 or with_policy:
         raise EvaluationError(
-            "a draft tree is always verified whole", key="tree", found="a policy that cuts drafts",
+            "a draft tree is always verified completely", key="tree", found="a policy that cuts drafts",
             remedy="leave --tree out, or --confidence-threshold, or the policy",
         )  # fmt: skip
-    if not hasattr(drafter, "propose_tree"):
+    if not drafter.max_children:
         raise EvaluationError(
             "this draft proposes all slots at once and has no tree", key="tree",
-            found=type(drafter).__name__, wanted="an Eagle3 draft", remedy="leave --tree out",
+            found=type(drafter).__name__, wanted="a draft that goes token by token", remedy="leave --tree out",
         )  # fmt: skip
     return _fitting(settings.tree, drafter)
 
 
-def _fitting(children: tuple[int, ...], drafter: TreeDrafter) -> Tree:
+def _fitting(children: tuple[int, ...], drafter: Drafter) -> Tree:
     if len(children) > drafter.max_draft:
         raise EvaluationError(
             "the draft tree is deeper than the draft was trained to go", key="tree", found=children,
@@ -107,29 +107,14 @@ def walk(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
     """
     right = tokens == choice[:, tree.parent]
     right[:, 0] = True  # the root is committed already
-    whole = (right[:, None] | ~tree.lineage).all(-1)  # [R, M] the node and all of its ancestors
-    node = (whole * torch.arange(len(tree), device=tokens.device)).amax(1)  # deeper nodes have larger numbers
+    accepted = (right[:, None] | ~tree.lineage).all(-1)  # [R, M] the node and all of its ancestors
+    node = (accepted * torch.arange(len(tree), device=tokens.device)).amax(1)  # deeper nodes have larger numbers
     return VerifyResult(node, choice.gather(1, node[:, None]).squeeze(1))
 
 
-def walk_plain(tree: Tree, choice: Tensor, tokens: Tensor) -> VerifyResult:
-    """The same node by node; the twin that tests compare with."""
-    ends = []
-    for row in range(len(tokens)):
-        node, moved = 0, True
-        while moved:
-            moved = False
-            for child in range(1, len(tree)):
-                if int(tree.parent[child]) == node and tokens[row, child] == choice[row, node]:
-                    node, moved = child, True
-                    break
-        ends.append(node)
-    accepted = torch.tensor(ends, device=tokens.device)
-    return VerifyResult(accepted, torch.stack([choice[row, node] for row, node in enumerate(ends)]))
-
-
 def path_tokens(tree: Tree, node: int, drafted: Sequence[int], stops: Collection[int]) -> list[int]:
-    """The tokens from the root (left out) to ``node``, cut behind the first stop token, of all ``drafted`` [M - 1]."""
+    """The tokens from the root (left out) to ``node``, cut after the first stop token, of all ``drafted`` [M - 1]."""
+
     tokens = []
     for step in tree.paths[node][1 : tree.depths[node] + 1]:
         tokens.append(drafted[step - 1])

@@ -34,7 +34,7 @@ class Uniforms:
 def verify_greedy(logits: Tensor, drafts: Tensor, index: Tensor, lengths: Tensor) -> VerifyResult:
     """Accept drafts [B, K], ``lengths`` [B] of which were sent, while they are the argmax of packed logits [T, V].
 
-    ``index`` [B, K + 1] is the place of each of a row's logits in T; behind its last one anything valid.
+    ``index`` [B, K + 1] are the indices of each row's logits in T; after its last one any valid index.
     """
     choice = logits.argmax(-1)[index]  # [B, K + 1]
     matches = (choice[:, :-1] == drafts).cumprod(1).sum(1)
@@ -53,7 +53,7 @@ def verify_sampled(
 ) -> VerifyResult:
     """Rejection sampling of drafts [B, K] from ``draft_probs`` [B, K, V] against packed target logits [T, V].
 
-    Only the probabilities of the drafted tokens and one whole distribution a row are computed.
+    Only the probabilities of the drafted tokens and one complete distribution a row are computed.
     """
     scaled = logits.float() / temperature
     normaliser = scaled.logsumexp(-1)  # [T]
@@ -63,7 +63,8 @@ def verify_sampled(
     passed = uniforms.accept[:, :sent] * drafted < target
     accepted = torch.minimum(passed.cumprod(1).sum(1), lengths)
     end = index.gather(1, accepted[:, None]).squeeze(1)
-    weights = (scaled[end] - normaliser[end, None]).exp()  # [B, V], p at the first rejection or behind the last draft
+    weights = (scaled[end] - normaliser[end, None]).exp()  # [B, V], p at the first rejection or after the last draft
+
     if sent:
         rows = torch.arange(len(drafts), device=drafts.device)
         rejected = draft_probs[rows, accepted.clamp_max(sent - 1)]
@@ -79,42 +80,3 @@ def sample(weights: Tensor, uniforms: Tensor) -> Tensor:
     cumulated = weights.cumsum(-1, dtype=torch.float64)
     point = uniforms[:, None] * cumulated[:, -1:]
     return torch.searchsorted(cumulated, point, right=True).squeeze(-1).clamp_max_(weights.shape[-1] - 1)
-
-
-def verify_plain(
-    logits: Tensor,
-    drafts: Tensor,
-    draft_probs: Tensor | None,
-    index: Tensor,
-    lengths: Tensor,
-    temperature: float,
-    uniforms: Uniforms | None,
-) -> VerifyResult:
-    """The same as the two functions above, a row and a token at a time; the twin that tests compare with."""
-    accepted, tokens = [], []
-    for row in range(len(drafts)):
-        count, token = 0, -1
-        for slot in range(int(lengths[row]) + 1):
-            here = logits[int(index[row, slot])].float()
-            last = slot == int(lengths[row])
-            if draft_probs is None or uniforms is None:
-                choice = int(here.argmax())
-                token = choice
-                if last or choice != int(drafts[row, slot]):
-                    break
-            else:
-                weights = torch.softmax(here / temperature, -1)
-                if not last:
-                    drafted = draft_probs[row, slot]
-                    x = int(drafts[row, slot])
-                    if uniforms.accept[row, slot] * drafted[x] < weights[x]:
-                        count += 1
-                        continue
-                    residual = (weights - drafted).clamp_min(0)
-                    weights = residual if residual.sum() > 0 else weights
-                token = int(sample(weights[None], uniforms.last[row : row + 1]))
-                break
-            count += 1
-        accepted.append(count)
-        tokens.append(token)
-    return VerifyResult(torch.tensor(accepted, device=drafts.device), torch.tensor(tokens, device=drafts.device))

@@ -1,17 +1,21 @@
 """Measure a draft: ``python -m deepspec.evaluate --target T --draft D``; ``compare RUN RUN ...``: runs side by side.
 
-``--recipe R`` takes target, thinking, system prompt and the `evaluate:` section of a recipe; other words win over it.
+``--recipe R`` takes target, thinking, system prompt and the `evaluate:` section of a recipe; arguments win over it.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser
 from deepspec.errors import EvaluationError, run_main
+
+log = logging.getLogger(__name__)
 
 
 def parse() -> argparse.Namespace:
@@ -33,10 +37,10 @@ def parse() -> argparse.Namespace:
         help="let the target think, by its template's own switch (default: as the draft was trained)",
     )
     parser.add_argument("--system-prompt")
-    parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as published")
+    parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify as far as the draft is sure")
     parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
-    parser.add_argument("--no-plain", action="store_true", help="skip plain decoding (no speed-up, no equality check)")
+    parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
@@ -55,12 +59,12 @@ def parse() -> argparse.Namespace:
 
 
 def of_recipe(path: str, overrides: list[str], target: str | None) -> dict[str, Any]:
-    """What a recipe says of an evaluation, by the names of the command line.
+    """The values of a recipe, by the names of the command line.
 
     Args:
         path: the recipe.
         overrides: ``key.key=value`` texts.
-        target: that of the command line; the recipe's revision is of the recipe's own target alone.
+        target: that of the command line; the recipe's revision belongs to the recipe's own target.
 
     Raises:
         RecipeError: a recipe that cannot be read.
@@ -90,58 +94,69 @@ def main() -> int:
         return compare(sys.argv[2:])
     given = parse()
 
-    from deepspec.distributed import pick_device, world_from_environment
     from deepspec.evaluate.results import trained_to_think
     from deepspec.export.hub import fetch_draft
 
-    if not given.output and not Path(given.draft).is_dir():  # of the hub: its download is no place for results
+    if not given.output and not Path(given.draft).is_dir():  # of the hub: results do not go into its download
         given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
     given.draft = str(fetch_draft(given.draft))
+    given.output = given.output or str(Path(given.draft) / ("study" if given.study else "evaluation"))
     if given.thinking is None:
         given.thinking = trained_to_think(Path(given.draft))
-        if given.thinking and world_from_environment().is_main:
-            print("thinking: on, as the draft was trained (--no-thinking turns it off)", flush=True)
-    if given.study and given.tree:
-        raise EvaluationError(
-            "the study compares policies of chains", key="--tree", remedy="leave --tree or --study out"
-        )
-    if given.study:
-        from deepspec.evaluate.study import main as study
+        if given.thinking:
+            log.info("thinking: on, as the draft was trained (--no-thinking turns it off)")
+    given.tasks = tuple(name for name in given.tasks.split(",") if name)
+    return _study(given) if given.study else _evaluate(given)
 
-        return study(given, str(pick_device()))
 
+def _evaluate(given: argparse.Namespace) -> int:
     from deepspec.decoding.tree import parse_tree
+    from deepspec.distributed import pick_device, world_from_environment
     from deepspec.evaluate.report import markdown, write_report
     from deepspec.evaluate.run import Evaluation, Options
 
-    output = given.output or str(Path(given.draft) / "evaluation")
     world = world_from_environment()
-    options = Options(
-        target=given.target,
-        revision=given.revision,
-        draft=given.draft,
-        output=output,
-        tasks=tuple(name for name in given.tasks.split(",") if name),
-        temperatures=tuple(given.temperature),
-        batch_size=given.batch_size,
-        max_new_tokens=given.max_new_tokens,
-        samples=given.samples,
-        seed=given.seed,
-        thinking=given.thinking,
-        system_prompt=given.system_prompt,
-        confidence_threshold=given.confidence_threshold,
-        tree=parse_tree(given.tree),
-        plain=not given.no_plain,
-        first_turn=given.first_turn,
-        dtype=given.dtype,
-        device=str(pick_device(world.local_rank)),
-    )
-    results = Evaluation(options, world).run()
+    more = {
+        "temperatures": tuple(given.temperature),
+        "tree": parse_tree(given.tree),
+        "baseline": not given.no_plain,
+        "device": str(pick_device(world.local_rank)),
+    }
+    results = Evaluation(Options(**_fields(Options, vars(given) | more)), world).run()
     if results is not None:
-        write_report(results.to_row(), Path(output))
+        write_report(results.to_row(), Path(given.output))
         print(markdown(results.to_row()))
-        print(f"\n{output}/results.json, {output}/report.html")
+        log.info("%s/results.json, %s/report.html", given.output, given.output)
     return 0
+
+
+def _study(given: argparse.Namespace) -> int:
+    if given.tree:
+        raise EvaluationError(
+            "the study compares policies of chains", key="--tree", remedy="leave --tree or --study out"
+        )
+    if len(given.temperature) > 1:
+        raise EvaluationError(
+            "the study decodes at one temperature", key="--temperature", found=given.temperature, remedy="name one"
+        )
+    from deepspec.distributed import pick_device
+    from deepspec.evaluate.study import StudyOptions, markdown, run_study
+
+    more = {
+        "temperature": given.temperature[0],
+        "concurrency": tuple(given.concurrency),
+        "threshold": given.confidence_threshold or StudyOptions.threshold,
+        "device": str(pick_device()),
+    }
+    print(markdown(run_study(StudyOptions(**_fields(StudyOptions, vars(given) | more)))))
+    log.info("%s/study.json, study.md, costs.json and plots", given.output)
+    return 0
+
+
+def _fields(options: Any, values: dict[str, Any]) -> dict[str, Any]:
+    """Those of the command line's values that a class of options has."""
+    names = {one.name for one in fields(options)}
+    return {name: value for name, value in values.items() if name in names}
 
 
 if __name__ == "__main__":

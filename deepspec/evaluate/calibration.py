@@ -1,9 +1,9 @@
 """Confidence against what happened: reliability, ECE, AUC, Brier; Sequential Temperature Scaling fitted and saved.
 
 ``python -m deepspec.evaluate.calibration --draft D --results FOLDER ...`` reads the rounds of finished evaluations that
-verified everything (of the same prompts, say, with other seeds), fits one temperature a position on every other prompt,
-prints ECE before and after on those and on the prompts in between, and saves ``sts.json`` into the draft folder, from
-where later evaluations take it. A fit that makes ECE worse on the prompts in between is said to, and not saved.
+verified everything (the same prompts with other seeds, for instance), fits one temperature a position on the prompts of
+even index, prints ECE before and after on both halves, and saves ``sts.json`` into the draft folder, from where later
+evaluations take it. A fit that makes ECE worse on the prompts of odd index is reported and not saved.
 
 Measured ECE is biased upwards: with finitely many samples even a perfect head misses the observed rates a little. What
 such a head would measure with the same predictions is reported beside it.
@@ -11,6 +11,7 @@ such a head would measure with the same predictions is reported beside it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +22,13 @@ import numpy as np
 from deepspec.arguments import TEMPERATURE, Parser
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
-from deepspec.evaluate.log import RowLog
+from deepspec.evaluate.report import number
+from deepspec.evaluate.results import open_rows
 from deepspec.files import read_json, write_json
 from deepspec.identity import differences
+from deepspec.tables import Table
 
+log = logging.getLogger(__name__)
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
 STS_FILE = "sts.json"
@@ -33,11 +37,11 @@ DRAWS = 200  # of the outcomes of a perfect head
 
 @dataclass(frozen=True)
 class Rounds:
-    """What R rounds with K drafted slots said and what came of it.
+    """Confidences of R rounds with K drafted slots, and what was accepted.
 
     Args:
         logits: [R, K] raw confidence logits.
-        verified: [R] slots that were verified (fewer behind a drafted stop token).
+        verified: [R] slots that were verified (fewer after a drafted stop token).
         accepted: [R] of them, accepted.
     """
 
@@ -61,8 +65,8 @@ def reliability(predicted: np.ndarray, happened: np.ndarray) -> list[tuple[int, 
     """(count, mean prediction, observed rate) of each of the equally wide bins that is not empty; inputs [N]."""
     bins = np.minimum((predicted * BINS).astype(int), BINS - 1)
     rows = []
-    for number in range(BINS):
-        inside = bins == number
+    for index in range(BINS):
+        inside = bins == index
         if inside.any():
             rows.append((int(inside.sum()), float(predicted[inside].mean()), float(happened[inside].mean())))
     return rows
@@ -70,9 +74,8 @@ def reliability(predicted: np.ndarray, happened: np.ndarray) -> list[tuple[int, 
 
 def expected_calibration_error(predicted: np.ndarray, happened: np.ndarray) -> float:
     """Mean over samples of |prediction - observed rate| by bin; 0 without samples."""
-    return sum(count * abs(mean - rate) for count, mean, rate in reliability(predicted, happened)) / max(
-        1, len(predicted)
-    )
+    misses = (count * abs(mean - rate) for count, mean, rate in reliability(predicted, happened))
+    return sum(misses) / max(1, len(predicted))
 
 
 def perfect_error(predicted: np.ndarray, seed: int = 0) -> float:
@@ -125,16 +128,16 @@ def assess(rounds: Rounds, temperatures: Sequence[float]) -> list[dict[str, Any]
     rows = []
     for slot in range(rounds.slots):
         known = rounds.verified > slot
-        said, happened = predicted[known, slot], rounds.accepted[known] > slot
+        own, happened = predicted[known, slot], rounds.accepted[known] > slot
         rows.append(
             {
                 "position": slot + 1,
                 "rounds": int(known.sum()),
-                "ece": expected_calibration_error(said, happened),
-                "ece_if_perfect": perfect_error(said),
-                "auc": area_under_curve(said, happened),
-                "brier": float(((said - happened) ** 2).mean()) if known.any() else None,
-                "reliability": reliability(said, happened),
+                "ece": expected_calibration_error(own, happened),
+                "ece_if_perfect": perfect_error(own),
+                "auc": area_under_curve(own, happened),
+                "brier": float(((own - happened) ** 2).mean()) if known.any() else None,
+                "reliability": reliability(own, happened),
             }
         )
     return rows
@@ -146,7 +149,7 @@ def mean_ece(rows: Sequence[dict[str, Any]], key: str = "ece") -> float:
 
 
 def read_rounds(folders: Sequence[Path], temperature: float) -> tuple[Rounds, Rounds]:
-    """The rounds of results folders at one temperature: of the prompts at even places, and at odd ones.
+    """The rounds of results folders at one temperature: of the prompts of even index, and of odd index.
 
     Raises:
         EvaluationError: no such rounds, or a run that did not verify everything.
@@ -159,7 +162,7 @@ def read_rounds(folders: Sequence[Path], temperature: float) -> tuple[Rounds, Ro
                 "what a threshold cut was not verified", file=folder / "run.json", key="confidence_threshold",
                 found=identity["confidence_threshold"], wanted=0, remedy="evaluate once without a threshold",
             )  # fmt: skip
-        for row in RowLog(folder, "results").rows.values():
+        for row in open_rows(folder, "results").values():
             if row["temperature"] == temperature:
                 own = zip(row["confidence"], row["proposed"], row["accepted"], strict=True)
                 halves[row["index"] % 2].extend(one for one in own if one[0])
@@ -198,8 +201,8 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
     It is not where the mean ECE on the odd prompts rises; what an earlier fit has saved then stays.
 
     Raises:
-        EvaluationError: results of another draft, of other tasks than the first folder's (an even place of one could be
-            an odd one of the other), of another target, or without confidences.
+        EvaluationError: results of another draft, of other tasks than the first folder's (whose halves could differ),
+            of another target, or without confidences.
     """
     weights, first = weights_sha256(draft), _identity(folders[0])
     tasks = first["tasks"]
@@ -238,21 +241,22 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
 
 
 def markdown(result: dict[str, Any]) -> str:
-    """A row a position, before and after on the prompts not fitted on; the mean ECE of both halves; what came of it."""
+    """A row a position, before and after on the prompts not fitted on; the mean ECE of both halves; whether saved."""
     header = ["position", "rounds", "temperature", "ECE before", "after", "if perfect", "AUC before", "after"]
-    lines = [f"| {' | '.join([*header, 'Brier before', 'after'])} |", "|---" * 10 + "|"]
-    rows = zip(result["before"], result["after"], result["temperatures"], strict=True)
-    for one, other, temperature in rows:
-        cells = [f"{row[key]:.3f}" if row[key] is not None else "" for key in ("auc", "brier") for row in (one, other)]
-        errors = f"{one['ece']:.2%} | {other['ece']:.2%} | {other['ece_if_perfect']:.2%}"
-        lines.append(f"| {one['position']} | {one['rounds']} | {temperature:.3f} | {errors} | {' | '.join(cells)} |")
+    cells = []
+    for one, other, temperature in zip(result["before"], result["after"], result["temperatures"], strict=True):
+        own = [one["position"], one["rounds"], f"{temperature:.3f}"]
+        own += [f"{error:.2%}" for error in (one["ece"], other["ece"], other["ece_if_perfect"])]
+        cells.append([*own, *(number(row[key], ".3f") for key in ("auc", "brier") for row in (one, other))])
     before, after = (mean_ece(result[key]) for key in ("before", "after"))
     perfect = mean_ece(result["after"], "ece_if_perfect")
-    lines.append(f"| mean | | | {before:.2%} | {after:.2%} | {perfect:.2%} | | | | |")
-    fitted, assessed = result["rounds"].values()
-    own = result["fitted_ece"]
-    lines += ["", f"Mean ECE on the {fitted:,} rounds fitted on: {own['before']:.2%} before, {own['after']:.2%} after."]
-    lines.append(f"Mean ECE on the {assessed:,} other rounds: {before:.2%} before, {after:.2%} after.")
+    cells.append(["mean", "", "", f"{before:.2%}", f"{after:.2%}", f"{perfect:.2%}", *[""] * 4])
+    (fitted, assessed), errors = result["rounds"].values(), result["fitted_ece"]
+    lines = [
+        Table([*header, "Brier before", "after"], cells).markdown() + "\n",
+        f"Mean ECE on the {fitted:,} rounds fitted on: {errors['before']:.2%} before, {errors['after']:.2%} after.",
+        f"Mean ECE on the {assessed:,} other rounds: {before:.2%} before, {after:.2%} after.",
+    ]
     if not result["saved"]:
         lines.append(f"The fit makes ECE worse on the part that it was not fitted on: no {STS_FILE} is written.")
     return "\n".join(lines)
@@ -272,9 +276,9 @@ def main() -> None:
         write_json(given.report, result)
     file = given.draft / STS_FILE
     if result["saved"]:
-        print(f"\n{file}: written")
+        log.info("%s: written", file)
     elif file.exists():
-        print(f"\n{file}: that of an earlier fit stays in use; remove it to decode without one")
+        log.info("%s: the earlier fit stays in use; remove it to decode without one", file)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ drawn for both, so what is hard for every draft does not widen the interval.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,11 @@ import numpy as np
 
 from deepspec.arguments import Parser
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.log import Key, read_rows, row_key
 from deepspec.evaluate.measure import MACRO, quantiles, resampled
-from deepspec.evaluate.report import speed_up, table
-from deepspec.evaluate.results import Results
+from deepspec.evaluate.report import number, speed_up
+from deepspec.evaluate.results import Key, Results, open_rows
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Run:
 
     name: str
     results: Results
-    rows: dict[Key, dict[str, Any]]
+    rows: Mapping[Key, dict[str, Any]]
 
     @staticmethod
     def load(folder: Path) -> Run:
@@ -37,13 +37,15 @@ class Run:
         Raises:
             EvaluationError: no finished run there.
         """
-        results = Results.load(folder)
-        return Run(str(folder), results, {row_key(row): row for row in read_rows(folder / "results.jsonl")})
+        results, rows = Results.load(folder), dict(open_rows(folder, "results"))
+        if not rows:
+            raise EvaluationError("no rows", file=folder / "results.jsonl", remedy="is this a results folder?")
+        return Run(str(folder), results, rows)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Accepted length of a run minus that of the first, over ``prompts`` prompts that both decoded."""
+    """Acceptance length of a run minus that of the first, over ``prompts`` prompts that both decoded."""
 
     value: float
     interval: tuple[float, float] | None  # 95 %; None for one prompt
@@ -56,7 +58,7 @@ class Difference:
 
 
 def difference(first: Run, other: Run, task: str, temperature: float, seed: int = 0) -> Difference | None:
-    """Paired bootstrap of the accepted length; None where the task's prompts differ, or none had a round in both."""
+    """Paired bootstrap of the acceptance length; None where the task's prompts differ, or none had a round in both."""
     if not _same_prompts(first, other, task):
         return None
     keys = sorted(key for key in first.rows if key[:2] == (task, temperature) and key in other.rows)
@@ -99,25 +101,15 @@ def comparison(runs: Sequence[Run]) -> str:
                 if (summary.task, summary.temperature) != (task, temperature):
                     continue
                 row = summary.to_row()
-                cells.append(
-                    [
-                        task,
-                        f"{temperature:g}",
-                        name,
-                        run.results.algorithm,
-                        length_text(row),
-                        _change(runs[0], run, task, temperature),
-                        "" if summary.verify_rate is None else f"{summary.verify_rate:.0%}",
-                        speed_up(row),
-                        str(summary.prompts),
-                    ]
-                )
-    header = ["task", "T", "run", "algorithm", "accepted length (95 %)", "against the first (95 %, paired)"]
-    return table([*header, "accepted/verified", "speed-up (95 %)", "prompts"], cells)
+                change = _change(runs[0], run, task, temperature)
+                own = [task, f"{temperature:g}", name, run.results.algorithm, length_text(row), change]
+                cells.append([*own, number(summary.verify_rate, ".0%"), speed_up(row), summary.prompts])
+    header = ["task", "T", "run", "algorithm", "acceptance length (95 %)", "against the first (95 %, paired)"]
+    return Table([*header, "accepted/verified", "speed-up (95 %)", "prompts"], cells).markdown()
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """The last parts of the paths, as many as tell them apart."""
+    """The last parts of the paths, as many as make them differ."""
     parts = [Path(path).resolve().parts for path in paths]
     for depth in range(1, max(map(len, parts)) + 1):
         names = ["/".join(one[-depth:]) for one in parts]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import Generation, Request
+from deepspec.decoding.records import DecodeRequest, Generation
 
 
 @dataclass
@@ -24,45 +24,46 @@ class Cost:
 
 
 class CostMeter:
-    """Follows a decoder from generation to generation; the tags of its requests are (place, turn).
+    """Follows a decoder from generation to generation; the tags of its requests are (index of the prompt, turn).
 
     Between two generations the batch is the same: prompts enter and leave only there. So the difference of the clock
     belongs to the prompts that were in the batch, to each alike.
     """
 
-    def __init__(self, decoder: Decoder, requests: Sequence[Request]) -> None:
+    def __init__(self, decoder: Decoder, requests: Sequence[DecodeRequest]) -> None:
         self.waiting = deque(requests)
         self._decoder = decoder
-        self._order = [_place(request) for request in requests]  # in which prompts enter
+        self._order = [_index(request) for request in requests]  # in which prompts enter
         self._entered = 0
         self._inside: set[int] = set()
         self._costs: dict[int, Cost] = defaultdict(Cost)
         self._steps, self._seconds = 0, decoder.clock.seconds()
 
-    def submit(self, request: Request) -> None:
+    def submit(self, request: DecodeRequest) -> None:
         """A next turn: it enters when a row is free."""
         self.waiting.append(request)
-        self._order.append(_place(request))
+        self._order.append(_index(request))
 
     def left(self, generation: Generation) -> None:
-        """``generation`` has come out of the decoder: charge what has passed since the one before."""
+        """``generation`` has come out of the decoder: charge the time and rounds since the one before."""
+
         while self._entered < len(self._order) - len(self.waiting):
             self._inside.add(self._order[self._entered])
             self._entered += 1
         steps, seconds = self._decoder.clock.rounds, self._decoder.clock.seconds()
-        for place in self._inside:
-            cost = self._costs[place]
+        for index in self._inside:
+            cost = self._costs[index]
             cost.steps += (steps - self._steps) / len(self._inside)
             for phase, value in seconds.items():
                 cost.seconds[phase] += (value - self._seconds[phase]) / len(self._inside)
         self._steps, self._seconds = steps, seconds
-        self._inside.discard(_place(generation.request))
+        self._inside.discard(_index(generation.request))
 
-    def take(self, place: int) -> Cost:
+    def take(self, index: int) -> Cost:
         """What all turns of a prompt cost, when the last is done."""
-        return self._costs.pop(place)
+        return self._costs.pop(index)
 
 
-def _place(request: Request) -> int:
-    place, _ = cast(tuple[int, int], request.tag)
-    return place
+def _index(request: DecodeRequest) -> int:
+    index, _ = cast(tuple[int, int], request.tag)
+    return index

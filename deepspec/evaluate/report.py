@@ -1,4 +1,4 @@
-"""Results as Markdown tables and as one HTML page with its plots inside."""
+"""Results as Markdown tables, and as one HTML page with its plots inside."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from deepspec.evaluate.measure import MACRO, PHASES
 from deepspec.files import write_text
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
@@ -20,113 +21,104 @@ td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:
 Rows = Sequence[Mapping[str, Any]]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
-def summary_table(rows: Rows) -> str:
-    """Accepted length, verify rate and speed, a row a task and temperature."""
-    with_published = any(row.get("published") is not None for row in rows)
-    header = ["task", "T", "accepted length (95 %)", *(["published"] if with_published else []), "accepted/verified"]
-    header += ["tokens/s", "plain tokens/s", "speed-up (95 %)", "greedy equal", "prompts"]
+def summary_table(rows: Rows) -> Table:
+    """Acceptance length, verify rate and speed, a row a task and temperature."""
+    with_paper = any(row.get("published") is not None for row in rows)
+    header = ["task", "T", "acceptance length (95 %)", *(["paper"] if with_paper else []), "accepted/verified"]
+    header += ["tokens/s", "baseline tokens/s", "speed-up (95 %)", "greedy equal", "prompts"]
     cells = []
     for row in rows:
-        cells.append(
-            [
-                row["task"],
-                f"{row['temperature']:g}",
-                length_text(row),
-                *([_number(row.get("published"))] if with_published else []),
-                _number(row["verify_rate"], ".0%"),
-                f"{row['tokens_per_second']:,.0f}",
-                _number(row["plain_tokens_per_second"], ",.0f"),
-                speed_up(row),
-                "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%}",
-                str(row["prompts"]),
-            ]
-        )
-    return table(header, cells)
+        own = [*_names(row), length_text(row), *([number(row.get("published"))] if with_paper else [])]
+        own += [number(row["verify_rate"], ".0%"), number(row["tokens_per_second"], ",.0f")]
+        own += [number(row["plain_tokens_per_second"], ",.0f"), speed_up(row), number(row["equal_to_plain"], ".0%")]
+        cells.append([*own, row["prompts"]])
+    return Table(header, cells)
 
 
 def speed_up(row: Mapping[str, Any]) -> str:
-    """``1.40x (1.31-1.49)``; empty where nothing was decoded plainly."""
+    """``1.40x (1.31-1.49)``; empty without a baseline."""
     if row["speed_up"] is None:
         return ""
     interval = row["speed_up_interval"]
     return f"{row['speed_up']:.2f}x" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
 
 
-def position_table(rows: Rows) -> str:
+def position_table(rows: Rows) -> Table:
     """At each position ``conditional / prefix`` acceptance."""
     slots = max((len(row["conditional"]) for row in rows), default=0)
     cells = []
     for row in rows:
-        both = [
-            f"{one:.3f} / {all_so_far:.3f}" for one, all_so_far in zip(row["conditional"], row["prefix"], strict=True)
-        ]
-        cells.append([row["task"], f"{row['temperature']:g}", *both, *[""] * (slots - len(both))])
-    return table(["task", "T", *map(str, range(1, slots + 1))], cells)
+        both = [f"{one:.3f} / {so_far:.3f}" for one, so_far in zip(row["conditional"], row["prefix"], strict=True)]
+        cells.append([*_names(row), *both, *[""] * (slots - len(both))])
+    return Table(["task", "T", *map(str, range(1, slots + 1))], cells)
 
 
-def time_table(rows: Rows) -> str:
+def time_table(rows: Rows) -> Table:
     """Milliseconds a round of the batch by phase, and what a round verified."""
     phases = [phase for phase in PHASES if phase != "prefill"]
     header = ["task", "T", *(f"{phase} ms" for phase in phases), "round ms", "verified tokens", "prefill s"]
     cells = []
     for row in rows:
         spent = row["milliseconds_per_step"]
-        times = [_number(spent.get(phase), ".3f") for phase in (*phases, "total")]
-        verified, prefill = _number(row["verified_length"]), f"{row['phases'].get('prefill', 0.0):.2f}"
-        cells.append([row["task"], f"{row['temperature']:g}", *times, verified, prefill])
-    return table(header, cells)
+        times = [number(spent.get(phase), ".3f") for phase in (*phases, "total")]
+        verified, prefill = number(row["verified_length"]), f"{row['phases'].get('prefill', 0.0):.2f}"
+        cells.append([*_names(row), *times, verified, prefill])
+    return Table(header, cells)
 
 
-def _number(value: float | None, form: str = ".2f") -> str:
+def _names(row: Mapping[str, Any]) -> list[str]:
+    return [row["task"], f"{row['temperature']:g}"]
+
+
+def number(value: float | None, form: str = ".2f") -> str:
+    """A number in a cell; empty for None."""
     return "" if value is None else format(value, form)
 
 
-def sections(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(title, Markdown table) of everything that a run measured."""
+def sections(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
+    """(title, table) of everything that a run measured."""
     rows = results["summaries"]
     return [
-        ("Accepted length and speed", summary_table(rows)),
+        ("Acceptance length and speed", summary_table(rows)),
         ("Acceptance by position: given the ones before / all so far", position_table(rows)),
         ("Where a round's time goes", time_table(rows)),
     ]
 
 
 def remarks(rows: Rows) -> list[str]:
-    """What the tables leave out, a sentence each: prompts without a round, beyond the positions; published figures."""
-    said: dict[str, list[str]] = {}  # sentence -> tasks
+    """What the tables leave out, a sentence each: prompts without a round or too long, figures of the paper."""
+    tasks: dict[str, list[str]] = {}  # by sentence
     for row in rows:
         if row["task"] == MACRO:
             continue
-        where = f"{row['task']} at T={row['temperature']:g}"
+        of_all = f"of {row['prompts']} prompts"
+        texts = []
         if count := row.get("without_rounds"):
-            said.setdefault(f"{count} of {row['prompts']} prompts ended at their first token: they had no round and "
-                            "enter no accepted length", []).append(where)  # fmt: skip
+            texts.append(f"{count} {of_all} ended at their first token: they have no round and no acceptance length")
         if count := row.get("cut_short"):
-            said.setdefault(f"{count} of {row['prompts']} prompts were ended before a turn that would not have fitted "
-                            "the target's positions", []).append(where)  # fmt: skip
+            texts.append(f"{count} {of_all} ended before a turn that did not fit the target's positions")
         if count := row.get("too_long"):
-            text = f"{count} prompts are left out: they and the new tokens do not fit the target's positions"
-            said.setdefault(text, []).append(where)
+            texts.append(f"{count} prompts are left out: with the new tokens they do not fit the target's positions")
         if differs := row.get("published_differs"):
-            text = f"there is a published figure, which is not comparable: {'; '.join(differs)}"
-            said.setdefault(text, []).append(where)
-    return [f"{', '.join(where)}: {text}." for text, where in said.items()]
+            texts.append(f"the paper reports a figure, which is not comparable: {'; '.join(differs)}")
+        for text in texts:
+            tasks.setdefault(text, []).append(f"{row['task']} at T={row['temperature']:g}")
+    return [f"{', '.join(names)}: {text}." for text, names in tasks.items()]
 
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The tables of a run, each under its title, and what they leave out."""
-    tables = [f"{title}\n\n{text}" for title, text in sections(results)]
+    tables = [f"{title}\n\n{table.markdown()}" for title, table in sections(results)]
     return "\n\n".join([*tables, *remarks(results["summaries"])])
 
 
 def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
     """An <img> with the plot that ``draw(axes)`` draws, embedded as PNG."""
+    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(png(draw, size)).decode()}">'
+
+
+def png(draw: Any, size: tuple[float, float]) -> bytes:
+    """The plot that ``draw(axes)`` draws."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -137,7 +129,7 @@ def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
     data = io.BytesIO()
     picture.savefig(data, format="png", dpi=110)
     pyplot.close(picture)
-    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}">'
+    return data.getvalue()
 
 
 def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> None:
@@ -160,27 +152,24 @@ def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> No
 
 
 def plot_lengths(axes: Any, rows: Rows) -> None:
-    """Accepted length with its interval, and the published one where it is known."""
-    places = range(len(rows))
+    """Acceptance length with its interval, and that of the paper where it is known."""
     values = [row["accepted_length"] or 0.0 for row in rows]  # no bar where there is none
     errors = [[abs(v - row["interval"][side]) if row["interval"] else 0.0 for v, row in zip(values, rows, strict=True)]
               for side in (0, 1)]  # fmt: skip
-    axes.barh(places, values, xerr=errors, color="C0", alpha=0.8, capsize=2, label="measured, 95 %")
-    known = [(place, row["published"]) for place, row in zip(places, rows, strict=True) if row.get("published")]
+    axes.barh(range(len(rows)), values, xerr=errors, color="C0", alpha=0.8, capsize=2, label="measured, 95 %")
+    known = [(row["published"], index) for index, row in enumerate(rows) if row.get("published")]
     if known:
-        axes.plot([value for _, value in known], [place for place, _ in known], "kD", markersize=4, label="published")
+        axes.plot(*zip(*known, strict=True), "kD", markersize=4, label="paper")
         axes.legend(fontsize="small")
     _name_rows(axes, rows)
-    axes.set(xlabel="accepted length (tokens a round)")
+    axes.set(xlabel="acceptance length (tokens a round)")
 
 
 def plot_phases(axes: Any, rows: Rows) -> None:
     """Share of the time spent in each phase."""
     left = [0.0] * len(rows)
     for phase in PHASES:
-        shares = [
-            row["phases"].get(phase, 0.0) / max(1e-9, sum(row["phases"].get(p, 0) for p in PHASES)) for row in rows
-        ]
+        shares = [row["phases"].get(phase, 0.0) / max(1e-9, sum(row["phases"].values())) for row in rows]
         axes.barh(range(len(rows)), shares, left=left, label=phase)
         left = [a + b for a, b in zip(left, shares, strict=True)]
     _name_rows(axes, rows)
@@ -194,16 +183,16 @@ def _name_rows(axes: Any, rows: Rows) -> None:
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """A whole HTML page from its parts."""
+    """An HTML page from its parts."""
+
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
     return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
 
 
 def html_table(text: str) -> str:
     """A Markdown table as HTML."""
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows[2:])
-    return f"<table><tr>{''.join(f'<th>{html.escape(cell)}</th>' for cell in rows[0])}</tr>{body}</table>"
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+    return Table(header, rows).html()
 
 
 def write_report(results: Mapping[str, Any], output: Path) -> None:
@@ -217,8 +206,8 @@ def write_report(results: Mapping[str, Any], output: Path) -> None:
         figure(lambda axes: plot_phases(axes, rows), (6.4, height + 0.3)),
     ]
     parts = []
-    for (title, text), plot in zip(sections(results), plots, strict=True):
-        parts.append(f"<h2>{html.escape(title)}</h2>{html_table(text)}{plot}")
+    for (title, table), plot in zip(sections(results), plots, strict=True):
+        parts.append(f"<h2>{html.escape(title)}</h2>{table.html()}{plot}")
     parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
     parts.append(f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>")

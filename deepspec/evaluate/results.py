@@ -1,4 +1,4 @@
-"""results.json: what was measured and what it was measured with."""
+"""A results folder: its rows, and results.json: what was measured and what it was measured with."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,25 @@ from typing import Any
 import yaml
 
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.measure import Summary
+from deepspec.evaluate.measure import TaskSummary
 from deepspec.evaluate.tasks import registered_tasks
 from deepspec.files import read_json, sha256_file, write_json
+from deepspec.rows import RowLog
 
 FORMAT = "deepspec.results/2"
 RECIPE = "recipe.yaml"  # in a draft folder
 PACKAGES = ("deepspec", "torch", "transformers")
+Key = tuple[str, float, int]  # task, temperature, index of the prompt
+
+
+def open_rows(folder: Path, name: str, rank: int = 0) -> RowLog[Key]:
+    """The rows of a results folder: ``name`` is ``results``, or ``plain`` for those of the baseline.
+
+    Raises:
+        EvaluationError: a line that is not a row.
+    """
+    path = folder / f"{name}.jsonl"
+    return RowLog(path, lambda row: (row["task"], row["temperature"], row["index"]), EvaluationError, rank=rank)
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class Results:
 
     algorithm: str
     max_draft: int
-    summaries: list[Summary]  # a task and temperature each; with several tasks, then ``macro`` a temperature
+    summaries: list[TaskSummary]  # a task and temperature each; with several tasks, then ``macro`` a temperature
     provenance: Provenance
 
     def to_row(self) -> dict[str, Any]:
@@ -68,7 +80,7 @@ class Results:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``results.json``; it exists = the run is whole."""
+        """Write ``results.json``; it exists = the run is complete."""
         write_json(folder / "results.json", self.to_row())
 
     @staticmethod
@@ -83,26 +95,11 @@ class Results:
         if not isinstance(row, dict) or row.get("format") != FORMAT:
             found = row.get("format") if isinstance(row, dict) else type(row).__name__
             raise EvaluationError(
-                "results of another format",
-                file=path,
-                key="format",
-                found=found,
-                wanted=FORMAT,
+                "results of another format", file=path, key="format", found=found, wanted=FORMAT,
                 remedy="evaluate again",
-            )
-        known = {one.name for one in fields(Summary)}
-        summaries = []
-        for values in row["summaries"]:
-            own = {key: value for key, value in values.items() if key in known}
-            for key in ("interval", "speed_up_interval"):
-                own[key] = None if own[key] is None else tuple(own[key])
-            summaries.append(Summary(**own))
+            )  # fmt: skip
+        summaries = [TaskSummary.from_row(values) for values in row["summaries"]]
         return Results(row["algorithm"], row["max_draft"], summaries, Provenance(**row["provenance"]))
-
-
-def counts_of(summaries: Sequence[Summary]) -> dict[str, int]:
-    """Prompts, rounds and output tokens of task summaries together."""
-    return {key: sum(getattr(summary, key) for summary in summaries) for key in ("prompts", "rounds", "output_tokens")}
 
 
 def recipe_of(draft: Path) -> dict[str, Any] | None:
@@ -139,29 +136,29 @@ def environment() -> dict[str, Any]:
     }
 
 
-def published(
+def paper_value(
     target: str, draft: Any, task: str, prompts: int, settings: Mapping[str, Any]
 ) -> tuple[float | None, list[str]]:
-    """The published accepted length where it was measured as this one; else None and what differs.
+    """The acceptance length that the paper reports where it measured as here; else None and what differs.
 
     Args:
-        target: a folder or hub id; its name says which model.
+        target: a folder or hub id; its last part is the name of the model.
         draft: the draft's config.
         task: its name.
         prompts: of the task, that are decoded.
-        settings: those of ``settings:`` in published.yaml, as they are here.
+        settings: those of ``settings:`` in paper.yaml, as they are here.
     """
-    table = _published_table()
+    table = _paper_table()
     lengths = table["lengths"].get(Path(target).name, {}).get(draft.algorithm)
     if lengths is None or task not in table["tasks"]:
         return None, []
     wanted = table["settings"] | table["drafts"][draft.algorithm] | {"prompts": registered_tasks()[task]["samples"]}
     own = {"prompts": prompts, **settings}
     found = {key: own[key] if key in own else getattr(draft, key) for key in wanted}
-    differs = [f"{key} {found[key]}, published {wanted[key]}" for key in wanted if found[key] != wanted[key]]
+    differs = [f"{key} {found[key]}, paper {wanted[key]}" for key in wanted if found[key] != wanted[key]]
     return None if differs else float(lengths[table["tasks"].index(task)]), differs
 
 
 @cache
-def _published_table() -> Any:
-    return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
+def _paper_table() -> Any:
+    return yaml.safe_load(Path(__file__).with_name("paper.yaml").read_text(encoding="utf-8"))

@@ -1,12 +1,13 @@
 """Run tasks through the draft-verify loop: a row of results.jsonl as soon as a prompt is done, results.json last.
 
-A task is decoded plainly first, then with the draft: so a drafted prompt can be compared with its plain output at once,
-and its row is whole when it is written. A run that was killed goes on with the prompts that have no row yet.
+A task is decoded without the draft first (the baseline), then with it: so a drafted prompt is compared with its
+baseline at once, and its row is complete when it is written. A killed run goes on with the prompts without a row.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
@@ -21,54 +22,72 @@ from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
-from deepspec.decoding.records import DecodeSettings, Generation, Request
+from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World, barrier, on_rank0, process_group
 from deepspec.drafts import load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.cost import Cost, CostMeter
-from deepspec.evaluate.log import RowLog
-from deepspec.evaluate.measure import PromptResult, Summary, macro_averages, summarise
-from deepspec.evaluate.results import Provenance, Results, counts_of, environment, published, recipe_of
+from deepspec.evaluate.measure import PromptResult, TaskSummary, file_keys, macro_averages, summarise
+from deepspec.evaluate.results import Key, Provenance, Results, environment, open_rows, paper_value, recipe_of
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.files import read_json, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
+from deepspec.rows import RowLog
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import room_for
 
-WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is not like the others
+log = logging.getLogger(__name__)
+Rows = RowLog[Key]
+WARM_UP_TOKENS = 4  # decoded and thrown away first: the first forward of a process is slower than the others
 
 
 @dataclass(frozen=True)
-class Options:
-    """What the command line says.
-
-    Raises:
-        EvaluationError: a number out of its range, or a temperature named twice.
-    """
+class Models:
+    """What an evaluation and a study both name: target, draft, tasks, and how prompts are rendered."""
 
     target: str
     draft: str
     output: str
     tasks: tuple[str, ...] = ()
-    temperatures: tuple[float, ...] = (1.0,)
-    batch_size: int = 1
-    max_new_tokens: int = 2048
     samples: int | None = None
     seed: int = 980406
     thinking: bool = False
     system_prompt: str | None = None
-    confidence_threshold: float = 0.0
-    tree: tuple[int, ...] = ()  # static draft tree: children of every node by depth; empty: a chain
-    plain: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
-    first_turn: bool = False  # of each prompt, as the published figures
     dtype: str = "auto"
     revision: str | None = None  # of a target of the hub
     device: str = "cpu"
+
+    def load_target(self) -> Target:
+        """Load the target in its dtype."""
+        dtype = None if self.dtype == "auto" else getattr(torch, self.dtype)
+        return load_target(self.target, dtype, self.device, self.revision)
+
+    def renderer(self, target: Target) -> Renderer:
+        """Renders prompts for the target."""
+        tokenizer = load_tokenizer(self.target, self.revision)
+        return Renderer(tokenizer, target.spec, self.system_prompt, self.thinking)
+
+
+@dataclass(frozen=True)
+class Options(Models):
+    """The settings of an evaluation.
+
+    Raises:
+        EvaluationError: a number out of its range, or a temperature named twice.
+    """
+
+    temperatures: tuple[float, ...] = (1.0,)
+    batch_size: int = 1
+    max_new_tokens: int = 2048
+    confidence_threshold: float = 0.0
+    tree: tuple[int, ...] = ()  # static draft tree: children of every node by depth; empty: a chain
+    baseline: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
+    first_turn: bool = False  # of each prompt, as the paper measured
 
     def __post_init__(self) -> None:
         TEMPERATURE.check_each("temperature", self.temperatures, EvaluationError)
@@ -101,23 +120,16 @@ class Evaluation:
         tasks = load_tasks(options.tasks, options.samples, options.seed)
         tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
         self.skipped = missing_tasks(options.tasks)
-        dtype = None if options.dtype == "auto" else getattr(torch, options.dtype)
-        self.target: Target = target or load_target(options.target, dtype, options.device, options.revision)
+        self.target: Target = target or options.load_target()
         self.draft: DraftModel = draft or load_draft(options.draft, self.target)
         self._given = draft is not None
-        tokenizer = load_tokenizer(options.target, options.revision)
-        self.renderer = Renderer(tokenizer, self.target.spec, options.system_prompt, options.thinking)
-        self.tokenizer = tokenizer
+        self.renderer = options.renderer(self.target)
         self.room = room_for(self.target.spec.config, options.max_new_tokens)
-        self.tasks = [leave_out(task, self.room, options.max_new_tokens, self._prompt_tokens) for task in tasks]
-        self.too_long = {
-            task.name: len(task.prompts) - len(kept.prompts) for task, kept in zip(tasks, self.tasks, strict=True)
-        }
-        self.rows = min(
-            options.batch_size, max((len(task.prompts) for task in self.tasks), default=1)
-        )  # more would stay empty
+        self.tasks = [leave_out(task, self.room, options.max_new_tokens, self._first_tokens) for task in tasks]
+        most = max((len(task.prompts) for task in self.tasks), default=1)
+        self.rows = min(options.batch_size, most)  # more would stay empty
         self.sts = None if self._given else load_sts(Path(options.draft))
-        if options.confidence_threshold > 0 and getattr(self.draft, "confidence_head", None) is None:
+        if options.confidence_threshold > 0 and not self.draft.config.confidence_head:
             raise EvaluationError(
                 "a confidence threshold needs a draft with a confidence head", key="confidence_threshold",
                 found=f"{self.draft.algorithm.name} without one", remedy="leave --confidence-threshold out",
@@ -129,15 +141,14 @@ class Evaluation:
 
     def _identity(self) -> dict[str, Any]:
         """What makes two runs the same run."""
-        settings = {key: value for key, value in asdict(self.options).items() if key not in ("output", "device")}
-        if not self.options.tree:  # runs of before there were trees go on
-            del settings["tree"]
-        if self.options.revision is None:
-            del settings["revision"]
+        settings = file_keys(asdict(self.options))
+        left_out = ["output", "device"]
+        left_out += [key for key in ("tree", "revision") if not settings[key]]  # as in runs of an earlier version
+        settings = {key: value for key, value in settings.items() if key not in left_out}
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
         spec = self.target.spec
-        identity = identity_of(spec, self.tokenizer, self.renderer.stop_token_ids)
+        identity = identity_of(spec, self.renderer.tokenizer, self.renderer.stop_token_ids)
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
@@ -158,44 +169,46 @@ class Evaluation:
         Raises:
             EvaluationError: the output folder holds another run, or another process evaluates there.
         """
-        for name, folder in self.skipped.items() if self.world.is_main else ():
-            print(f"skipped: {name} (no {name}.jsonl in {folder})", flush=True)
-        for name, count in self.too_long.items() if self.world.is_main else ():
-            if count:
+        for name, folder in self.skipped.items():
+            log.info("skipped: %s (no %s.jsonl in %s)", name, name, folder)
+        for task in self.tasks:
+            if task.too_long:
                 text = f"at most {self.room} tokens fit the target's positions with the new ones"
-                print(f"left out: {count} prompts of {name} ({text})", flush=True)
+                log.info("left out: %d prompts of %s (%s)", task.too_long, task.name, text)
         with process_group(self.world, error=EvaluationError), ExitStack() as stack:
             on_rank0(self.world, lambda: self._claim(stack))
             self._set_threads()
-            drafted, plain = (RowLog(self.output, name, self.world.rank) for name in ("results", "plain"))
-            barrier(self.world)  # everybody has read before anybody writes
+            drafted, baseline = (open_rows(self.output, name, self.world.rank) for name in ("results", "plain"))
+            barrier(self.world)  # every rank has read before any writes
             work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
             if any(self._missing(*one, drafted) for one in work):
                 self._warm_up()
             for task, temperature in work:
-                self._run_task(task, temperature, drafted, plain)
+                self._run_task(task, temperature, drafted, baseline)
             drafted.close()
-            plain.close()
+            baseline.close()
             barrier(self.world)
             if not self.world.is_main:
                 return None
             drafted.merge()
-            plain.merge()
+            baseline.merge()
             return self._finish(drafted)
 
-    def _finish(self, log: RowLog) -> Results:
+    def _finish(self, rows: Rows) -> Results:
         options, summaries = self.options, []
         for temperature in options.temperatures:
             for task in self.tasks:
-                if missing := self._missing(task, temperature, log):
+                if missing := self._missing(task, temperature, rows):
                     raise EvaluationError(
-                        "rows are missing", file=log.own, key=task.name, found=f"{len(missing)} of {len(task.prompts)}",
+                        "rows are missing", file=rows.own, key=task.name,
+                        found=f"{len(missing)} of {len(task.prompts)}",
                         remedy="all ranks need the same --output folder, on a file system that they share; start again",
                     )  # fmt: skip
-                rows = [PromptResult(**log.rows[task.name, temperature, place]) for place in task.prompts]
-                summary = summarise(task.name, temperature, rows, options.seed)
-                summary.too_long = self.too_long[task.name]
-                summary.published, summary.published_differs = self._published(task, temperature)
+                own = [PromptResult.from_row(rows[task.name, temperature, index]) for index in task.prompts]
+                summary = summarise(task.name, temperature, own, options.seed)
+                summary.too_long = task.too_long
+
+                summary.paper_value, summary.paper_differs = self._paper_value(task, temperature)
                 summaries.append(summary)
         provenance = self._provenance(summaries)
         macro = list(macro_averages(summaries)) if len(self.tasks) > 1 else []
@@ -203,17 +216,17 @@ class Evaluation:
         results.save(self.output)
         return results
 
-    def _published(self, task: Task, temperature: float) -> tuple[float | None, list[str]]:
+    def _paper_value(self, task: Task, temperature: float) -> tuple[float | None, list[str]]:
         options = self.options
         settings = {
             "temperature": temperature, "max_new_tokens": options.max_new_tokens, "turns": task.turns,
             "thinking": self.renderer.thinking, "system_prompt": self.renderer.system_prompt,
             "confidence_threshold": options.confidence_threshold, "tree": list(options.tree),
         }  # fmt: skip
-        return published(options.target, self.draft.config, task.name, len(task.prompts), settings)
+        return paper_value(options.target, self.draft.config, task.name, len(task.prompts), settings)
 
     def _claim(self, stack: ExitStack) -> None:
-        """Make the output folder this run's, or find that it is, and nobody else's until ``stack`` closes."""
+        """Take the output folder for this run until ``stack`` closes; it may hold an earlier part of the same run."""
         stack.enter_context(one_writer(self.output, "evaluation", EvaluationError))
         path = self.output / "run.json"
         if path.exists():
@@ -225,14 +238,14 @@ class Evaluation:
         write_json(path, {"identity": self.identity, "threads": threads})
 
     def _check_same_run(self, known: dict[str, Any]) -> None:
-        """The rows that are there were made with what this run would use; each difference is named.
+        """Refuse an output folder whose rows were made with other settings; each difference is named.
 
         Raises:
-            EvaluationError: they were not.
+            EvaluationError: there are such.
         """
-        now, sides = _plain(self.identity), ("run", "now")
+        now, sides = _as_json(self.identity), ("run", "now")
         target, wanted = known.pop("identity", None), now.pop("identity")
-        if target is None:  # a run of before; its digest is compared alone
+        if target is None:  # a run of an earlier version; its digest is compared alone
             target = {"target": {"weights": known["target_digest"]}}
             now.pop("target_dtype")
         lines = differences(target, as_recorded(target, wanted, self.target.dtype, self.output), sides)
@@ -255,116 +268,107 @@ class Evaluation:
         temperature = max(self.options.temperatures)
         settings = DecodeSettings(temperature, WARM_UP_TOKENS, (), self.options.seed, tree=self.options.tree)
         for drafter in (self._drafter(len(prompt) + WARM_UP_TOKENS), None):
-            requests = deque(Request(prompt, number) for number in range(self.rows))
+            requests = deque(DecodeRequest(prompt, number) for number in range(self.rows))
             deque(Decoder(self.target, drafter, settings, self.rows).stream(requests), maxlen=0)
 
     def _drafter(self, longest: int) -> Drafter:
         return self.draft.algorithm.drafter(self.draft, self.rows, longest)
 
     @staticmethod
-    def _missing(task: Task, temperature: float, log: RowLog) -> list[int]:
-        return [place for place in task.prompts if (task.name, temperature, place) not in log.rows]
+    def _missing(task: Task, temperature: float, rows: Rows) -> list[int]:
+        return [index for index in task.prompts if (task.name, temperature, index) not in rows]
 
-    def _run_task(self, task: Task, temperature: float, drafted: RowLog, plain: RowLog) -> None:
+    def _run_task(self, task: Task, temperature: float, drafted: Rows, baseline: Rows) -> None:
         """Decode this rank's share of the prompts that have no row yet."""
         mine = self._missing(task, temperature, drafted)[self.world.rank :: self.world.size]
-        if self.options.plain:
-            todo = [place for place in mine if (task.name, temperature, place) not in plain.rows]
-            for place, generations, cost in self._decode(task, todo, temperature, with_draft=False):
-                plain.add(
+        if self.options.baseline:
+            todo = [index for index in mine if (task.name, temperature, index) not in baseline]
+            for index, generations, cost in self._decode(task, todo, temperature, with_draft=False):
+                baseline.append(
                     {
                         "task": task.name,
-                        "index": place,
+                        "index": index,
                         "temperature": temperature,
                         "output_tokens": sum(len(one.output_ids) for one in generations),
                         "output_sha": _digest(generations),
                         "seconds": cost.seconds["total"],
                     }
                 )
-        for place, generations, cost in self._decode(task, mine, temperature, with_draft=True):
-            alone = plain.rows.get((task.name, temperature, place))
-            drafted.add(self._result(task, place, temperature, generations, cost, alone).to_row())
+        for index, generations, cost in self._decode(task, mine, temperature, with_draft=True):
+            alone = baseline.get((task.name, temperature, index))
+            drafted.append(self._result(task, index, temperature, generations, cost, alone).to_row())
 
     def _decode(
-        self, task: Task, places: list[int], temperature: float, with_draft: bool
+        self, task: Task, indices: list[int], temperature: float, with_draft: bool
     ) -> Iterator[tuple[int, list[Generation], Cost]]:
-        """Yield each prompt of ``places`` when all its turns are done: (place, a generation a turn, what it took)."""
-        if not places:
+        """Yield each prompt of ``indices`` when all its turns are done: (index, a generation a turn, its cost)."""
+        if not indices:
             return
-        decoder = self._decoder(task, places, temperature, with_draft)
-        meter = CostMeter(decoder, [self._request(task, place, []) for place in places])
+        longest = max(self._longest(task.prompts[index]) for index in indices)
+        drafter = self._drafter(longest) if with_draft else None
+        decoder = Decoder(self.target, drafter, self._settings(temperature), self.rows)
+        meter = CostMeter(decoder, [self._request(task, index, []) for index in indices])
         done: dict[int, list[Generation]] = defaultdict(list)
-        label = f"{task.name} at temperature {temperature:g}, {'drafted' if with_draft else 'plain'}"
+        label = f"{task.name} at temperature {temperature:g}, {'drafted' if with_draft else 'baseline'}"
         shown = label if self.world.size == 1 else f"{label}, rank 0 of {self.world.size}"
-        progress = Progress(shown, len(places)) if self.world.is_main else None
+        progress = Progress(shown, len(indices))
         for generation in decoder.stream(meter.waiting):
             meter.left(generation)
-            place, _ = cast(tuple[int, int], generation.request.tag)
-            done[place].append(generation)
-            following = self._following(task, place, done[place])
+            index, _ = cast(tuple[int, int], generation.request.tag)
+            done[index].append(generation)
+            following = self._following(task, index, done[index])
             if following is not None:
                 meter.submit(following)
             else:
-                yield place, done.pop(place), meter.take(place)
-            if progress:
-                progress.add(int(place not in done), len(generation.output_ids))
-        if progress:
-            progress.finish()
-
-    def _decoder(self, task: Task, places: Sequence[int], temperature: float, with_draft: bool) -> Decoder:
-        drafter = self._drafter(max(self._longest(task.prompts[place]) for place in places)) if with_draft else None
-        return Decoder(self.target, drafter, self._settings(temperature), self.rows)
+                yield index, done.pop(index), meter.take(index)
+            progress.add(int(index not in done), len(generation.output_ids))
+        progress.finish()
 
     def _settings(self, temperature: float) -> DecodeSettings:
-        options = self.options
+        options, stops = self.options, self.renderer.stop_token_ids
         return DecodeSettings(
-            temperature,
-            options.max_new_tokens,
-            self.renderer.stop_token_ids,
-            options.seed,
-            options.confidence_threshold,
-            self.sts,
+            temperature, options.max_new_tokens, stops, options.seed, options.confidence_threshold, self.sts,
             tree=options.tree,
-        )
+        )  # fmt: skip
 
     def _longest(self, turns: Sequence[str]) -> int:
         """Positions that a conversation can take; an answer can come back as more tokens than it was decoded as."""
         prompts = sum(len(self.renderer.prompt([{"role": "user", "content": turn}])) for turn in turns)
         return prompts + self.options.max_new_tokens * (1 + 4 * (len(turns) - 1))
 
-    def _request(self, task: Task, place: int, so_far: list[Generation]) -> Request:
-        """The next turn of a prompt, behind the turns before it and their answers."""
-        messages: list[dict[str, Any]] = []
-        for turn, generation in zip(task.prompts[place], so_far, strict=False):
-            answer = self.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": task.prompts[place][len(so_far)]})
-        number = sample_id(task.name, place, len(so_far))
-        return Request(tuple(self.renderer.prompt(messages)), number, tag=(place, len(so_far)))
-
-    def _prompt_tokens(self, task: Task, place: int) -> int:
+    def _first_tokens(self, task: Task, index: int) -> int:
         """Tokens of the first turn."""
-        return len(self._request(task, place, []).prompt_ids)
+        return len(self._request(task, index, []).prompt_ids)
 
-    def _following(self, task: Task, place: int, so_far: list[Generation]) -> Request | None:
-        """The next turn; None behind the last one, and where the next would not fit the target's positions."""
-        if len(so_far) == len(task.prompts[place]):
+    def _request(self, task: Task, index: int, so_far: list[Generation]) -> DecodeRequest:
+        """The next turn of a prompt, after the turns before it and their answers."""
+        messages: list[dict[str, Any]] = []
+        for turn, generation in zip(task.prompts[index], so_far, strict=False):
+            answer = self.renderer.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
+        number = sample_id(task.name, index, len(so_far))
+        return DecodeRequest(tuple(self.renderer.prompt(messages)), number, tag=(index, len(so_far)))
+
+    def _following(self, task: Task, index: int, so_far: list[Generation]) -> DecodeRequest | None:
+        """The next turn; None after the last one, and where the next would not fit the target's positions."""
+        if len(so_far) == len(task.prompts[index]):
             return None
-        request = self._request(task, place, so_far)
+        request = self._request(task, index, so_far)
         if self.room is not None and len(request.prompt_ids) > self.room:
             so_far[-1].finish = "positions"
             return None
         return request
 
     def _result(
-        self, task: Task, place: int, temperature: float, generations: list[Generation], cost: Cost,
-        plain: dict[str, Any] | None,
+        self, task: Task, index: int, temperature: float, generations: list[Generation], cost: Cost,
+        alone: dict[str, Any] | None,
     ) -> PromptResult:  # fmt: skip
         rounds = [one for generation in generations for one in generation.rounds]
         digest = _digest(generations)
         return PromptResult(
             task=task.name,
-            index=place,
+            index=index,
             temperature=temperature,
             output_tokens=sum(len(generation.output_ids) for generation in generations),
             committed=[one.committed for one in rounds],
@@ -372,26 +376,26 @@ class Evaluation:
             accepted=[one.accepted for one in rounds],
             tree_depth=len(self.options.tree) or None,
             confidence=[[round(x, 4) for x in one.confidence] for one in rounds],
-            equal_to_plain=plain["output_sha"] == digest if plain is not None and temperature == 0 else None,
+            equal_to_baseline=alone["output_sha"] == digest if alone is not None and temperature == 0 else None,
             finish=generations[-1].finish,
             output_sha=digest,
             **cost.to_row(),
-            plain_tokens=None if plain is None else plain["output_tokens"],
-            plain_seconds=None if plain is None else plain["seconds"],
-            text=self.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
+            baseline_tokens=None if alone is None else alone["output_tokens"],
+            baseline_seconds=None if alone is None else alone["seconds"],
+            text=self.renderer.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
         )
 
-    def _provenance(self, summaries: list[Summary]) -> Provenance:
-        kept = ("target", "draft", "tasks", "draft_sha256", "target_digest", "target_dtype", "identity")
-        draft = Path(self.options.draft)
+    def _provenance(self, summaries: list[TaskSummary]) -> Provenance:
+        own = ("target", "draft", "tasks", "draft_sha256", "target_digest", "target_dtype", "identity")
+        counts = ("prompts", "rounds", "output_tokens")
         return Provenance(
-            **{key: self.identity[key] for key in kept},
-            recipe=None if self._given else recipe_of(draft),
+            **{key: self.identity[key] for key in own},
+            recipe=None if self._given else recipe_of(Path(self.options.draft)),
             sources={task.name: task.source for task in self.tasks},
             skipped=self.skipped,
-            settings=_plain({key: value for key, value in self.identity.items() if key not in kept})
+            settings=_as_json({key: value for key, value in self.identity.items() if key not in own})
             | {"task_names": list(self.options.tasks)},
-            counts=counts_of(summaries),
+            counts={key: sum(getattr(summary, key) for summary in summaries) for key in counts},
             device=torch.cuda.get_device_name() if self.target.device.type == "cuda" else "cpu",
             threads=torch.get_num_threads(),
             processes=self.world.size,
@@ -399,14 +403,14 @@ class Evaluation:
         )
 
 
-def sample_id(task: str, place: int, turn: int) -> int:
-    """The key of one turn's random numbers: its task's name, its prompt's place, its turn; never the batch or rank."""
-    return int(sha256_json([task, place, turn])[:15], 16)
+def sample_id(task: str, index: int, turn: int) -> int:
+    """The key of one turn's random numbers: task, index of the prompt, turn; never the batch or the rank."""
+    return int(sha256_json([task, index, turn])[:15], 16)
 
 
 def _digest(generations: list[Generation]) -> str:
     return sha256_json([generation.output_ids for generation in generations])[:16]
 
 
-def _plain(value: Any) -> Any:
+def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))

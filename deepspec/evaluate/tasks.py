@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from deepspec.files import sha256_json
 from deepspec.targets.positions import at_most
 
 TASK_FILE = Path(__file__).with_name("tasks.yaml")
+ROW = '{"turns": ["...", ...]}'
 
 
 @dataclass(frozen=True)
@@ -25,19 +27,21 @@ class Task:
 
     Args:
         name: the registered name, or the file's.
-        prompts: the turns of each prompt, by its place in the file or data set. The place names a prompt in the results
+        prompts: the turns of each prompt, by its index in the file or data set. The index names a prompt in the results
             and is the key of its random numbers, so neither depends on which other prompts were chosen.
         source: file or hub id.
+        too_long: prompts that were left out.
     """
 
     name: str
     prompts: dict[int, tuple[str, ...]]
     source: str
+    too_long: int = 0
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the prompts and their places."""
-        return sha256_json([[place, list(turns)] for place, turns in self.prompts.items()])
+        """SHA-256 of the prompts and their indices."""
+        return sha256_json([[index, list(turns)] for index, turns in self.prompts.items()])
 
     @property
     def turns(self) -> int:
@@ -46,7 +50,7 @@ class Task:
 
     def first_turns(self) -> Task:
         """The same prompts without their later turns."""
-        return Task(self.name, {place: turns[:1] for place, turns in self.prompts.items()}, self.source)
+        return Task(self.name, {index: turns[:1] for index, turns in self.prompts.items()}, self.source)
 
 
 def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callable[[Task, int], int]) -> Task:
@@ -56,22 +60,22 @@ def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callabl
         task: a task.
         room: the target's positions less the new tokens.
         max_new_tokens: those.
-        length: tokens of the prompt at a place.
+        length: tokens of the prompt of an index.
 
     Raises:
         EvaluationError: none is left.
     """
     if room is None:
         return task
-    lengths = {place: length(task, place) for place in task.prompts}
-    kept = {place: turns for place, turns in task.prompts.items() if lengths[place] <= room}
-    if not kept:
+    lengths = {index: length(task, index) for index in task.prompts}
+    fitting = {index: turns for index, turns in task.prompts.items() if lengths[index] <= room}
+    if not fitting:
         raise EvaluationError(
             "no prompt fits the target's positions", file=task.source, key=task.name,
             found=f"the shortest has {min(lengths.values())} tokens", wanted=at_most(room, max_new_tokens),
             remedy="lower --max-new-tokens",
         )  # fmt: skip
-    return Task(task.name, kept, task.source)
+    return Task(task.name, fitting, task.source, too_long=len(lengths) - len(fitting))
 
 
 def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
@@ -95,11 +99,11 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
             files = sorted(path.glob("*.jsonl"))
             if not files:
                 raise EvaluationError("no task file", file=path, wanted="*.jsonl files")
-            tasks += [_local(file, _count(samples, file.stem, known), seed) for file in files]
+            tasks += [_local(file, samples, seed) for file in files]
         elif path.suffix == ".jsonl":
-            tasks.append(_local(path, _count(samples, path.stem, known), seed))
+            tasks.append(_local(path, samples, seed))
         elif name in known:
-            tasks.append(_from_hub(name, known[name], _count(samples, name, known), seed))
+            tasks.append(_from_hub(name, samples, seed))
         else:
             raise EvaluationError("unknown task", found=name, remedy=f"{nearest(name, known)}, or name a .jsonl file")
     sources: dict[str, str] = {}
@@ -126,42 +130,40 @@ def missing_tasks(names: Sequence[str]) -> dict[str, str]:
     return {name: folder for name, folder in missing.items() if name not in given}
 
 
+@cache
 def registered_tasks() -> dict[str, dict[str, Any]]:
     """The rows of tasks.yaml, by name."""
     known: dict[str, dict[str, Any]] = yaml.safe_load(TASK_FILE.read_text(encoding="utf-8"))
     return known
 
 
-def _count(samples: int | None, name: str, known: dict[str, dict[str, Any]]) -> int | None:
-    """As many prompts as are asked for, else the task's own number; None: all."""
-    return known.get(name, {}).get("samples") if samples is None else samples
-
-
 def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:
+    """As many prompts as are asked for, else the task's own number, else all."""
     chosen: Iterable[int] = range(len(rows))
-    if samples is not None and len(rows) > samples:
-        chosen = sorted(random.Random(f"{seed}:{name}").sample(range(len(rows)), samples))
-    return Task(name, {place: rows[place] for place in chosen}, source)
+    count = registered_tasks().get(name, {}).get("samples", len(rows)) if samples is None else samples
+    if len(rows) > count:
+        chosen = sorted(random.Random(f"{seed}:{name}").sample(range(len(rows)), count))
+    return Task(name, {index: rows[index] for index in chosen}, source)
 
 
 def _local(path: Path, samples: int | None, seed: int) -> Task:
     if not path.exists():
-        raise EvaluationError("no such file", file=path, wanted='a JSONL of {"turns": [...]}')
-    wanted = '{"turns": ["...", ...]}'
-    rows = [_turns(path, number, row) for number, row in read_jsonl(path, EvaluationError, wanted)]
+        raise EvaluationError("no such file", file=path, wanted=f"a JSONL of {ROW}")
+    rows = [_turns(path, number, row) for number, row in read_jsonl(path, EvaluationError, ROW)]
     if not rows:
-        raise EvaluationError("empty file", file=path, wanted='rows of {"turns": [...]}')
+        raise EvaluationError("empty file", file=path, wanted=f"rows of {ROW}")
     return _take(path.stem, rows, samples, seed, str(path))
 
 
 def _turns(path: Path, number: int, row: Any) -> tuple[str, ...]:
     turns = row.get("turns") if isinstance(row, dict) else None
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
-        raise EvaluationError("malformed line", file=path, key=f"line {number}", wanted='{"turns": ["...", ...]}')
+        raise EvaluationError("malformed line", file=path, key=f"line {number}", wanted=ROW)
     return tuple(turns)
 
 
-def _from_hub(name: str, row: dict[str, Any], samples: int | None, seed: int) -> Task:
+def _from_hub(name: str, samples: int | None, seed: int) -> Task:
+    row = registered_tasks()[name]
     try:
         rows = [turns_of(row, item) for item in _hub_rows(row)]
     except (OSError, ValueError, ConnectionError) as problem:

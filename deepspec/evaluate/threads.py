@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 
@@ -9,11 +10,12 @@ import torch
 
 from deepspec.targets import Target
 
+log = logging.getLogger(__name__)
 PROBES = 5  # timed forwards a thread count; the fastest counts
 
 
 def choose_threads(target: Target, tokens: int, most: int) -> int | None:
-    """The thread count of the fastest forward of ``tokens`` tokens, by a short probe; set for this process and printed.
+    """The thread count of the fastest forward of ``tokens`` tokens, by a short probe; set for this process and logged.
 
     None where there is nothing to choose: a GPU, ``OMP_NUM_THREADS`` set, or one core.
 
@@ -31,7 +33,7 @@ def choose_threads(target: Target, tokens: int, most: int) -> int | None:
     best = min(seconds, key=lambda count: seconds[count])
     torch.set_num_threads(best)
     shown = ", ".join(f"{count}: {1000 * value:.1f} ms" for count, value in seconds.items())
-    print(f"threads: {best} (a forward of {tokens} tokens by thread count: {shown})", flush=True)
+    log.info("threads: %d (a forward of %d tokens by thread count: %s)", best, tokens, shown)
     return best
 
 

@@ -7,13 +7,15 @@ from typing import Any
 
 import yaml
 
-from deepspec.export.parts import Draft, Format
+from deepspec.export.engines.base import ExportEngine
+from deepspec.export.parts import DraftCheckpoint
 from deepspec.metrics import length_text
+from deepspec.tables import Table
 
 
 def model_card(
-    draft: Draft,
-    format_: Format,
+    draft: DraftCheckpoint,
+    engine: ExportEngine,
     provenance: Mapping[str, Any],
     recipe_text: str | None,
     results: Mapping[str, Any] | None,
@@ -23,7 +25,7 @@ def model_card(
 
     Args:
         draft: the draft in our layout.
-        format_: what it is exported to.
+        engine: what it is exported to.
         provenance: where it came from.
         recipe_text: its recipe as YAML, if known.
         results: results.json of an evaluation, if there is one.
@@ -32,7 +34,7 @@ def model_card(
     parsed, target = draft.parsed, str(draft.config.get("target_model_name_or_path") or "TARGET")
     front: dict[str, Any] = {
         "tags": ["speculative-decoding", "deepspec", parsed.algorithm],
-        "library_name": format_.name,
+        "library_name": engine.name,
     }
     if "/" in target and not target.startswith((".", "/")) and target.count("/") == 1:
         front["base_model"] = target
@@ -41,36 +43,19 @@ def model_card(
         f"# {folder}: a {parsed.algorithm} draft for {target}",
         f"It drafts {parsed.max_draft} tokens a round for speculative decoding; the target verifies every one, so what "
         "is generated is the target's own. It is of no use by itself.",
-        f"## Serve it\n\n```\n{format_.command(draft, target, folder)}\n```",
-        format_.checked and f"Checked with: {format_.checked}.",
-        "## What it is\n\n" + _table(("field", "value"), _facts(draft)),
+        f"## Serve it\n\n```\n{engine.command(draft, target, folder)}\n```",
+        engine.checked and f"Checked with: {engine.checked}.",
+        "## What it is\n\n" + Table(("field", "value"), _rows(draft)).markdown(),
         _training(provenance, recipe_text),
         "## Measured\n\n" + (_measured(results) if results else "Not measured before this export."),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _facts(draft: Draft) -> list[tuple[str, object]]:
-    parsed, config = draft.parsed, draft.config
-    rows: list[tuple[str, object]] = [
-        ("layers", parsed.num_layers),
-        ("target layers whose OUTPUT is read (0-based, -1 the embedding)", list(parsed.target_layers)),
-        ("tokens drafted a round", parsed.max_draft),
-    ]
-    if parsed.algorithm != "eagle3":
-        meaning = "the anchor's slot drafts too" if parsed.sample_from_anchor else "the anchor's slot drafts nothing"
-        rows += [
-            ("block size", parsed.block_size),
-            ("sample_from_anchor", f"{str(parsed.sample_from_anchor).lower()}: {meaning}"),
-            ("mask token", parsed.mask_token_id),
-            ("sequential head", f"{config['markov_head_type']}, rank {config['markov_rank']}"
-             if config.get("markov_rank") else "none"),
-            ("confidence head", "yes" if config.get("enable_confidence_head") else "none"),
-        ]  # fmt: skip
-    elif parsed.draft_vocab_size:
-        rows.append(("vocabulary", f"{parsed.draft_vocab_size} of {draft.shape.vocab_size} tokens"))
+def _rows(draft: DraftCheckpoint) -> list[tuple[str, object]]:
+    rows = draft.algorithm.card_rows(draft.parsed, draft.shape)
     parameters = sum(tensor.numel() for name, tensor in draft.state.items() if "weight" in name or "bias" in name)
-    return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", config.get("dtype"))]
+    return [*rows, ("parameters in the source folder", f"{parameters:,}"), ("dtype", draft.config.get("dtype"))]
 
 
 def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
@@ -83,7 +68,7 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
         for source in cache.get("sources", ())
     ]
     if sources:
-        parts.append("Data:\n\n" + _table(("file", "conversations", "SHA-256"), sources))
+        parts.append("Data:\n\n" + Table(("file", "conversations", "SHA-256"), sources).markdown())
     if recipe_text:
         parts.append(f"The resolved recipe:\n\n```yaml\n{recipe_text.rstrip()}\n```")
     if len(parts) == 1:
@@ -97,14 +82,8 @@ def _measured(results: Mapping[str, Any]) -> str:
         equal = "" if row.get("equal_to_plain") is None else f"{row['equal_to_plain']:.0%}"
         rate = "" if row["verify_rate"] is None else f"{row['verify_rate']:.0%}"
         rows.append((row["task"], f"{row['temperature']:g}", length_text(row), rate, equal, row["prompts"]))
-    table = _table(
-        ("task", "T", "accepted length (95 %)", "accepted/verified", "greedy text equal to the target's", "prompts"),
-        rows,
-    )
+    equal_text = "greedy text equal to the target's"
+    head = ("task", "T", "acceptance length (95 %)", "accepted/verified", equal_text, "prompts")
+    table = Table(head, rows).markdown()
     command = (results.get("provenance") or {}).get("command")
     return table + (f"\n\nBy `{' '.join(command)}`." if command else "")
-
-
-def _table(head: tuple[str, ...], rows: list[Any]) -> str:
-    lines = [" | ".join(head), "|".join("---" for _ in head), *(" | ".join(str(cell) for cell in row) for row in rows)]
-    return "\n".join(f"| {line} |" if "---" not in line else f"|{line}|" for line in lines)

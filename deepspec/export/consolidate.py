@@ -2,93 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from deepspec import registry
-from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
+from deepspec.checkpoints import Manifest, read_manifest, read_weights, steps_of, target_differences
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
-from deepspec.recipe import Recipe, recipe_at
+from deepspec.recipe import recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def checkpoint_folder(path: Path) -> Path:
-    """``path`` itself where it is a checkpoint, or the newest whole checkpoint of the run ``path``.
+    """``path`` itself where it is a checkpoint, or the newest complete checkpoint of the run ``path``.
 
     Raises:
         CheckpointError: neither.
     """
     if (path / "manifest.json").is_file():
         return path
-    whole = steps_of(path)
-    if not whole:
+    complete = steps_of(path)
+    if not complete:
         remedy = "name a folder <run>/checkpoints/step_N with a manifest.json, or a run that has one"
         raise CheckpointError("not a checkpoint", file=path, remedy=remedy)
-    return list(whole.values())[-1]
-
-
-def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The draft's weights by name: parameters in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
-
-    Buffers (Gemma's layer scalars, a reduced vocabulary) come as the module held them.
-
-    Raises:
-        CheckpointError: the shards cannot be put together.
-    """
-    try:
-        if manifest.zero_stage == 0:
-            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-            return dict(states["module"])
-        if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-            return weights | read_buffers(folder)
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
-    except (OSError, RuntimeError, KeyError, ValueError) as problem:
-        line = (str(problem).strip() or repr(problem)).splitlines()[0]
-        raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
-
-
-def read_buffers(folder: Path) -> dict[str, Tensor]:
-    """The module's buffers of a checkpoint in their own dtypes (DeepSpeed's tool turns them into fp32)."""
-    path = next(folder.glob("*mp_rank_00_model_states.pt"))
-    states = torch.load(path, map_location="cpu", weights_only=False)
-    return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}
-
-
-def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:
-    """ZeRO-1 in bf16 with fp32 accumulation: shards of DeepSpeed's BF16_Optimizer, which its own tool does not read.
-
-    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding. None where
-    the shards are of the common kind.
-    """
-    paths = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
-    if not all(path.is_file() for path in paths):
-        return None
-    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
-    if "zero_stage" in states[0]:
-        return None
-    slices = [state["single_partition_of_fp32_groups"] for state in states]
-    shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["param_shapes"]
-    weights: dict[str, Tensor] = {}
-    for group, named in enumerate(shapes):
-        flat, place = torch.cat([one[group].flatten() for one in slices]), 0
-        for name, shape in named.items():
-            weights[name] = flat[place : place + shape.numel()].view(shape).clone()
-            place += shape.numel()
-    return weights
+    return list(complete.values())[-1]
 
 
 def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = None, embeddings: bool = True) -> Path:
@@ -104,7 +47,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         The checkpoint folder that was taken.
 
     Raises:
-        CheckpointError: no whole checkpoint, broken shards, or a target with other weights than in training.
+        CheckpointError: no complete checkpoint, broken shards, or a target with other weights than in training.
         DraftError: ``output`` already holds a draft, or another process works there.
     """
     with one_writer(output, "consolidation", DraftError):
@@ -117,11 +60,12 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
-    frozen = _frozen_weights(recipe, kind) if embeddings else {}
     _check_target(spec, manifest, folder, embeddings)
     weights = read_weights(folder, manifest)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    state |= frozen
+    if embeddings:  # as exact as the target's files have them, not as training rounded them
+        target = load_target_embeddings(spec.path, kind, "cpu", spec.revision)
+        state |= dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
     provenance: dict[str, Any] = {
         "checkpoint": str(folder),
         "step": manifest.step,
@@ -153,9 +97,3 @@ def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings
             remedy += ", or leave its embeddings out (--without-embeddings)"
         problem = f"the target's files are not those of the training: {'; '.join(lines)}"
         raise CheckpointError(problem, file=folder, key=spec.path, remedy=remedy)
-
-
-def _frozen_weights(recipe: Recipe, kind: torch.dtype) -> dict[str, Tensor]:
-    """The target's embedding and head, as exact as its files have them, not as training rounded them."""
-    target = load_target_embeddings(recipe.target.path, kind, "cpu", recipe.target.revision)
-    return dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))

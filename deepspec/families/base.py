@@ -8,7 +8,7 @@ through a target with them. Adding a family is one file with one table and one r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -50,7 +50,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]  # `model_type` of the targets' configs, text configs included
-    class_prefix: str  # of `architectures`: Qwen3DSparkModel, Gemma4Eagle3Model
+    class_prefix: str  # of `architectures`; the algorithm's own part stands behind it
     draft_model_type: str  # `model_type` of an exported draft's config
     read_shape: Callable[[Mapping[str, Any]], Shape]
     draft_config: Callable[
@@ -61,6 +61,7 @@ class Family:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     sandwich: bool = False  # norms also after attention and around the MLP, and a layer_scalar buffer
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
     thinking_keyword: str | None = "enable_thinking"  # the chat template's switch; None: the template has none
 
     def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:

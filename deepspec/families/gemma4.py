@@ -75,4 +75,9 @@ GEMMA4 = Family(
     attention_scale=1.0,
     sandwich=True,
     scaled_embedding=True,
-)
+    tiny_config={
+        "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8,
+        "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 5.0,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+)  # fmt: skip

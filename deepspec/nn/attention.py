@@ -3,7 +3,8 @@
 A *group* of queries sees the context up to its own limit, and the group's own keys, all of them:
 
 - block drafters: a group is the block of one anchor a; limit a (strictly before the anchor); own keys are the K slots;
-- Eagle3: a group is one slot t at TTT step j; limit t + 1; own keys are the slot's keys of steps 1..j.
+- token by token: a group is one slot t at TTT step j; limit t + 1; own keys are the slot's keys of steps 1..j;
+- decoding: the same with the committed length as the limit.
 
 Three backends compute the same: ``two_part`` (CPU: never a (N*K) x (S + N*M) mask; :mod:`deepspec.nn.cpu.two_part`),
 ``sdpa`` (the reference: concatenated keys and a boolean mask) and ``flex`` (CUDA).

@@ -135,7 +135,7 @@ class DraftAttention(nn.Module):
     Args:
         shape: sizes of the layer.
         family: its parts.
-        input_size: width of the inputs: D, or more where a draft reads two vectors side by side.
+        input_size: width of the streams (D; 2D where a layer reads embedding and hidden state side by side).
     """
 
     def __init__(self, shape: Shape, family: Family, input_size: int) -> None:

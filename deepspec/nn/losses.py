@@ -141,7 +141,7 @@ class _HeadLoss(torch.autograd.Function):
         ctx.gradients = None if gradients is None else gradients.finished()
         ctx.mark_non_differentiable(sums, accept, hit)
         weights = inputs.weights
-        combined = (sums * sums.new_tensor([weights.ce, weights.soft_ce, weights.l1])).sum()
+        combined = weights.ce * sums[0] + weights.soft_ce * sums[1] + weights.l1 * sums[2]
         return combined, sums, accept, hit
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: ``<run>/checkpoints/step_N/``, whole or absent.
+"""Checkpoints of a run: ``<run>/checkpoints/step_N/``, complete or absent.
 
 DeepSpeed writes under a temporary name; then every file is synced, ``manifest.json`` is written last and the folder
 gets its name by one rename. There is no ``latest`` file to lose: the newest folder with a manifest is the latest.
@@ -19,7 +19,7 @@ import torch
 
 from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
 from deepspec.errors import CheckpointError
-from deepspec.files import named, sync_folder, write_json
+from deepspec.files import named, sync, write_json
 from deepspec.identity import as_recorded, differences, flatten
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
@@ -28,7 +28,7 @@ HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may ch
 }
 FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
     *("name", "output", "evaluate", "regenerate", "cache", "target.path", "target.revision", "target.family"),
-    *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source"),
+    *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source", "data.servers"),
     *(f"train.{key}" for key in ("deepspeed", "log_every", "save_every", "keep_last", "keep_every", "keep_best")),
     *(f"train.{key}" for key in ("workers", "tensorboard", "wandb_project", "online_micro_batch", "validation")),
     *(f"train.{key}" for key in ("activation_checkpointing", "compile", "micro_batch", "micro_tokens")),
@@ -70,12 +70,12 @@ class Checkpoints:
 
     def _commit(self, manifest: Manifest) -> None:
         try:
-            self._make_whole(manifest)
+            self._finish(manifest)
         except BaseException:
             self.discard(manifest.step)
             raise
 
-    def _make_whole(self, manifest: Manifest) -> None:
+    def _finish(self, manifest: Manifest) -> None:
         source = self.folder / self.temporary(manifest.step)
         files = {}
         for path in sorted(source.rglob("*")):
@@ -90,14 +90,14 @@ class Checkpoints:
         os.rename(source, final)
         for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # deepspeed's own, which know nothing of a draft
             (self.folder / script).unlink(missing_ok=True)
-        sync_folder(self.folder)
+        sync(self.folder)
         self._prune()
 
     def wait(self) -> None:
         """Wait for the last commit.
 
         Raises:
-            OSError: it failed, for instance on a full disk; the checkpoint before it is whole.
+            OSError: it failed, for instance on a full disk; the checkpoint before it is complete.
         """
         if self._pending is not None:
             pending, self._pending = self._pending, None
@@ -110,21 +110,21 @@ class Checkpoints:
         return None if not scored else (max(scored)[1], max(scored)[0])
 
     def _prune(self) -> None:
-        whole = steps_of(self.run)
-        kept = set(list(whole)[-self.train.keep_last :])
+        steps = steps_of(self.run)
+        kept = set(list(steps)[-self.train.keep_last :])
         if self.train.keep_every:
-            kept |= {step for step in whole if step % self.train.keep_every == 0}
+            kept |= {step for step in steps if step % self.train.keep_every == 0}
         if self.train.keep_best:
             best = self.best()
             kept |= {best[0]} if best else set()
-        for step, path in whole.items():
+        for step, path in steps.items():
             if step not in kept:
                 self._remove(path)
 
     def _remove(self, path: Path) -> None:
         dead = path.with_name(f".{path.name}.dead")
         os.rename(path, dead)
-        sync_folder(self.folder)
+        sync(self.folder)
         shutil.rmtree(dead)
 
 

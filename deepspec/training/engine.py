@@ -1,4 +1,4 @@
-"""DeepSpeed behind a narrow door: the only file that imports its runtime.
+"""DeepSpeed: the only file that imports its runtime.
 
 Forward, backward, step, save and load of a sharded model, on one process or many, on GPUs or on CPUs over gloo.
 """
@@ -8,10 +8,10 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import deepspeed
@@ -27,6 +27,7 @@ from deepspec.metrics import LossTerms
 from deepspec.recipe import TrainSection
 from deepspec.training.settings import accumulation_steps, deepspeed_settings, model_dtype, zero_stage
 
+log = logging.getLogger(__name__)
 UNIVERSAL_VERSION = 0.4
 
 
@@ -57,7 +58,7 @@ class Engine:
     Args:
         model: the draft, its frozen weights attached.
         train: the recipe's section.
-        world: this process's place.
+        world: this process's rank.
         universal: whether :meth:`load` will read a Universal Checkpoint.
     """
 
@@ -90,16 +91,15 @@ class Engine:
         self.engine.set_gradient_accumulation_boundary(last)
 
     def forward(self, batch: Batch) -> LossTerms:
-        """The loss terms of a micro-batch, which is moved to the device and the model's dtype (its masks stay)."""
-        moved = replace(batch.to(self.device, self.dtype), supervision=batch.supervision)
-        terms: LossTerms = self.engine(moved)
+        """The loss terms of a micro-batch, which is moved to the device and the model's dtype."""
+        terms: LossTerms = self.engine(batch.to(self.device, self.dtype))
         return terms
 
     def backward(self, terms: LossTerms, step_weight: float) -> Tensor:
         """Add the micro-batch's share of the step's gradient; returns its share of the step's loss (detached scalar).
 
         DeepSpeed averages over ranks and divides by the accumulation steps of its configuration; the loss of a step is
-        a sum over ranks and micro-batches, divided by the weight of the whole step: it does not depend on the cut.
+        a sum over ranks and micro-batches, divided by the step's weight: it does not depend on the cut.
         """
         share = terms.weighted_sum() / step_weight
         self.engine.backward(share * (self.world.size * self.accumulation))
@@ -116,7 +116,7 @@ class Engine:
         self._norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.train.grad_clip)
 
     def grad_norm(self) -> float:
-        """Norm of the last step's whole gradient before clipping; nan where DeepSpeed did not compute it."""
+        """Norm of the last step's gradient before clipping; nan where DeepSpeed did not compute it."""
         norm = self.engine.get_global_grad_norm() if self._norm is None else self._norm
         return float("nan") if norm is None else float(norm)
 
@@ -172,7 +172,7 @@ class Engine:
             self.model.train()
 
     @contextlib.contextmanager
-    def whole_model(self) -> Iterator[nn.Module]:
+    def complete_model(self) -> Iterator[nn.Module]:
         """The module with all its weights on every rank, for reading (ZeRO-3 gathers them for the while)."""
         parameters = list(self.model.parameters())
         enabled = self.stage == 3
@@ -186,6 +186,22 @@ class Engine:
     def close(self) -> None:
         """Release the engine's hooks and buffers."""
         self.engine.destroy()
+
+
+def loss_backend(wanted: bool, device: torch.device) -> str:
+    """The backend of the draft's loss: compiled on CUDA and where ``wanted`` (``train.compile``), if that works here.
+
+    A small function is compiled to find out; where that fails, a line says so.
+    """
+    if "DEEPSPEC_LOSS" in os.environ or not (wanted or device.type == "cuda"):
+        return "auto"  # the environment variable chooses, or the device
+    try:
+        torch.compile(lambda x: (x * 2).exp().sum())(torch.ones(64, device=device))
+    except (RuntimeError, ImportError, OSError) as problem:  # torch's own errors are RuntimeErrors
+        line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        log.info("torch.compile does not work here (%s); the loss runs uncompiled", line)
+        return "tiled"
+    return "compiled"
 
 
 def to_universal(source: Path, target: Path) -> None:

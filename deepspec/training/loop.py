@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -15,29 +16,24 @@ from deepspec.errors import CheckpointError, system_error
 from deepspec.recipe import Recipe
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
-from deepspec.training.prefetch import Prefetcher, Step
+from deepspec.training.plan import lr_factor
+from deepspec.training.prefetch import Prefetcher, TrainStep
 from deepspec.training.report import Meter, Reporter
-from deepspec.training.schedule import lr_factor
 from deepspec.training.signals import StopSignal
+from deepspec.training.validation import HeldOut
 
+log = logging.getLogger(__name__)
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
 
 
-def save_error(problem: OSError | RuntimeError, place: Path) -> CheckpointError:
+def save_error(problem: OSError | RuntimeError, folder: Path) -> CheckpointError:
     """A checkpoint that could not be written, the line of who raised it inside."""
-    known = system_error(problem, place, CheckpointError)
+    known = system_error(problem, folder, CheckpointError)
     line = known.problem if known is not None else next(iter(str(problem).strip().splitlines()), repr(problem))
     remedy = (known and known.remedy) or "look for room and permissions, then run the same command again"
     return CheckpointError(
-        f"the checkpoint cannot be written ({line}); earlier ones are whole", file=place, remedy=remedy
+        f"the checkpoint cannot be written ({line}); earlier ones are complete", file=folder, remedy=remedy
     )
-
-
-class Validator(Protocol):
-    """Measures the draft on held-out samples."""
-
-    def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
-        """The measures after ``step`` steps, and the score for `keep_best` (None where this validation has none)."""
 
 
 class Trainer:
@@ -46,7 +42,7 @@ class Trainer:
     Args:
         recipe: resolved and checked.
         engine: the draft under DeepSpeed.
-        feeder: the run's data.
+        prefetcher: the run's data.
         checkpoints: where they are kept.
         manifest: of this run; step and score are filled in at each save.
         validator: None without `train.validation`.
@@ -54,17 +50,10 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        recipe: Recipe,
-        engine: Engine,
-        feeder: Prefetcher,
-        checkpoints: Checkpoints,
-        manifest: Manifest,
-        *,
-        validator: Validator | None = None,
-        profile: Path | None = None,
-    ) -> None:
-        self.recipe, self.train, self.engine, self.feeder = recipe, recipe.train, engine, feeder
+        self, recipe: Recipe, engine: Engine, prefetcher: Prefetcher, checkpoints: Checkpoints, manifest: Manifest, *,
+        validator: HeldOut | None = None, profile: Path | None = None,
+    ) -> None:  # fmt: skip
+        self.recipe, self.train, self.engine, self.prefetcher = recipe, recipe.train, engine, prefetcher
         self.checkpoints, self.manifest, self.total_steps = checkpoints, manifest, manifest.total_steps
         self.validator, self.profile = validator, profile
         self.meter = Meter(engine.sum)
@@ -85,7 +74,7 @@ class Trainer:
             self.reporter = Reporter(self.recipe, self.checkpoints.run, self.total_steps, start)
         try:
             with StopSignal() as stop, self._profiler() as profiler:
-                for step in self.feeder.steps(start, self.total_steps):
+                for step in self.prefetcher.steps(start, self.total_steps):
                     flags = torch.stack([step.weight, torch.tensor(float(stop.asked), dtype=torch.float64)])
                     weight, asked = self.engine.sum(flags).tolist()
                     if asked:
@@ -101,7 +90,7 @@ class Trainer:
             if self.reporter is not None:
                 self.reporter.close()
 
-    def _optimize(self, step: Step, weight: float) -> None:
+    def _optimize(self, step: TrainStep, weight: float) -> None:
         lr = self.train.lr * lr_factor(step.number, self.total_steps, self.train.warmup_ratio)
         for number, batch in enumerate(step.batches):
             self.engine.begin_micro_batch(last=number + 1 == step.count)
@@ -134,7 +123,7 @@ class Trainer:
         values["lr"] = self.train.lr * lr_factor(done - 1, self.total_steps, self.train.warmup_ratio)
         values["grad_norm"] = self.engine.grad_norm()
         waited = torch.zeros(self.engine.world.size, dtype=torch.float64)
-        waited[self.engine.world.rank], self.feeder.wait_seconds = self.feeder.wait_seconds, 0.0
+        waited[self.engine.world.rank], self.prefetcher.wait_seconds = self.prefetcher.wait_seconds, 0.0
         longest = self.engine.sum(waited).max().item()  # the rank that waits longest holds all others up
         if self.reporter is not None:
             self.reporter.training(done, values, longest)
@@ -163,8 +152,7 @@ class Trainer:
             self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
         except (OSError, RuntimeError) as problem:  # torch's writer makes RuntimeErrors of a full disk
             self.checkpoints.discard(done)
-            place = self.checkpoints.folder / f"step_{done}"
-            raise save_error(problem, place) from problem
+            raise save_error(problem, self.checkpoints.folder / f"step_{done}") from problem
         self.engine.barrier()
         if self.engine.world.is_main:
             self.checkpoints.commit(replace(self.manifest, step=done, score=score))
@@ -176,8 +164,7 @@ class Trainer:
             self._save(done)
         self.checkpoints.wait()
         self.engine.barrier()
-        if self.engine.world.is_main:
-            print(f"stopped by a signal after step {done}/{self.total_steps}; run again to go on", flush=True)
+        log.info("stopped by a signal after step %d/%d; run again to go on", done, self.total_steps)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:

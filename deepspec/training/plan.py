@@ -1,13 +1,14 @@
-"""The plan of a run: which samples make optimizer step s, in which micro-batches.
+"""The plan of a run: which samples make optimizer step s, in which micro-batches, and its learning rate.
 
 A pure function of (seed, epoch, sample lengths, global batch, cache weights). A step's samples are an unbiased draw:
 their lengths say nothing about which step they come in. Lengths only decide how a step's own samples are cut into
 micro-batches (by count, or by a budget of tokens) and dealt to ranks; the loss of a step does not depend on the cut. So
-the same samples meet in the same step whatever the machine, and a resumed run needs nothing but its step number.
+the same samples make the same step whatever the machine, and a resumed run needs nothing but its step number.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -42,13 +43,8 @@ class StepPlan:
         """
         return self.micro_batches(world_size)[rank::world_size]
 
-    def padded_tokens(self, world_size: int = 1) -> int:
-        """Tokens that the step computes, padding included."""
-        edges = np.cumsum([0, *(len(numbers) for numbers in self.micro_batches(world_size))])
-        return int((self.lengths[edges[:-1]] * np.diff(edges)).sum())
 
-
-class Plan:
+class RunPlan:
     """The steps of a whole run.
 
     Args:
@@ -65,27 +61,19 @@ class Plan:
     """
 
     def __init__(
-        self,
-        lengths: np.ndarray,
-        group_sizes: Sequence[int],
-        *,
-        seed: int,
-        global_batch: int,
-        micro_batch: int = 1,
-        micro_tokens: int | None = None,
-        group_weights: Sequence[float] | None = None,
-    ) -> None:
+        self, lengths: np.ndarray, group_sizes: Sequence[int], *, seed: int, global_batch: int, micro_batch: int = 1,
+        micro_tokens: int | None = None, group_weights: Sequence[float] | None = None,
+    ) -> None:  # fmt: skip
         self.lengths, self.group_sizes, self.seed = np.asarray(lengths), tuple(group_sizes), seed
         self.global_batch, self.micro_batch, self.micro_tokens = global_batch, micro_batch, micro_tokens
         self.group_weights = tuple(group_weights or group_sizes)
         self.steps_per_epoch = len(self.lengths) // global_batch
         if self.steps_per_epoch == 0:
             raise DataError(
-                "too few samples for one optimizer step",
-                found=len(self.lengths),
+                "too few samples for one optimizer step", found=len(self.lengths),
                 wanted=f"at least train.global_batch = {global_batch}",
                 remedy="add conversations, or lower train.global_batch",
-            )
+            )  # fmt: skip
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def step(self, number: int) -> StepPlan:
@@ -109,12 +97,6 @@ class Plan:
             drawn.append(start + np.concatenate([np.zeros(0, dtype=np.int64), *order])[:count])
             start += size
         return random.permutation(np.concatenate(drawn).astype(np.int64))
-
-    def padding_share(self, steps: int, world_size: int = 1) -> float:
-        """Share of padding in all tokens computed over the first ``steps`` steps."""
-        plans = [self.step(number) for number in range(steps)]
-        real = sum(int(plan.lengths.sum()) for plan in plans)
-        return 1.0 - real / sum(plan.padded_tokens(world_size) for plan in plans)
 
 
 def balanced_edges(lengths: np.ndarray, micro_tokens: int, world_size: int) -> list[int]:
@@ -148,3 +130,18 @@ def _edges_within(lengths: np.ndarray, budget: int) -> list[int]:
         edges.append(begin)
         begin += max(1, budget // int(lengths[begin]))
     return edges
+
+
+def lr_factor(step: int, total: int, warmup_ratio: float) -> float:
+    """The share of the peak rate at optimizer step ``step`` (0-based) of ``total``: linear warm-up, then cosine decay.
+
+    With W = ceil(warmup_ratio * total): (step + 1) / W while step < W, then a half cosine that starts at 1 in step W
+    and would reach 0 in step ``total``, one after the last. 0 from ``total`` on. A pure function of the step: a resumed
+    run needs no state for it, and an extended run has the rate of its new horizon.
+    """
+    warmup = math.ceil(warmup_ratio * total)
+    if step < warmup:
+        return (step + 1) / warmup
+    if step >= total:
+        return 0.0
+    return 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / (total - warmup)))

@@ -1,6 +1,6 @@
-"""Read ahead of the step: one ordered queue of loss weights and micro-batches, filled by worker threads.
+"""Read ahead of the step: one ordered queue of loss plans and micro-batches, filled by worker threads.
 
-The order is the plan's, whatever the number of workers; memory is bounded by the queue's length.
+The order is the run plan's, whatever the number of workers; memory is bounded by the queue's length.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.distributed import World
-from deepspec.sources.base import FeatureSource, collate, supervision
-from deepspec.training.plan import Plan
+from deepspec.sources.base import FeatureSource
+from deepspec.training.plan import RunPlan
 
 
 @dataclass
-class Step:
+class TrainStep:
     """One optimizer step's data on this rank."""
 
     number: int
     epoch: int
     weight: torch.Tensor  # scalar fp64: this rank's share of the step's loss weight
     count: int  # of its micro-batches, the same on every rank
-    batches: Iterator[Batch] = field(repr=False)
+    batches: Iterator[Batch] = field(repr=False)  # with their loss plans
 
 
 class Prefetcher:
@@ -37,48 +37,34 @@ class Prefetcher:
     Args:
         source: where samples come from.
         plan: which samples make which step.
-        loss_weight: the algorithm's weight of a micro-batch, from its masks alone.
-        last_hidden: whether the loss reads the target's last hidden state.
+        plan_loss: the algorithm's plan of a micro-batch, from its masks.
         seed: of the recipe.
-        world: this process's place.
+        world: this process's rank.
         workers: threads that read ahead; 0 = read when asked.
     """
 
     def __init__(
-        self,
-        source: FeatureSource,
-        plan: Plan,
-        loss_weight: Callable[[Supervision], torch.Tensor],
-        *,
-        last_hidden: bool,
-        seed: int,
-        world: World,
-        workers: int,
-    ) -> None:
-        self.source, self.plan, self.loss_weight, self.last_hidden = source, plan, loss_weight, last_hidden
+        self, source: FeatureSource, plan: RunPlan, plan_loss: Callable[[Supervision], LossPlan], *, seed: int,
+        world: World, workers: int,
+    ) -> None:  # fmt: skip
+        self.source, self.plan, self.plan_loss = source, plan, plan_loss
         self.seed, self.world = seed, world
         self.workers = workers if source.reads_ahead else 0
         self.wait_seconds = 0.0  # time that the step spent waiting for data, to be read and reset by the loop
 
-    def _weigh(self, share: list[list[int]], epoch: int) -> tuple[torch.Tensor, int]:
-        """This rank's share of the step's loss weight, and the number of its micro-batches."""
+    def _plans(self, share: list[list[int]], epoch: int) -> list[LossPlan]:
+        """The loss plans of this rank's micro-batches of a step."""
         self.source.announce([number for numbers in share for number in numbers])
-        weights = [self.loss_weight(supervision(self.source, numbers, self.seed, epoch)).double() for numbers in share]
-        return torch.stack(weights).sum(), len(share)
-
-    def batch(self, numbers: list[int], epoch: int) -> Batch:
-        """One micro-batch, read now."""
-        ids = [self.source.sample_id(number) for number in numbers]
-        made = collate(self.source.load(numbers), ids, self.seed, epoch, self.last_hidden)
-        return _pin(made) if torch.cuda.is_available() else made
+        plans = [self.plan_loss(self.source.supervision(numbers, self.seed, epoch)) for numbers in share]
+        return [plan.pin_memory() for plan in plans] if torch.cuda.is_available() else plans
 
     def _tasks(self, start: int, stop: int) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         for number in range(start, stop):
             step = self.plan.step(number)
             share = [numbers.tolist() for numbers in step.share(self.world.rank, self.world.size)]
-            yield self._weigh, (share, step.epoch)
+            yield self._plans, (share, step.epoch)
             for numbers in share:
-                yield self.batch, (numbers, step.epoch)
+                yield self.source.batch, (numbers, self.seed, step.epoch)
 
     def _results(self, start: int, stop: int) -> Iterator[Any]:
         tasks = self._tasks(start, stop)
@@ -86,7 +72,7 @@ class Prefetcher:
             yield from (self._timed(call, *arguments) for call, arguments in tasks)
             return
         queue: deque[Future[Any]] = deque()
-        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="feeder")
+        pool = ThreadPoolExecutor(self.workers, thread_name_prefix="prefetch")
         try:
             for call, arguments in tasks:
                 queue.append(pool.submit(call, *arguments))
@@ -104,21 +90,14 @@ class Prefetcher:
         finally:
             self.wait_seconds += time.perf_counter() - begun
 
-    def steps(self, start: int, stop: int) -> Iterator[Step]:
+    def steps(self, start: int, stop: int) -> Iterator[TrainStep]:
         """The steps in order; each one's batches must be consumed before the next step is taken."""
         results = self._results(start, stop)
         try:
             for number in range(start, stop):
-                weight, count = next(results)
-                batches = (next(results) for _ in range(count))
-                yield Step(number, number // self.plan.steps_per_epoch, weight, count, batches)
+                plans: list[LossPlan] = next(results)
+                weight = torch.stack([plan.weight.double() for plan in plans]).sum()
+                batches = (next(results).planned(plan) for plan in plans)
+                yield TrainStep(number, number // self.plan.steps_per_epoch, weight, len(plans), batches)
         finally:
             results.close()  # type: ignore[attr-defined]
-
-
-def _pin(batch: Batch) -> Batch:
-    """The batch in page-locked memory, so that its copy to the GPU runs beside the computation."""
-    last = None if batch.last_hidden is None else batch.last_hidden.pin_memory()
-    return replace(
-        batch, input_ids=batch.input_ids.pin_memory(), features=batch.features.pin_memory(), last_hidden=last
-    )

@@ -1,8 +1,9 @@
-"""What a run tells: sums kept on the device between log steps, one line per log step, TensorBoard, a JSONL of all."""
+"""What a run reports: sums kept on the device between log steps, one line per log step, TensorBoard, a JSONL of all."""
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import resource
 import time
@@ -10,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import named, write_text
 from deepspec.metrics import LossTerms
 from deepspec.recipe import Recipe
+
+log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(DeepSpecError):
@@ -70,11 +73,11 @@ class Meter:
             return
         if bad.any():
             step, samples = self._samples[int(bad.nonzero()[0])]
-            place = f"in optimizer step {step + 1}, sample ids {list(samples)}"
+            where = f"in optimizer step {step + 1}, sample ids {list(samples)}"
         else:
-            place = "on another rank"
+            where = "on another rank"
         raise NonFiniteLoss(
-            f"the loss is not finite {place}",
+            f"the loss is not finite {where}",
             found=float(shares[bad][0]) if bad.any() else None,
             remedy="lower train.lr or look at these samples; the last checkpoint is from before",
         )
@@ -87,13 +90,13 @@ class Meter:
         parts = [loss, self.counts] + [part.reshape(-1).cpu() for name in names for part in self._sums[name]]
         flat = self.reduce(torch.cat(parts))
         values: dict[str, Any] = {"loss": float(flat[0]) / max(self.steps, 1)} if self._shares else {}
-        place = 4
+        start = 4
         for name, shape in zip(names, shapes, strict=True):
             size = math.prod(shape)
-            total, weight = flat[place : place + size], flat[place + size : place + 2 * size]
+            total, weight = flat[start : start + size], flat[start + size : start + 2 * size]
             mean = total / weight.clamp_min(1e-12)
             values[name] = mean.tolist() if len(shape) else float(mean)
-            place += 2 * size
+            start += 2 * size
         values |= {
             "samples": int(flat[1]),
             "tokens": int(flat[2]),
@@ -103,62 +106,24 @@ class Meter:
         return values
 
 
-class Writer(Protocol):
-    """A sink of scalars (TensorBoard, Weights & Biases)."""
+def wandb_session(recipe: Recipe, run: Path, first_step: int) -> Any:
+    """A session of Weights & Biases (extra ``wandb``); by ``<run>/wandb.id`` a resumed run goes on in its own.
 
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """Record the numbers of ``values`` at ``step``."""
-
-    def close(self) -> None:
-        """Flush."""
-
-
-class TensorBoardWriter:
-    """Event files under ``<run>/tensorboard``."""
-
-    def __init__(self, run: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
-
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """One scalar per number; a list gives one per position."""
-        for name, value in flatten(values).items():
-            self.events.add_scalar(f"{group}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flush to disk."""
-        self.events.close()
-
-
-class WandbWriter:
-    """Weights & Biases (extra ``wandb``); ``<run>/wandb.id`` lets a resumed run go on in its own session there."""
-
-    def __init__(self, recipe: Recipe, run: Path, first_step: int) -> None:
-        try:
-            import wandb
-        except ImportError:
-            remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
-            raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
-        name = run / "wandb.id"
-        if first_step == 0 or not name.exists():
-            write_text(name, uuid.uuid4().hex[:8])
-        self.session = wandb.init(
-            project=recipe.train.wandb_project,
-            name=recipe.name,
-            id=name.read_text(encoding="utf-8"),
-            dir=str(run),
-            config=recipe.to_dict(),
-            resume="allow",
-        )
-
-    def write(self, group: str, values: dict[str, Any], step: int) -> None:
-        """One value per number."""
-        self.session.log({f"{group}/{name}": value for name, value in flatten(values).items()}, step=step)
-
-    def close(self) -> None:
-        """Finish the session."""
-        self.session.finish()
+    Raises:
+        DeepSpecError: the library is not installed.
+    """
+    try:
+        import wandb
+    except ImportError:
+        remedy = "pip install 'deepspec[wandb]', or set train.wandb_project=null"
+        raise DeepSpecError("wandb is not installed", key="train.wandb_project", remedy=remedy) from None
+    name = run / "wandb.id"
+    if first_step == 0 or not name.exists():
+        write_text(name, uuid.uuid4().hex[:8])
+    return wandb.init(
+        project=recipe.train.wandb_project, name=recipe.name, id=name.read_text(encoding="utf-8"), dir=str(run),
+        config=recipe.to_dict(), resume="allow",
+    )  # fmt: skip
 
 
 def flatten(values: dict[str, Any]) -> dict[str, float]:
@@ -166,14 +131,14 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in values.items():
         if isinstance(value, list):
-            flat |= {f"{name}@{place + 1}": float(one) for place, one in enumerate(value)}
+            flat |= {f"{name}@{position}": float(one) for position, one in enumerate(value, 1)}
         elif isinstance(value, int | float):
             flat[name] = float(value)
     return flat
 
 
 class Reporter:
-    """The run's voice on rank 0: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
+    """What rank 0 reports: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
 
     A run that goes on after ``first_step`` steps does later ones again (it was killed after its last checkpoint): their
     rows are taken out of the log first, so that each step stands there once.
@@ -182,11 +147,12 @@ class Reporter:
     def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
         self.run, self.total, self.first = run, total_steps, first_step
         cut_log(run / "log.jsonl", first_step)
-        self.writers: list[Writer] = []
+        self.events: Any = None  # of TensorBoard
         if recipe.train.tensorboard:
-            self.writers.append(TensorBoardWriter(run, first_step))
-        if recipe.train.wandb_project:
-            self.writers.append(WandbWriter(recipe, run, first_step))
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self.session = wandb_session(recipe, run, first_step) if recipe.train.wandb_project else None
         self.begun = self.last = time.perf_counter()
 
     def training(self, step: int, values: dict[str, Any], wait_seconds: float) -> None:
@@ -209,13 +175,13 @@ class Reporter:
             f"mem {rates['memory_gb']:.2f} GB",
             f"left {timedelta(seconds=round(left))}",
         ]
-        print(" | ".join(line), flush=True)
+        log.info(" | ".join(line))
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
         """The result of a validation."""
         shown = {name: value for name, value in values.items() if name not in ("samples", "tokens", "padding")}
         self._write("validation", step, shown)
-        print(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]), flush=True)
+        log.info(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]))
 
     def exclude(self, seconds: float) -> None:
         """Leave time spent outside training steps (validation) out of the next rates."""
@@ -225,13 +191,19 @@ class Reporter:
         path = self.run / "log.jsonl"
         with named(path), open(path, "a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
-        for writer in self.writers:
-            writer.write(group, values, step)
+        flat = {f"{group}/{name}": value for name, value in flatten(values).items()}
+        if self.events is not None:
+            for name, value in flat.items():
+                self.events.add_scalar(name, value, step)
+        if self.session is not None:
+            self.session.log(flat, step=step)
 
     def close(self) -> None:
-        """Flush all writers."""
-        for writer in self.writers:
-            writer.close()
+        """Flush TensorBoard and Weights & Biases."""
+        if self.events is not None:
+            self.events.close()
+        if self.session is not None:
+            self.session.finish()
 
 
 def cut_log(path: Path, last: int) -> None:

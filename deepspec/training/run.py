@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from deepspec import registry
+from deepspec.checkpoints import read_buffers
 from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
-from deepspec.export.consolidate import read_buffers
 from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import Recipe, load_recipe
-from deepspec.sources.base import FeatureSource
-from deepspec.sources.opening import open_source, open_validation
+from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
-from deepspec.training.compiler import loss_backend
-from deepspec.training.engine import Engine, to_universal, training_processes
+from deepspec.training.engine import Engine, loss_backend, to_universal, training_processes
+from deepspec.training.initial import frequent_tokens, warm_start
 from deepspec.training.loop import Trainer
-from deepspec.training.plan import Plan
+from deepspec.training.plan import RunPlan
 from deepspec.training.prefetch import Prefetcher
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
 from deepspec.training.validation import HeldOut
-from deepspec.training.vocabulary import frequent_tokens
-from deepspec.training.warm_start import warm_start
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+log = logging.getLogger(__name__)
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool = False, profile: bool = False) -> int:
-    """Run a recipe's training on this rank: begin, or go on from the newest whole checkpoint of its output.
+    """Run a recipe's training on this rank: begin, or go on from the newest complete checkpoint of its output.
 
     Args:
         path: the recipe.
@@ -49,18 +48,17 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         0: finished, already finished, or stopped by a signal and saved.
 
     Raises:
-        DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and say nothing twice.
+        DeepSpecError: bad input, on rank 0; other ranks exit with code 1 and report nothing.
     """
     with training_processes() as world, ExitStack() as stack:
         recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
-        prepared = on_all_ranks(world, lambda: prepare_recipe(recipe, world, accept_changes))
+        prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total:
-            if world.is_main:
-                print(f"already finished: {start.folder}", flush=True)
+            log.info("already finished: %s", start.folder)
             return 0
-        if world.is_main and start.folder is not None:
-            print(f"resuming {start.folder}, {total} steps in all", *start.changes, sep="\n  changed: ", flush=True)
+        if start.folder is not None:
+            log.info("\n  changed: ".join([f"resuming {start.folder}, {total} steps in all", *start.changes]))
         trainer = assemble(prepared, world, profile)
         del prepared
         trainer.run(start.step)
@@ -93,17 +91,12 @@ class Prepared:
     target: TargetEmbeddings
     source: FeatureSource
     held_out: FeatureSource | None
-    plan: Plan
+    plan: RunPlan
     manifest: store.Manifest
     start: Start
 
 
-def prepare(path: str | Path, overrides: Sequence[str], world: World, accept_changes: bool) -> Prepared:
-    """:func:`prepare_recipe` of a recipe's file."""
-    return prepare_recipe(load_recipe(path, overrides), world, accept_changes)
-
-
-def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
+def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     """Open target and data, find the checkpoint to go on from.
 
     Raises:
@@ -111,13 +104,19 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
     """
     settings = deepspeed_settings(recipe.train, world.size)
     recipe = recipe.for_target(load_spec(recipe.target.path, recipe.target.revision))
+    kind = source_class(recipe)
     target = frozen_target(recipe, pick_device(world.local_rank))
-    source = open_source(recipe, target)
-    plan = plan_of(recipe, source)
+    source = kind.open(recipe, target)
+    train = recipe.train
+    plan = RunPlan(
+        source.lengths, source.group_sizes, seed=recipe.seed, global_batch=train.global_batch,
+        micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=recipe.data.cache_weights,
+    )  # fmt: skip
+    total = train.epochs * plan.steps_per_epoch
     identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
     manifest = store.Manifest(
         step=0,
-        total_steps=total_steps(recipe, plan),
+        total_steps=total if train.max_steps is None else min(total, train.max_steps),
         recipe=recipe.to_dict(Path(recipe.output, "checkpoints", "step_0")),
         fingerprint=dict(source.fingerprint()),
         identity=identity,
@@ -128,71 +127,47 @@ def prepare_recipe(recipe: Recipe, world: World, accept_changes: bool) -> Prepar
         versions=versions(),
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
-    return Prepared(recipe, target, source, open_validation(recipe, target), plan, manifest, start)
+    held_out = None if recipe.train.validation is None else kind.open(recipe, target, held_out=True)
+    return Prepared(recipe, target, source, held_out, plan, manifest, start)
 
 
 def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings:
-    """The whole target where the run feeds it (online, or decoding in validations), else its embedding and head."""
+    """The complete target where this process runs it (for the source, or in validations), else embedding and head."""
     validation = recipe.train.validation
-    runs = recipe.data.source == "online" or (validation is not None and validation.decode_every is not None)
-    load = load_target if runs else load_target_embeddings
-    return load(recipe.target.path, DTYPES[recipe.target.dtype], device, recipe.target.revision)
+    decodes = validation is not None and validation.decode_every is not None
+    load = load_target if decodes or source_class(recipe).needs_model else load_target_embeddings
+    return load(recipe.target.path, getattr(torch, recipe.target.dtype), device, recipe.target.revision)
 
 
 def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     """The draft under DeepSpeed with the weights of the checkpoint, and the loop around it (all ranks together)."""
     recipe, start = prepared.recipe, prepared.start
-    kept = store.Checkpoints(Path(recipe.output), recipe.train)
-    on_rank0(world, lambda: _start_folder(kept, prepared))
+    saved = store.Checkpoints(Path(recipe.output), recipe.train)
+    on_rank0(world, lambda: _start_folder(saved, prepared))
     algorithm = registry.algorithm(recipe.algorithm)
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
-    model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank), quiet=not world.is_main)
-    if getattr(recipe.draft, "draft_vocab_size", None) is not None and start.folder is None:
-        model.set_vocabulary(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
+    model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank))
+    if recipe.draft.draft_vocab_size is not None and start.folder is None:
+        model.set_draft_vocab(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
     if recipe.train.init == "target" and start.folder is None:
         warm_start(model, prepared.target.spec, recipe.target)
     engine = Engine(model, recipe.train, world, universal=start.universal)
-    _resume(engine, start, kept)
-    feeder = Prefetcher(
-        prepared.source,
-        prepared.plan,
-        lambda masks: algorithm.loss_weight(recipe.draft, masks),
-        last_hidden=algorithm.needs_last_hidden(recipe.draft),
-        seed=recipe.seed,
-        world=world,
+    _resume(engine, start, saved)
+    prefetcher = Prefetcher(
+        prepared.source, prepared.plan, partial(algorithm.plan, recipe.draft), seed=recipe.seed, world=world,
         workers=recipe.train.workers,
-    )
-    trace = kept.run / "profile" if profile else None
+    )  # fmt: skip
+    trace = saved.run / "profile" if profile else None
     validator, section = None, recipe.train.validation
     if section is not None and prepared.held_out is not None:
         validator = HeldOut(recipe, section, prepared.held_out, prepared.target)
-    return Trainer(recipe, engine, feeder, kept, prepared.manifest, validator=validator, profile=trace)
-
-
-def plan_of(recipe: Recipe, source: FeatureSource) -> Plan:
-    """The run's plan: which samples make which step."""
-    train = recipe.train
-    return Plan(
-        source.lengths,
-        source.group_sizes,
-        seed=recipe.seed,
-        global_batch=train.global_batch,
-        micro_batch=train.micro_batch,
-        micro_tokens=train.micro_tokens,
-        group_weights=recipe.data.cache_weights,
-    )
-
-
-def total_steps(recipe: Recipe, plan: Plan) -> int:
-    """Optimizer steps of the whole run."""
-    steps = recipe.train.epochs * plan.steps_per_epoch
-    return steps if recipe.train.max_steps is None else min(steps, recipe.train.max_steps)
+    return Trainer(recipe, engine, prefetcher, saved, prepared.manifest, validator=validator, profile=trace)
 
 
 def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: bool) -> Start:
-    """The newest whole checkpoint of the run, if it fits.
+    """The newest complete checkpoint of the run, if it fits.
 
     Raises:
         CheckpointError: the run there is another one, or cannot go on with these settings.
@@ -208,27 +183,20 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
         raise CheckpointError("of another precision", file=folder, found=now.dtype, wanted=old.dtype, remedy=remedy)
     if old.step > now.total_steps:
         raise CheckpointError(
-            "the run is already past this recipe's end",
-            file=folder,
-            key="train.max_steps",
-            found=now.total_steps,
+            "the run is already past this recipe's end", file=folder, key="train.max_steps", found=now.total_steps,
             wanted=f"at least {old.step}",
-        )
+        )  # fmt: skip
     stages = {old.zero_stage, now.zero_stage}
     if len(stages) > 1 and not stages <= {1, 2}:
         raise CheckpointError(
-            "of another ZeRO stage",
-            file=folder,
-            key="train.deepspeed",
-            found=now.zero_stage,
-            wanted=f"stage {old.zero_stage}",
-            remedy="only stages 1 and 2 can follow each other",
-        )
+            "of another ZeRO stage", file=folder, key="train.deepspeed", found=now.zero_stage,
+            wanted=f"stage {old.zero_stage}", remedy="only stages 1 and 2 can follow each other",
+        )  # fmt: skip
     moved = old.world_size != now.world_size or len(stages) > 1
     return Start(old.step, folder, universal=moved and old.zero_stage > 0, changes=tuple(changes))
 
 
-def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
+def _resume(engine: Engine, start: Start, saved: store.Checkpoints) -> None:
     engine.barrier()
     if start.folder is None:
         return
@@ -237,28 +205,28 @@ def _resume(engine: Engine, start: Start, kept: store.Checkpoints) -> None:
         name = f".{name}.universal"
         if engine.world.is_main:
             try:
-                to_universal(start.folder, kept.folder / name)
+                to_universal(start.folder, saved.folder / name)
             except DeepSpecError:
-                kept.clean()
+                saved.clean()
                 raise
         engine.barrier()
-    engine.load(kept.folder, name, start.step)
+    engine.load(saved.folder, name, start.step)
     if start.universal:
         engine.set_buffers(read_buffers(start.folder))
     engine.barrier()
     if start.universal and engine.world.is_main:
-        kept.clean()
+        saved.clean()
 
 
-def _start_folder(kept: store.Checkpoints, prepared: Prepared) -> None:
+def _start_folder(saved: store.Checkpoints, prepared: Prepared) -> None:
     """The run's folder with the resolved recipe and what it runs on."""
-    kept.clean()
+    saved.clean()
     recipe, manifest = prepared.recipe, prepared.manifest
-    recipe.save(kept.run / "recipe.yaml")
+    recipe.save(saved.run / "recipe.yaml")
     about = {"seed": recipe.seed, "recipe_digest": recipe.digest(), "total_steps": manifest.total_steps}
     about |= {"target_digest": manifest.target_digest, "fingerprint": manifest.fingerprint}
     about |= {"world_size": manifest.world_size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype}
-    write_json(kept.run / "run.json", about | {"versions": manifest.versions})
+    write_json(saved.run / "run.json", about | {"versions": manifest.versions})
 
 
 def versions() -> dict[str, str]:

@@ -59,7 +59,7 @@ def _counted_micro_batch(train: TrainSection) -> int:
 
 
 def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
-    """The whole DeepSpeed configuration of a run.
+    """The DeepSpeed configuration of a run.
 
     Raises:
         RecipeError: the JSON file is missing or broken, names a key that belongs to the recipe, or asks for fp16 or for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -10,18 +11,19 @@ import numpy as np
 import torch
 
 from deepspec import registry
-from deepspec.cache.reader import Sample
 from deepspec.data.chat import load_renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.distributed import World, world_from_environment
+from deepspec.distributed import World
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe, ValidationSection
-from deepspec.sources.base import FeatureSource, collate
+from deepspec.sources.base import FeatureSource
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
 from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut:
@@ -31,40 +33,42 @@ class HeldOut:
         recipe: of the run.
         section: its `train.validation`.
         source: the held-out samples.
-        target: decodes; the whole one where `decode_every` is set.
+        target: decodes; the complete one where `decode_every` is set.
     """
 
     def __init__(
         self, recipe: Recipe, section: ValidationSection, source: FeatureSource, target: TargetEmbeddings
     ) -> None:
         self.recipe, self.section, self.source = recipe, section, source
-        self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
+        self.algorithm = registry.algorithm(recipe.algorithm)
         self.target: Target | None = None
         if section.decode_every is not None:
             self.target = cast(Target, target)
             self.stops = load_renderer(recipe, target.spec).stop_token_ids
             count = min(section.decode_prompts, len(source.lengths))
-            self.prompts = self._fitting([_prompt(sample) for sample in source.load(range(count))])
+            self.prompts = self._fitting([self._prompt(number) for number in range(count)])
+
+    def _prompt(self, number: int) -> list[int]:
+        """The tokens before the first answer of a held-out sample."""
+        first = int(np.flatnonzero(self.source.loss_mask(number))[0])
+        return self.source.tokens(number)[:first].tolist()
 
     def _fitting(self, prompts: list[list[int]]) -> list[Sequence[int]]:
-        """The prompts that fit the target's positions with the new tokens; how many do not is said once."""
+        """The prompts that fit the target's positions with the new tokens; how many do not is reported."""
         config, new = self.target.spec.config, self.section.max_new_tokens  # type: ignore[union-attr]
-        kept = fitting(config, prompts, new, "train.validation.max_new_tokens")
-        if len(kept) < len(prompts) and world_from_environment().is_main:
-            print(f"validation: {len(prompts) - len(kept)} prompts do not fit the target's positions and are left out")
-        return kept
+        chosen = fitting(config, prompts, new, "train.validation.max_new_tokens")
+        if left_out := len(prompts) - len(chosen):
+            log.info("validation: %d prompts do not fit the target's positions and are left out", left_out)
+        return chosen
 
     def _cut(self, world: World) -> list[list[int]]:
         """Micro-batches for all ranks; at least one for each."""
         numbers = list(range(min(self.section.samples, len(self.source.lengths))))
         if len(numbers) < world.size:
             raise DataError(
-                "fewer validation samples than processes",
-                file=self.section.path,
-                key="train.validation.samples",
-                found=len(numbers),
-                wanted=f"at least {world.size}",
-            )
+                "fewer validation samples than processes", file=self.section.path, key="train.validation.samples",
+                found=len(numbers), wanted=f"at least {world.size}",
+            )  # fmt: skip
         size = min(self.recipe.train.micro_batch, len(numbers) // world.size)
         return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
@@ -94,12 +98,12 @@ class HeldOut:
         own = batches[world.rank :: world.size]
         rounds = math.ceil(len(batches) / world.size)  # every rank runs as often: ZeRO-3 gathers together
         with engine.evaluating():
-            for place in range(rounds):
-                numbers = own[min(place, len(own) - 1)]
-                ids = [self.source.sample_id(number) for number in numbers]
-                batch = collate(self.source.load(numbers), ids, self.recipe.seed, 0, self.last_hidden)
-                terms = engine.forward(batch)
-                if place < len(own):
+            for index in range(rounds):
+                numbers = own[min(index, len(own) - 1)]
+                batch = self.source.batch(numbers, self.recipe.seed, 0)
+                plan = self.algorithm.plan(self.recipe.draft, batch.supervision)
+                terms = engine.forward(batch.planned(plan))
+                if index < len(own):
                     meter.add(0, batch, terms)
                     coefficients = dict(terms.coefficients)
         values = meter.take()
@@ -108,11 +112,10 @@ class HeldOut:
     def _decode(self, engine: Engine, target: Target) -> tuple[float, float]:
         """Tokens committed (the bonus tokens included) and rounds of greedy decoding with the weights of now."""
         draft = self.recipe.draft
-        with engine.whole_model() as live:
+        with engine.complete_model() as live:
             weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}
-        algorithm = registry.algorithm(self.recipe.algorithm)
-        # a plain copy: ranks decode different prompts, which a sharded module could not
-        model = algorithm.build_model(draft, target.spec.shape, target.spec.family)
+        # an unsharded copy: ranks decode different prompts, which a sharded module could not
+        model = self.algorithm.build_model(draft, target.spec.shape, target.spec.family)
         model.load_state_dict(weights)
         model = model.to(target.device, target.dtype).eval()
         model.attach(target.embed_weight, target.head_weight)
@@ -122,14 +125,8 @@ class HeldOut:
             size = len(prompts)
             longest = max(map(len, prompts)) + self.section.max_new_tokens + 512
             settings = DecodeSettings(0.0, self.section.max_new_tokens, self.stops, self.recipe.seed)
-            done = generate(target, algorithm.drafter(model, size, longest), prompts, settings, size)
+            done = generate(target, self.algorithm.drafter(model, size, longest), prompts, settings, size)
             lengths = [length for one in done for length in one.acceptance_lengths]
             counts = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64)
         committed, rounds = engine.sum(counts).tolist()
         return committed, rounds
-
-
-def _prompt(sample: Sample) -> list[int]:
-    """The tokens before the first answer of a held-out sample."""
-    first = int(np.flatnonzero(np.asarray(sample.loss_mask))[0])
-    return [int(token) for token in sample.input_ids[:first]]

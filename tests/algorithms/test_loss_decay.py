@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from algorithm_tools import draft_section, random_batch, tiny_draft, tiny_target
+from reference_cases import check_folder
 from safetensors.torch import save_file
 
 from deepspec import registry
@@ -18,7 +19,6 @@ from deepspec.algorithms.base import DraftModel
 from deepspec.batch import Batch, Supervision
 from deepspec.drafts import save_draft
 from deepspec.errors import RecipeError
-from deepspec.evaluate.reference import check_folder
 from deepspec.recipe import load_recipe, recipe_from_dict
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -38,7 +38,7 @@ def test_the_weight_counts_the_supervised_slots(algorithm: str) -> None:
 
     def weight(gamma: float | None) -> float:
         config = owner.parse(draft_section(algorithm, loss_decay_gamma=gamma), None)
-        return float(owner.loss_weight(config, SUPERVISION))
+        return float(owner.plan(config, SUPERVISION).weight)
 
     assert weight(None) == 4.0
     assert weight(4.0) == pytest.approx(3.0 + math.exp(-0.25))

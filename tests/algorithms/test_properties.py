@@ -3,47 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import pytest
 import torch
-from algorithm_tools import ALGORITHMS, MASK_TOKEN, random_batch, tiny_draft, tiny_target
+from algorithm_tools import ALGORITHMS, MASK_TOKEN, random_batch, rows_of, tiny_draft, tiny_target
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_losses import supervised_slots_NK
-from torch import Tensor
 
 from deepspec.algorithms.block import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
-from deepspec.batch import Batch, Supervision
+from deepspec.testing.case import loss_and_gradients
 
 TARGET = tiny_target("qwen3")
-
-
-def rows(batch: Batch, index: list[int]) -> Batch:
-    """The batch of some of its rows, in that order."""
-    s = batch.supervision
-    supervision = Supervision(
-        s.loss_mask[index], s.lengths[index], tuple(s.sample_ids[i] for i in index), s.seed, s.epoch
-    )
-    return Batch(supervision, batch.input_ids[index], batch.features[index], batch.last_hidden[index])  # type: ignore[index]
-
-
-def padded(batch: Batch, extra: int) -> Batch:
-    """The same batch with ``extra`` more padding, filled with garbage."""
-
-    def longer(x: Tensor, value: float) -> Tensor:
-        return torch.cat((x, torch.full((x.shape[0], extra, *x.shape[2:]), value).to(x.dtype)), dim=1)
-
-    s = dataclasses.replace(batch.supervision, loss_mask=longer(batch.supervision.loss_mask, 0))
-    return Batch(s, longer(batch.input_ids, 7), longer(batch.features, 9.0), longer(batch.last_hidden, 9.0))  # type: ignore[arg-type]
-
-
-def loss_and_gradients(model: Any, batch: Batch) -> tuple[float, dict[str, Tensor]]:
-    model.zero_grad(set_to_none=True)
-    loss = model(batch).loss()
-    loss.backward()
-    return float(loss.detach()), {name: p.grad.clone() for name, p in model.named_parameters()}
 
 
 @given(seed=st.integers(0, 999), length=st.integers(2, 30), block=st.integers(1, 9), cap=st.integers(1, 40))
@@ -95,35 +67,19 @@ def test_ttt_plan_is_the_definition(seed: int, length: int, steps: int) -> None:
 def test_anchors_depend_on_seed_epoch_and_sample_alone() -> None:
     batch = random_batch([40, 33, 40], share=1.0)
     whole = [a.tolist() for a in draw_anchors(batch.supervision, 5)]
-    assert [a.tolist() for a in draw_anchors(rows(batch, [2, 0]).supervision, 5)] == [whole[2], whole[0]]
+    assert [a.tolist() for a in draw_anchors(rows_of(batch, [2, 0]).supervision, 5)] == [whole[2], whole[0]]
     again = dataclasses.replace(batch.supervision, epoch=2)
     assert [a.tolist() for a in draw_anchors(again, 5)] != whole
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_padding_and_batch_order_change_nothing(algorithm: str) -> None:
+def test_a_plan_weighs_what_its_rows_weigh_and_so_does_every_term(algorithm: str) -> None:
     model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14, 19])
-    loss, gradients = loss_and_gradients(model, batch)
-    for other in (padded(batch, 6), rows(batch, [2, 0, 1])):
-        again, changed = loss_and_gradients(model, other)
-        assert again == pytest.approx(loss, rel=1e-5)
-        for name, gradient in gradients.items():
-            torch.testing.assert_close(changed[name], gradient, atol=1e-5, rtol=1e-3, msg=name)
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_a_batch_is_the_sum_of_its_rows(algorithm: str) -> None:
-    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14, 19])
-    owner = model.algorithm
-    whole = model(batch)
-    parts = [model(rows(batch, [i])) for i in range(3)]
-    assert float(whole.weighted_sum().detach()) == pytest.approx(
-        sum(float(p.weighted_sum().detach()) for p in parts), rel=1e-4
-    )
-    weights = [float(owner.loss_weight(model.config, rows(batch, [i]).supervision)) for i in range(3)]
-    assert float(owner.loss_weight(model.config, batch.supervision)) == pytest.approx(sum(weights), rel=1e-6)
-    for term in whole.terms.values():
-        assert float(term.weight) == pytest.approx(sum(weights), rel=1e-6)
+    plans = [model.algorithm.plan(model.config, rows_of(batch, [i]).supervision) for i in range(3)]
+    weight = sum(float(plan.weight) for plan in plans)
+    assert float(model.algorithm.plan(model.config, batch.supervision).weight) == pytest.approx(weight, rel=1e-6)
+    for term in model(batch).terms.values():
+        assert float(term.weight) == pytest.approx(weight, rel=1e-6)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -149,29 +105,6 @@ def test_nothing_leaks_from_the_future(algorithm: str) -> None:
     after = model.train_slots(features, tokens, anchors, 30)
     torch.testing.assert_close(after[:, :2], before[:, :2])
     assert (after[:, 2] - before[:, 2]).abs().max() > 1e-4
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("case", ["no answer", "shorter than a block"])
-def test_every_parameter_gets_a_gradient(algorithm: str, case: str) -> None:
-    """Also where a rank has nothing supervised: ZeRO stage 2 needs the same parameters on every rank."""
-    model = tiny_draft(algorithm, TARGET)
-    batch = random_batch([12, 9], share=0.0) if case == "no answer" else random_batch([3], share=1.0)
-    loss, gradients = loss_and_gradients(model, batch)
-    assert loss == loss
-    assert all(gradient.isfinite().all() for gradient in gradients.values())
-    assert set(gradients) == {name for name, _ in model.named_parameters()}
-
-
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_activation_checkpointing_changes_nothing(algorithm: str) -> None:
-    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14])
-    loss, gradients = loss_and_gradients(model, batch)
-    model.activation_checkpointing = True
-    again, changed = loss_and_gradients(model, batch)
-    assert again == pytest.approx(loss, rel=1e-6)
-    for name, gradient in gradients.items():
-        torch.testing.assert_close(changed[name], gradient, atol=1e-6, rtol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

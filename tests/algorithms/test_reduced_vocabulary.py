@@ -17,8 +17,9 @@ def test_loss_and_gradients_are_those_of_whole_logits_masked_outside_it(head: st
     target = tiny_target("qwen3")
     model = tiny_draft("dspark", target, draft_vocab_size=40, markov_head=head)
     kept = torch.randperm(96, generator=torch.Generator().manual_seed(seed))[:40].sort().values
-    model.set_vocabulary(kept)
+    model.set_draft_vocab(kept)
     batch = random_batch([25, 14])
+    batch = batch.planned(model.algorithm.plan(model.config, batch.supervision))
     slots = block_loss(model, batch, LossWeights(ce=0.7, l1=0.4))
     slots.head.combined.backward()
     fused = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -27,8 +28,7 @@ def test_loss_and_gradients_are_those_of_whole_logits_masked_outside_it(head: st
     plan = slots.plan
     label_R = batch.input_ids.flatten()[plan.label_R]
     previous_R = batch.input_ids.flatten()[plan.label_R - 1]
-    reach = int(plan.anchor_BN.max()) + 1
-    hidden = model.train_slots(batch.features, batch.input_ids, plan.anchor_BN, reach)
+    hidden = model.train_slots(batch.features, batch.input_ids, plan.anchor_BN, plan.max_context_len)
     assert model.markov_head is not None
     embedded = model.markov_head.markov_w1(previous_R)
     hidden_RD = hidden.flatten(0, 2)[plan.slot_R]
@@ -47,7 +47,7 @@ def test_loss_and_gradients_are_those_of_whole_logits_masked_outside_it(head: st
     loss.backward()
 
     torch.testing.assert_close(slots.head.combined, loss, rtol=1e-5, atol=1e-5)
-    assert slots.weight == pytest.approx(float(weight_R.sum()))
+    assert float(plan.weight) == pytest.approx(float(weight_R.sum()))
     torch.testing.assert_close(slots.head.accept_R, torch.where(sayable, 1 - l1.detach() / 2, 0.0), rtol=0, atol=1e-5)
     hit_R = (log_p.argmax(dim=-1) == label_R).float()
     assert torch.equal(slots.head.hit_R, hit_R)

@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 
 from deepspec import distributed
 from deepspec.cache import build
-from deepspec.cache.build import BuildStopped, Planner, build_cache
+from deepspec.cache.build import BuildStopped, build_cache
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, require_fingerprint
-from deepspec.cache.lock import build_lock
-from deepspec.cache.plan import batches, samples_per_part, scan
+from deepspec.cache.plan import BuildJob, batches, plan_build, samples_per_part, scan
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
-from deepspec.cache.store import FolderStore
+from deepspec.cache.store import FolderStore, build_lock
 from deepspec.cache.verify import verify_cache
 from deepspec.data.chat import load_renderer
 from deepspec.data.conversations import write_conversations
@@ -91,12 +90,14 @@ def test_ranks_only_cut_the_list_of_parts(setup: Setup, built: Path, tmp_path: P
 
 
 def _rank_0_as_it_answers(rank: int, output: Path, setup: Setup) -> Callable[..., None]:
-    """What stands for the talk between ranks: each gets rank 0's answers, and none waits for the others."""
+    """In place of the ranks' messages: each rank gets rank 0's answers and waits for none."""
     recipe = setup.load()
     target = load_target(recipe.target.path, torch.bfloat16)
     recipe = recipe.for_target(target.spec)
-    planner = Planner(recipe, FolderStore(output), setup.data, target, load_renderer(recipe, target.spec), append=False)
-    answers = iter([(None, False), (planner.begin(), False), (None, True)])  # (result, failed): a part is missing
+    job = BuildJob(recipe, FolderStore(output), setup.data, target, load_renderer(recipe, target.spec))
+    answers = iter(
+        [(None, False), (plan_build(job, append=False), False), (None, True)]
+    )  # (result, failed): a part is missing
 
     def exchange(collective: str, *arguments: list[object], **_: object) -> None:
         if rank > 0 and collective == "broadcast_object_list":

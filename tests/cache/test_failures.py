@@ -16,11 +16,9 @@ from pathlib import Path
 import pytest
 from cache_tools import ROOT, Setup, contents, make_setup, run_tool, tool_environment
 
-from deepspec.cache.build import build_cache
-from deepspec.cache.lock import build_lock
-from deepspec.cache.pipeline import ByteQueue
+from deepspec.cache.build import ByteQueue, build_cache
 from deepspec.cache.reader import TargetCache
-from deepspec.cache.store import FolderStore
+from deepspec.cache.store import FolderStore, build_lock
 from deepspec.cache.verify import verify_cache
 from deepspec.errors import CacheError
 

@@ -6,6 +6,7 @@ import pickle
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from cache_tools import make_cache
 from torch.utils.data import DataLoader, Dataset
 
 from deepspec.cache.format import array_file
-from deepspec.cache.memory import BlockPool
+from deepspec.cache.memory import BlockPool, empty
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.shard import ShardReader
 from deepspec.cache.verify import verify_cache
@@ -67,28 +68,37 @@ def test_our_reader_reads_shards_that_zarr_wrote(tmp_path: Path) -> None:
     file.unlink()
     array[:] = wanted
     info = type(ours.info)(**{**vars(ours.info), "bytes": file.stat().st_size})
-    again = ShardReader(cache.folder, f"parts/{part.name}/features", info)
+    again = ShardReader(cache.store, f"parts/{part.name}/features", info)
     for start, stop in ((0, len(wanted)), (70, 199), (64, 128), (5, 6)):
         found = np.empty_like(wanted[start:stop])
         again.read(start, found)
         np.testing.assert_array_equal(found, wanted[start:stop])
 
 
-def test_padded_equals_samples(tmp_path: Path) -> None:
+def padded(cache: TargetCache, numbers: list[int], last_hidden: bool = True) -> tuple[torch.Tensor, Any]:
+    """Features and last_hidden of samples side by side, decoded straight into the padded rows."""
+    shape = (len(numbers), int(cache.lengths[numbers].max()))
+    features = empty((*shape, 32), cache.dtype).zero_()
+    last = empty((*shape, 16), cache.dtype).zero_() if last_hidden else None
+    for row, number in enumerate(numbers):
+        length = cache.lengths[number]
+        cache.read_into(number, features[row, :length], None if last is None else last[row, :length])
+    return features, last
+
+
+def test_rows_of_a_padded_batch_are_read_as_samples_are(tmp_path: Path) -> None:
     make_cache(tmp_path / "c")
     cache = TargetCache.open(tmp_path / "c")
     numbers = [3, 0, 5]
-    batch = cache.padded(numbers)
+    features, last = padded(cache, numbers)
     for row, number in enumerate(numbers):
         sample = cache.sample(number)
         length = len(sample.input_ids)
-        assert batch.sample_ids[row] == sample.sample_id
-        assert torch.equal(batch.features[row, :length], sample.features)
-        assert torch.equal(batch.last_hidden[row, :length], sample.last_hidden)
-        assert not batch.features[row, length:].any()
-        assert not batch.last_hidden[row, length:].any()
-        np.testing.assert_array_equal(batch.loss_mask[row, :length].numpy(), sample.loss_mask)
-    assert cache.padded(numbers, last_hidden=False).last_hidden is None
+        assert torch.equal(features[row, :length], sample.features)
+        assert torch.equal(last[row, :length], sample.last_hidden)
+        assert not features[row, length:].any()
+        assert not last[row, length:].any()
+    assert torch.equal(padded(cache, numbers, last_hidden=False)[0], features)
 
 
 class _Samples(Dataset):
@@ -99,7 +109,7 @@ class _Samples(Dataset):
         return len(self.cache)
 
     def __getitem__(self, numbers: list[int]) -> torch.Tensor:
-        return self.cache.padded(numbers).features
+        return padded(self.cache, numbers)[0]
 
 
 def test_threads_worker_processes_and_pickling_read_the_same(tmp_path: Path) -> None:
@@ -110,10 +120,10 @@ def test_threads_worker_processes_and_pickling_read_the_same(tmp_path: Path) -> 
         for number, sample in enumerate(pool.map(lambda n: cache.sample(n % 12), range(60))):
             assert torch.equal(sample.features, truth[number % 12].features)
     batches = [[1, 7], [3], [0, 11, 5]]
-    plain = [cache.padded(numbers).features for numbers in batches]
+    wanted_batches = [padded(cache, numbers)[0] for numbers in batches]
     for workers in (0, 2):
         loader = DataLoader(_Samples(cache), batch_size=None, sampler=batches, num_workers=workers)
-        for found, wanted in zip(loader, plain, strict=True):
+        for found, wanted in zip(loader, wanted_batches, strict=True):
             assert torch.equal(found, wanted)
 
 

@@ -17,12 +17,12 @@ import torch
 from cache_tools import Setup, make_cache, make_setup
 
 from deepspec.cache.build import build_cache
-from deepspec.cache.lock import LOCK
 from deepspec.cache.reader import TargetCache
-from deepspec.cache.store import FolderStore, RemoteStore, open_folder
+from deepspec.cache.store import FolderStore, RemoteStore, open_store
 from deepspec.cache.verify import verify_cache
 from deepspec.distributed import free_port
 from deepspec.errors import CacheError
+from deepspec.locks import LOCK
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_building_at_a_url_gives_the_local_bytes_and_goes_on(setup: Setup, tmp_p
         if path.is_file() and path.name != LOCK
     }
     assert download(url, tmp_path / "down") == wanted
-    folder = open_folder(url)
+    folder = open_store(url)
     folder.remove("manifest.json")
     folder.remove("parts/00001/part.json")
     folder.remove("parts/00002")
@@ -102,7 +102,7 @@ def test_reading_and_verifying_at_a_url(tmp_path: Path, url: str) -> None:
         assert torch.equal(sample.features, wanted.features)
         assert torch.equal(sample.last_hidden, wanted.last_hidden)
     assert verify_cache(url) == []
-    folder = open_folder(url)
+    folder = open_store(url)
     data = bytearray(folder.read("parts/00001/features/c/0/0"))
     data[50] ^= 1
     folder.write("parts/00001/features/c/0/0", bytes(data))

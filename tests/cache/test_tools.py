@@ -14,10 +14,10 @@ from cache_tools import Setup, contents, make_cache, make_setup, run_tool
 from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import Totals, estimate, estimate_recipe
 from deepspec.cache.levels import LEVELS
-from deepspec.cache.published import RECORD, export_published, import_published
+from deepspec.cache.parts import Layout
+from deepspec.cache.raw_cache import RECORD, export_raw_cache, import_raw_cache
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
-from deepspec.cache.writer import Layout
 from deepspec.cli.cache import cache
 from deepspec.errors import CacheError, DeepSpecError
 
@@ -117,16 +117,16 @@ def test_export_and_import_give_the_cache_back(
     setup: Setup, built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert call(monkeypatch, "export", built, tmp_path / "published") == 0
-    assert "published Eagle3" in capsys.readouterr().err
-    assert "its loss differs" in json.loads((tmp_path / "published/manifest.json").read_text())["deepspec_caution"]
-    assert call(monkeypatch, "import", tmp_path / "published", tmp_path / "c", "--recipe", setup.recipe) == 0
+    assert call(monkeypatch, "export", built, tmp_path / "raw") == 0
+    assert "draft that goes token by token" in capsys.readouterr().err
+    assert "its loss differs" in json.loads((tmp_path / "raw/manifest.json").read_text())["deepspec_caution"]
+    assert call(monkeypatch, "import", tmp_path / "raw", tmp_path / "c", "--recipe", setup.recipe) == 0
     ours, theirs = TargetCache.open(built), TargetCache.open(tmp_path / "c")
     assert len(ours) == len(theirs)
     assert theirs.fingerprint["levels"]["features"] == "lossless"
     assert theirs.fingerprint["target"] == ours.fingerprint["target"]
     assert np.diff(ours.sample_ids).max() > 1, "rejected conversations leave gaps"
-    index = np.fromfile(tmp_path / "published/samples.idx", RECORD)
+    index = np.fromfile(tmp_path / "raw/samples.idx", RECORD)
     assert index["sample"].tolist() == list(range(len(ours)))
     names = [name for part in range(len(theirs.manifest.parts)) for name in theirs.part(part).manifest.conversations]
     assert names == [str(number) for number in ours.sample_ids.tolist()], "our ids are kept beside the index"
@@ -138,16 +138,16 @@ def test_export_and_import_give_the_cache_back(
         assert torch.equal(one.last_hidden, other.last_hidden)
 
 
-def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
+def test_the_release_s_layout_byte_by_byte(tmp_path: Path) -> None:
     truth = make_cache(tmp_path / "c", samples=5)
-    export_published(tmp_path / "c", tmp_path / "p", shard_bytes=20_000)
+    export_raw_cache(tmp_path / "c", tmp_path / "p", shard_bytes=20_000)
     manifest = json.loads((tmp_path / "p/manifest.json").read_text())
     assert manifest["num_samples"] == 5
     assert manifest["version"] == 2
     assert manifest["index_record_size"] == RECORD.itemsize == 56
     assert manifest["num_shards"] == len(manifest["shards"]) > 1
     index = np.fromfile(tmp_path / "p/samples.idx", RECORD)
-    assert index["sample"].tolist() == [0, 1, 2, 3, 4], "the published reader asserts sample_id == index"
+    assert index["sample"].tolist() == [0, 1, 2, 3, 4], "the release's reader asserts sample_id == index"
     for record, sample in zip(index, truth, strict=True):
         data = (tmp_path / "p" / manifest["shards"][record["shard"]]["file_name"]).read_bytes()
         tokens = int(record["tokens"])
@@ -167,22 +167,22 @@ def test_the_published_layout_byte_by_byte(tmp_path: Path) -> None:
 def test_import_refuses_what_does_not_fit(tmp_path: Path) -> None:
     make_cache(tmp_path / "c", samples=5)
     mark = TargetCache.open(tmp_path / "c").fingerprint
-    export_published(tmp_path / "c", tmp_path / "p")
+    export_raw_cache(tmp_path / "c", tmp_path / "p")
     with pytest.raises(CacheError, match="not empty"):
-        export_published(tmp_path / "c", tmp_path / "p")
+        export_raw_cache(tmp_path / "c", tmp_path / "p")
     with pytest.raises(CacheError, match=r"target_layer_ids.*\[0, 1\]"):
-        import_published(tmp_path / "p", tmp_path / "d", {**mark, "layers": [0, 2]}, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", {**mark, "layers": [0, 2]}, 4)
     shard = tmp_path / "p/shard-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-10])
     with pytest.raises(CacheError, match="shard too short"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
     shard.unlink()
     with pytest.raises(CacheError, match=r"shard-00000.bin.*cannot read"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
     manifest = tmp_path / "p/manifest.json"
     manifest.write_text(manifest.read_text().replace('"bfloat16"', '"float8_e4m3fn"'))
     with pytest.raises(CacheError, match="another kind"):
-        import_published(tmp_path / "p", tmp_path / "d", mark, 4)
+        import_raw_cache(tmp_path / "p", tmp_path / "d", mark, 4)
 
 
 def test_recode_from_the_command_line(

@@ -13,13 +13,12 @@ import pytest
 from server_tools import FaultyServer, renderer, server_engine
 from transformers import PretrainedConfig
 
-from deepspec.data.answer import answer_text
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations, write_conversations
-from deepspec.data.local import Generated
+from deepspec.data.dialogue import Outcome, answer_text
+from deepspec.data.local import Generated, LocalEngine
 from deepspec.data.messages import Unusable
-from deepspec.data.outcome import Outcome
-from deepspec.data.regenerate import LocalEngine, Summary, regenerate
+from deepspec.data.regenerate import RegenerationSummary, regenerate
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
 
@@ -118,7 +117,7 @@ def test_an_end_with_most_answers_cut_says_so_and_says_it_again(
         told = capsys.readouterr().err
         assert "3 of 4 answers (75%) were cut at regenerate.max_tokens (24): raise it" in told
     server.stop()
-    assert Summary(4, 0, 0, 0.0, {"length": 2, "stop": 2}).lines(settings) == []
+    assert RegenerationSummary(4, 0, 0, 0.0, {"length": 2, "stop": 2}).warnings(settings) == []
 
 
 def test_the_first_failure_is_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,7 +133,7 @@ def local(monkeypatch: pytest.MonkeyPatch) -> Callable[..., LocalEngine]:
     """Makes an engine whose model writes the given ids."""
 
     def make(made: Renderer, ids: list[int], reason: str) -> LocalEngine:
-        monkeypatch.setattr("deepspec.data.regenerate.LocalSampler", lambda *args: Writer(ids, reason))
+        monkeypatch.setattr("deepspec.data.local.LocalSampler", lambda *args: Writer(ids, reason))
         return LocalEngine(Positionless(), made, SECTION, 0, 8)
 
     return make

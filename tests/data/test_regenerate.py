@@ -23,8 +23,8 @@ from server_tools import SECTION, FaultyServer, renderer, server_engine
 from deepspec.data.chat import Renderer
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.dialogue import Dialogue, split_turns
-from deepspec.data.local import LocalSampler, Request, sample, uniforms
-from deepspec.data.regenerate import LocalEngine, failures_path, regenerate
+from deepspec.data.local import LocalEngine, LocalSampler, SamplingRequest, sample, uniforms
+from deepspec.data.regenerate import failures_path, regenerate
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
 
@@ -93,7 +93,7 @@ def model() -> Any:
 
 def test_an_answer_does_not_depend_on_its_batch(model: Any) -> None:
     rng = random.Random(1)
-    requests = [Request(f"s{i}", [rng.randrange(500) for _ in range(rng.randint(1, 30))]) for i in range(20)]
+    requests = [SamplingRequest(f"s{i}", [rng.randrange(500) for _ in range(rng.randint(1, 30))]) for i in range(20)]
 
     def answers(batch_size: int) -> dict[str, tuple[list[int], str]]:
         sampler = LocalSampler(model, range(40), SECTION, 7, batch_size)
@@ -107,7 +107,7 @@ def test_an_answer_does_not_depend_on_its_batch(model: Any) -> None:
 
 def test_batched_sampling_equals_a_loop_without_cache(model: Any) -> None:
     prompt = [5, 6, 7, 8]
-    (found,) = LocalSampler(model, [0], SECTION, 3, 4).answer([Request("x", prompt)])
+    (found,) = LocalSampler(model, [0], SECTION, 3, 4).answer([SamplingRequest("x", prompt)])
     ids, numbers = list(prompt), uniforms(3, "x", 24)
     with torch.no_grad():
         for step in range(24):
@@ -196,10 +196,10 @@ FAULTS = ["500", "json", "close", "early", "429", "shape", "503", "slow"]
 
 @pytest.fixture(autouse=True)
 def short_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspec.data import pool
+    from deepspec.data import server
 
-    monkeypatch.setattr(pool, "FIRST_REST", 0.02)
-    monkeypatch.setattr(pool, "LONGEST_REST", 0.2)
+    monkeypatch.setattr(server, "FIRST_REST", 0.02)
+    monkeypatch.setattr(server, "LONGEST_REST", 0.2)
 
 
 def test_faulty_servers_answer_every_prompt_once(tmp_path: Path) -> None:

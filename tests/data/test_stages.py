@@ -14,7 +14,7 @@ from deepspec.data.chat import load_renderer, render_row
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.inspect import inspect
 from deepspec.data.local import Generated, LocalSampler
-from deepspec.data.regenerate import Plan, regenerate
+from deepspec.data.regenerate import RegenerationPlan, regenerate
 from deepspec.data.server import ServerOptions
 from deepspec.evaluate import run as evaluation
 from deepspec.recipe import recipe_from_dict
@@ -61,7 +61,7 @@ def test_prompt_ids_agree_in_all_four_stages(
         return iter([Generated(request, list(words), "stop") for request in requests])
 
     monkeypatch.setattr(LocalSampler, "answer", answer)
-    plan = Plan.of_recipe(recipe)
+    plan = RegenerationPlan.of_recipe(recipe)
     regenerate(prompts, answers, plan.local_engine(), plan.settings())
     (prompt,) = asked
 

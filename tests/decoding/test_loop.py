@@ -18,7 +18,7 @@ from transformers.models.qwen3 import Qwen3Config
 
 from deepspec.decoding.kv import PackedTarget
 from deepspec.decoding.loop import Decoder, generate
-from deepspec.decoding.records import DecodeSettings, Request
+from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.decoding.scheduler import StepCosts, Threshold, Throughput
 from deepspec.errors import DataError
 from deepspec.targets.load import Target, spec_from_config
@@ -135,7 +135,7 @@ def test_greedy_output_equals_plain_decoding(family: str, batch_size: int) -> No
     assert [one.output_ids for one in plain] == expected
     assert [one.output_ids for one in drafted] == expected
     for one in drafted:
-        assert sum(one.emitted_lengths) == 12
+        assert sum(round_.emitted for round_ in one.rounds) == 12
         assert one.finish == "length"
     accepted = [length for one in drafted for length in one.acceptance_lengths]
     assert 1.3 < sum(accepted) / len(accepted) < 4.5  # the draft was right sometimes and wrong sometimes
@@ -187,7 +187,7 @@ def test_stop_token_ends_the_output_and_limit_is_exact() -> None:
         drafter = FakeDrafter(bigram_table(target, 0.3), 1, 5)
         [one] = generate(target, drafter, [prompt], DecodeSettings(max_new_tokens=limit))
         assert one.output_ids == free[:limit]
-        assert sum(one.emitted_lengths) == limit - 1 <= sum(one.acceptance_lengths)
+        assert sum(round_.emitted for round_ in one.rounds) == limit - 1 <= sum(one.acceptance_lengths)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
@@ -204,8 +204,8 @@ def test_the_published_counting_cuts_a_block_only_at_an_accepted_stop_token(step
     for published in (False, True):
         drafter = OracleDrafter(texts, 61, batch_size, 4)
         if stepwise:
-            drafter.propose_tree = None  # what a drafter has that can also propose trees
-        settings = DecodeSettings(max_new_tokens=16, stop_token_ids=stops, published_limit=published)
+            drafter.max_children = 61  # what a drafter has that can also propose trees
+        settings = DecodeSettings(max_new_tokens=16, stop_token_ids=stops, release_counting=published)
         results[published] = generate(target, drafter, prompts, settings, batch_size)
     wanted = [output[: cut_at(output, stops)] for output in free]
     for done in results.values():
@@ -254,14 +254,14 @@ def test_a_prompt_beyond_the_targets_positions_is_refused() -> None:
 def test_next_turns_can_be_appended_while_decoding() -> None:
     target = tiny_target()
     first = prompts_of(target, (4, 6, 3))
-    requests = deque(Request(tuple(prompt), number, ("turn", 0)) for number, prompt in enumerate(first))
+    requests = deque(DecodeRequest(tuple(prompt), number, ("turn", 0)) for number, prompt in enumerate(first))
     decoder = Decoder(target, FakeDrafter(bigram_table(target), 2, 3), DecodeSettings(max_new_tokens=5), 2)
     seen = []
     for one in decoder.stream(requests):
         seen.append(one)
         if one.request.tag == ("turn", 0):
             following = (*one.request.prompt_ids, *one.output_ids, 1, 2)
-            requests.append(Request(following, 10 + one.request.sample_id, ("turn", 1)))
+            requests.append(DecodeRequest(following, 10 + one.request.sample_id, ("turn", 1)))
     assert len(seen) == 6
     for one in seen:
         assert one.output_ids == greedy_by_hand(target, list(one.request.prompt_ids), 5)
@@ -300,7 +300,7 @@ def test_one_reading_a_round(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Tensor, name, spy)
     decoder = Decoder(target, Counting(bigram_table(target), 2, 3), DecodeSettings(1.0, max_new_tokens=20), 2)
     reads.update(cpu=0, other=0)
-    list(decoder.stream(deque(Request(tuple(p), i) for i, p in enumerate(prompts))))
+    list(decoder.stream(deque(DecodeRequest(tuple(p), i) for i, p in enumerate(prompts))))
     assert reads["cpu"] == decoder.clock.rounds + 1
     assert reads["other"] == 0
 
@@ -332,7 +332,7 @@ def sampled_counts(policy, temperature: float, samples: int, batch_size: int = 2
     prompt = (1, 3, 2)
     decoder = Decoder(target, drafter, settings, batch_size, policy)
     counts: dict[tuple[int, ...], int] = {}
-    for one in decoder.stream(deque(Request(prompt, number) for number in range(samples))):
+    for one in decoder.stream(deque(DecodeRequest(prompt, number) for number in range(samples))):
         counts[tuple(one.output_ids)] = counts.get(tuple(one.output_ids), 0) + 1
     return counts, exact_joint(target, list(prompt), 3, temperature), decoder.clock
 

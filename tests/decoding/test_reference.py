@@ -33,7 +33,7 @@ def test_reference_decodings_are_equal(case: Path, batch_size: int) -> None:
             max_new_tokens=reference["max_new_tokens"],
             stop_token_ids=stops,
             confidence_threshold=threshold,
-            published_limit=True,
+            release_counting=True,
         )
         prompts = [run["prompt"] for run in runs]
         drafter = model.algorithm.drafter(model, batch_size, 200)
@@ -43,8 +43,9 @@ def test_reference_decodings_are_equal(case: Path, batch_size: int) -> None:
             assert run["prompt"] + one.output_ids == run["output_ids"]
             assert other.output_ids == one.output_ids
             assert one.acceptance_lengths == run["acceptance_lengths"]
-            assert one.proposal_lengths == run["proposal_lengths"]
-            for mine, length, theirs in zip(one.proposals, one.proposal_lengths, run["proposals"], strict=True):
+            lengths = [round_.length for round_ in one.rounds]
+            assert lengths == run["proposal_lengths"]
+            for mine, length, theirs in zip(one.proposals, lengths, run["proposals"], strict=True):
                 assert mine == theirs["verify_input_ids"][: length + 1]
             for round_, theirs in zip(one.rounds, run["proposals"], strict=True):
                 if "confidence_logits" in theirs:

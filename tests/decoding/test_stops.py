@@ -29,7 +29,7 @@ def test_drafted_output_is_the_plain_output_cut_at_the_first_of_the_stop_tokens(
     assert len(wanted[2]) == 1
     assert {len(output) < LIMIT for output in wanted} == {True, False}
     for batch_size, drafted, published in ((1, True, False), (3, True, True), (8, True, False), (3, False, False)):
-        settings = DecodeSettings(max_new_tokens=LIMIT, stop_token_ids=stops, published_limit=published)
+        settings = DecodeSettings(max_new_tokens=LIMIT, stop_token_ids=stops, release_counting=published)
         drafter = draft.algorithm.drafter(draft, batch_size, 16) if drafted else None  # shorter than the rows get
         done = generate(target, drafter, prompts, settings, batch_size)
         assert [one.output_ids for one in done] == wanted

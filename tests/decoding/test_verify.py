@@ -1,4 +1,4 @@
-"""Verification and admission against their plain twins, a row and a token at a time: random shapes, fp32 and bf16."""
+"""Verification and admission against references, a row and a token at a time: random shapes, fp32 and bf16."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from deepspec.decoding.scheduler import FixedLength, StepCosts, Threshold, Throughput, admit_plain
-from deepspec.decoding.verify import Uniforms, verify_greedy, verify_plain, verify_sampled
+from deepspec.decoding.scheduler import FixedLength, StepCosts, Threshold, Throughput
+from deepspec.decoding.verify import Uniforms, VerifyResult, sample, verify_greedy, verify_sampled
+from deepspec.files import write_json
 
 LENGTHS = st.lists(st.integers(0, 4), min_size=1, max_size=5)
 
@@ -31,15 +33,74 @@ def packed_case(lengths: list[int], vocab: int, dtype: torch.dtype, seed: int):
     return logits, drafts, probs, index, sent, uniforms
 
 
+def verify_reference(
+    logits: Tensor,
+    drafts: Tensor,
+    draft_probs: Tensor | None,
+    index: Tensor,
+    lengths: Tensor,
+    temperature: float,
+    uniforms: Uniforms | None,
+) -> VerifyResult:
+    """``verify_greedy`` and ``verify_sampled``, a row and a token at a time."""
+    accepted, tokens = [], []
+    for row in range(len(drafts)):
+        count, token = 0, -1
+        for slot in range(int(lengths[row]) + 1):
+            here = logits[int(index[row, slot])].float()
+            last = slot == int(lengths[row])
+            if draft_probs is None or uniforms is None:
+                choice = int(here.argmax())
+                token = choice
+                if last or choice != int(drafts[row, slot]):
+                    break
+            else:
+                weights = torch.softmax(here / temperature, -1)
+                if not last:
+                    drafted = draft_probs[row, slot]
+                    x = int(drafts[row, slot])
+                    if uniforms.accept[row, slot] * drafted[x] < weights[x]:
+                        count += 1
+                        continue
+                    residual = (weights - drafted).clamp_min(0)
+                    weights = residual if residual.sum() > 0 else weights
+                token = int(sample(weights[None], uniforms.last[row : row + 1]))
+                break
+            count += 1
+        accepted.append(count)
+        tokens.append(token)
+    return VerifyResult(torch.tensor(accepted, device=drafts.device), torch.tensor(tokens, device=drafts.device))
+
+
+def admit_reference(survival: np.ndarray, costs: StepCosts) -> np.ndarray:
+    """``Throughput.admit`` token by token, from survival [R, K]."""
+    rows, slots = survival.shape
+    lengths = np.zeros(rows, dtype=np.int64)
+    expected, tokens = float(rows), rows
+    best = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+    while lengths.sum() < rows * slots:
+        heads = [
+            (-survival[row, lengths[row]], row * slots + lengths[row]) for row in range(rows) if lengths[row] < slots
+        ]
+        gain, index = min(heads)
+        expected, tokens = expected - gain, tokens + 1
+        rate = expected / float(costs.seconds(rows, np.array([tokens]))[0])
+        if rate < best:
+            break
+        best = rate
+        lengths[index // slots] += 1
+    return lengths
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @settings(max_examples=60, deadline=None)
 @given(lengths=LENGTHS, vocab=st.integers(2, 9), seed=st.integers(0, 10_000))
-def test_greedy_acceptance_equals_its_twin(dtype: torch.dtype, lengths: list[int], vocab: int, seed: int) -> None:
+def test_greedy_acceptance_equals_the_reference(dtype: torch.dtype, lengths: list[int], vocab: int, seed: int) -> None:
     logits, drafts, _, index, sent, _ = packed_case(lengths, vocab, dtype, seed)
     fast = verify_greedy(logits, drafts, index, sent)
-    plain = verify_plain(logits, drafts, None, index, sent, 0.0, None)
-    assert fast.accepted.tolist() == plain.accepted.tolist()
-    assert fast.token.tolist() == plain.token.tolist()
+    reference = verify_reference(logits, drafts, None, index, sent, 0.0, None)
+    assert fast.accepted.tolist() == reference.accepted.tolist()
+    assert fast.token.tolist() == reference.token.tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -47,14 +108,14 @@ def test_greedy_acceptance_equals_its_twin(dtype: torch.dtype, lengths: list[int
 @given(
     lengths=LENGTHS, vocab=st.integers(2, 9), seed=st.integers(0, 10_000), temperature=st.sampled_from([0.3, 0.7, 1.0])
 )
-def test_rejection_sampling_equals_its_twin(
+def test_rejection_sampling_equals_the_reference(
     dtype: torch.dtype, lengths: list[int], vocab: int, seed: int, temperature: float
 ) -> None:
     logits, drafts, probs, index, sent, uniforms = packed_case(lengths, vocab, dtype, seed)
     fast = verify_sampled(logits, drafts, probs, index, sent, temperature, uniforms)
-    plain = verify_plain(logits, drafts, probs, index, sent, temperature, uniforms)
-    assert fast.accepted.tolist() == plain.accepted.tolist()
-    assert fast.token.tolist() == plain.token.tolist()
+    reference = verify_reference(logits, drafts, probs, index, sent, temperature, uniforms)
+    assert fast.accepted.tolist() == reference.accepted.tolist()
+    assert fast.token.tolist() == reference.token.tolist()
 
 
 def test_a_draft_that_is_the_target_is_always_accepted() -> None:
@@ -84,7 +145,7 @@ def test_what_was_not_sent_is_never_accepted() -> None:
     per_token=st.floats(0.0, 0.4),
     step=st.integers(1, 8),
 )
-def test_admission_equals_its_twin(confidence: list[list[float]], per_token: float, step: int) -> None:
+def test_admission_equals_the_reference(confidence: list[list[float]], per_token: float, step: int) -> None:
     """Also with a staircase of costs, and with the ties that equal confidences make."""
     values = np.array(confidence)
     rows, slots = values.shape
@@ -92,7 +153,7 @@ def test_admission_equals_its_twin(confidence: list[list[float]], per_token: flo
     seconds = 1.0 + per_token * np.ceil(tokens / step)
     costs = StepCosts({rows: (tokens, seconds)})
     fast = Throughput(costs).admit(values, slots, rows)
-    assert fast.tolist() == admit_plain(values.cumprod(axis=1), costs).tolist()
+    assert fast.tolist() == admit_reference(values.cumprod(axis=1), costs).tolist()
 
 
 def test_admission_is_causal() -> None:
@@ -108,47 +169,12 @@ def test_admission_is_causal() -> None:
         assert Throughput(costs).admit(changed, 7, 4).tolist() == lengths.tolist()
 
 
-def test_slots_that_do_not_pay_are_not_drafted() -> None:
-    """Each slot costs as much as a round; confidences fall: after the first rounds fewer slots are drafted."""
-    flat = np.array([1.0, 1.0])
-    sure = np.array([[0.9, 0.5, 0.05, 0.05]] * 3)
-    dear = Throughput(StepCosts({3: (np.array([3.0, 15.0]), flat)}, {3: np.array([0.8, 0.6, 0.5, 0.25, 0.0])}))
-    free = Throughput(StepCosts({3: (np.array([3.0, 15.0]), flat)}))
-    widths = []
-    for policy in (dear, free):
-        seen = []
-        for _ in range(40):
-            width = 4 if policy.max_draft is None else policy.max_draft
-            seen.append(width)
-            lengths = policy.admit(sure[:, :width] if width else None, width, 3)
-            assert lengths.max() <= width
-        widths.append(seen)
-    assert set(widths[0][:22]) == {4}  # 22 rounds of 3 rows are the first to make 64
-    assert widths[0].count(4) == 22 + 1  # and again in round 32
-    assert set(widths[0]) == {4, 0}  # not drafting at all is the cheapest here: 3 tokens in .2 seconds
-    assert set(widths[1]) == {4}
-
-
-def test_where_rows_of_one_length_cost_less_all_is_verified() -> None:
-    """Choosing leaves out the least likely token, which saves .02 of a round's second; even rows save more, or less."""
-    sure = np.array([[0.9, 0.9], [0.9, 0.05]])
-    table = {2: (np.array([2.0, 5.0, 6.0]), np.array([1.0, 1.0, 1.04]))}
-    for even, wanted in ({2: 0.1}, [2, 2]), ({2: 1e-6}, [2, 1]), ({}, [2, 1]):
-        policy = Throughput(StepCosts(table, {}, even))
-        lengths = []
-        for _ in range(300):
-            assert policy.max_draft is None  # every slot pays
-            lengths.append(policy.admit(sure, 2, 2).tolist())
-        assert lengths[:249] == [[2, 2] if even else [2, 1]] * 249  # 32 rounds, every eighth, of 2 rows make 64
-        assert lengths[249:] == [wanted] * 51
-
-
-def test_costs_are_read_back_as_written(tmp_path) -> None:
-    costs = StepCosts({4: (np.array([4.0, 8.0]), np.array([1.0, 1.5]))}, {4: np.array([0.5, 0.0])}, {4: 0.25})
-    costs.save(tmp_path / "costs.json")
-    again = StepCosts.load(tmp_path / "costs.json")
-    assert again.seconds(4, np.array([6]), 0) == costs.seconds(4, np.array([6]), 0) == 0.75
-    assert again.even_seconds(4, 1) == costs.even_seconds(4, 1) == 1.25
+def test_costs_are_read_back_as_written_also_those_of_an_earlier_version(tmp_path) -> None:
+    costs = StepCosts({4: (np.array([4.0, 8.0]), np.array([1.0, 1.5]))})
+    for more in ({}, {"saved": {"4": [0.5, 0.0]}, "even": {"4": 0.25}}):
+        write_json(tmp_path / "costs.json", costs.to_row() | more)
+        again = StepCosts.load(tmp_path / "costs.json")
+        assert again.seconds(4, np.array([6])) == costs.seconds(4, np.array([6])) == 1.25
     assert costs.seconds(8, np.array([16])) == 1.5  # as many tokens a row
 
 

@@ -6,7 +6,7 @@ from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
-from deepspec.decoding.records import Generation, Request
+from deepspec.decoding.records import DecodeRequest, Generation
 from deepspec.evaluate.cost import CostMeter
 
 
@@ -23,19 +23,19 @@ class Clock:
 def test_each_prompt_pays_its_share_of_the_rounds_it_was_in() -> None:
     clock = Clock()
     decoder: Any = SimpleNamespace(clock=clock)
-    requests = [Request((1,), n, tag=(n, 0)) for n in (10, 11, 12)]
+    requests = [DecodeRequest((1,), n, tag=(n, 0)) for n in (10, 11, 12)]
     meter = CostMeter(decoder, requests)
 
-    def leaves(place: int, turn: int, rounds: int, entered: int) -> None:
+    def leaves(index: int, turn: int, rounds: int, entered: int) -> None:
         for _ in range(entered):
             meter.waiting.popleft()
         clock.rounds += rounds
-        meter.left(Generation(Request((1,), place, tag=(place, turn))))
+        meter.left(Generation(DecodeRequest((1,), index, tag=(index, turn))))
 
     leaves(10, 0, rounds=4, entered=2)  # 10 and 11 together
     first = meter.take(10)
     leaves(11, 0, rounds=2, entered=1)  # 11 and 12 together
-    meter.submit(Request((1,), 11, tag=(11, 1)))  # its next turn
+    meter.submit(DecodeRequest((1,), 11, tag=(11, 1)))  # its next turn
     leaves(12, 0, rounds=6, entered=1)  # 12 and 11's second turn
     leaves(11, 1, rounds=1, entered=0)  # 11 alone
     costs = [first, meter.take(11), meter.take(12)]

@@ -16,8 +16,7 @@ from evaluate_tools import Folders, make_folders, rows_of, untimed, write_task
 
 from deepspec.distributed import World, free_port, process_group
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.log import RowLog
-from deepspec.evaluate.results import Results
+from deepspec.evaluate.results import Results, open_rows
 
 PROMPTS = 40
 
@@ -50,7 +49,7 @@ def kill_in_the_middle(command: list[str], path: Path) -> int:
 
 @pytest.mark.parametrize("phase", ["results", pytest.param("plain", marks=pytest.mark.slow)])
 def test_killed_and_finished_by_two_processes(folders: Folders, tmp_path: Path, phase: str) -> None:
-    """Killed while it decodes with the draft, or before that, plainly."""
+    """Killed while it decodes with the draft, or before that, the baseline."""
     output = tmp_path / "killed"
     command = [sys.executable, *folders.command(output, "--batch-size", "2")]
     assert kill_in_the_middle(command, output / f"{phase}.jsonl") < PROMPTS
@@ -72,7 +71,7 @@ def test_killed_and_finished_by_two_processes(folders: Folders, tmp_path: Path, 
 
     undisturbed = folders.run(tmp_path / "undisturbed", batch_size=2)
     assert untimed(results) == untimed(undisturbed)
-    assert undisturbed.summaries[0].equal_to_plain == 1.0
+    assert undisturbed.summaries[0].equal_to_baseline == 1.0
 
 
 def rows_of_whole(path: Path) -> list[dict[str, Any]]:
@@ -86,37 +85,37 @@ def row(index: int, **more: Any) -> dict[str, Any]:
 
 def test_rows_of_all_ranks_are_read_whatever_the_number_of_ranks(tmp_path: Path) -> None:
     for rank in range(3):
-        log = RowLog(tmp_path, "results", rank)
+        log = open_rows(tmp_path, "results", rank)
         for index in range(rank, 9, 3):
-            log.add(row(index, rank=rank))
+            log.append(row(index, rank=rank))
         log.close()
         with open(log.own, "ab") as handle:
             handle.write(b'{"task": "t", "index": 99')  # killed while it wrote
-    log = RowLog(tmp_path, "results", 1)
-    assert sorted(index for _, _, index in log.rows) == list(range(9))
-    log.add(row(9, rank=1))
+    log = open_rows(tmp_path, "results", 1)
+    assert sorted(index for _, _, index in log) == list(range(9))
+    log.append(row(9, rank=1))
     assert log.own.read_bytes().count(b"99") == 0  # half a row is gone before the next is written
     log.merge()
     assert [path.name for path in tmp_path.iterdir()] == ["results.jsonl"]
-    again = RowLog(tmp_path, "results")
-    assert list(again.rows) == [("t", 0.0, index) for index in range(10)]
-    assert again.rows["t", 0.0, 4] == row(4, rank=1)
+    again = open_rows(tmp_path, "results")
+    assert list(again) == [("t", 0.0, index) for index in range(10)]
+    assert again["t", 0.0, 4] == row(4, rank=1)
 
 
 def test_a_merge_that_was_cut_leaves_every_row_once(tmp_path: Path) -> None:
-    first, second = RowLog(tmp_path, "results"), RowLog(tmp_path, "results", 1)
-    second.add(row(1))
+    first, second = open_rows(tmp_path, "results"), open_rows(tmp_path, "results", 1)
+    second.append(row(1))
     second.close()
-    first.add(row(0))
-    first.add(row(1))  # the merged file was renamed, rank 1's not yet removed
+    first.append(row(0))
+    first.append(row(1))  # the merged file was renamed, rank 1's not yet removed
     first.close()
-    assert list(RowLog(tmp_path, "results").rows) == [("t", 0.0, 0), ("t", 0.0, 1)]
+    assert list(open_rows(tmp_path, "results")) == [("t", 0.0, 0), ("t", 0.0, 1)]
 
 
 def test_a_broken_row_is_named(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text(json.dumps(row(0)) + "\nnot json\n" + json.dumps(row(1)) + "\n")
     with pytest.raises(EvaluationError, match="line 2"):
-        RowLog(tmp_path, "results")
+        open_rows(tmp_path, "results")
 
 
 def test_ranks_that_do_not_know_each_other_s_address_are_told_how(monkeypatch: pytest.MonkeyPatch) -> None:

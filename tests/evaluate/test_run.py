@@ -17,7 +17,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.drafts import load_draft, save_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.report import markdown, write_report
-from deepspec.evaluate.results import Results, published
+from deepspec.evaluate.results import Results, paper_value
 from deepspec.evaluate.run import Evaluation
 from deepspec.recipe import load_recipe
 from deepspec.targets import Target, load_target
@@ -38,17 +38,17 @@ def test_the_command_measures_and_reports(folders: Folders, tmp_path: Path) -> N
     results = Results.load(output)
     rows = {row.task: row for row in results.summaries}
     assert set(rows) == {"short", "talk", "macro"}
-    assert rows["short"].equal_to_plain == rows["talk"].equal_to_plain == 1.0
-    assert rows["macro"].accepted_length == (rows["short"].accepted_length + rows["talk"].accepted_length) / 2
+    assert rows["short"].equal_to_baseline == rows["talk"].equal_to_baseline == 1.0
+    assert rows["macro"].acceptance_length == (rows["short"].acceptance_length + rows["talk"].acceptance_length) / 2
     for row in rows.values():
-        assert row.accepted_length >= 1.0
+        assert row.acceptance_length >= 1.0
         assert len(row.conditional) == len(row.prefix) == 4
         assert row.speed_up is not None
         assert set(row.milliseconds_per_step) == {"draft", "verify", "head", "other", "total"}
         assert (row.speed_up_interval is not None) == (row.task == "short")  # the other task has one prompt
     written = json.loads((output / "results.json").read_text())
     assert written == json.loads(json.dumps(results.to_row()))  # nothing is lost between the class and the file
-    for title in ("Accepted length and speed", "Acceptance by position", "Where a round's time goes"):
+    for title in ("Acceptance length and speed", "Acceptance by position", "Where a round's time goes"):
         assert title in done.stdout
     provenance = results.provenance
     assert provenance.tasks.keys() == provenance.sources.keys() == {"short", "talk"}
@@ -75,7 +75,7 @@ def test_outputs_do_not_depend_on_what_else_runs(folders: Folders, tmp_path: Pat
         )
     ):
         output = tmp_path / str(number)
-        folders.run(output, temperatures=(1.0,), plain=False, **more)
+        folders.run(output, temperatures=(1.0,), baseline=False, **more)
         runs.append({(row["task"], row["index"]): (row["output_sha"], row["accepted"]) for row in rows_of(output)})
     assert runs[0] == runs[1]
     for other in runs[2:]:
@@ -87,7 +87,7 @@ def test_outputs_do_not_depend_on_what_else_runs(folders: Folders, tmp_path: Pat
 
 
 def test_live_weights_measure_like_the_folder(folders: Folders, tmp_path: Path) -> None:
-    """A draft in memory and the folder it is saved to have the same accepted length."""
+    """A draft in memory and the folder it is saved to have the same acceptance length."""
     target = load_target(folders.target)
     live = load_draft(folders.draft, target)
     algorithm = live.algorithm
@@ -110,7 +110,7 @@ def test_the_first_turn_alone(folders: Folders, tmp_path: Path) -> None:
     assert tokens[0]["talk"] > tokens[1]["talk"]
 
 
-def test_published_figures_stand_only_beside_a_result_measured_like_them() -> None:
+def test_figures_of_the_paper_stand_only_beside_a_result_measured_like_them() -> None:
     settings = {
         "temperature": 1.0, "max_new_tokens": 2048, "turns": 1, "thinking": False, "system_prompt": None,
         "confidence_threshold": 0.0, "tree": [],
@@ -119,55 +119,55 @@ def test_published_figures_stand_only_beside_a_result_measured_like_them() -> No
         name: load_recipe(ROOT / "recipes" / f"{name}_qwen3_4b.yaml").draft for name in ("dspark", "dflash", "eagle3")
     }
     dspark = drafts["dspark"]
-    assert published("Qwen/Qwen3-4B", dspark, "gsm8k", 500, settings) == (6.11, [])
-    assert published("/models/gemma-4-12B-it", drafts["eagle3"], "arena-hard-v2", 500, settings) == (2.72, [])
-    assert published("Qwen/Qwen3-8B", drafts["dflash"], "aime25", 30, settings) == (4.07, [])
+    assert paper_value("Qwen/Qwen3-4B", dspark, "gsm8k", 500, settings) == (6.11, [])
+    assert paper_value("/models/gemma-4-12B-it", drafts["eagle3"], "arena-hard-v2", 500, settings) == (2.72, [])
+    assert paper_value("Qwen/Qwen3-8B", drafts["dflash"], "aime25", 30, settings) == (4.07, [])
     for target, task in (("Qwen/Qwen3-1.7B", "gsm8k"), ("Qwen/Qwen3-4B", "held_out")):  # there is none
-        assert published(target, dspark, task, 500, settings) == (None, [])
+        assert paper_value(target, dspark, task, 500, settings) == (None, [])
     other: list[tuple[Any, int, dict[str, Any], str]] = [
-        (dspark, 8, {}, "prompts 8, published 500"),
-        (dspark, 500, {"temperature": 0.0}, "temperature 0.0, published 1.0"),
-        (dspark, 500, {"max_new_tokens": 256}, "max_new_tokens 256, published 2048"),
-        (dspark, 500, {"turns": 2}, "turns 2, published 1"),
-        (dspark, 500, {"thinking": True}, "thinking True, published False"),
-        (dspark, 500, {"tree": [2]}, "tree [2], published []"),
-        (replace(dspark, block_size=15), 500, {}, "max_draft 15, published 7"),
-        (replace(dspark, num_layers=3), 500, {}, "num_layers 3, published 5"),
-        (replace(dspark, markov_head="gated"), 500, {}, "markov_head gated, published vanilla"),
-        (replace(drafts["eagle3"], draft_vocab_size=32000), 500, {}, "draft_vocab_size 32000, published None"),
+        (dspark, 8, {}, "prompts 8, paper 500"),
+        (dspark, 500, {"temperature": 0.0}, "temperature 0.0, paper 1.0"),
+        (dspark, 500, {"max_new_tokens": 256}, "max_new_tokens 256, paper 2048"),
+        (dspark, 500, {"turns": 2}, "turns 2, paper 1"),
+        (dspark, 500, {"thinking": True}, "thinking True, paper False"),
+        (dspark, 500, {"tree": [2]}, "tree [2], paper []"),
+        (replace(dspark, block_size=15), 500, {}, "max_draft 15, paper 7"),
+        (replace(dspark, num_layers=3), 500, {}, "num_layers 3, paper 5"),
+        (replace(dspark, markov_head="gated"), 500, {}, "markov_head gated, paper vanilla"),
+        (replace(drafts["eagle3"], draft_vocab_size=32000), 500, {}, "draft_vocab_size 32000, paper None"),
     ]
     for draft, prompts, changed, reason in other:
-        assert published("Qwen/Qwen3-4B", draft, "gsm8k", prompts, settings | changed) == (None, [reason])
+        assert paper_value("Qwen/Qwen3-4B", draft, "gsm8k", prompts, settings | changed) == (None, [reason])
 
 
-def test_a_published_figure_that_is_not_comparable_is_left_out_and_why(folders: Folders, tmp_path: Path) -> None:
+def test_a_figure_of_the_paper_that_is_not_comparable_is_left_out_and_why(folders: Folders, tmp_path: Path) -> None:
     target, named = load_target(folders.target), tmp_path / "Qwen3-4B"
     named.symlink_to(folders.target)
     task = write_task(tmp_path / "tasks" / "gsm8k.jsonl", [["What is 1?"], ["What is 2?"]])
-    options = replace(folders.options(tmp_path / "out", tasks=(str(task),), plain=False), target=str(named))
+    options = replace(folders.options(tmp_path / "out", tasks=(str(task),), baseline=False), target=str(named))
     results = Evaluation(options, target=target).run()
     assert results is not None
     (row,) = results.summaries
-    assert row.published is None
-    assert "prompts 2, published 500" in row.published_differs
-    assert "temperature 0.0, published 1.0" in row.published_differs
+    assert row.paper_value is None
+    assert "prompts 2, paper 500" in row.paper_differs
+    assert "temperature 0.0, paper 1.0" in row.paper_differs
     text = markdown(results.to_row())
-    assert "published |" not in text
-    assert "there is a published figure, which is not comparable" in text
+    assert "paper |" not in text
+    assert "the paper reports a figure, which is not comparable" in text
 
 
-def test_an_answer_of_one_token_has_no_accepted_length(
+def test_an_answer_of_one_token_has_no_acceptance_length(
     folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither at the limit of one new token, nor where the first token is a stop token."""
     results = folders.run(tmp_path / "one", max_new_tokens=1)
-    assert {row.task: (row.accepted_length, row.interval, row.rounds) for row in results.summaries} == dict.fromkeys(
+    assert {row.task: (row.acceptance_length, row.interval, row.rounds) for row in results.summaries} == dict.fromkeys(
         ("short", "talk", "macro"), (None, None, 0)
     )
     assert json.loads((tmp_path / "one" / "results.json").read_text())["summaries"][0]["accepted_length"] is None
     write_report(results.to_row(), tmp_path / "one")
     assert "| none |" in (tmp_path / "one" / "results.md").read_text()
-    stopping = Evaluation(folders.options(tmp_path / "stop", plain=False))
+    stopping = Evaluation(folders.options(tmp_path / "stop", baseline=False))
     prompt = stopping._request(stopping.tasks[0], 0, []).prompt_ids
     first = generate(stopping.target, None, [prompt], DecodeSettings(max_new_tokens=1))[0].output_ids
     settings = replace(stopping._settings(0.0), stop_token_ids=tuple(first))
@@ -177,7 +177,7 @@ def test_an_answer_of_one_token_has_no_accepted_length(
     assert stopped.summaries[0].without_rounds >= 1
     rows = [row["committed"] for row in rows_of(tmp_path / "stop") if row["task"] == "short" and row["committed"]]
     tokens, rounds = sum(map(sum, rows)), sum(map(len, rows))
-    assert stopped.summaries[0].accepted_length == (tokens / rounds if rounds else None)
+    assert stopped.summaries[0].acceptance_length == (tokens / rounds if rounds else None)
 
 
 def with_positions(folders: Folders, count: int) -> Target:
@@ -215,8 +215,8 @@ def test_a_conversation_ends_before_a_turn_that_does_not_fit(folders: Folders, t
     (summary,) = results.summaries
     (row,) = rows_of(tmp_path / "out")
     assert (row["finish"], row["output_tokens"], summary.cut_short) == ("positions", 12, 1)
-    assert summary.equal_to_plain == 1.0
-    assert "1 of 1 prompts were ended before a turn" in markdown(results.to_row())
+    assert summary.equal_to_baseline == 1.0
+    assert "1 of 1 prompts ended before a turn" in markdown(results.to_row())
 
 
 def test_a_threshold_without_a_confidence_head_is_refused_before_anything_is_decoded(

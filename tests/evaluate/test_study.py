@@ -14,7 +14,7 @@ from deepspec.decoding.clock import StepTiming
 from deepspec.decoding.records import DecodeSettings
 from deepspec.decoding.scheduler import FixedLength, Policy, StepCosts, Throughput
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.profile import Probe, choosing, fit, profile, saving
+from deepspec.evaluate.profile import Probe, fit, profile
 from deepspec.evaluate.study import (
     SCHEDULER,
     Bench,
@@ -31,52 +31,32 @@ from deepspec.evaluate.study import (
 @given(st.integers(0, 2**16), st.integers(2, 8), st.sampled_from((1, 4, 64)))
 def test_fitted_costs_are_convex_and_never_fall(seed: int, slots: int, rows: int) -> None:
     random = np.random.default_rng(seed)
-    turns = [
-        StepTiming(
-            rows, rows + int(random.integers(0, rows * slots + 1)), 1, int(random.integers(0, slots + 1)), seconds
-        )
+    timings = [
+        StepTiming(rows, rows + int(random.integers(0, rows * slots + 1)), 1, seconds)
         for seconds in random.uniform(0.5, 2.0, 40)
     ]
-    (tokens, seconds), saved = fit(turns, rows, slots)
+    tokens, seconds = fit(timings, rows, slots)
     slopes = np.diff(seconds) / np.diff(tokens)
     assert (slopes >= -1e-9).all()
     assert (np.diff(slopes) >= -1e-9).all()
-    assert len(saved) == slots + 1
-    assert saved[-1] == 0
-    assert (np.diff(saved) <= 1e-12).all()
 
 
 def test_costs_are_found_again_beneath_noise_and_outliers() -> None:
-    """A knee at half of the tokens, a saving a slot, one of no draft at all; one round in twenty is disturbed."""
+    """A knee at half of the tokens; one round in twenty is disturbed."""
     random = np.random.default_rng(0)
-    turns = []
+    timings = []
     for _ in range(600):
-        tokens, drafted = int(random.integers(4, 33)), int(random.integers(0, 8))
-        seconds = 1.0 + 0.05 * max(0, tokens - 18) - 0.02 * (7 - drafted) - 0.3 * (drafted == 0)
-        turns.append(StepTiming(4, tokens, 1, drafted, seconds * random.uniform(0.97, 1.03) + (random.random() < 0.05)))
-    (tokens, seconds), saved = fit(turns, 4, 7)
+        tokens = int(random.integers(4, 33))
+        seconds = 1.0 + 0.05 * max(0, tokens - 18)
+        timings.append(StepTiming(4, tokens, 1, seconds * random.uniform(0.97, 1.03) + (random.random() < 0.05)))
+    tokens, seconds = fit(timings, 4, 7)
     np.testing.assert_allclose(np.interp([4, 18, 32], tokens, seconds), [1.0, 1.0, 1.7], atol=0.02)
-    np.testing.assert_allclose(saved, [0.44, *(0.02 * (7 - np.arange(1, 8)))], atol=0.02)
-    costs = StepCosts({4: (tokens, seconds)}, {4: saved})
-    even = [
-        StepTiming(4, 32, 1, 7, 1.6),
-        StepTiming(3, 24, 1, 7, 1.6),
-        StepTiming(4, 32, 1, 7, 9.0),
-    ]  # the last one was disturbed
-    assert saving(costs, even) == pytest.approx(0.1, abs=0.02)
-    assert saving(costs, [StepTiming(4, 32, 1, 7, 1.9)]) == 0
-    assert 0 < choosing(costs, 4, 7) < 1
 
 
-def test_a_probe_tries_every_width_and_ragged_lengths() -> None:
-    probe, widths, lengths = Probe(4, seed=0), set(), set()
-    for _ in range(200):
-        width = 4 if probe.max_draft is None else probe.max_draft
-        widths.add(width)
-        given_lengths = probe.admit(None, width, 3)
-        assert given_lengths.max() <= width
-        lengths.add(tuple(given_lengths))
-    assert widths == {0, 1, 2, 3, 4}
+def test_a_probe_tries_ragged_lengths() -> None:
+    probe = Probe(seed=0)
+    lengths = {tuple(probe.admit(None, 4, 3)) for _ in range(200)}
+    assert all(0 <= length <= 4 for row in lengths for length in row)
     assert len(lengths) > 40
 
 
@@ -97,7 +77,7 @@ def made_up(scheduler: list[float], load: int = 4) -> list[dict]:
         ([100.0], False, "one attempt says nothing"),
     ],
 )
-def test_a_sentence_is_said_only_where_the_spread_allows_it(attempts: list[float], sure: bool, says: str) -> None:
+def test_a_sentence_is_written_only_where_the_spread_allows_it(attempts: list[float], sure: bool, says: str) -> None:
     (finding,) = judge(made_up(attempts))
     assert finding["sure"] is sure
     assert says in sentence(finding)
@@ -111,11 +91,11 @@ class NoisyBench:
     def __init__(self, seconds: dict[int, list[float]]) -> None:
         self.seconds, self.runs = seconds, []
 
-    def run(self, policy: Policy, concurrency: int, turns: int | None = None, attempt: int = 0) -> list[StepTiming]:
+    def run(self, policy: Policy, concurrency: int, rounds: int | None = None, attempt: int = 0) -> list[StepTiming]:
         self.runs.append((concurrency, attempt))
         own = self.seconds[concurrency]
         spent = own[attempt % len(own)] if isinstance(policy, Throughput) else 1.0
-        return [StepTiming(concurrency, 2 * concurrency, 100, 2, spent)]
+        return [StepTiming(concurrency, 2 * concurrency, 100, spent)]
 
 
 def test_attempts_go_on_at_the_noisy_loads_alone_and_are_bounded() -> None:
@@ -152,12 +132,12 @@ def test_a_study_of_a_tiny_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     target = tiny_target("qwen3")
     draft = tiny_draft("dspark", target)
     bench = Bench(target, draft, DecodeSettings(max_new_tokens=4), ((1, 5, 9), (4, 7), (3,)))
-    costs = profile(bench, (6,))
+    costs = profile(bench.run, bench.slots, (6,))
     options = StudyOptions("", "", "", concurrency=(6,), repeats=1, most_repeats=1)
     rows = compare(bench, costs, options)
     assert {row["policy"] for row in rows} == {"fixed 1", "fixed 2", "fixed 3", "fixed 4", "threshold 0.5", SCHEDULER}
     assert all(row["tokens_per_second"] > 0 and row["accepted_length"] >= 1 for row in rows)
-    study = {"rows": rows, "findings": judge(rows), "costs": {"table": costs.table}}
+    study = {"rows": rows, "findings": judge(rows), "costs": costs.to_row()}
     plot(study, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"throughput.png", "verified.png", "trade.png", "costs.png"}
     assert SCHEDULER in markdown(study)

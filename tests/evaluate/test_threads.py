@@ -63,8 +63,8 @@ def test_the_probe_runs_the_target(folders: Folders) -> None:
 def test_a_continued_run_keeps_the_count(folders: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "own_cores", lambda local: 2)
     pretend(monkeypatch, {1: 0.001, 2: 0.002})
-    folders.run(tmp_path / "out", plain=False)
+    folders.run(tmp_path / "out", baseline=False)
     assert read_json(tmp_path / "out" / "run.json")["threads"] == 1
     pretend(monkeypatch, {1: 0.002, 2: 0.001})
-    again = folders.run(tmp_path / "out", plain=False)
+    again = folders.run(tmp_path / "out", baseline=False)
     assert again.provenance.threads == 1

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from algorithm_tools import random_batch, tiny_draft, tiny_target
 
 from deepspec import registry
+from deepspec.algorithms.block import BlockPlan
 from deepspec.checkpoints import Manifest
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
@@ -64,7 +65,9 @@ def test_the_loss_is_that_of_its_definition(algorithm: str) -> None:
     anchors = [torch.tensor([1, 4, 8]), torch.tensor([2, 5])]
     mask = batch.supervision.loss_mask
     anchors = [drawn[mask[row, drawn] & mask[row, drawn + 1]] for row, drawn in enumerate(anchors)]
-    terms = model.algorithm.objective(model, batch, anchors)
+    config = model.config
+    plan = BlockPlan.make(batch.supervision, anchors, config.max_draft, config.loss_decay_gamma)
+    terms = model.algorithm.objective(model, batch.planned(plan))
     torch.testing.assert_close(terms.weighted_sum(), plain_loss(model, batch, anchors), atol=1e-4, rtol=1e-5)
     model(batch).loss().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in model.parameters())

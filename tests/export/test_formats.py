@@ -1,4 +1,4 @@
-"""Round trips ours -> format -> ours for every format and algorithm, what a format refuses, strict imports."""
+"""What engines refuse and why, other people's files, strict imports; round trips are in test_engines.py."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from algorithm_tools import random_batch, tiny_target
 from export_tools import KINDS, LAYERS, made
 from safetensors.torch import load_file, save_file
 
-from deepspec.drafts import FROZEN, load_draft, read_weights, save_draft
+from deepspec.drafts import load_draft, read_weights, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.convert import FORMATS, ExportOptions, export_draft, import_draft
+from deepspec.export.convert import ExportOptions, export_draft, import_draft
 from deepspec.export.parts import ImportHints
 
 # what a format cannot carry, and a word of the reason
@@ -36,13 +36,6 @@ REFUSED = {
     **{("zlab", kind, "qwen3"): "DFlash drafts alone" for kind in KINDS if not kind.startswith("dflash")},
     **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
 }
-CASES = [
-    *((name, kind, "qwen3") for name in FORMATS for kind in KINDS),
-    *((name, kind, "llama") for name in FORMATS for kind in ("eagle3", "eagle3-reduced") if name != "zlab"),
-    *((name, kind, "gemma4") for name in ("deepspec", "vllm") for kind in ("dflash", "dspark")),
-    ("deepspec", "eagle3", "gemma4"),
-    ("deepspec", "dspark", "llama"),
-]
 
 
 @torch.no_grad()
@@ -61,39 +54,12 @@ def logits(model: Any) -> torch.Tensor:
     return base + model.markov_head.markov_w2(model.markov_head.latents(model.markov_head.markov_w1(previous), hidden))
 
 
-@pytest.mark.parametrize(("format_name", "kind", "family"), CASES)
-def test_round_trip_gives_equal_weights_config_and_logits(
-    format_name: str, kind: str, family: str, tmp_path: Path
-) -> None:
-    target, model, ours = made(tmp_path, kind, family)
-    if reason := REFUSED.get((format_name, kind, family)):
-        with pytest.raises(DraftError, match=reason):
-            export_draft(ours, tmp_path / "out", ExportOptions(format_name))
-        assert not (tmp_path / "out").exists()
-        return
-    export_draft(ours, tmp_path / "out", ExportOptions(format_name))
-    _, found = import_draft(tmp_path / "out", tmp_path / "back", format_name)
-    back = load_draft(tmp_path / "back", target)
-    written, kept = read_weights(ours), read_weights(tmp_path / "back")
-    if model.config.draft_vocab_size and format_name != "deepspec":  # engines hold 20 rows of the head
-        written = {name: tensor for name, tensor in written.items() if name not in FROZEN}
-    assert found == format_name
-    assert sorted(kept) == sorted(written)
-    assert all(torch.equal(kept[name], written[name]) for name in written)
-    same = ("ttt_length", "step_loss_decay", "draft_vocab_size", "num_anchors")
-    assert all(getattr(back.config, key, None) == getattr(model.config, key, None) for key in same)
-    assert (back.config.target_layers, back.config.max_draft) == (tuple(LAYERS), model.config.max_draft)
-    assert back.shape == model.shape
-    torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
-
-
-@pytest.mark.parametrize(("format_name", "kind", "family"), [key for key in REFUSED if key[2] != "qwen3"])
-def test_a_format_refuses_what_its_engine_has_no_class_for(
-    format_name: str, kind: str, family: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(("format_name", "kind", "family"), REFUSED)
+def test_an_engine_says_why_it_refuses_a_draft(format_name: str, kind: str, family: str, tmp_path: Path) -> None:
     _, _, ours = made(tmp_path, kind, family)
     with pytest.raises(DraftError, match=REFUSED[format_name, kind, family]):
         export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+    assert not (tmp_path / "out").exists()
 
 
 FOREIGN = [
@@ -145,7 +111,7 @@ def test_a_draft_with_a_head_of_its_own_uses_it(tmp_path: Path) -> None:
     import_draft(tmp_path / "out", tmp_path / "back", "auto", ImportHints(target.spec, max_draft=3))
     back = load_draft(tmp_path / "back", target)
     torch.testing.assert_close(logits(back), 2 * logits(model))
-    with pytest.raises(DraftError, match="not a draft of SGLang's"):
+    with pytest.raises(DraftError, match="not a draft in the sglang format"):
         import_draft(ours, tmp_path / "again", "sglang")
 
 
@@ -183,7 +149,7 @@ def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
     path.write_text(json.dumps(config))
     with pytest.raises(DraftError, match=r"sample_from_anchor.*--sample-from-anchor"):
         import_draft(tmp_path / "spec", tmp_path / "back")
-    import_draft(tmp_path / "spec", tmp_path / "back", facts=ImportHints(sample_from_anchor=True))
+    import_draft(tmp_path / "spec", tmp_path / "back", hints=ImportHints(sample_from_anchor=True))
     assert load_draft(tmp_path / "back", target).config.max_draft == 4
     _, _, ours = made(tmp_path / "e", "eagle3")
     export_draft(ours, tmp_path / "eagle", ExportOptions("speculators"))
@@ -220,7 +186,7 @@ def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
     save_file(state, path)
     wide = tiny_target("qwen3", hidden_size=64)
     with pytest.raises(DraftError, match="hidden_size"):
-        import_draft(tmp_path / "out", tmp_path / "never", facts=ImportHints(wide.spec))
+        import_draft(tmp_path / "out", tmp_path / "never", hints=ImportHints(wide.spec))
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     for key, value in {
         "projector_type": "domino",

@@ -87,7 +87,7 @@ def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     made(tmp_path, "qwen3", "dflash", [0, 1, 3], {})
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 96}))
-    with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted an id below 96"):
+    with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted .*below 96"):
         load_draft(tmp_path)
 
 
@@ -128,6 +128,6 @@ def test_a_foreign_list_that_does_not_rise_is_refused_unless_its_order_is_stated
     path.write_text(json.dumps(foreign | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
     facts = {"target": target.spec, "max_draft": 3}
     with pytest.raises(DraftError, match=r"layers do not rise.*found \[3, 0, 1\].*--target-layers"):
-        import_draft(tmp_path / "out", tmp_path / "back", facts=ImportHints(**facts))
-    import_draft(tmp_path / "out", tmp_path / "back", facts=ImportHints(**facts, target_layers=(0, 1, 3)))
+        import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts))
+    import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts, target_layers=(0, 1, 3)))
     assert load_draft(tmp_path / "back", target).config.target_layers == (0, 1, 3)

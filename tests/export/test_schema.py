@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from deepspec.drafts import FROZEN
-from deepspec.export.convert import find_format
-from deepspec.export.parts import Draft, ImportHints
+from deepspec.export.parts import DraftCheckpoint, ImportHints
+from deepspec.registry import engine
 
 SCHEMAS = sorted((Path(__file__).parents[2].parent / "shared" / "golden" / "schema").glob("*.json"))
 pytestmark = pytest.mark.skipif(not SCHEMAS, reason="no reference data in ../shared/golden")
@@ -19,21 +19,21 @@ MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 LAYERS = [1, 9, 17, 25, 33]
 
 
-def released(path: Path) -> tuple[Draft, dict[str, list[int]]]:
+def released(path: Path) -> tuple[DraftCheckpoint, dict[str, list[int]]]:
     """A released draft by its schema: its config, and its tensors without values."""
     schema: dict[str, Any] = json.loads(path.read_text())
     state = {name: torch.empty(shape, device="meta") for name, shape in schema["tensors"].items()}
-    return Draft(schema["config_json"], state), schema["tensors"]
+    return DraftCheckpoint(schema["config_json"], state), schema["tensors"]
 
 
-def shapes(draft: Draft) -> dict[str, list[int]]:
+def shapes(draft: DraftCheckpoint) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in draft.state.items()}
 
 
 @pytest.mark.parametrize("path", SCHEMAS, ids=lambda path: path.stem)
 def test_our_own_export_has_the_released_names_shapes_and_fields(path: Path) -> None:
     draft, tensors = released(path)
-    written = find_format("deepspec").write(draft)
+    written = engine("deepspec").write(draft)
     assert shapes(written) == tensors
     assert all(written.config[key] == value for key, value in draft.config.items())
     if draft.algorithm.name != "eagle3":
@@ -44,7 +44,7 @@ def test_our_own_export_has_the_released_names_shapes_and_fields(path: Path) -> 
 @pytest.mark.parametrize("name", ["vllm", "speculators"])
 def test_an_engines_export_has_the_released_tensors(name: str, path: Path) -> None:
     draft, tensors = released(path)
-    written = find_format(name).write(draft)
+    written = engine(name).write(draft)
     expected = dict(tensors)
     if draft.algorithm.name == "dflash":  # served as DSpark with a head of rank 1 that adds nothing
         expected |= {key: [151936, 1] for key in MARKOV}
@@ -54,7 +54,7 @@ def test_an_engines_export_has_the_released_tensors(name: str, path: Path) -> No
     if draft.algorithm.name == "eagle3":
         assert config["eagle_aux_hidden_state_layer_ids"] == higher
         assert config["norm_before_residual"] is False
-        back = find_format(name).read(written, ImportHints())
+        back = engine(name).read(written, ImportHints())
         assert shapes(back) == tensors
         assert back.parsed == draft.parsed
     elif name == "speculators":
@@ -68,7 +68,7 @@ def test_an_engines_export_has_the_released_tensors(name: str, path: Path) -> No
 @pytest.mark.parametrize("path", [path for path in SCHEMAS if path.stem.startswith("dspark")], ids=lambda p: p.stem)
 def test_sglang_takes_the_released_dspark_as_it_is(path: Path) -> None:
     draft, tensors = released(path)
-    written = find_format("sglang").write(draft)
+    written = engine("sglang").write(draft)
     assert shapes(written) == tensors
     assert written.config["head_dim"] == 128
     assert {name: tensors[name] for name in FROZEN} == {key: [151936, 2560] for key in FROZEN}

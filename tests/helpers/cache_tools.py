@@ -18,11 +18,10 @@ import torch
 import yaml
 
 from deepspec.cache.assemble import finish_cache
-from deepspec.cache.plan import Plan, PlannedPart
+from deepspec.cache.parts import Block, layout_of, next_supervised, write_part
+from deepspec.cache.plan import CachePlan, PlannedPart
 from deepspec.cache.reader import Sample, stored_view
-from deepspec.cache.recode import write_part
 from deepspec.cache.store import FolderStore
-from deepspec.cache.writer import Block, layout_of, next_supervised
 from deepspec.data.conversations import write_conversations
 from deepspec.demos.quickstart.tokenizer import train_tokenizer
 from deepspec.recipe import Recipe, load_recipe
@@ -158,7 +157,7 @@ def make_cache(
         PlannedPart(f"{i:05d}", 0, first, min(samples_per_part, samples - first), 0, first)
         for i, first in enumerate(range(0, samples, samples_per_part))
     )
-    plan = Plan(mark, 0, 100.0, parts)
+    plan = CachePlan(mark, 0, 100.0, parts)
     with ThreadPoolExecutor(2) as pool:
         for part in parts:
             run = truth[part.first : part.first + part.rows]

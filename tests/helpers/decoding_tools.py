@@ -58,6 +58,8 @@ class FakeDrafter:
     It keeps what it was given, so that a test can compare it with the target's own features.
     """
 
+    max_children = 0
+
     def __init__(
         self, table: Tensor, rows: int, max_draft: int, confidence: Tensor | None = None, layers=(0, 2)
     ) -> None:

@@ -16,7 +16,7 @@ from deepspec.evaluate.results import Results
 from deepspec.evaluate.run import Evaluation, Options
 from deepspec.targets import load_spec
 
-TIMES = {"seconds", "plain_seconds", "phases", "speed_up_interval", "steps"}  # what no two runs share
+TIMES = {"seconds", "baseline_seconds", "phases", "speed_up_interval", "steps"}  # what no two runs share
 
 
 @dataclass(frozen=True)

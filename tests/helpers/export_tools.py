@@ -32,7 +32,7 @@ def made(folder: Path, kind: str, family: str = "qwen3", frozen: bool = True) ->
     algorithm, changes = KINDS[kind]
     model = tiny_draft(algorithm, target, target_layers=LAYERS, **changes).eval()
     if model.config.draft_vocab_size:
-        model.set_vocabulary(torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values)
+        model.set_draft_vocab(torch.randperm(96, generator=torch.Generator().manual_seed(0))[:20].sort().values)
     state = dict(model.state_dict())
     if frozen:
         state |= dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))

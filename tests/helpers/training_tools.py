@@ -7,16 +7,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import cache_tools
 import numpy as np
+import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from deepspec import registry
+from deepspec.batch import Batch
+from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import load_target
 
 ROOT = Path(__file__).parents[2]
@@ -60,57 +63,48 @@ def make_talking_target(folder: Path) -> Path:
     return folder
 
 
-@dataclass
-class MemorySample:
-    """The same attributes as a cache's sample."""
-
-    sample_id: int
-    input_ids: torch.Tensor
-    loss_mask: torch.Tensor
-    features: torch.Tensor
-    last_hidden: torch.Tensor
-
-
-class MemorySource:
+class MemorySource(FeatureSource):
     """A feature source in memory: random token runs and what a target computes for them."""
 
-    reads_ahead = True
+    count = 24
 
-    def __init__(self, target: Any, count: int = 24, seed: int = 0) -> None:
+    def __init__(self, target: Any, seed: int = 0) -> None:
         random = np.random.default_rng(seed)
         self.samples = []
-        for number in range(count):
-            length = int(random.integers(12, 40))
-            ids = torch.from_numpy(random.integers(4, 64, length))
-            mask = torch.zeros(length, dtype=torch.bool)
-            mask[int(random.integers(2, 6)) :] = True
+        for _ in range(self.count):
+            ids = torch.from_numpy(random.integers(4, 64, int(random.integers(12, 40))))
+            mask = torch.arange(len(ids)) >= int(random.integers(2, 6))
             made = target.forward(ids[None], LAYERS)
-            self.samples.append(MemorySample(100 + number, ids, mask, made.features[0], made.last_hidden[0]))
-        self.lengths = np.array([len(sample.input_ids) for sample in self.samples])
-        self.group_sizes = (count,)
+            self.samples.append((ids, mask, made.features[0], made.last_hidden[0]))
+        self.lengths = np.array([len(ids) for ids, *_ in self.samples])
+        self.group_sizes = (self.count,)
+
+    @classmethod
+    def open(cls, recipe: Any, target: Any, held_out: bool = False) -> MemorySource:
+        return cls(load_target(recipe.target.path, torch.float32))
 
     def sample_id(self, number: int) -> int:
-        return self.samples[number].sample_id
+        return 100 + number
 
     def loss_mask(self, number: int) -> np.ndarray:
-        return self.samples[number].loss_mask.numpy()
+        return self.samples[number][1].numpy()
 
     def tokens(self, number: int) -> np.ndarray:
-        return self.samples[number].input_ids.numpy()
+        return self.samples[number][0].numpy()
 
-    def load(self, numbers: Sequence[int]) -> list[MemorySample]:
-        return [self.samples[number] for number in numbers]
-
-    def announce(self, numbers: Sequence[int]) -> None:
-        """Everything is in memory."""
+    def batch(self, numbers: Sequence[int], seed: int, epoch: int) -> Batch:
+        ids, _, features, last = (pad(rows) for rows in zip(*(self.samples[one] for one in numbers), strict=True))
+        return Batch(self.supervision(numbers, seed, epoch), ids, features, last)
 
     def fingerprint(self) -> dict[str, object]:
-        return {"source": "memory", "count": len(self.samples)}
+        return {"source": "memory", "count": self.count}
 
 
-def open_memory(recipe: Any, _target: Any, count: int = 24) -> MemorySource:
-    """In place of `run.open_source`: the memory source of the recipe's target."""
-    return MemorySource(load_target(recipe.target.path, torch.float32), count)
+def use_memory_source(patch: pytest.MonkeyPatch, **changes: Any) -> None:
+    """Recipes read the memory source instead of a cache."""
+    patch.setitem(registry.SOURCES, "cache", "training_tools:MemorySource")
+    for name, value in changes.items():
+        patch.setattr(MemorySource, name, value)
 
 
 def write_recipe(

@@ -14,28 +14,30 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-import training_tools as tools
 
+from deepspec import registry
+from deepspec.log import start_logging
+from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.engine import training_processes
 
 
 def train(job: dict, world) -> None:
     """One run; ``steps`` ends it early as a signal would."""
-    prepared = run.prepare(job["recipe"], job.get("set", []), world, job.get("accept", False))
+    prepared = run.prepare(load_recipe(job["recipe"], job.get("set", [])), world, job.get("accept", False))
     trainer = run.assemble(prepared, world, profile=False)
     if job.get("steps"):
-        ask = trainer.feeder.steps
+        ask = trainer.prefetcher.steps
 
         def until(start: int, stop: int):
             yield from ask(start, min(stop, job["steps"]))
 
-        trainer.feeder.steps = until
+        trainer.prefetcher.steps = until
     trainer.run(prepared.start.step)
     if job.get("steps"):
         trainer._stop(job["steps"])
     if job.get("gather"):
-        with trainer.engine.whole_model() as model:
+        with trainer.engine.complete_model() as model:
             if world.is_main:
                 torch.save(model.state_dict(), job["gather"])
     trainer.engine.close()
@@ -46,7 +48,8 @@ def main() -> None:
     parser.add_argument("jobs")
     parser.add_argument("--local_rank")
     options = parser.parse_args()
-    run.open_source = tools.open_memory
+    registry.SOURCES["cache"] = "training_tools:MemorySource"
+    start_logging()
     with training_processes() as world:
         for job in json.loads(Path(options.jobs).read_text()):
             train(job, world)

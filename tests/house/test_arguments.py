@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from deepspec import cli
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Range
+from deepspec.cli import VERBS
 from deepspec.decoding.records import DecodeSettings
-from deepspec.errors import EvaluationError, RecipeError, run_main
+from deepspec.errors import DeepSpecError, EvaluationError, RecipeError, run_main
 from deepspec.evaluate.run import Options
 from deepspec.recipe import EvaluateSection, RegenerateSection
 
@@ -113,3 +117,24 @@ def test_ranges_at_their_ends() -> None:
     assert [kind(text) for kind, text, _ in inside] == [value for *_, value in inside]
     assert str(TEMPERATURE("-0.0")) == "0.0"
     TEMPERATURE.check_each("temperature", (0.0, 1.0), EvaluationError)
+
+
+def test_every_verb_is_a_function_and_a_script_of_today_calls_one(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for verb, (place, _) in VERBS.items():
+        module, function = place.split(":")
+        assert callable(getattr(importlib.import_module(module), function)), verb
+    scripts = [*(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+    places = {place.split(":")[1] for place, _ in VERBS.values()}
+    called = {re.search(r"run_main\((\w+)\)", path.read_text())[1] for path in scripts}
+    assert called <= {*places, "main"}
+    monkeypatch.setattr(sys, "argv", ["deepspec", "cache", "inspect", "nothing"])
+    with pytest.raises(DeepSpecError, match="nothing"):
+        cli.main()
+    monkeypatch.setattr(sys, "argv", ["deepspec", "trian"])
+    with pytest.raises(DeepSpecError, match="did you mean 'train'"):
+        cli.main()
+    monkeypatch.setattr(sys, "argv", ["deepspec"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    shown = capsys.readouterr().out
+    assert all(f"\n  {verb} " in shown for verb in VERBS)

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from deepspec import drafts, files
 from deepspec.data.conversations import ConversationWriter
 from deepspec.errors import DataError, DeepSpecError, run_main, shown, system_error
-from deepspec.evaluate.log import RowLog
+from deepspec.evaluate.results import open_rows
 from deepspec.files import named, undone_on_error, write_bytes, write_json
-from deepspec.rows import RowLog as Rows
+from deepspec.rows import RowLog
 
 ROOT = Path(__file__).parents[2]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as a write raises it: without a file
@@ -145,14 +145,14 @@ def test_a_full_disk_names_the_file_and_leaves_no_temporary_one(name: str, tmp_p
 
 def test_rows_that_do_not_fit_name_their_file(tmp_path: Path, monkeypatch: Any) -> None:
     row = {"id": "a", "messages": []}
-    partial = Rows(tmp_path / "o.partial", str, DataError)
-    log = RowLog(tmp_path, "results")
+    partial = RowLog(tmp_path / "o.partial", str, DataError)
+    log = open_rows(tmp_path, "results")
     Disk(monkeypatch)
     with pytest.raises(OSError, match=r"No space left.*o\.partial"):
         partial.append(row)
     with pytest.raises(OSError, match=r"No space left.*results\.jsonl"):
-        log.add({"task": "t", "temperature": 0.0, "index": 0})
-    assert not log.rows
+        log.append({"task": "t", "temperature": 0.0, "index": 0})
+    assert not log
 
 
 def test_errors_of_rust_libraries_get_the_files_name(tmp_path: Path, monkeypatch: Any) -> None:

@@ -19,9 +19,8 @@ from deepspec.cache.build import build_cache
 from deepspec.cache.estimate import estimate_recipe
 from deepspec.cache.plan import scan
 from deepspec.data.conversations import manifest_path, write_conversations
-from deepspec.data.dialogue import Dialogue
-from deepspec.data.outcome import Outcome
-from deepspec.data.regenerate import Plan, regenerate
+from deepspec.data.dialogue import Dialogue, Outcome
+from deepspec.data.regenerate import RegenerationPlan, regenerate
 from deepspec.data.sources import read_source
 from deepspec.errors import CacheError, DataError, EvaluationError
 from deepspec.evaluate.run import Evaluation
@@ -105,7 +104,7 @@ def test_a_regeneration_does_not_go_on_under_another_template_or_config(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     setup = make_setup(tmp_path, samples=4)
-    plan, output = Plan(str(tmp_path / "target")), tmp_path / "answers.jsonl"
+    plan, output = RegenerationPlan(str(tmp_path / "target")), tmp_path / "answers.jsonl"
     with pytest.raises(KeyboardInterrupt):
         regenerate(setup.data, output, StoppingEngine(2), plan.settings())
     template, config = tmp_path / "target" / "chat_template.jinja", tmp_path / "target" / "config.json"
@@ -133,7 +132,7 @@ def test_a_regeneration_does_not_go_on_under_another_template_or_config(
 def test_a_target_behind_a_server_needs_no_weights_here(tmp_path: Path) -> None:
     make_setup(tmp_path, samples=1)
     (tmp_path / "target" / "model.safetensors").unlink()
-    found = Plan(str(tmp_path / "target")).settings(served=True)
+    found = RegenerationPlan(str(tmp_path / "target")).settings(served=True)
     assert found["identity"]["target"]["weights"] is None
 
 

@@ -98,7 +98,7 @@ def check(folder: Path, recipe: Recipe) -> None:
 def test_runs_from_its_own_file(name: str, tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tools.ROOT)
     path, overrides = prepare(tmp_path, name)
-    trainer = run.assemble(run.prepare(path, overrides, world, False), world, profile=False)
+    trainer = run.assemble(run.prepare(load_recipe(path, overrides), world, False), world, profile=False)
     assert trainer.run(0)
     trainer.engine.close()
     check(tmp_path, load_recipe(path, overrides))

@@ -18,7 +18,9 @@ from cache_tools import conversation_rows
 from deepspec import recipe as recipes
 from deepspec.data.conversations import write_conversations
 from deepspec.distributed import World
+from deepspec.errors import TargetError
 from deepspec.evaluate.__main__ import parse
+from deepspec.recipe import load_recipe
 from deepspec.training import run
 
 pytest_plugins = ["training_fixtures"]
@@ -69,7 +71,7 @@ def _by_a_command(frame: Any) -> bool:
 
 def settings(folder: Path, **data: Any) -> Path:
     """A recipe of the tiny target with all optional sections."""
-    held = str(folder / ("held.jsonl" if data.get("source") == "online" else "held"))
+    held = str(folder / ("held.jsonl" if "source" in data else "held"))
     validation = {"path": held, "every": 1, "decode_every": 1, "decode_prompts": 1, "max_new_tokens": 2, "samples": 2}
     section = {"max_length": 96, "min_supervised": 4, "conversations": str(folder / "train.jsonl")} | data
     place = folder / data.get("source", "cache")
@@ -111,10 +113,13 @@ def test_every_key_is_read_by_a_command(folder: Path, world: World, monkeypatch:
     tool(monkeypatch, "tools/build_cache.py", "--recipe", cached, "--output", folder / "c")
     tool(monkeypatch, "tools/build_cache.py", "--recipe", cached, "--data", folder / "held.jsonl",
          "--output", folder / "held")  # fmt: skip
-    run.prepare(cached, [], world, False)
-    trainer = run.assemble(run.prepare(online, [], world, False), world, profile=False)
+    run.prepare(load_recipe(cached), world, False)
+    trainer = run.assemble(run.prepare(load_recipe(online), world, False), world, profile=False)
     assert trainer.run(0)
     trainer.engine.close()
+    monkeypatch.setattr("deepspec.targets.served.PAUSE", 0.0)
+    with pytest.raises(TargetError, match="does not answer"):
+        run.prepare(load_recipe(settings(folder, source="served", servers=["http://127.0.0.1:9"])), world, False)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--recipe", str(online), "--draft", "d"])
     parse()
     assert KEYS - watch.read == set()

@@ -144,7 +144,7 @@ def test_extends_merges_in_order_and_refuses_a_circle(tmp_path: Path) -> None:
         ("target.dtype=float16", ["target.dtype", "float16", "'bfloat16'"]),
         ("target=7", ["target", "a mapping"]),
         ("algorithm=dspork", ["algorithm", "did you mean 'dspark'"]),
-        ("data.source=online", ["data.conversations"]),
+        ("data.source=onlin", ["data.source", "did you mean 'online'"]),
         ("data.cache_weights=[1.0]", ["data.cache_weights", "0 weights"]),
         ("nonsense=1", ["nonsense", "unknown key"]),
         ("draft.target_layers=[1]", ["draft.target_layers", "target.layers"]),

@@ -14,20 +14,24 @@ import pytest
 import torch
 from algorithm_tools import tiny_draft, tiny_target
 
-from deepspec.decoding.records import Generation, Request, Round
+from deepspec.decoding.records import DecodeRequest, Generation, Round
 from deepspec.drafts import save_draft
 from deepspec.errors import DeepSpecError, DraftError
+from deepspec.http import NoReply, request
 from deepspec.serving import check as serve_check
-from deepspec.serving.check import CheckOptions, Kind, ServeCheck, compare, table
-from deepspec.serving.extraction import server_arguments
+from deepspec.serving.check import CheckOptions, Kind, ServeCheck, compare, kinds_of, table
+from deepspec.serving.process import run, serve
+from deepspec.serving.vllm import VLLMServer, server_arguments
 from deepspec.targets.served import server_layers
 
 ROOT = Path(__file__).resolve().parents[2]
-KIND = Kind("dspark", "dspark", "vllm")
+KIND = Kind("dspark", "vllm", "dspark")
 
 
 def generation(*accepted: int) -> Generation:
-    return Generation(Request((1,), 0), rounds=[Round((), 7, count, count + 1, count + 1, ()) for count in accepted])
+    return Generation(
+        DecodeRequest((1,), 0), rounds=[Round((), 7, count, count + 1, count + 1, ()) for count in accepted]
+    )
 
 
 def engine_row(tokens: list[int], *accepted: int) -> dict[str, Any]:
@@ -107,8 +111,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def check(quickstart: Path, script: str = ECHO, **options: Any) -> ServeCheck:
     work = quickstart.parent / "work"
     engine = pretended(quickstart.parent / "engine", script)
-    given = {"kinds": ("eagle3",), "max_tokens": 12, "prompts": 2, **options}
-    return ServeCheck(CheckOptions(quickstart=quickstart, work=work, engine=engine, **given))
+    return ServeCheck(CheckOptions(quickstart, 2, 12, ("eagle3",)), VLLMServer(work, engine, **options))
 
 
 def test_a_run_with_an_engine_that_answers_as_we_do(quickstart: Path, tmp_path: Path) -> None:
@@ -131,39 +134,79 @@ def test_what_the_engine_answered_is_told(quickstart: Path, tmp_path: Path) -> N
     (row,) = one.run()
     assert row.status == "FAILED"
     assert "ValueError: no such method" in row.note
-    row = one.check(Kind("eagle3", "eagle3", "vllm", v2=True, shim=True))
+    row = one.check(Kind("eagle3", "vllm", "dspark"))
     assert row.status == "not run"
     assert "needs the CPU shim" in row.note
     assert "no such method" in row.note
-    refused = one.check(Kind("eagle3", "eagle3", "sglang"))
+    refused = one.check(Kind("eagle3", "sglang", "eagle3"))
     assert refused.status == "refused"
     assert one.check_hidden_states().status == "not run"
 
 
 def test_bad_surroundings_are_named(quickstart: Path, tmp_path: Path) -> None:
     with pytest.raises(DraftError, match=r"no target to serve.*make quickstart"):
-        ServeCheck(CheckOptions(quickstart=tmp_path / "none"))
+        ServeCheck(CheckOptions(tmp_path / "none"), VLLMServer(tmp_path, tmp_path))
     tiny_target("qwen3").model.save_pretrained(quickstart / "target")
     with pytest.raises(DraftError, match="refuse this head size; found 8"):
-        ServeCheck(CheckOptions(quickstart=quickstart))
+        ServeCheck(CheckOptions(quickstart), VLLMServer(tmp_path, tmp_path))
 
 
 def test_an_environment_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.CompletedProcess(command, int("pip" in command), "", "ERROR: no matching distribution\n")
-
-    monkeypatch.setattr(serve_check.subprocess, "run", run)
+    pip = pretended(tmp_path / "engine", "print('ERROR: no matching distribution')\nraise SystemExit(1)")
+    (pip / ".ready").unlink()
+    monkeypatch.setattr("deepspec.serving.vllm.sys.executable", "true")  # makes no environment
     with pytest.raises(DeepSpecError, match="no matching distribution"):
-        serve_check.make_environment(tmp_path / "engine")
+        VLLMServer(tmp_path, pip).prepare()
+
+
+def test_a_program_that_fails_or_never_ends_is_named_with_its_last_error(tmp_path: Path) -> None:
+    failing = "print('ValueError: no such method'); print('bye'); raise SystemExit(3)"
+    with pytest.raises(DeepSpecError, match=r"run\.log: .*exit code 3; found 'ValueError: no such method'"):
+        run([sys.executable, "-c", failing], tmp_path / "run.log")
+    with pytest.raises(DeepSpecError, match="did not end"):
+        run([sys.executable, "-c", "import time; time.sleep(60)"], tmp_path / "run.log", timeout=0.2)
+
+
+def test_a_server_runs_while_the_block_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspec.serving.process.POLL", 0.02)
+    (tmp_path / "health").touch()
+    monkeypatch.chdir(tmp_path)
+    script = (
+        "import sys, http.server as h\n"
+        "h.HTTPServer((sys.argv[2], int(sys.argv[4])), h.SimpleHTTPRequestHandler).serve_forever()"
+    )
+    with serve([sys.executable, "-c", script], tmp_path / "log", {}, 30) as url:
+        assert request("GET", f"{url}/health", 5).status == 200
+    with pytest.raises(NoReply):
+        request("GET", f"{url}/health", 5)
+    ended = "print('error: no room'); raise SystemExit(2)"
+    with (
+        pytest.raises(DeepSpecError, match=r"the server ended with code 2; found 'error: no room'"),
+        serve([sys.executable, "-c", ended], tmp_path / "log", {}, 30),
+    ):
+        pass
+
+
+def test_the_kinds_are_those_of_the_engines_tables() -> None:
+    kinds = {kind.name: kind for kind in kinds_of(VLLMServer.formats)}
+    assert set(kinds) == {
+        *(f"{kind}{end}" for kind in ("eagle3", "dflash", "dflash K-1", "dspark", "dspark K-1") for end in
+          ("", " speculators")),
+        "eagle3 reduced vocabulary",
+    }  # fmt: skip
+    assert kinds["dflash"].form == "dspark"
+    assert kinds["dflash K-1"].form == "dflash"
+    with_ends = [kind.embeddings for name, kind in kinds.items() if name.startswith("dspark K-1")]
+    assert sorted(with_ends) == [False, True]
 
 
 def test_arguments_of_a_server_that_hands_out_hidden_states() -> None:
     spec = tiny_target("qwen3").spec
-    arguments = server_arguments("T", server_layers([-1, 1], spec), "/s", "cuda")
+    arguments = server_arguments("T", server_layers([-1, 1], spec), "/s")
     speculative = json.loads(arguments[arguments.index("--speculative-config") + 1])
     assert speculative["draft_model_config"]["hf_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 4]
     transfer = json.loads(arguments[arguments.index("--kv-transfer-config") + 1])
-    assert transfer["kv_connector"] == "ExampleHiddenStatesConnector"
+    assert transfer["kv_connector"] == "CPUHiddenStatesConnector"
     assert transfer["kv_connector_extra_config"] == {"shared_storage_path": "/s"}
 
 

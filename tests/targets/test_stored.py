@@ -26,7 +26,7 @@ from deepspec.targets import (
 )
 from deepspec.targets.digests import weights_digest
 from deepspec.targets.served import load_final_norm
-from deepspec.training.warm_start import warm_start
+from deepspec.training.initial import warm_start
 
 HEAD, EMBED, NORM = "lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"
 MLP = "model.layers.2.mlp.down_proj.weight"

@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from deepspec.cache.build import build_cache
 from deepspec.data.chat import Renderer, load_renderer, render_row
-from deepspec.data.regenerate import Plan
+from deepspec.data.regenerate import RegenerationPlan
 from deepspec.errors import CacheError, DataError
 from deepspec.recipe import load_recipe
 from deepspec.sources.online import OnlineSource
@@ -96,8 +96,8 @@ def test_every_stage_asks_the_same_renderer(tmp_path: Path) -> None:
     recipe = load_recipe(training_tools.write_recipe(tmp_path / "recipe", target))
     built = load_renderer(recipe, load_spec(target)).stop_token_ids  # cache, online training, validation
     assert {17, 21, 30} < set(built)
-    assert Plan.of_recipe(recipe).renderer().stop_token_ids == built
-    assert Plan.of_recipe(recipe).local_engine().sampler.stop.tolist() == list(built)
+    assert RegenerationPlan.of_recipe(recipe).renderer().stop_token_ids == built
+    assert RegenerationPlan.of_recipe(recipe).local_engine().sampler.stop.tolist() == list(built)
 
 
 def grown(folder: Path) -> Path:

@@ -53,7 +53,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 
 
 def assembled(recipe: Path, world: World, *overrides: str) -> Trainer:
-    return run.assemble(run.prepare(recipe, overrides, world, False), world, profile=False)
+    return run.assemble(run.prepare(load_recipe(recipe, overrides), world, False), world, profile=False)
 
 
 def train(trainer: Trainer) -> list[float]:
@@ -70,10 +70,10 @@ def test_online_gives_the_losses_of_a_lossless_cache(
     cached = assembled(inputs.recipe(tmp_path / "cache", algorithm, **settings), world)
     online = assembled(inputs.recipe(tmp_path / "online", algorithm, {"source": "online"}, **settings), world)
     for step in range(6):
-        plans = [trainer.feeder.plan.step(step) for trainer in (cached, online)]
+        plans = [trainer.prefetcher.plan.step(step) for trainer in (cached, online)]
         assert np.array_equal(plans[0].samples, plans[1].samples)
         for numbers in (part.tolist() for part in plans[0].micro_batches(1)):
-            one, other = (trainer.feeder.batch(numbers, plans[0].epoch) for trainer in (cached, online))
+            one, other = (trainer.prefetcher.source.batch(numbers, 3, plans[0].epoch) for trainer in (cached, online))
             assert one.supervision.sample_ids == other.supervision.sample_ids
             assert torch.equal(one.input_ids, other.input_ids)
             assert torch.equal(one.supervision.loss_mask, other.supervision.loss_mask)
@@ -88,8 +88,8 @@ def test_several_caches_are_mixed_by_weight(tmp_path: Path, inputs: Inputs, worl
     trainer = assembled(inputs.recipe(tmp_path, data=both, max_steps=20, micro_batch=2), world)
     readers = [TargetCache.open(cache) for cache in inputs.caches]
     drawn: list[int] = []
-    epoch = trainer.feeder.plan.steps_per_epoch
-    for step in trainer.feeder.steps(0, epoch):
+    epoch = trainer.prefetcher.plan.steps_per_epoch
+    for step in trainer.prefetcher.steps(0, epoch):
         for batch in step.batches:
             for row, sample_id in enumerate(batch.supervision.sample_ids):
                 group, own_id = sample_id >> 40, sample_id & (1 << 40) - 1
@@ -104,7 +104,7 @@ def test_several_caches_are_mixed_by_weight(tmp_path: Path, inputs: Inputs, worl
     assert np.isfinite(train(trainer)).all()
     swapped = both | {"cache": both["cache"][::-1]}
     with pytest.raises(CheckpointError, match="data are not the run's"):
-        run.prepare(inputs.recipe(tmp_path, data=swapped, max_steps=20, micro_batch=2), [], world, False)
+        run.prepare(load_recipe(inputs.recipe(tmp_path, data=swapped, max_steps=20, micro_batch=2)), world, False)
     reweighted = both | {"cache_weights": [1, 1]}
     with pytest.raises(CheckpointError, match=r"data\.cache_weights: a run cannot change this"):
-        run.prepare(inputs.recipe(tmp_path, data=reweighted, max_steps=20, micro_batch=2), [], world, False)
+        run.prepare(load_recipe(inputs.recipe(tmp_path, data=reweighted, max_steps=20, micro_batch=2)), world, False)

@@ -12,13 +12,14 @@ import torch
 import training_tools as tools
 from safetensors.torch import load_file, save_file
 
-from deepspec.checkpoints import read_manifest, steps_of
+from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import World
 from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
-from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
-from deepspec.targets import embeddings, load_target
+from deepspec.recipe import load_recipe
+from deepspec.targets import load, load_target
 from deepspec.targets.digests import sampled_digest
 from deepspec.training import run
 
@@ -133,12 +134,12 @@ def test_an_export_reads_embedding_and_head_alone(
     place: Path, bare: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     moved = Path(shutil.copytree(place / "target", tmp_path / "moved"))
-    monkeypatch.setattr(embeddings, "load_target", None)  # the whole target is not loaded
+    monkeypatch.setattr(load, "load_target", None)  # the whole target is not loaded
     export_draft(bare, tmp_path / "out", ExportOptions(target=str(moved)))
     stored, weights = load_file(tmp_path / "out" / "model.safetensors"), load_file(moved / "model.safetensors")
     theirs = (weights["model.embed_tokens.weight"], weights["lm_head.weight"])
     assert all(torch.equal(stored[name], end.to(stored[name].dtype)) for name, end in zip(FROZEN, theirs, strict=True))
-    assert "note" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().err
     with pytest.raises(TargetError, match="cannot load the target"):  # nothing is taken from it, but it must be one
         export_draft(tmp_path / "out", tmp_path / "again", ExportOptions(target=str(tmp_path)))
     silent = Path(shutil.copytree(bare, tmp_path / "silent"))
@@ -151,17 +152,17 @@ def test_an_export_reads_embedding_and_head_alone(
 def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
     output = Path(shutil.copytree(place / "a" / "run", tmp_path / "run"))
     manifest = steps_of(output)[4] / "manifest.json"
     values = json.loads(manifest.read_text())
     del values["identity"]
     values["target_digest"] = sampled_digest(place / "target", torch.float32)
     manifest.write_text(json.dumps(values))
-    start = run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False).start
+    start = run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False).start
     assert start.step == 4
     assert "is of an earlier version" in capsys.readouterr().err
     values["target_digest"] = "0" * 64
     manifest.write_text(json.dumps(values))
     with pytest.raises(CheckpointError, match=r"target\.weights: run 000000000000\.\.\., now"):
-        run.prepare(place / "a" / "recipe.yaml", [f"output={output}"], World(), False)
+        run.prepare(load_recipe(place / "a" / "recipe.yaml", [f"output={output}"]), World(), False)

@@ -19,7 +19,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.loop import Trainer
-from deepspec.training.report import NonFiniteLoss, WandbWriter
+from deepspec.training.report import NonFiniteLoss, wandb_session
 
 pytest_plugins = ["training_fixtures"]
 
@@ -31,11 +31,11 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def memory_source(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
+    tools.use_memory_source(monkeypatch)
 
 
 def trainer_of(recipe: Path, world: World, *overrides: str, profile: bool = False) -> Trainer:
-    return run.assemble(run.prepare(recipe, overrides, world, False), world, profile)
+    return run.assemble(run.prepare(load_recipe(recipe, overrides), world, False), world, profile)
 
 
 def train(recipe: Path, world: World, *overrides: str, profile: bool = False) -> list[dict[str, Any]]:
@@ -47,10 +47,10 @@ def train(recipe: Path, world: World, *overrides: str, profile: bool = False) ->
 
 def test_a_loss_that_is_not_finite_names_step_and_samples(tmp_path: Path, target: Path, world: World) -> None:
     trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=6, save_every=1), world)
-    numbers = trainer.feeder.plan.step(2).samples
+    numbers = trainer.prefetcher.plan.step(2).samples
     bad = int(numbers[1])
-    first = next(s for s in range(6) if bad in trainer.feeder.plan.step(s).samples)
-    trainer.feeder.source.samples[bad].features[:] = float("nan")  # type: ignore[attr-defined]
+    first = next(s for s in range(6) if bad in trainer.prefetcher.plan.step(s).samples)
+    trainer.prefetcher.source.samples[bad][2][:] = float("nan")  # type: ignore[attr-defined]
     with pytest.raises(NonFiniteLoss, match=rf"optimizer step {first + 1}, sample ids \[{100 + bad}\]"):
         trainer.run(0)
     trainer.checkpoints.wait()
@@ -106,13 +106,13 @@ def test_the_loss_does_not_depend_on_how_a_step_is_cut(tmp_path: Path, target: P
 def test_a_gradient_is_that_of_one_large_batch(tmp_path: Path, target: Path, world: World) -> None:
     """Plain twin: the same samples in one batch, one backward, no DeepSpeed."""
     trainer = trainer_of(tools.write_recipe(tmp_path, target, max_steps=1, grad_clip=0.5), world)
-    plan = trainer.feeder.plan.step(0)
+    plan = trainer.prefetcher.plan.step(0)
     model = trainer.engine.model
     algorithm = run.registry.algorithm("dspark")
     plain = algorithm.build(trainer.recipe.draft, run.load_spec(str(target)), trainer.recipe.seed)
     frozen = model.frozen  # type: ignore[attr-defined]
     plain.attach(frozen.embed_VD, frozen.head_VD)
-    batch = trainer.feeder.batch(plan.samples.tolist(), 0)
+    batch = trainer.prefetcher.source.batch(plan.samples.tolist(), trainer.recipe.seed, 0)
     loss = plain(batch).loss()
     loss.backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in plain.parameters() if p.grad is not None])
@@ -157,10 +157,10 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_session(
     monkeypatch.setitem(sys.modules, "wandb", fake)
     recipe = load_recipe(tools.write_recipe(tmp_path, target, wandb_project="drafts"))
     for first_step in (0, 4, 0):
-        WandbWriter(recipe, tmp_path, first_step)
+        wandb_session(recipe, tmp_path, first_step)
     ids = [settings["id"] for settings in begun]
     assert ids[0] == ids[1] != ids[2]
     assert {settings["project"] for settings in begun} == {"drafts"}
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DeepSpecError, match=r"wandb is not installed.*pip install 'deepspec\[wandb\]'"):
-        WandbWriter(recipe, tmp_path, 0)
+        wandb_session(recipe, tmp_path, 0)

@@ -20,6 +20,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
 from deepspec.drafts import load_draft
 from deepspec.export.consolidate import consolidate
+from deepspec.recipe import load_recipe
 from deepspec.targets import Target, load_target
 from deepspec.training import run
 
@@ -56,13 +57,13 @@ def targets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def trained(recipe: Path, world: World, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> dict[str, torch.Tensor]:
     """Train the recipe to its end; the live weights."""
-    monkeypatch.setattr(run, "open_source", tools.open_memory)
-    trainer = run.assemble(run.prepare(recipe, overrides, world, False), world, profile=False)
+    tools.use_memory_source(monkeypatch)
+    trainer = run.assemble(run.prepare(load_recipe(recipe, overrides), world, False), world, profile=False)
     for name, buffer in trainer.engine.model.named_buffers():
         if name.endswith("layer_scalar"):
             buffer.fill_(LAYER_SCALAR)
     assert trainer.run(0)
-    with trainer.engine.whole_model() as model:
+    with trainer.engine.complete_model() as model:
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
         assert model.rotary._inv_freq.dtype == torch.float32
     trainer.engine.close()
@@ -179,10 +180,10 @@ def test_buffers_survive_a_change_of_the_number_of_processes(
     zero, overrides = f"zero{stage}_bf16", ["draft.draft_vocab_size=20"]
     recipe = tools.write_recipe(tmp_path / "r", targets / "gemma4", "dflash", zero, max_steps=2, warmup_ratio=0.0)
     live = trained(recipe, world, monkeypatch, *overrides)
-    prepared = run.prepare(recipe, overrides, world, False)
+    prepared = run.prepare(load_recipe(recipe, overrides), world, False)
     elsewhere = dataclasses.replace(prepared, start=dataclasses.replace(prepared.start, universal=True))
     trainer = run.assemble(elsewhere, world, profile=False)
-    with trainer.engine.whole_model() as model:
+    with trainer.engine.complete_model() as model:
         state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trainer.engine.close()
     assert set(state) == set(live) >= {"d2t", "t2d", "layers.0.layer_scalar", "fc.weight"}

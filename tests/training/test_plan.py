@@ -14,16 +14,15 @@ from hypothesis import strategies as st
 
 from deepspec.errors import DataError, RecipeError
 from deepspec.recipe import TrainSection
-from deepspec.training.plan import Plan
-from deepspec.training.schedule import lr_factor
+from deepspec.training.plan import RunPlan, StepPlan, lr_factor
 from deepspec.training.settings import FROM_RECIPE, accumulation_steps, deepspeed_settings
 
 CONFIGS = Path(__file__).parents[2] / "deepspeed_configs"
 
 
-def make(lengths: np.ndarray, sizes: tuple[int, ...] | None = None, **over: object) -> Plan:
+def make(lengths: np.ndarray, sizes: tuple[int, ...] | None = None, **over: object) -> RunPlan:
     values = {"seed": 1, "global_batch": 8, "micro_batch": 2, **over}
-    return Plan(lengths, sizes or (len(lengths),), **values)  # type: ignore[arg-type]
+    return RunPlan(lengths, sizes or (len(lengths),), **values)  # type: ignore[arg-type]
 
 
 CUTS = st.one_of(
@@ -60,6 +59,12 @@ def test_the_cut_does_not_choose_the_samples_of_a_step(seed: int, cut: dict[str,
         assert set(make(lengths, **cut).step(step).samples) == set(make(lengths).step(step).samples)
 
 
+def padded_tokens(step: StepPlan) -> int:
+    """Tokens that one process computes in the step, padding included."""
+    edges = np.cumsum([0, *(len(numbers) for numbers in step.micro_batches(1))])
+    return int((step.lengths[edges[:-1]] * np.diff(edges)).sum())
+
+
 SPREADS = {  # tokens of 20,000 samples
     "wide": lambda dice: np.clip(dice.lognormal(6.3, 0.8, 20_000), 16, 4096),
     "uniform": lambda dice: dice.integers(16, 4096, 20_000),
@@ -74,7 +79,8 @@ def test_a_global_batch_of_512_has_under_one_percent_of_padding(spread: str, mic
     lengths = SPREADS[spread](np.random.default_rng(0)).astype(np.int64)
     plan = make(lengths, global_batch=512, micro_batch=micro)
     limit = 0.02 if (spread, micro) == ("wide", 4) else 0.01  # the few longest of 512 lie far apart
-    assert plan.padding_share(plan.steps_per_epoch) < limit
+    steps = [plan.step(number) for number in range(plan.steps_per_epoch)]
+    assert 1 - sum(int(step.lengths.sum()) for step in steps) / sum(map(padded_tokens, steps)) < limit
 
 
 @pytest.mark.parametrize("spread", SPREADS)
@@ -88,7 +94,7 @@ def test_micro_tokens_bounds_a_micro_batch_and_balances_the_ranks(spread: str, w
         costs = [[int(lengths[part].max()) * len(part) for part in step.share(rank, world)] for rank in range(world)]
         assert max(map(max, costs)) <= 8192
         shares.append([max(at) / (sum(at) / world) for at in zip(*costs, strict=True)])
-        fewest = -(-step.padded_tokens() // 8192)
+        fewest = -(-padded_tokens(step) // 8192)
         assert len(costs[0]) * world <= 2 * fewest + 2 * world  # no more, smaller forwards than it takes
     assert np.mean([one for share in shares for one in share]) < 1.35  # the slowest rank of a forward, of the mean
 

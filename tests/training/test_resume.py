@@ -19,10 +19,11 @@ import pytest
 import torch
 import training_tools as tools
 
-from deepspec.checkpoints import read_manifest, steps_of
+from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import free_port
 from deepspec.errors import CheckpointError
-from deepspec.export.consolidate import consolidate, read_weights
+from deepspec.export.consolidate import consolidate
+from deepspec.recipe import load_recipe
 
 STEPS = 8
 WORKER = tools.ROOT / "tests" / "helpers" / "training_worker.py"
@@ -223,8 +224,8 @@ def prepare(
     from deepspec.distributed import World
     from deepspec.training import run
 
-    monkeypatch.setattr(run, "open_source", lambda recipe, target: tools.open_memory(recipe, target, count))
-    return run.prepare(place / "recipe.yaml", overrides, World(), accept)
+    tools.use_memory_source(monkeypatch, count=count)
+    return run.prepare(load_recipe(place / "recipe.yaml", overrides), World(), accept)
 
 
 def test_a_cut_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:

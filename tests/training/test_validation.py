@@ -90,7 +90,7 @@ def test_validation_prompts_beyond_the_targets_positions_are_left_out(
 
 
 def assembled(recipe: Path, world: World) -> Trainer:
-    return run.assemble(run.prepare(recipe, [], world, False), world, profile=False)
+    return run.assemble(run.prepare(load_recipe(recipe), world, False), world, profile=False)
 
 
 def finish(trainer: Trainer) -> list[dict[str, Any]]:
@@ -125,16 +125,13 @@ def test_validation_measures_the_held_out_samples(
 def plain_measures(trainer: Trainer) -> dict[str, Any]:
     """Loss, tau and acceptance by position as sums over samples."""
     held_out = trainer.validator.source  # type: ignore[union-attr]
-    feeder = trainer.feeder
-    feeder.source = held_out
     sums: dict[str, Any] = {}
     with torch.no_grad():
         for number in range(10):
-            terms = trainer.engine.model(feeder.batch([number], 0))
+            terms = trainer.engine.model(held_out.batch([number], trainer.recipe.seed, 0))
             for name, ratio in {**terms.terms, **terms.metrics}.items():
                 old = sums.get(name, (0.0, 0.0))
                 sums[name] = (old[0] + ratio.total.double(), old[1] + ratio.weight.double())
-    feeder.source = run.open_source(trainer.recipe, trainer.validator.target)  # type: ignore[union-attr]
     means = {name: (total / weight).tolist() for name, (total, weight) in sums.items()}
     return means | {"loss": sum(factor * means[name] for name, factor in terms.coefficients.items())}
 
@@ -203,14 +200,14 @@ def test_the_evaluator_measures_of_the_draft_folder_what_it_measures_of_the_live
         tasks=(str(tasks),),
         temperatures=(0.0, 1.0),
         max_new_tokens=24,
-        plain=False,
+        baseline=False,
     )
     exported = Evaluation(options, target=target).run()
-    with trainer.engine.whole_model() as live:
+    with trainer.engine.complete_model() as live:
         live.attach(target.embed_weight, target.head_weight)  # type: ignore[operator]
         of_live = replace(options, output=str(tmp_path / "live"))
         measured = Evaluation(of_live, target=target, draft=live).run()  # type: ignore[arg-type]
     trainer.engine.close()
-    lengths = [[(row.task, row.accepted_length) for row in one.summaries] for one in (exported, measured)]
+    lengths = [[(row.task, row.acceptance_length) for row in one.summaries] for one in (exported, measured)]
     assert lengths[0] == lengths[1]
     assert all(length > 1.0 for _, length in lengths[0])

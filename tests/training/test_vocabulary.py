@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from deepspec.drafts import load_draft
 from deepspec.export.consolidate import consolidate
 from deepspec.targets import load_target
-from deepspec.training.vocabulary import frequent_tokens
+from deepspec.training.initial import frequent_tokens
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_vocabulary_is_counted_trained_and_exported(algorithm: str, zero: str, t
     loaded = load_draft(tmp_path / "draft", load_target(target, torch.float32))
     source = tools.MemorySource(load_target(target, torch.float32))
     counts = np.zeros(64, dtype=int)
-    for sample in source.samples:
-        for token in sample.input_ids[sample.loss_mask].tolist():
+    for ids, mask, *_ in source.samples:
+        for token in ids[mask].tolist():
             counts[token] += 1
     wanted = sorted(sorted(range(64), key=lambda token: (-counts[token], token))[:20])
-    assert loaded.kept_tokens.tolist() == wanted
+    assert loaded.draft_vocab_tokens.tolist() == wanted
     assert frequent_tokens(source, 64, loaded.config).tolist() == wanted
     stored = load_file(tmp_path / "draft" / "model.safetensors")
     assert stored["d2t"].dtype == torch.int64

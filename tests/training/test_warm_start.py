@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
 from deepspec.targets import Target, load_target
-from deepspec.training import warm_start as module
-from deepspec.training.warm_start import warm_start
+from deepspec.training import initial as module
+from deepspec.training.initial import warm_start
 
 
 def saved(folder: Path, family: str) -> Target:

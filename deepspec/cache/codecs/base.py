@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 from zarr.abc.codec import ArrayBytesCodec
+from zarr.codecs import BytesCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, NDBuffer
 from zarr.core.common import JSON
@@ -58,6 +59,32 @@ class RowCodec(ArrayBytesCodec):
     def compute_encoded_size(self, _input_byte_length: int, _chunk_spec: ArraySpec) -> int:
         """Not known before encoding."""
         raise NotImplementedError
+
+
+class RawCodec:
+    """``raw``: the values as they are. In zarr's terms its own ``bytes`` codec: any Zarr reader opens such arrays."""
+
+    name: ClassVar[str] = "bytes"
+    serializer = BytesCodec(endian="little")  # what zarr.json names
+
+    @classmethod
+    def calibrate(cls, _sample: NDArray[Any]) -> RawCodec:
+        """Nothing to learn from a sample."""
+        return cls()
+
+    @classmethod
+    def from_dict(cls, _data: dict[str, Any]) -> RawCodec:
+        """The codec that a zarr.json describes."""
+        return cls()
+
+    def encode_rows(self, chunk: NDArray[Any]) -> bytes:
+        """The chunk's bytes."""
+        return np.ascontiguousarray(chunk).tobytes()
+
+    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
+        """Rows ``start`` .. of the chunk into ``out``."""
+        row = out[:1].nbytes
+        out.view(np.uint8).reshape(-1)[:] = data[start * row : start * row + out.nbytes]
 
 
 def stored_rows(chunk: NDArray[Any]) -> int:

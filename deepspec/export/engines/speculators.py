@@ -1,0 +1,35 @@
+"""The speculators library (vllm-project), whose folders vLLM serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from deepspec.export.engines.vllm import VLLMEngine
+from deepspec.export.forms.base import complete_vocabulary
+from deepspec.export.forms.block import vanilla_head
+from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorEagle3
+
+EAGLE3 = SpeculatorEagle3(
+    dict.fromkeys(("qwen3", "llama"), "Eagle3Speculator"), "its eagle3 has layers of qwen3 or llama"
+)
+DFLASH = SpeculatorBlock(
+    {"qwen3": "DFlashSpeculator"}, "its dflash has layers of qwen3", (complete_vocabulary,), name="dflash"
+)
+DSPARK = SpeculatorBlock(
+    {"qwen3": "DSparkSpeculator"}, "its dspark has layers of qwen3", (vanilla_head,), name="dspark", heads=True
+)
+
+
+class SpeculatorsEngine(VLLMEngine):
+    """One model a kind of draft; what vLLM serves of the format."""
+
+    name = "speculators"
+    forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK}
+
+    def matches(self, config: Mapping[str, Any]) -> bool:
+        """Every model of the library, those that we do not have too."""
+        return EAGLE3.key in config
+
+
+SPECULATORS = SpeculatorsEngine()

@@ -1,0 +1,48 @@
+"""vLLM (read from and run with 0.32.0 on CPU); ``docs/serving.md`` has the table of what is exported as what."""
+
+from __future__ import annotations
+
+import json
+from typing import ClassVar
+
+from deepspec.export.engines.base import ExportEngine
+from deepspec.export.forms.block import DFlash, DSpark, vanilla_head
+from deepspec.export.forms.eagle3 import Eagle3
+from deepspec.export.parts import DraftCheckpoint, Reason
+
+
+def keys_as_values(draft: DraftCheckpoint) -> Reason | None:
+    """Its Gemma4 block drafters have keys as values in all layers."""
+    if draft.family.name != "gemma4" or draft.shape.k_eq_v:
+        return None
+    return Reason("its Gemma4 drafts take keys as values", "attention_k_eq_v", False)
+
+
+EAGLE3 = Eagle3(
+    {"qwen3": "Eagle3Qwen3ForCausalLM", "llama": "Eagle3LlamaForCausalLM"}, "there is no Eagle3 class of this family"
+)
+DSPARK = DSpark(
+    {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"},
+    "its block drafters norm every head",
+    (keys_as_values, vanilla_head),
+)
+DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has Qwen3 layers alone")
+
+
+class VLLMEngine(ExportEngine):
+    """Eagle3 of one layer, DSpark with a vanilla head, DFlash in both conventions."""
+
+    name = "vllm"
+    forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK}
+    checked = "vLLM 0.32.0 on CPU: `make serve-check`"
+
+    def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
+        return f"vllm serve {target} --speculative-config '{json.dumps(self.speculative(draft, folder))}'"
+
+    def speculative(self, draft: DraftCheckpoint, folder: str) -> dict[str, object]:
+        """Its ``speculative_config`` of a draft of our layout that was exported to ``folder``."""
+        method = self.forms[draft.kind].name
+        return {"model": folder, "method": method, "num_speculative_tokens": draft.parsed.max_draft}
+
+
+VLLM = VLLMEngine()

@@ -1,0 +1,212 @@
+"""What a form is, and the parts that several share: tensors under an engine's names, a foreign draft in our layout."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deepspec import registry
+from deepspec.errors import DraftError
+from deepspec.export.parts import EMBED, EXTRAS, HEAD, DraftCheckpoint, ImportHints, Reason, missing
+from deepspec.targets.load import family_of
+
+Requirement = Callable[[DraftCheckpoint], Reason | None]  # None: the draft meets it
+
+
+@dataclass(frozen=True, eq=False)
+class Form(ABC):
+    """How one kind of draft is laid out; an engine has one in its table for each kind that it takes.
+
+    Args:
+        classes: the engine's class by the family of the draft's layers.
+        other_family: why drafts of other families are refused.
+        requires: what else a draft must meet.
+        name: what the engine calls this way of drafting.
+    """
+
+    classes: Mapping[str, str]
+    other_family: str
+    requires: tuple[Requirement, ...] = ()
+    name: str = ""
+    key: ClassVar[str] = "architectures"  # the field of config.json by which a draft of this form is known
+
+    def reason(self, draft: DraftCheckpoint) -> Reason | None:
+        """Why this form cannot hold a draft of our layout, or None."""
+        if draft.family.name not in self.classes:
+            return Reason(self.other_family, "model_type", draft.config["model_type"])
+        return next((reason for check in self.requires if (reason := check(draft))), None)
+
+    def labels(self) -> tuple[str, ...]:
+        """The values of :attr:`key` that mean this form."""
+        return tuple(self.classes.values())
+
+    def label(self, config: Mapping[str, Any]) -> Any:
+        """The value of :attr:`key` in a config.json."""
+        return (config.get("architectures") or [""])[0]
+
+    @abstractmethod
+    def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
+        """A draft of our layout, without a :meth:`reason` against it, in this form."""
+
+    @abstractmethod
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        """A draft of this form in our layout.
+
+        Raises:
+            DraftError: parts that our drafts do not have, or a statement that is missing.
+        """
+
+
+def one_layer(draft: DraftCheckpoint) -> Reason | None:
+    """Where the engine's class has a single layer."""
+    count = draft.parsed.num_layers
+    return None if count == 1 else Reason("its class has exactly one layer", "num_hidden_layers", count)
+
+
+def complete_vocabulary(draft: DraftCheckpoint) -> Reason | None:
+    """Where the engine's class takes the target's head as it is."""
+    size = draft.parsed.draft_vocab_size
+    remedy = "train with draft.draft_vocab_size: null"
+    return size and Reason("its class drafts over the whole vocabulary", "draft_vocab_size", size, remedy)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def with_head_rows(draft: DraftCheckpoint) -> dict[str, Tensor]:
+    """The tensors with ``lm_head`` cut to the rows of a reduced vocabulary, which engines want in the file.
+
+    Raises:
+        DraftError: a reduced vocabulary and no head to cut.
+    """
+    state = dict(draft.state)
+    if "d2t" not in state:
+        return state
+    if HEAD not in state:
+        remedy = "name the target (--target), its head is read from there"
+        problem = "a reduced vocabulary needs the target's head in the file"
+        raise DraftError(problem, file=draft.file, key=HEAD, remedy=remedy)
+    return {**state, HEAD: state[HEAD][_vocabulary(state["d2t"])].contiguous()}
+
+
+def _vocabulary(d2t: Tensor) -> Tensor:
+    """The target's ids of a reduced vocabulary from its offsets."""
+    return d2t.long() + torch.arange(len(d2t))
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def own_names(draft: DraftCheckpoint) -> dict[str, Tensor]:
+    """Tensors of a foreign file under our names; buffers that every loader computes itself are left out."""
+    names = {name: name.removeprefix("model.").replace("midlayer.", "layers.0.", 1) for name in draft.state}
+    return {ours: draft.state[name] for name, ours in names.items() if not ours.endswith("rotary_emb.inv_freq")}
+
+
+def our_layout(
+    draft: DraftCheckpoint,
+    algorithm: str,
+    transformer: Mapping[str, Any],
+    state: dict[str, Tensor],
+    layers: Sequence[int] | None,
+    hints: ImportHints,
+    fields: Mapping[str, Any],
+) -> DraftCheckpoint:
+    """A foreign draft in our layout.
+
+    Args:
+        draft: the foreign one, for what it says under ``deepspec`` and for errors.
+        algorithm: registry name.
+        transformer: its transformer config, as far as it differs from the defaults of its model type.
+        state: tensors by our names.
+        layers: 0-based layers whose output it reads, or None where it does not say.
+        hints: what the user states.
+        fields: the algorithm's fields, by the names of our layout.
+
+    Raises:
+        DraftError: something that must be known is stated nowhere, or the draft is of a kind that we do not have.
+    """
+    extras = dict(draft.config.get(EXTRAS) or {})
+    extras.pop("algorithm", None)
+    config = _complete_transformer(draft, transformer)
+    depth = extras.pop("num_target_layers", None) or draft.config.get("num_target_layers")
+    if depth is None:
+        if hints.target is None:
+            raise missing(draft, "num_target_layers", "name the target (--target)")
+        depth = hints.target.num_layers
+    ids = _stated_layers(draft, layers, hints)
+    if hints.target is not None:
+        extras.setdefault("target_model_name_or_path", hints.target.path)
+        extras.setdefault("target_model_type", hints.target.model_type)
+    config |= {"num_target_layers": int(depth), "target_layer_ids": [int(i) for i in ids], **fields, **extras}
+    config |= _frozen_fields(draft, config, state)
+    config["architectures"] = registry.algorithm(algorithm).architectures(family_of(config["model_type"], draft.file))
+    return DraftCheckpoint(config, state, draft.file)
+
+
+def _stated_layers(draft: DraftCheckpoint, layers: Sequence[int] | None, hints: ImportHints) -> Sequence[int]:
+    """The layers in the order in which the columns of ``fc`` take them: the user's word before the file's.
+
+    Raises:
+        DraftError: nobody says, or a foreign file's list does not rise: engines hand features out layer by layer
+            whatever its order, while trainers may have followed it.
+    """
+    remedy = "state the layers whose outputs it reads, in the order in which fc takes them (--target-layers 1,9,17)"
+    stated = hints.target_layers or layers
+    if stated is None:
+        raise missing(draft, "target_layer_ids", remedy)
+    if not hints.target_layers and EXTRAS not in draft.config and list(stated) != sorted(stated):
+        problem = "its layers do not rise: engines hand features out in rising order, trainers may in the list's"
+        raise DraftError(problem, file=draft.file, key="target_layer_ids", found=list(stated), remedy=remedy)
+    return stated
+
+
+def _complete_transformer(draft: DraftCheckpoint, transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer config with the defaults of its model type filled in; full attention only."""
+    from transformers import AutoConfig
+
+    given = dict(transformer)
+    kind = given.pop("model_type", None)
+    if kind is None:
+        raise missing(draft, "model_type", "add the model type of the draft's layers (qwen3, llama) to its config.json")
+    family_of(kind, draft.file)
+    if "sliding_attention" in (given.get("layer_types") or ()):
+        raise DraftError("sliding-window attention is not a draft of ours", file=draft.file, key="layer_types")
+    for key in ("_name_or_path", "auto_map", "torch_dtype", "quantization_config", EXTRAS, "transformers_version"):
+        given.pop(key, None)
+    config = AutoConfig.for_model(kind, **given).to_dict()
+    return config | {
+        "model_type": kind,
+        "layer_types": ["full_attention"] * int(config["num_hidden_layers"]),
+        "tie_word_embeddings": False,
+    }
+
+
+def _frozen_fields(draft: DraftCheckpoint, config: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
+    """Whether a foreign file brings an embedding and a head of its own; ``state`` is put in order.
+
+    A file that we exported says that they are the target's. Rows of a reduced vocabulary become a complete head again.
+    """
+    reduced = state.get("d2t")
+    ours = draft.config.get(EXTRAS) is not None
+    if reduced is not None:
+        vocabulary, size = _vocabulary(reduced), int(config["vocab_size"])
+        state["d2t"] = reduced.long()
+        state["t2d"] = torch.zeros(size, dtype=torch.bool).index_fill(0, vocabulary, True)
+        if ours and not config.get("own_head"):  # the target has the rest of it
+            state.pop(HEAD, None)
+            if not config.get("own_embedding"):
+                state.pop(EMBED, None)
+        elif HEAD in state:
+            rows = state[HEAD]
+            state[HEAD] = rows.new_zeros(size, rows.shape[1]).index_copy(0, vocabulary, rows)
+    if ours:
+        return {}
+    if draft.config.get("tie_word_embeddings") and EMBED in state and HEAD not in state:
+        state[HEAD] = state[EMBED].clone()
+    return {key: True for key, name in (("own_embedding", EMBED), ("own_head", HEAD)) if name in state}

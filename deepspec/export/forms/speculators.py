@@ -1,0 +1,134 @@
+"""The speculators layout: fields of drafting around the transformer's own config; layer ids one higher than ours.
+
+What its defaults would turn round is always written: ``norm_before_residual`` of Eagle3 (vLLM's default is true, the
+library's false) and ``sample_from_anchor`` of block drafters (default false).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from deepspec.errors import DraftError
+from deepspec.export.forms.base import Form, with_head_rows
+from deepspec.export.forms.block import read_block, zero_markov
+from deepspec.export.forms.eagle3 import one_lower, read_eagle3, refuse_norms
+from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
+
+
+@dataclass(frozen=True, eq=False)
+class Speculator(Form):
+    """What all of its models have."""
+
+    key: ClassVar[str] = "speculators_model_type"
+
+    def labels(self) -> tuple[str, ...]:
+        """Its model type."""
+        return (self.name,)
+
+    def label(self, config: Mapping[str, Any]) -> Any:
+        """The model type in a config.json."""
+        return config.get(self.key)
+
+    def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
+        state = with_head_rows(draft)
+        config: dict[str, Any] = {
+            "architectures": [self.classes[draft.family.name]],
+            "speculators_model_type": self.name,
+            "transformer_layer_config": draft.transformer,
+            "draft_vocab_size": draft.config.get("draft_vocab_size") or draft.shape.vocab_size,
+            "dtype": draft.config.get("dtype"),
+            "speculators_config": {
+                "algorithm": self.name,
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": draft.parsed.max_draft}],
+                "verifier": {
+                    "name_or_path": draft.config.get("target_model_name_or_path"),
+                    "architectures": [_verifier_class(draft)],
+                },
+            },
+            EXTRAS: draft.extras,
+        }
+        layers = [layer + 1 for layer in draft.parsed.target_layers]
+        return DraftCheckpoint(config | self.fields(draft, layers, state), state, draft.file)
+
+    @abstractmethod
+    def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
+        """The fields of this model; may add to ``state``."""
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculatorEagle3(Speculator):
+    """Its Eagle3."""
+
+    name: str = "eagle3"
+
+    def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
+        return {"eagle_aux_hidden_state_layer_ids": layers, "norm_before_residual": False}
+
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        config = draft.config
+        refuse_norms(draft)
+        if "norm_before_residual" not in config:
+            remedy = "write false or true into its config.json: the library and vLLM disagree on the default"
+            raise missing(draft, "norm_before_residual", remedy)
+        methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+        stated = replace(hints, max_draft=hints.max_draft or methods[0].get("speculative_tokens"))
+        layers = one_lower(config.get("eagle_aux_hidden_state_layer_ids"))
+        return read_eagle3(trained(draft), stated, config.get("transformer_layer_config") or {}, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculatorBlock(Speculator):
+    """Its DFlash, and its DSpark where ``heads``: the Markov and the confidence head are then written out."""
+
+    heads: bool = False
+
+    def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
+        parsed, rank = draft.parsed, draft.config.get("markov_rank") or 0
+        fields = {
+            "aux_hidden_state_layer_ids": layers,
+            "block_size": parsed.block_size,
+            "mask_token_id": parsed.mask_token_id,
+            "sample_from_anchor": bool(parsed.sample_from_anchor),
+        }
+        if not self.heads:
+            return fields
+        if not rank:
+            state |= zero_markov(draft)
+        return fields | {
+            "markov_rank": rank or 1,
+            "markov_head_type": "vanilla",
+            "enable_confidence_head": bool(draft.config.get("enable_confidence_head")),
+            "confidence_head_with_markov": bool(rank and draft.config.get("confidence_head_with_markov")),
+        }
+
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        config = draft.config
+        if config.get("projector_type", "dflash") != "dflash" or config.get("shift_label"):
+            key = "projector_type / shift_label"
+            raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=key)
+        # drafts with heads were published by a conversion that is silent on their convention: silence says nothing
+        stated = config.get("sample_from_anchor", None if self.heads else False)
+        fields = config if self.heads else {**config, "markov_rank": 0, "enable_confidence_head": False}
+        transformer, layers = config.get("transformer_layer_config") or {}, config.get("aux_hidden_state_layer_ids")
+        return read_block(trained(draft), hints, fields, transformer, one_lower(layers), stated)
+
+
+def trained(draft: DraftCheckpoint) -> DraftCheckpoint:
+    """The draft without the copies of the target's head and norm that the library's training keeps in the file."""
+    copies = ("verifier_lm_head.weight", "verifier_norm.weight")
+    state = {name: tensor for name, tensor in draft.state.items() if name.removeprefix("model.") not in copies}
+    return DraftCheckpoint(draft.config, state, draft.file)
+
+
+def _verifier_class(draft: DraftCheckpoint) -> str:
+    """The target's class by its model type: one family holds dense targets and those with experts."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    known: dict[str, str] = dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    return known.get(str(draft.config.get("target_model_type")), f"{draft.family.class_prefix}ForCausalLM")

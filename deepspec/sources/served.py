@@ -1,0 +1,50 @@
+"""Training without a cache from a target that runs elsewhere: servers compute the hidden states of each batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from deepspec.distributed import world_from_environment
+from deepspec.recipe import Recipe
+from deepspec.sources.online import OnlineSource
+from deepspec.targets import TargetEmbeddings
+from deepspec.targets.served import ServedTarget
+
+
+class ServedSource(OnlineSource):
+    """As :class:`OnlineSource`, the hidden states from ``data.servers``: each process asks one of them, in turn.
+
+    ``train.workers`` threads ask ahead of the step, each for a micro-batch at a time.
+
+    Args:
+        recipe: names servers, layers and rendering.
+        target: not used: the servers have it.
+        path: JSONL of prompts with the target's answers.
+
+    Raises:
+        TargetError: a server that does not answer.
+        DataError: no such file, or no usable conversation in it.
+    """
+
+    name = "served"
+    required: ClassVar[tuple[str, ...]] = ("conversations", "servers")
+    needs_model = False
+    reads_ahead = True
+
+    def __init__(self, recipe: Recipe, target: TargetEmbeddings, path: str | Path) -> None:
+        section, servers = recipe.target, recipe.data.servers
+        url = servers[world_from_environment().rank % len(servers)]
+        served = ServedTarget(url, section.path, section.layers, getattr(torch, section.dtype), section.revision)
+        super().__init__(recipe, served, path)
+
+    def announce(self, numbers: Sequence[int]) -> None:
+        """Nothing: several threads ask at once."""
+
+    def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """Features [s, L*D] and last hidden states [s, D] of each."""
+        return self.forward(numbers)

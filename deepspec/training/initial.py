@@ -1,0 +1,91 @@
+"""What a draft starts from: its reduced vocabulary, and with ``train.init: target`` layers copied from the target.
+
+A fresh draft first has to learn the language; one that starts from the target has only to learn to guess ahead. Copied
+are the last layers and the final norm, and the projection of the features starts as "the last feature as it is". The
+context keys and values of a block drafter's first layer are then exactly the target's own, where that feature is the
+input of the layer copied. What the target has no counterpart of (the heads, the embedding's half of
+a wide layer) starts at random.
+
+D hidden size, L target layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from deepspec.algorithms.base import DraftModel
+from deepspec.errors import TargetError
+from deepspec.recipe import TargetSection
+from deepspec.sources.base import FeatureSource
+from deepspec.targets.load import TargetSpec
+from deepspec.targets.stored import StoredTensor, open_stored
+
+NOISE = 0.1  # of the random weights that stay in the features' projection
+
+
+def frequent_tokens(source: FeatureSource, vocab_size: int, config: Any) -> Tensor:
+    """The ``config.draft_vocab_size`` most frequent supervised tokens, [V'] int64 ascending; ties go to the lower id.
+
+    Every rank counts the same data and so takes the same tokens. Reads token ids and masks, no hidden states.
+    """
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for number in range(len(source.lengths)):
+        counts += np.bincount(source.tokens(number)[source.loss_mask(number)], minlength=vocab_size)
+    order = np.argsort(-counts, kind="stable")[: config.draft_vocab_size]
+    return torch.from_numpy(np.sort(order))
+
+
+@torch.no_grad()
+def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> None:
+    """Overwrite the fresh weights of ``model`` by the target's.
+
+    Raises:
+        TargetError: the target is not stored as safetensors, or its last layers have other shapes than the draft's.
+    """
+    stored = open_stored(section.path, model.fc.weight.dtype, section.revision)
+    if stored is None:
+        raise TargetError(
+            "train.init: target reads the target's weights one by one", file=section.path,
+            remedy="store the target as safetensors, not quantized, or set train.init: random",
+        )  # fmt: skip
+    files, prefix = stored.found, stored.embedding_and_head()[0].removesuffix("embed_tokens.weight")
+    first = spec.num_layers - len(model.layers)
+    for depth, layer in enumerate(model.layers):
+        for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
+            _copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}", section.path)
+    _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
+    if model.hidden_norm is not None:
+        # what a block drafter norms before its context keys and values, the target's layer norms on its way in
+        _copy(
+            cast(Tensor, model.hidden_norm.weight),
+            files,
+            f"{prefix}layers.{first}.input_layernorm.weight",
+            section.path,
+        )
+    size = model.fc.out_features
+    model.fc.weight.mul_(NOISE)
+    model.fc.weight[:, -size:] += torch.eye(size)
+
+
+def _counterpart(name: str) -> str:
+    """The target's name of a draft layer's weight; a second norm on its way in starts as the first."""
+    return "input_layernorm.weight" if name == "hidden_norm.weight" else name
+
+
+def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str) -> None:
+    """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns."""
+    stored = files.get(name)
+    found = None if stored is None else stored.shape
+    wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]
+    if stored is None or not (found == tuple(weight.shape) or wide):
+        raise TargetError(
+            "the draft's layers cannot start from the target's", file=path, key=name, found=found,
+            wanted=tuple(weight.shape), remedy="set train.init: random",
+        )  # fmt: skip
+    source = stored.read(weight.dtype)
+    weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)
