@@ -1,5 +1,5 @@
-"""Conformance suites as pytest classes: subclass one in a test file, for an algorithm, a source or an engine."""
+"""Conformance suites as pytest classes: subclass one in a test file, for an algorithm, a target, a source or an engine."""
 
 import pytest
 
-pytest.register_assert_rewrite(*(f"deepspec.testing.{name}" for name in ("case", "drafter", "engine", "source")))
+pytest.register_assert_rewrite(*(f"deepspec.testing.{name}" for name in ("case", "drafter", "engine", "source", "target")))
