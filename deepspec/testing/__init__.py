@@ -1,5 +1,6 @@
-"""Conformance suites as pytest classes: subclass one in a test file, for an algorithm, a source or an engine."""
+"""Conformance suites as pytest classes: subclass one in a test file, for an algorithm, target, source or engine."""
 
 import pytest
 
-pytest.register_assert_rewrite(*(f"deepspec.testing.{name}" for name in ("case", "drafter", "engine", "source")))
+SUITES = ("case", "drafter", "engine", "source", "target")
+pytest.register_assert_rewrite(*(f"deepspec.testing.{name}" for name in SUITES))
