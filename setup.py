@@ -1,5 +1,48 @@
-"""For tools that still call it; pyproject.toml says everything."""
+"""What deepspec needs; pyproject.toml says the rest. The version bounds are those that the tests ran with."""
 
 from setuptools import setup
 
-setup()
+CORE = [
+    "torch>=2.9,<2.15",
+    "deepspeed>=0.19,<0.20",
+    "transformers>=5.17,<6",
+    "datasets>=4.0,<6",
+    "zarr>=3.1.6,<4",
+    "numcodecs>=0.16.3,<0.17",
+    "zstandard>=0.23,<1",
+    "safetensors>=0.5,<1",
+    "pyyaml>=6,<7",
+    "mpi4py>=4,<5",
+    "numpy>=2,<3",
+    "google-crc32c>=1.5,<2",
+    "fsspec>=2024.6",
+    "jinja2>=3.1,<4",
+    "tensorboard>=2.18,<3",
+    "matplotlib>=3.9,<4",
+    "huggingface-hub>=1.0,<3",
+    "tokenizers>=0.22,<1",
+    "pyarrow>=17",
+    "psutil>=5.9,<8",
+    "regex>=2024.11.6",
+    "httpx2>=2,<3",
+]
+DEV = [
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "hypothesis>=6.100,<7",
+    "ruff>=0.12,<0.18",
+    "mypy>=1.15,<3",
+    "import-linter>=2.3,<3",
+    "types-PyYAML>=6,<7",
+    "pre-commit>=4,<5",
+]
+
+setup(
+    install_requires=CORE,
+    extras_require={
+        "dev": DEV,
+        "mpi": ["mpich>=5,<6"],
+        "s3": ["s3fs>=2024.6"],
+        "wandb": ["wandb>=0.19"],
+    },
+)
