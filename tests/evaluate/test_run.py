@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -224,7 +225,7 @@ def test_a_threshold_without_a_confidence_head_is_refused_before_anything_is_dec
 ) -> None:
     target = load_target(folders.target)
     draft = load_draft(folders.draft, target)
-    draft.confidence_head = None
+    draft.config = dataclasses.replace(draft.config, confidence_head=False, confidence_with_markov=False)
     options = folders.options(tmp_path / "out", confidence_threshold=0.5)
     with pytest.raises(EvaluationError, match=r"confidence_threshold: .*needs a draft with a confidence head"):
         Evaluation(options, target=target, draft=draft)

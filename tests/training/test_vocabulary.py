@@ -19,7 +19,12 @@ from deepspec.training.initial import frequent_tokens
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "zero"), [("eagle3", "zero1_bf16"), ("eagle3", "zero2_fp32"), ("dspark", "zero1_bf16")]
+    ("algorithm", "zero"),
+    [
+        pytest.param("eagle3", "zero1_bf16", marks=pytest.mark.slow),
+        ("eagle3", "zero2_fp32"),
+        pytest.param("dspark", "zero1_bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_vocabulary_is_counted_trained_and_exported(algorithm: str, zero: str, tmp_path: Path) -> None:
     target = tools.make_target(tmp_path / "target")
