@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
+import os
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,17 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import CheckpointError
-from deepspec.files import read_json
+from deepspec.files import read_json, safe_join
 from deepspec.identity import as_recorded, differences
 
 FORMAT = 1
+# What DeepSpeed's files hold beside tensors and plain values; loading one builds nothing else, so it runs no code.
+TYPES = (
+    "deepspeed.utils.tensor_fragment:fragment_address",
+    "deepspeed.runtime.zero.config:ZeroStageEnum",
+    "deepspeed.runtime.fp16.loss_scaler:LossScaler",
+)
+FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own: it overrules the weights_only=False of a caller
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError("unknown format", file=folder / "manifest.json", found=found, wanted=FORMAT)
     manifest = Manifest(**values)
     for name, size in manifest.files.items():
-        path = folder / name
+        path = safe_join(folder, name, CheckpointError, "files")
         found = path.stat().st_size if path.is_file() else "no such file"
         if found != size:
             raise CheckpointError("file missing or cut", file=path, found=found, wanted=f"{size} bytes")
@@ -84,6 +94,34 @@ def steps_of(run: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
+@contextlib.contextmanager
+def known_types(folder: Path) -> Iterator[None]:
+    """For the block every ``torch.load``, DeepSpeed's too, builds tensors, plain values and ``TYPES`` alone.
+
+    Raises:
+        CheckpointError: a file of ``folder`` holds another type; it was not built.
+    """
+    places = (name.split(":") for name in TYPES)
+    allowed: list[Any] = [getattr(importlib.import_module(module), attribute) for module, attribute in places]
+    before = os.environ.get(FORCED)
+    os.environ[FORCED] = "1"
+    try:
+        with torch.serialization.safe_globals(allowed):
+            yield
+    except pickle.UnpicklingError as problem:
+        found = re.search(r"GLOBAL (\S+)", str(problem))
+        raise CheckpointError(
+            "holds what no checkpoint of ours does, and it was not loaded", file=folder,
+            found=found[1] if found else str(problem).strip().splitlines()[0],
+            wanted="tensors, plain values and DeepSpeed's own types",
+            remedy="load checkpoints of your own trainings only",
+        ) from None  # fmt: skip
+    finally:
+        os.environ.pop(FORCED)
+        if before is not None:
+            os.environ[FORCED] = before
+
+
 def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     """The draft's weights by name: parameters in fp32 where the optimizer keeps masters (ZeRO 1-3), else as trained.
 
@@ -93,25 +131,30 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         CheckpointError: the shards cannot be put together.
     """
     try:
-        if manifest.zero_stage == 0:
-            states = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-            return dict(states["module"])
-        if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-            return weights | read_buffers(folder)
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        with contextlib.redirect_stdout(io.StringIO()):
-            state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-        return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
+        with known_types(folder):
+            return _read_weights(folder, manifest)
     except (OSError, RuntimeError, KeyError, ValueError) as problem:
         line = (str(problem).strip() or repr(problem)).splitlines()[0]
         raise CheckpointError(f"shards cannot be put together ({line})", file=folder) from problem
 
 
+def _read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    if manifest.zero_stage == 0:
+        return dict(torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"])
+    if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
+        return weights | read_buffers(folder)
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
+    return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
+
+
 def read_buffers(folder: Path) -> dict[str, Tensor]:
     """The module's buffers of a checkpoint in their own dtypes (DeepSpeed's tool turns them into fp32)."""
     path = next(folder.glob("*mp_rank_00_model_states.pt"))
-    states = torch.load(path, map_location="cpu", weights_only=False)
+    with known_types(folder):
+        states = torch.load(path, map_location="cpu")
     return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}
 
 
@@ -124,11 +167,11 @@ def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] 
     paths = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
     if not all(path.is_file() for path in paths):
         return None
-    states = [torch.load(path, map_location="cpu", weights_only=False)["optimizer_state_dict"] for path in paths]
+    states = [torch.load(path, map_location="cpu")["optimizer_state_dict"] for path in paths]
     if "zero_stage" in states[0]:
         return None
     slices = [state["single_partition_of_fp32_groups"] for state in states]
-    shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)["param_shapes"]
+    shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["param_shapes"]
     weights: dict[str, Tensor] = {}
     for group, named in enumerate(shapes):
         flat, start = torch.cat([one[group].flatten() for one in slices]), 0

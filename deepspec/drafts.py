@@ -24,6 +24,7 @@ from deepspec.errors import DraftError, RecipeError
 from deepspec.files import (
     read_index,
     read_json,
+    safe_join,
     sha256_file,
     sha256_json,
     temporary_file,
@@ -98,7 +99,7 @@ def weight_files(folder: str | Path) -> list[Path]:
     folder = Path(folder)
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():
         return [folder / name for name in read_index(folder / INDEX, DraftError)]
-    if not (folder / WEIGHTS).is_file():
+    if not safe_join(folder, WEIGHTS, DraftError, "weights").is_file():
         raise DraftError("no such file", file=folder / WEIGHTS, remedy="is this a draft folder?")
     return [folder / WEIGHTS]
 

@@ -128,18 +128,45 @@ def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, reme
         raise error(f"not a JSON file ({problem})", file=path, remedy=remedy) from None
 
 
-def read_index(path: str | Path, error: type[DeepSpecError] = DeepSpecError) -> list[str]:
-    """The files that an index of sharded weights names, each once.
+def safe_join(folder: str | Path, name: str, error: type[DeepSpecError], key: str) -> Path:
+    """``folder / name`` for a name that a file states: it stays inside the folder, and no link leads out of it.
+
+    A file of the hub's cache is a link into the cache's own ``blobs``; that one may be followed.
 
     Raises:
-        error: the index is missing or broken.
+        error: another name, or there stands what is no regular file.
+    """
+    folder = Path(folder)
+    path = folder / name
+    parts = name.split("/")
+    wanted = "the name of a file inside the folder"
+    if "\\" in name or not name.isprintable() or any(part in ("", ".", "..") for part in parts):
+        raise error("a name that leads out of its folder", file=folder, key=key, found=name, wanted=wanted)
+    roots = [folder.resolve()]
+    if folder.parent.name == "snapshots":
+        roots.append(folder.resolve().parents[1] / "blobs")
+    if not any(path.resolve().is_relative_to(root) for root in roots):
+        raise error("a link that leads out of its folder", file=path, key=key, found=str(path.resolve()), wanted=wanted)
+    if path.exists() and not path.is_file():
+        raise error("not a regular file", file=path, key=key, remedy="fetch it again")
+    return path
+
+
+def read_index(path: str | Path, error: type[DeepSpecError] = DeepSpecError) -> list[str]:
+    """The files beside an index of sharded weights that it names, each once.
+
+    Raises:
+        error: the index is missing or broken, or a name leads out of its folder.
     """
     values = read_json(path, error, remedy="fetch it again")
     names = values.get("weight_map") if isinstance(values, dict) else None
     if not isinstance(names, dict) or not names or not all(isinstance(one, str) for one in names.values()):
         wanted = "the file of each tensor, by name"
         raise error("not an index", file=path, key="weight_map", found=names, wanted=wanted, remedy="fetch it again")
-    return sorted(set(names.values()))
+    found = sorted(set(names.values()))
+    for name in found:
+        safe_join(Path(path).parent, name, error, "weight_map")
+    return found
 
 
 def sha256_file(path: str | Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -51,6 +52,18 @@ def digest(data: bytes) -> str:
 def array_file(array: str, dimensions: int) -> str:
     """An array's only shard, by Zarr's chunk key."""
     return f"{array}/c/" + "/".join("0" * dimensions)
+
+
+def check_part_name(name: object) -> None:
+    """Refuse a part's name that is not one of ours: folders are made, read and removed by it.
+
+    Raises:
+        CacheError: it is not a number of five digits or more.
+    """
+    if not isinstance(name, str) or not re.fullmatch(r"[0-9]{5,}", name):
+        raise CacheError(
+            "not the name of a part", key="name", found=name, wanted="digits, such as 00012", remedy=REBUILD
+        )
 
 
 @dataclass(frozen=True)
@@ -108,6 +121,11 @@ class PartManifest:
         if sha256 is not None and digest(store.read(file)) != sha256:
             raise CacheError("part.json differs from the cache's manifest", file=f"{store.url}/{file}", remedy=REBUILD)
         values = _checked(from_json(store, file), f"{store.url}/{file}")
+        if values["name"] != name:
+            found = values["name"]
+            raise CacheError(
+                "another part", file=f"{store.url}/{file}", key="name", found=found, wanted=name, remedy=REBUILD
+            )
         arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
         lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
         rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
@@ -125,6 +143,9 @@ class PartEntry:
     bytes: int
     sha256: str  # of part.json
 
+    def __post_init__(self) -> None:
+        check_part_name(self.name)
+
 
 @dataclass(frozen=True)
 class CacheManifest:
@@ -141,6 +162,11 @@ class CacheManifest:
     table_info: ArrayInfo  # [N, 6] int64, columns SAMPLE_COLUMNS, by ascending sample_id
     parts: tuple[PartEntry, ...]
     versions: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"samples-[0-9a-f]{12}", self.table):
+            wanted = "samples- and 12 hex digits"
+            raise CacheError("not a table of samples", key="table", found=self.table, wanted=wanted, remedy=REBUILD)
 
     def to_bytes(self) -> bytes:
         """The content of manifest.json."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
-from deepspec.cache.format import FORMAT, MANIFEST, PLAN, from_json, to_json
+from deepspec.cache.format import FORMAT, MANIFEST, PLAN, check_part_name, from_json, to_json
 from deepspec.cache.levels import warnings
 from deepspec.cache.parts import is_complete, layout_of, sweep
 from deepspec.cache.store import Store
@@ -39,6 +39,9 @@ class PlannedPart:
     rows: int
     offset: int  # byte of the first row
     first_sample: int  # sample id of the first row
+
+    def __post_init__(self) -> None:
+        check_part_name(self.name)
 
 
 @dataclass(frozen=True)

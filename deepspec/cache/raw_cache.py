@@ -27,7 +27,7 @@ from deepspec.cache.plan import CachePlan, PlannedPart, samples_per_part
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.store import build_lock, open_store
 from deepspec.errors import CacheError
-from deepspec.files import named, sha256_file, undone_on_error, write_bytes, write_json
+from deepspec.files import named, safe_join, sha256_file, undone_on_error, write_bytes, write_json
 from deepspec.locks import is_free, one_writer
 from deepspec.progress import Progress
 
@@ -59,7 +59,10 @@ class RawCache:
         self.hidden_size = int(self.manifest["hidden_size"])
         try:
             self.index = np.fromfile(self.folder / INDEX, RECORD)
-            self.shards = [self._map(self.folder / shard["file_name"]) for shard in self.manifest["shards"]]
+            self.shards = [
+                self._map(safe_join(self.folder, shard["file_name"], CacheError, "file_name"))
+                for shard in self.manifest["shards"]
+            ]
         except OSError as problem:
             raise CacheError(f"cannot read ({problem.strerror})", file=problem.filename or self.folder) from None
         self.sample_ids = self._read_sample_ids()

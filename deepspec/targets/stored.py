@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
-from deepspec.files import read_index, read_json
+from deepspec.files import read_index, read_json, safe_join
 
 NAMES = (  # in the order in which transformers looks for them
     *("model.safetensors", "model.safetensors.index.json"),
@@ -135,6 +135,8 @@ def weight_files(path: str | Path, revision: str | None = None, fetch: bool = Fa
 
     config = find("config.json")
     own = read_json(config, TargetError).get("transformers_weights") if config else None
+    if config and own:
+        safe_join(Path(config).parent, str(own), TargetError, "transformers_weights")
     for name in (*([own] if own else []), *NAMES):
         file = find(name)
         if file is None:

@@ -21,6 +21,7 @@ from deepspeed.constants import default_pg_timeout
 from torch import Tensor, nn
 
 from deepspec.batch import Batch
+from deepspec.checkpoints import known_types
 from deepspec.distributed import World, pick_device, process_group, world_from_environment
 from deepspec.errors import CheckpointError
 from deepspec.metrics import LossTerms
@@ -145,7 +146,8 @@ class Engine:
             CheckpointError: DeepSpeed cannot read it.
         """
         try:
-            found, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
+            with known_types(folder / tag):
+                found, _ = self.engine.load_checkpoint(str(folder), tag=tag, load_module_strict=False)
         except (RuntimeError, OSError, ValueError, KeyError, AssertionError) as problem:
             line = (str(problem).strip() or repr(problem)).splitlines()[0]
             raise CheckpointError(f"cannot be read ({line})", file=folder / tag) from problem
@@ -204,14 +206,37 @@ def loss_backend(wanted: bool, device: torch.device) -> str:
     return "compiled"
 
 
+_CONVERT = """
+import runpy, sys
+from pathlib import Path
+from deepspec.checkpoints import known_types
+from deepspec.errors import run_main
+
+def convert():
+    with known_types(Path(sys.argv[sys.argv.index("--input_folder") + 1])):
+        runpy.run_module("deepspeed.checkpoint.ds_to_universal", run_name="__main__", alter_sys=True)
+    return 0
+
+run_main(convert)
+"""
+
+
 def to_universal(source: Path, target: Path) -> None:
     """Convert a checkpoint folder of DeepSpeed's into a Universal Checkpoint, readable at any number of processes.
 
     Raises:
         CheckpointError: the conversion failed; its last line is given.
     """
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--no_strict"]
-    command += ["--input_folder", str(source), "--output_folder", str(target)]
+    command = [
+        sys.executable,
+        "-c",
+        _CONVERT,
+        "--no_strict",
+        "--input_folder",
+        str(source),
+        "--output_folder",
+        str(target),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or ["no message"]
