@@ -123,9 +123,16 @@ class ServedTarget(TargetEmbeddings):
         if not path:
             remedy = "start the server with hidden-state extraction: docs/serving.md has the command"
             raise TargetError("the server hands out no hidden states", file=self.url, remedy=remedy)
-        return self._checked(read_hidden_states(Path(path), self.timeout), tokens, path).to(self.dtype)
+        file = Path(path)
+        hidden = self._checked(read_hidden_states(file, self.timeout), tokens, path)
+        for done in (file, _lock_of(file)):  # written for this reader alone; what is not the prompt's own stays
+            done.unlink(missing_ok=True)
+        return hidden.to(self.dtype)
 
     def _checked(self, found: dict[str, Tensor], tokens: list[int], path: str) -> Tensor:
+        if not {"hidden_states", "token_ids"} <= found.keys():
+            wanted_keys = "hidden_states and token_ids"
+            raise TargetError("not a file of hidden states", file=path, found=sorted(found)[:4], wanted=wanted_keys)
         hidden = found["hidden_states"]
         wanted = (len(tokens), len(self._index), self.spec.hidden_size)
         if found["token_ids"].tolist() != tokens:
@@ -165,12 +172,12 @@ class ServedTarget(TargetEmbeddings):
 def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
     """What the server wrote for one prompt, once it is complete: it holds a lock on ``PATH.lock`` while it writes.
 
-    The file and its lock are removed: they were written for this reader alone.
-
     Raises:
         TargetError: no such file here, a broken one, or one that is not complete after ``timeout`` seconds.
     """
-    lock = path.with_name(path.name + ".lock")
+    lock = _lock_of(path)
+    if path.is_symlink() or lock.is_symlink() or (lock.exists() and not lock.is_file()):
+        raise TargetError("not a file of the server's own", file=path, found="a link, a pipe or a device")
     try:
         with open(lock) as handle:
             _wait_for(handle, path, timeout)
@@ -180,9 +187,11 @@ def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
         raise TargetError("no such file", file=missing.filename or path, remedy=remedy) from None
     except SafetensorError as problem:
         raise TargetError(f"not a safetensors file ({problem})", file=path) from None
-    path.unlink(missing_ok=True)
-    lock.unlink(missing_ok=True)
     return found
+
+
+def _lock_of(path: Path) -> Path:
+    return path.with_name(path.name + ".lock")
 
 
 def _wait_for(handle: Any, path: Path, timeout: float) -> None:

@@ -11,6 +11,7 @@ import torch
 from algorithm_tools import FAMILIES, tiny_target
 from cache_tools import make_setup
 from hidden_state_server import FakeServer
+from safetensors.torch import save_file
 
 from deepspec.cache.build import build_cache
 from deepspec.cache.forward import forward_batch
@@ -95,6 +96,26 @@ def test_what_a_server_does_wrong_is_named(
     fake.change = change
     with pytest.raises(TargetError, match=reason):
         remote.forward(torch.tensor([[4, 5, 6]]), [0])
+
+
+def test_a_file_that_is_not_the_prompt_s_own_is_neither_used_nor_removed(
+    qwen: tuple[Target, FakeServer, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fake, path = qwen
+    remote = ServedTarget(fake.url, path, LAYERS, torch.float32, timeout=1.0)
+    victim = tmp_path / "weights.safetensors"
+    save_file({"w": torch.ones(2)}, victim)
+    Path(f"{victim}.lock").touch()
+    monkeypatch.setattr(fake, "write", lambda prompt: {"hidden_states_path": str(victim)})
+    with pytest.raises(TargetError, match="not a file of hidden states"):
+        remote.forward(torch.tensor([[4, 5, 6]]), [0])
+    assert victim.is_file()
+    link = tmp_path / "link"
+    link.symlink_to(victim)
+    monkeypatch.setattr(fake, "write", lambda prompt: {"hidden_states_path": str(link)})
+    with pytest.raises(TargetError, match="not a file of the server's own"):
+        remote.forward(torch.tensor([[4, 5, 6]]), [0])
+    assert link.is_symlink()
 
 
 def test_other_layers_than_the_servers_are_refused(qwen: tuple[Target, FakeServer, Path]) -> None:
