@@ -22,7 +22,7 @@ import torch
 
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.format import CacheManifest
-from deepspec.cache.forward import DTYPES, Conversation, forward_batch
+from deepspec.cache.forward import Conversation, forward_batch
 from deepspec.cache.parts import Block, PartWriter, layout_of
 from deepspec.cache.plan import BuildJob, CachePlan, PlannedPart, batches, plan_build, read_rows
 from deepspec.cache.store import Store, build_lock, open_store
@@ -83,7 +83,7 @@ def build_cache(
 
 
 def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
-    section, dtype = recipe.target, DTYPES[recipe.target.dtype]
+    section, dtype = recipe.target, getattr(torch, recipe.target.dtype)
     if server is None:
         return load_target(section.path, dtype, device, section.revision)
     return ServedTarget(server, section.path, section.layers, dtype, section.revision)

@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from deepspec import registry
 from deepspec.cache.format import HIDDEN_CHUNK, ArrayInfo
-from deepspec.cache.forward import DTYPES, forward_batch
+from deepspec.cache.forward import forward_batch
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.parts import Block, Layout, PartWriter
 from deepspec.cache.plan import Source, samples_per_part, scan, usable_rows
@@ -75,7 +77,7 @@ def estimate_recipe(
     layout = Layout(channels, spec.hidden_size, recipe.target.dtype, "raw", "raw" if keeps_last else None)
     ratios = None
     if measured:
-        dtype = DTYPES[recipe.target.dtype]
+        dtype = getattr(torch, recipe.target.dtype)
         target = load_target(recipe.target.path, dtype, pick_device(), recipe.target.revision)
         rows = usable_rows(source, renderer, minimum, measured)
         blocks = [forward_batch(target, recipe.target.layers, keeps_last, [(i, str(i), one)])[1]() for i, one in rows]

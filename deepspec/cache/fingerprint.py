@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec import registry
-from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import codec_for
 from deepspec.errors import CacheError
 from deepspec.files import sha256_file
@@ -58,7 +59,7 @@ def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object
     A cache that keeps last_hidden serves a loss that does not read it; and a cache may hold more sources than the
     recipe names.
     """
-    now = as_recorded(found, wanted, DTYPES[wanted["dtype"]], file)
+    now = as_recorded(found, wanted, getattr(torch, wanted["dtype"]), file)
     sources = {source["sha256"] for source in found["sources"]}
     missing = [source["name"] for source in now.pop("sources") if source["sha256"] not in sources]
     known = {key: value for key, value in found.items() if key != "sources"}

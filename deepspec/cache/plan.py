@@ -16,8 +16,8 @@ from deepspec.cache.levels import warnings
 from deepspec.cache.parts import is_complete, layout_of, sweep
 from deepspec.cache.store import Store
 from deepspec.data.chat import Rendered, Renderer, render_row
-from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
-from deepspec.data.lines import is_blank, numbered_lines, parse_line
+from deepspec.data.conversations import WANTED, checked_lines, note_id, usable_row
+from deepspec.data.lines import is_blank, parse_line
 from deepspec.errors import CacheError, DataError
 from deepspec.recipe import Recipe
 from deepspec.targets import Target
@@ -106,17 +106,12 @@ def scan(path: str | Path) -> Source:
         DataError: missing or empty, a line that is not JSON, an id that comes twice, or a file that differs from its
             manifest (before anything is computed).
     """
-    path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
-    seen = set[str]()
-    for number, line in numbered_lines(path):
-        digest.update(line)
-        if not is_blank(line):
-            note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
-            offsets.append(offset)
-        offset += len(line)
+    path, digest, offsets, seen = Path(path), hashlib.sha256(), array("Q"), set[str]()
+    for number, offset, line in checked_lines(path, digest):
+        note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
+        offsets.append(offset)
     if not offsets:
         raise DataError("no conversation in the file", file=path)
-    check_manifest(path, len(offsets), digest.hexdigest())
     return Source(path, digest.hexdigest(), offsets)
 
 

@@ -189,14 +189,16 @@ def _verify(given: argparse.Namespace) -> int:
 
 
 def _import(given: argparse.Namespace) -> int:
+    import torch
+
     from deepspec.cache.fingerprint import fingerprint_of
-    from deepspec.cache.forward import DTYPES
     from deepspec.cache.raw_cache import import_raw_cache
     from deepspec.targets import load_target_embeddings, load_tokenizer
 
     recipe = _recipe(given)
     target = recipe.target
-    spec = load_target_embeddings(target.path, DTYPES[target.dtype], revision=target.revision).spec  # fetches its files
+    dtype = getattr(torch, target.dtype)
+    spec = load_target_embeddings(target.path, dtype, revision=target.revision).spec  # fetches its files
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
     manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)

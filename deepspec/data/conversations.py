@@ -70,7 +70,7 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
             file that differs from its manifest.
     """
     path, seen = Path(path), set[str]()
-    for number, line in checked_lines(path):
+    for number, _, line in checked_lines(path):
         row = parse_line(line, path, number, DataError, WANTED)
         fault = row_problem(row)
         if fault is not None:
@@ -84,19 +84,22 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
         raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
 
 
-def checked_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not blank; after the last, the file is compared with its manifest.
+def checked_lines(path: Path, digest: hashlib._Hash | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """(number, first byte, line) of every line that is not blank; at the end the file is compared with its manifest.
+
+    ``digest`` (SHA-256) is given the file's bytes.
 
     Raises:
         DataError: no such file, or one that differs from its manifest.
     """
-    digest, rows = hashlib.sha256(), 0
+    digest, rows, offset = digest or hashlib.sha256(), 0, 0
     for number, line in numbered_lines(path):
         digest.update(line)
         if not is_blank(line):
             rows += 1
-            yield number, line
-    check_manifest(path, rows, digest.hexdigest())
+            yield number, offset, line
+        offset += len(line)
+    _check_manifest(path, rows, digest.hexdigest())
 
 
 def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
@@ -114,7 +117,7 @@ def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
     seen.add(name)
 
 
-def check_manifest(path: Path, rows: int, sha256: str) -> None:
+def _check_manifest(path: Path, rows: int, sha256: str) -> None:
     """Compare a file that has been read to its end with its manifest; a file without one is taken as it is.
 
     Raises:

@@ -64,7 +64,7 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
-    for number, line in checked_lines(path):  # of conversations that an earlier command wrote, too
+    for number, _, line in checked_lines(path):  # of conversations that an earlier command wrote, too
         try:
             row = parse_json(line)
         except NotJSON as problem:

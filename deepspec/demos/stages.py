@@ -72,10 +72,10 @@ def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, o
     return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
 
 
-def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:
     """The target's hidden states over ``data``."""
     command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
-    return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs)
+    return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs)
 
 
 def train(
