@@ -81,10 +81,10 @@ def check_fields(settings: object, ranges: Mapping[str, Range], error: type[Deep
 
 
 MOST = 2**31 - 1  # of anything counted
-COUNT = Range(int, lambda value: 1 <= value <= MOST, "a whole number, 1 or more")
-COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "a whole number, 0 or more")
-TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")  # requests at a time
-SEED = Range(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+COUNT = Range(int, lambda value: 1 <= value <= MOST, "an integer, 1 or more")
+COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "an integer, 0 or more")
+TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "an integer from 1 to 4096")  # requests at a time
+SEED = Range(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
 SHARE = Range(float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 SHARE_BELOW_ONE = Range(float, lambda value: 0 <= value < 1, "a share, 0 to below 1")
 POSITIVE = Range(float, lambda value: value > 0, "a number above 0")

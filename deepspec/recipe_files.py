@@ -139,7 +139,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RecipeError: not YAML, a key given twice, a value that Python cannot hold, or aliases that stand for too much.
+        RecipeError: not YAML, a key given twice, a value that Python cannot hold, or aliases that expand to too much.
     """
     loader = None
     try:

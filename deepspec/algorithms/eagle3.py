@@ -267,7 +267,7 @@ class Eagle3Drafter(Drafter):
     def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
         """All nodes of a depth in one step, each from the output of its parent; its children are its likeliest tokens.
 
-        The root stands at the newest position, so node i is written i positions behind it.
+        The root is at the newest position, so node i is written i positions after it.
         """
         R = len(last_token)
         root_R = self._length_B[:R] - 1

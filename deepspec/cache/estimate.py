@@ -1,4 +1,4 @@
-"""Before a build: how many tokens, bytes, files and hours; from the conversations, or from totals one already knows."""
+"""Before a build: how many tokens, bytes, files and hours; from the conversations, or from known totals."""
 
 from __future__ import annotations
 

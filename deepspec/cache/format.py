@@ -55,7 +55,7 @@ def array_file(array: str, dimensions: int) -> str:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What a part's manifest says of one array."""
+    """A part's manifest: one array."""
 
     shape: tuple[int, ...]  # [T] or [T, C]
     dtype: str
@@ -97,7 +97,7 @@ class PartManifest:
 
     @classmethod
     def load(cls, store: Store, name: str, sha256: str | None = None) -> PartManifest:
-        """Read a part's manifest; ``sha256`` is what the cache's manifest says of it.
+        """Read a part's manifest; ``sha256`` is its digest in the cache's manifest.
 
         Raises:
             CacheError: missing, unreadable, of another format, or not the part that the cache was made of.

@@ -25,8 +25,8 @@ from deepspec.targets.served import ServedTarget
 
 log = logging.getLogger(__name__)
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
-MIN_SAMPLES, MIN_PARTS = 64, 32  # small data sets are cut finer, so that ranks and a restart have something of it
-PROBED_ROWS = 64  # rendered to learn the mean length
+MIN_SAMPLES, MIN_PARTS = 64, 32  # of a small data set: parts for all ranks
+PROBED_ROWS = 64  # rendered to estimate the mean length
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Source:
         return len(self.offsets)
 
     def entry(self) -> dict[str, Any]:
-        """What the fingerprint says of it."""
+        """Its entry in the fingerprint."""
         return {"name": self.path.name, "rows": self.rows, "sha256": self.sha256}
 
 
@@ -221,7 +221,7 @@ def _known_plan(job: BuildJob, source: Source, wanted: dict[str, Any], append: b
     if plan.fingerprint["levels"] != wanted["levels"]:
         lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
     if lines:
-        remedy = remedy_for(lines, "choose another output folder, mend the recipe, or delete the folder")
+        remedy = remedy_for(lines, "choose another output folder, fix the recipe, or delete the folder")
         raise CacheError(f"the folder holds another cache: {'; '.join(lines)}", file=job.store.url, remedy=remedy)
     if not is_new:
         return plan

@@ -31,7 +31,7 @@ def build() -> int:
     _recipe_and_data(parser, required=True)
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
-    parser.add_argument("--server", help="URL of a server of the target that hands out hidden states (docs/serving.md)")
+    parser.add_argument("--server", help="URL of a server of the target that returns hidden states (docs/serving.md)")
     rank_word(parser)
     given = parser.parse_args()
 
@@ -117,7 +117,7 @@ def _estimate(given: argparse.Namespace) -> int:
 
     if given.tokens is not None:
         if given.hidden_size is None:
-            raise CacheError("totals alone do not tell the width", key="--hidden-size", remedy="give --hidden-size")
+            raise CacheError("the width does not follow from totals", key="--hidden-size", remedy="give --hidden-size")
         rows = round(given.tokens / given.mean)
         totals = Totals(rows, rows, round(given.tokens), round(given.tokens * given.supervised))
         layout = Layout(given.hidden_size * given.layers, given.hidden_size, "bfloat16", "raw", "raw")

@@ -1,4 +1,4 @@
-"""Conversations on disk: JSONL, one conversation a line, with a manifest that says the file is complete.
+"""Conversations on disk: JSONL, one conversation a line, with a manifest written last.
 
 A row is ``{"id": str, "messages": [{"role", "content", ...}, ...], ...}`` in OpenAI's form. Besides ``role`` and
 ``content`` a message may carry ``tool_calls``, ``reasoning_content``, ``finish_reason`` (how the target's answer ended;
@@ -121,7 +121,7 @@ def _check_manifest(path: Path, rows: int, sha256: str) -> None:
     """Compare a file that has been read to its end with its manifest; a file without one is taken as it is.
 
     Raises:
-        DataError: the file has other rows or other bytes than its manifest says.
+        DataError: the file has other rows or other bytes than its manifest.
     """
     if not manifest_path(path).exists():
         return
@@ -187,7 +187,7 @@ class ConversationWriter:
             if kind is None:
                 raise DataError("no conversation to write", file=self.path, wanted="at least one")
             return
-        manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not vouch for the new one
+        manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not be taken for the new file's
         os.replace(self._temporary, self.path)
         sync(self.path.parent)
         manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}

@@ -113,7 +113,7 @@ class Report:
     read: dict[str, int] = field(default_factory=dict)  # source -> rows
     kept: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    first: dict[str, str] = field(default_factory=dict)  # reason -> where its first row stands
+    first: dict[str, str] = field(default_factory=dict)  # reason -> path and line of its first row
     left_out: Counter[str] = field(default_factory=Counter)  # of rows that are kept: what -> how many
     unread: Counter[str] = field(default_factory=Counter)  # column that nothing is made of -> kept rows that fill it
     train: int = 0

@@ -41,7 +41,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         checkpoint: a checkpoint folder, or a run (its newest checkpoint is taken).
         output: the draft folder to create.
         dtype: ``bf16`` or ``fp32``; None takes the run's precision.
-        embeddings: whether the folder carries the target's embedding and head and so stands alone.
+        embeddings: whether the folder carries the target's embedding and head, so that no target is needed to load it.
 
     Returns:
         The checkpoint folder that was taken.

@@ -91,7 +91,7 @@ class ServedTarget(TargetEmbeddings):
             TargetError: layers that the server does not give, a request that failed, or hidden states of other tokens.
         """
         if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
-            raise TargetError("a served target takes whole prompts only", found="positions, a cache or special masks")
+            raise TargetError("a served target takes only complete prompts", found="positions, cache or special masks")
         unknown = [layer for layer in layers if layer + 1 not in self._index]
         if unknown:
             raise TargetError("the server does not give these layers", file=self.url, found=unknown,
@@ -122,7 +122,7 @@ class ServedTarget(TargetEmbeddings):
         path = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
         if not path:
             remedy = "start the server with hidden-state extraction: docs/serving.md has the command"
-            raise TargetError("the server hands out no hidden states", file=self.url, remedy=remedy)
+            raise TargetError("the server returns no hidden states", file=self.url, remedy=remedy)
         return self._checked(read_hidden_states(Path(path), self.timeout), tokens, path).to(self.dtype)
 
     def _checked(self, found: dict[str, Tensor], tokens: list[int], path: str) -> Tensor:
@@ -139,7 +139,7 @@ class ServedTarget(TargetEmbeddings):
         return hidden
 
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """One exchange; a server that is busy or restarts is asked again.
+        """One exchange; a busy or restarting server gets it again.
 
         Raises:
             TargetError: it refuses, or does not answer.

@@ -69,7 +69,7 @@ class RawCodec:
 
     @classmethod
     def calibrate(cls, _sample: NDArray[Any]) -> RawCodec:
-        """Nothing to learn from a sample."""
+        """No table from a sample."""
         return cls()
 
     @classmethod

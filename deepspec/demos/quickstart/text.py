@@ -1,4 +1,4 @@
-"""Conversations that a program writes: what the quickstart's tiny target learns to say.
+"""Conversations that a program writes: the training data of the quickstart's tiny target.
 
 Every task is a function from a random generator to a question and its worked answer. A prompt belongs to the held-out
 set by the hash of its text alone, so that no held-out prompt can be met in training, whatever the seed or the counts.

@@ -1,4 +1,4 @@
-"""docs/results.md from what was measured: every figure of it stands in docs/results.json too."""
+"""docs/results.md from what was measured: every figure of it is in docs/results.json too."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def _documented() -> Iterator[tuple[str, str, Callable[..., Any]]]:
 
 
 def _signature(thing: Callable[..., Any]) -> str:
-    """The signature where it says more than the name and is short; "" for builtins that tell none."""
+    """The signature where it has parameters and is short; "" for builtins without one."""
     try:
         text = str(inspect.signature(thing))
     except (TypeError, ValueError):
