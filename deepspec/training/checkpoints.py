@@ -159,7 +159,7 @@ def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> 
         change = {"file": where, "key": key, "found": after.get(key), "wanted": f"the run's {before.get(key)!r}"}
         if key not in HONOURED:
             remedy = "put it back, or choose another output for a new run"
-            raise CheckpointError("a run cannot resume with another value", **change, remedy=remedy)
+            raise CheckpointError("a run cannot change this and resume", **change, remedy=remedy)
         if not accept:
             remedy = "give --accept-changes to resume with the new value, or choose another output"
             remedy = f"it is gone ({RETIRED[key]}): {remedy}" if key in RETIRED else f"put it back, or {remedy}"
