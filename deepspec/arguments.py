@@ -1,4 +1,4 @@
-"""Numbers on command lines and in settings: the ranges they must lie in, and a parser whose mistakes are one line.
+"""Numbers on command lines and in settings: their allowed ranges, and a parser that reports an error in one line.
 
 A range is written once and used twice: as the ``type=`` of an argument, and to check a setting that came from code.
 """
@@ -94,7 +94,7 @@ TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser of a command: it starts logging, and refuses in one line as every other error does."""
+    """An argparse parser of a command: it starts logging, and refuses in one line as every other error is."""
 
     def __init__(self, *, description: str | None = None, **kwargs: Any) -> None:
         text = None if description is None else inspect.cleandoc(description)

@@ -1,4 +1,4 @@
-"""What a feature source hands to an algorithm's objective.
+"""What a feature source gives to an algorithm's objective.
 
 B sequences of the batch, S their padded length, L target layers read, D the target's hidden size.
 """

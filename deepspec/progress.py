@@ -1,4 +1,4 @@
-"""A line on stderr for every long job: how far, how fast, how long still."""
+"""A line on stderr for every long job: done, speed, time left."""
 
 from __future__ import annotations
 

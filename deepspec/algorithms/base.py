@@ -101,7 +101,7 @@ class Drafter(ABC):
         self._length_B[rows] = 0
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+        """Copy the contexts of rows ``source`` [n] to ``target`` [n]."""
         self._length_B[target] = self._length_B[source]
         for cache in self._cache:
             cache.move(source, target)
@@ -265,7 +265,7 @@ class DraftModel(nn.Module):
 
 
 class Algorithm(ABC):
-    """One way to draft: its identity as plain attributes; how it is trained and run as methods."""
+    """One way to draft: its identity as attributes; how it is trained and run as methods."""
 
     name: ClassVar[str]  # in the registry, in recipes and in results
     config_class: ClassVar[type[DraftConfig]]

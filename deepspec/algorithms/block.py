@@ -1,4 +1,4 @@
-"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, a table of facts.
+"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, identity.
 
 A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
 and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already

@@ -1,4 +1,4 @@
-"""Build a target cache: run the target over conversations and keep what training needs.
+"""Build a target cache: run the target over conversations and store what training needs.
 
 The plan (plan.json) is cut once and names the parts; ranks take parts from it. A part's content depends on the plan
 alone, so a build that was killed and continued with any number of ranks ends in the same bytes.

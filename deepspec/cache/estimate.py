@@ -32,7 +32,7 @@ TABLE_BYTES = {"raw": 0.0, "lossless": 4 / 3} | dict.fromkeys(("near", "compact"
 
 @dataclass(frozen=True)
 class Totals:
-    """What a data set comes to."""
+    """Totals of a data set."""
 
     rows: int  # conversations
     samples: int  # usable ones
@@ -47,7 +47,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would come to at one level."""
+    """Size and time of a build at one level."""
 
     level: str
     coded_bytes: int
@@ -58,7 +58,7 @@ class Estimate:
 def estimate_recipe(
     recipe: Recipe, conversations: str | Path, probed: int, measured: int
 ) -> tuple[Totals, list[Estimate]]:
-    """Totals of a conversation file under a recipe, and what a build of it would come to at each level.
+    """Totals of a conversation file under a recipe, and the size of a build of it at each level.
 
     Args:
         recipe: names target, layers, rendering.

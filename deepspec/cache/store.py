@@ -1,4 +1,4 @@
-"""Where a cache lies: a local folder, or any URL that fsspec opens (``s3://bucket/prefix``, ``memory://``, ...)."""
+"""Where a cache is: a local folder, or any URL that fsspec opens (``s3://bucket/prefix``, ``memory://``, ...)."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from deepspec.arguments import COUNT, POSITIVE, Parser
 
 
 def export() -> int:
-    """Export a draft for an engine, or import somebody else's.
+    """Export a draft for an engine, or import one from elsewhere.
 
         python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab
         python tools/export.py FOREIGN OUT --from auto|vllm|sglang|speculators|zlab --target TARGET

@@ -88,7 +88,7 @@ class SpanFinder:
         return self._once(key, lambda: self._after(MARK, _up_to(given), tools, True))
 
     def _answer_border(self, given: Message, tools: Tools) -> str | None:
-        """The same in a conversation that has gone on."""
+        """The same in a conversation with later messages."""
         key = ("answer", given["role"], given.get("name"), bool(tools))
         return self._once(key, lambda: self._after(MARK, [*_up_to(given), _answer(_OTHER), _ASK], tools, False, _OTHER))
 

@@ -140,7 +140,7 @@ def _check_manifest(path: Path, rows: int, sha256: str) -> None:
 
 
 class ConversationWriter:
-    """Writes conversations row by row under a temporary name; the last act of a good end is the manifest.
+    """Writes conversations row by row under a temporary name; the manifest is written last.
 
     Used as a context manager. When the block raises, the temporary file goes and an older file of that name stays.
     """

@@ -1,4 +1,4 @@
-"""A conversation on its way through regeneration: the user's turns are given, the target answers them one by one.
+"""A conversation in regeneration: the user's turns are given, the target answers them one by one.
 
 What a target wrote becomes the message to train on: no half characters, no half calls, reasoning apart.
 """
@@ -93,7 +93,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one conversation."""
+    """The outcome of one conversation."""
 
     dialogue: Dialogue
     error: str | None = None  # None: every turn is answered

@@ -202,7 +202,7 @@ def _prepare(options: PrepareOptions, output: Path) -> Report:
 
 
 def _remove_earlier(path: Path) -> None:
-    """Take away what an earlier run held out: beside the new train.jsonl it could hold prompts of it."""
+    """Remove an earlier run's held-out file: beside the new train.jsonl it could hold prompts of it."""
     for one in (Path(f"{path}.manifest.json"), path):
         if one.exists():
             one.unlink()

@@ -1,4 +1,4 @@
-"""Regeneration: the target's own answers to the prompts, written so that a kill loses only what was in flight.
+"""Regeneration: the target's own answers to the prompts, written so that a kill loses only unfinished conversations.
 
 Finished rows are appended to ``<output>.partial`` as they come. A second start reads what is there and requests only
 the rest; when nothing is left, the rows are written in the prompts' order, the manifest last. What failed finally

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Which servers, and how hard to press them."""
+    """Which servers, how many requests at a time, and how long to wait."""
 
     urls: tuple[str, ...]  # http://host:port or http://host:port/v1
     model: str  # its name in requests
@@ -41,7 +41,7 @@ class ServerOptions:
 
 
 class Server:
-    """One server: its address and how it fares. Changed under its pool's lock only."""
+    """One server: its address and its state. Changed under its pool's lock only."""
 
     def __init__(self, url: str) -> None:
         url = url.rstrip("/")
@@ -111,7 +111,7 @@ class Pool:
             self._changed.notify()
 
     def close(self) -> None:
-        """Wake and end whoever waits."""
+        """Wake all waiting threads; their wait ends in an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -368,7 +368,7 @@ class Decoder:
         self.clock.verified += int(counts.sum())
 
     def _extend(self, features: Tensor, tokens: Tensor, batch: PackedBatch, result: VerifyResult) -> None:
-        """Hand the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
+        """Give the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
 
         ``features`` are packed, ``tokens`` [R, Q] are those of the batch.
         """

@@ -1,4 +1,4 @@
-"""Runs stages as the commands they are, several at a time where the cores allow, each with its own log."""
+"""Runs the commands of stages, several at a time where the cores allow, each with its own log."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Running:
 
 
 class Runner:
-    """Brings every stage of a plan to its end.
+    """Runs every stage of a plan.
 
     Args:
         stages: the plan; needs name earlier stages.

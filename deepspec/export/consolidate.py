@@ -85,7 +85,7 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
 
 
 def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings: bool) -> None:
-    """The target is still that of the training: the draft's config is made from its config, the ends from its weights.
+    """The target is still that of the training: the draft's config, embedding and head are made from it.
 
     Raises:
         CheckpointError: it is not.

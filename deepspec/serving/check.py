@@ -60,7 +60,7 @@ class Kind:
 
 
 def kinds_of(formats: Sequence[str]) -> list[Kind]:
-    """Every kind of draft that the tables of ``formats`` have a form for; every second without the target's ends."""
+    """Every kind of draft that the tables of ``formats`` have a form for; every second without frozen weights."""
     rows = [(source, name, form.name) for name in formats for source, form in registry.engine(name).forms.items()]
     kinds = [Kind(*row, embeddings=number % 2 == 0, first=row[1] == formats[0]) for number, row in enumerate(rows)]
     return [*kinds, Kind(rows[0][0] + REDUCED, *rows[0][1:])]

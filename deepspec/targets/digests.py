@@ -92,7 +92,7 @@ def memory_file() -> Path:
 
 
 def _remembered(files: Iterable[Path]) -> int:
-    """The sum over ``files``; what has not changed since it was last read is not read again."""
+    """The sum over ``files``; unchanged files are not read again."""
     known, new, total = _recall(), dict[str, Any](), 0
     for file in files:
         state = _state(file)

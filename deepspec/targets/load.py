@@ -1,4 +1,4 @@
-"""Load a target: its config alone, embedding and head alone, or the real Hugging Face model, frozen."""
+"""Load a target: only its config, only embedding and head, or the Hugging Face model, frozen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A target that runs elsewhere: hidden states out of a serving engine, for targets that one process cannot hold.
+"""A target that runs elsewhere: hidden states from a serving engine, for targets that do not fit one process.
 
 The server is vLLM's with hidden-state extraction (``docs/serving.md`` has the command): a request for one token leaves
 the prompt's hidden states in a file on a file system that both see. Its layer ids are one higher than ours; the id
@@ -186,7 +186,7 @@ def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
 
 
 def _wait_for(handle: Any, path: Path, timeout: float) -> None:
-    """Take the shared lock; a thread that sleeps in the kernel could not be given up."""
+    """Take the shared lock; polled: a thread blocked in the kernel could not be stopped at the timeout."""
     end = time.monotonic() + timeout
     while True:
         try:
@@ -199,7 +199,7 @@ def _wait_for(handle: Any, path: Path, timeout: float) -> None:
 
 
 def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
-    """The target's own final norm, alone.
+    """The target's own final norm, without its layers.
 
     Raises:
         TargetError: the target is quantized, not stored as safetensors, or not complete.

@@ -113,7 +113,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
 
 
 def weight_files(path: str | Path, revision: str | None = None, fetch: bool = False) -> list[str]:
-    """The files that transformers loads a target's weights from; none where they are not all to be had.
+    """The files that transformers loads a target's weights from; none where one of them is missing.
 
     Args:
         path: the target's folder or hub id.

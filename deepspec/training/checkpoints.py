@@ -50,7 +50,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def clean(self) -> None:
-        """Remove what a crash left half written or half removed."""
+        """Remove what a crash left partly written or partly removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)

@@ -163,7 +163,7 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """For the while, :meth:`forward` computes no gradients (every rank must call it equally often)."""
+        """Within it :meth:`forward` computes no gradients (every rank must call it equally often)."""
         self.model.eval()
         try:
             with torch.no_grad():
@@ -173,7 +173,7 @@ class Engine:
 
     @contextlib.contextmanager
     def complete_model(self) -> Iterator[nn.Module]:
-        """The module with all its weights on every rank, for reading (ZeRO-3 gathers them for the while)."""
+        """The module with all its weights on every rank, for reading (ZeRO-3 gathers them meanwhile)."""
         parameters = list(self.model.parameters())
         enabled = self.stage == 3
         with deepspeed.zero.GatheredParameters(parameters, enabled=enabled), torch.no_grad():

@@ -73,7 +73,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
 
 
 def _counterpart(name: str) -> str:
-    """The target's name of a draft layer's weight; a second norm on its way in starts as the first."""
+    """The target's name of a draft layer's weight; a second input norm starts as the first."""
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 

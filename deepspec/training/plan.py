@@ -84,7 +84,7 @@ class RunPlan:
         return StepPlan(epoch, samples, self.lengths[samples], self.micro_batch, self.micro_tokens)
 
     def _draw(self, epoch: int) -> np.ndarray:
-        """The epoch's sample numbers in random order; no sample of a group repeats before all of them came."""
+        """The epoch's sample numbers in random order; no sample of a group repeats before all were drawn."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         total = len(self.lengths)
         weights = np.asarray(self.group_weights, dtype=np.float64)

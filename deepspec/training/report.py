@@ -207,7 +207,7 @@ class Reporter:
 
 
 def cut_log(path: Path, last: int) -> None:
-    """Keep the rows of steps up to ``last``; what a kill left half written is no row."""
+    """Keep the rows of steps up to ``last``; a row that a kill cut off is removed."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")

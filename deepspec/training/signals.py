@@ -1,4 +1,4 @@
-"""When a run is to save and end early: it was sent a signal, or its launcher is gone."""
+"""When a run is to save and end early: it was sent a signal, or its launcher has ended."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class LosslessCodec(RowCodec):
         return decode_table(self.exponents, "<u1").astype(np.uint16)
 
     def configuration(self) -> dict[str, JSON]:
-        """What zarr.json keeps."""
+        """Its configuration in zarr.json."""
         return {"exponents": self.exponents}
 
     def encode_rows(self, chunk: NDArray[Any]) -> bytes:

@@ -34,7 +34,7 @@ def to_float(values: NDArray[Any]) -> Floats:
 
 
 def channel_spread(sample: NDArray[Any]) -> Floats:
-    """[C] robust standard deviation of each channel: from the median, which massive values do not move."""
+    """[C] robust standard deviation of each channel: from the median, which outliers do not move."""
     values = np.abs(to_float(sample))
     spread = np.median(values, axis=0) / _SIGMA
     mean = np.sqrt(np.square(values, dtype=np.float64).mean(axis=0))
@@ -78,7 +78,7 @@ class UniformCodec(RowCodec):
         return decode_table(self.steps, "<f4").astype(np.float32)
 
     def configuration(self) -> dict[str, JSON]:
-        """What zarr.json keeps."""
+        """Its configuration in zarr.json."""
         return {"steps": self.steps, "low_bits": self.low_bits}
 
     def encode_rows(self, chunk: NDArray[Any]) -> bytes:

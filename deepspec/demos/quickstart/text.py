@@ -218,7 +218,7 @@ def is_held_out(prompt: str) -> bool:
 
 
 def conversations(seed: int, held_out: bool = False) -> Iterator[Conversation]:
-    """Conversations without end, task after task in turn, on one side of the split."""
+    """Endless conversations, task after task, on one side of the split."""
     rng = random.Random(f"deepspec quickstart {seed}")
     names = list(TASKS)
     while True:

@@ -22,7 +22,7 @@ _GAP = re.compile(r"\{(\w+)\}")
 
 
 def chat_prompts(seed: int) -> Iterator[str]:
-    """Prompts without end: the asks in shuffled rounds, their gaps filled at random."""
+    """Endless prompts: the requests in shuffled rounds, their gaps filled at random."""
     rng = random.Random(f"deepspec real chat {seed}")
     asks = list(TEXTS["asks"])
     while True:

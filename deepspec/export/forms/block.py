@@ -99,7 +99,7 @@ class DFlash(Form):
 
 
 def zero_markov(draft: DraftCheckpoint) -> dict[str, Tensor]:
-    """A Markov head of rank 1 that adds nothing, for engines that insist on one."""
+    """A Markov head of rank 1 that adds nothing, for engines that need one."""
     vocabulary, like = draft.shape.vocab_size, draft.state["fc.weight"]
     rows = (vocabulary, draft.parsed.draft_vocab_size or vocabulary)
     return {name: like.new_zeros(count, 1) for name, count in zip(MARKOV, rows, strict=True)}
