@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.codecs.uniform import to_float
 from deepspec.cache.format import HIDDEN_CHUNK
-from deepspec.cache.forward import DTYPES, forward_batch
+from deepspec.cache.forward import forward_batch
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.memory import empty
 from deepspec.cache.parts import Block, layout_of, write_part
@@ -350,7 +350,7 @@ def write_inputs(options: argparse.Namespace, work: Path) -> tuple[Path, Path]:
 def bare_forward(recipe_path: Path, data: Path, parts: list[dict[str, Any]], budget: int) -> tuple[int, float]:
     """Tokens and seconds of the target alone over the same batches."""
     recipe = load_recipe(recipe_path)
-    target = load_target(recipe.target.path, DTYPES[recipe.target.dtype])
+    target = load_target(recipe.target.path, getattr(torch, recipe.target.dtype))
     renderer, source, seconds, tokens = load_renderer(recipe, target.spec), scan(data), 0.0, 0
     for part in parts:
         rows = read_rows(data, source.offsets[part["first"]], part["first"], part["rows"])

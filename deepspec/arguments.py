@@ -1,4 +1,4 @@
-"""Numbers on command lines and in settings: the ranges they must lie in, and a parser whose mistakes are one line.
+"""Numbers on command lines and in settings: their allowed ranges, and a parser that reports an error in one line.
 
 A range is written once and used twice: as the ``type=`` of an argument, and to check a setting that came from code.
 """
@@ -81,10 +81,10 @@ def check_fields(settings: object, ranges: Mapping[str, Range], error: type[Deep
 
 
 MOST = 2**31 - 1  # of anything counted
-COUNT = Range(int, lambda value: 1 <= value <= MOST, "a whole number, 1 or more")
-COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "a whole number, 0 or more")
-TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "a whole number from 1 to 4096")  # requests at a time
-SEED = Range(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2^63 - 1")
+COUNT = Range(int, lambda value: 1 <= value <= MOST, "an integer, 1 or more")
+COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "an integer, 0 or more")
+TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "an integer from 1 to 4096")  # requests at a time
+SEED = Range(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
 SHARE = Range(float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 SHARE_BELOW_ONE = Range(float, lambda value: 0 <= value < 1, "a share, 0 to below 1")
 POSITIVE = Range(float, lambda value: value > 0, "a number above 0")
@@ -94,7 +94,7 @@ TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser of a command: it starts logging, and refuses in one line as every other error does."""
+    """An argparse parser of a command: it starts logging, and refuses in one line as every other error is."""
 
     def __init__(self, *, description: str | None = None, **kwargs: Any) -> None:
         text = None if description is None else inspect.cleandoc(description)

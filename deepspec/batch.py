@@ -1,4 +1,4 @@
-"""What a feature source hands to an algorithm's objective.
+"""What a feature source gives to an algorithm's objective.
 
 B sequences of the batch, S their padded length, L target layers read, D the target's hidden size.
 """
@@ -38,7 +38,7 @@ class LossPlan:
     """What an objective computes of a micro-batch (anchors, rows, positions, weights), decided before the step.
 
     An algorithm adds the tensors that its objective reads, as fields of a subclass. Made on the CPU by the threads that
-    read the data; it travels in the batch, so that an objective never waits for the GPU to know what to do.
+    read the data; it travels in the batch, so that an objective never waits for the GPU.
     """
 
     weight: Tensor  # scalar, the weight of all loss terms of the micro-batch

@@ -32,7 +32,7 @@ FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"  # torch's own: it overrules the weight
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """A checkpoint's manifest."""
 
     step: int  # optimizer steps done
     total_steps: int
@@ -72,7 +72,7 @@ def read_manifest(folder: Path) -> Manifest:
 def target_differences(
     manifest: Manifest, identity: Mapping[str, Any], sides: tuple[str, str], file: object
 ) -> list[str]:
-    """A line for each field in which the target of a training differs from what stands now; see ``identity_of``.
+    """A line for each field in which the target of a training differs from the present one; see ``identity_of``.
 
     What ``identity`` leaves out is not compared.
     """

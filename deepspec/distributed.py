@@ -1,4 +1,4 @@
-"""Ranks: who am I, how many are we, and how we agree; the same under deepspeed, torchrun, mpirun, srun and alone."""
+"""Ranks: which one this is, how many there are, how they agree; under deepspeed, torchrun, mpirun, srun and alone."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from deepspec.errors import DeepSpecError, system_error
 
 if TYPE_CHECKING:
-    import torch  # at run time only the functions that need it import it: logging asks for the rank without torch
+    import torch  # at run time only the functions that need it import it: logging needs the rank without torch
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=7)  # for a rank that has much more to do than the others
-LOCAL_ADDRESS = ("127.0.0.1", "29511")  # where the ranks of one machine find each other unless the launcher says
+LOCAL_ADDRESS = ("127.0.0.1", "29511")  # where the ranks of one machine connect unless the launcher sets it
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def process_group(
         error: the class of the refusals.
 
     Raises:
-        error: the launcher does not say where the ranks find each other, or they cannot.
+        error: the launcher gives no address to connect to, or they cannot connect.
     """
     import torch.distributed as dist
 
@@ -95,7 +95,7 @@ def process_group(
 
 @contextmanager
 def _environment_of(world: World, error: type[DeepSpecError]) -> Iterator[None]:
-    """Set what is missing for the block alone: a process that is started after it is no rank of the group."""
+    """Set what is missing during the block only: a process that is started later is no rank of the group."""
     given = set(os.environ)
     ranks = {"RANK": world.rank, "WORLD_SIZE": world.size, "LOCAL_RANK": world.local_rank}
     try:
@@ -121,7 +121,7 @@ def _set_address(world: World, error: type[DeepSpecError]) -> None:
         address = _address_by_mpi(world) or LOCAL_ADDRESS
     elif "SLURM_PROCID" not in os.environ:
         raise error(
-            "the ranks do not know where to find each other", key=", ".join(names),
+            "the ranks have no address to connect to", key=", ".join(names),
             remedy="start with torchrun or deepspeed, or set both",
         )  # fmt: skip
     for name, value in zip(names, address, strict=True):
@@ -129,7 +129,7 @@ def _set_address(world: World, error: type[DeepSpecError]) -> None:
 
 
 def _address_by_mpi(world: World) -> tuple[str, str] | None:
-    """Rank 0's host and a free port of it, told to all by MPI; None without an MPI library."""
+    """Rank 0's host and a free port of it, broadcast by MPI; None without an MPI library."""
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):

@@ -2,7 +2,7 @@
 
 The layout is the published one, so released checkpoints load here and ours load elsewhere. The folder may carry the
 target's embedding and head (``embed_tokens.weight``, ``lm_head.weight``); without them they are taken from the target.
-An imported draft may have trained its own: its config then says ``own_embedding`` or ``own_head``. Tensors beyond
+An imported draft may have trained its own: its config then has ``own_embedding`` or ``own_head``. Tensors beyond
 ``SHARD_BYTES`` are cut into several files with an index, as transformers does.
 """
 
@@ -138,7 +138,7 @@ def draft_algorithm(config: Mapping[str, Any], file: str | Path | None = None) -
     if len(found) == 1:
         return found[0]
     wanted = " or ".join(dict.fromkeys(f"*{one.architecture}" for one in known))
-    remedy = IMPORT if not found else f"mend `matches` of {' or '.join(one.name for one in found)}"
+    remedy = IMPORT if not found else f"fix `matches` of {' or '.join(one.name for one in found)}"
     raise DraftError(
         "several algorithms claim this draft" if found else "unknown draft architecture", file=file,
         key="architectures", found=config.get("architectures"), wanted=wanted, remedy=remedy,
@@ -225,7 +225,7 @@ def _frozen_weights(
     """Embedding and head: the target's, or the folder's where there is no target or the draft trained its own.
 
     Raises:
-        DraftError: nobody has one, or the folder's is not the target's.
+        DraftError: there is none, or the folder's is not the target's.
     """
     chosen = []
     for name, own in zip(FROZEN, (config.get("own_embedding"), config.get("own_head")), strict=True):

@@ -1,6 +1,6 @@
 """The errors a user can cause, as one small tree.
 
-Every error names what a user needs to mend it: the file, the key or sample, the value found, the value wanted and the
+Every error names what a user needs to fix it: the file, the key or sample, the value found, the value wanted and the
 remedy. Entry points print the one line and exit with code 1; a traceback means a defect of deepspec itself.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NoReturn
 
-LONGEST_VALUE = 500  # characters of a value found: a message stays one line, whatever stood in the file
+LONGEST_VALUE = 500  # characters of a value found: a message stays one line, whatever was in the file
 
 
 class DeepSpecError(Exception):
@@ -92,7 +92,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def shown(value: object) -> str:
-    """``repr`` of a value for a message, cut where it is long: an alias in YAML can stand for millions of items."""
+    """``repr`` of a value for a message, cut where it is long: an alias in YAML can mean millions of items."""
     short = reprlib.Repr()
     short.maxlevel, short.maxdict, short.maxlist, short.maxtuple, short.maxset = 4, 30, 30, 30, 30
     short.maxstring = short.maxother = short.maxlong = LONGEST_VALUE
@@ -105,11 +105,11 @@ def shown(value: object) -> str:
 
 _REMEDIES = (  # of what the system refused, by its error numbers
     ((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, then run the same command again"),
-    ((errno.EACCES, errno.EPERM, errno.EROFS), "mend the permissions, or name another place"),
-    ((errno.ENOTDIR, errno.EEXIST), "a file stands where a folder is wanted: name another place, or move the file"),
+    ((errno.EACCES, errno.EPERM, errno.EROFS), "fix the permissions, or name another path"),
+    ((errno.ENOTDIR, errno.EEXIST), "a file is where a folder is wanted: name another path, or move the file"),
     ((errno.EISDIR,), "name a file, this is a folder"),
     ((errno.ENOENT,), "check the path: it must exist, and a folder must be one that can be made there"),
-    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "name another place"),
+    ((errno.ENAMETOOLONG, errno.EINVAL, errno.ELOOP), "name another path"),
     ((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n), then run the same command again"),
     ((errno.ENOMEM,), "use a machine with more memory, or smaller batches"),
     ((errno.EIO, errno.ESTALE), "look at the disk, then run the same command again"),
@@ -172,13 +172,13 @@ def _fail(error: DeepSpecError | None) -> NoReturn:
         print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # what is still in the buffer goes nowhere, for Python would try once more at its end
+    except OSError:  # discard what is still in the buffer: Python would try again at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(1)
 
 
 def _reader_left() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe whose reader has closed it."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -43,7 +43,7 @@ def refuse_special(path: Path) -> None:
     """Refuse to write over what is no file: a rename would replace a device such as /dev/full.
 
     Raises:
-        OSError: a folder, a device or a pipe stands there.
+        OSError: there is a folder, a device or a pipe.
     """
     if path.exists() and not path.is_file():
         number = errno.EISDIR if path.is_dir() else errno.EINVAL
@@ -88,7 +88,7 @@ def undone_on_error(folder: Path) -> Iterator[None]:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder with all in it, as far as the system lets us."""
+    """Remove a file or a folder with all in it, as far as the system allows."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

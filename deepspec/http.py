@@ -1,4 +1,4 @@
-"""The one HTTP client: a deadline for a whole call, a bounded body, no redirect followed, no password in a message."""
+"""The one HTTP client: a deadline for each call, a bounded body, no redirect followed, no password in a message."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def request(
     Args:
         method: such as ``"GET"``.
         url: a name and password in it are sent as basic authentication.
-        seconds: for the whole call, from looking up the host to the last byte of the body.
+        seconds: of the call, from looking up the host to the last byte of the body.
         value: sent as JSON; None: no body.
         headers: to send.
         max_bytes: of the reply's body.

@@ -1,6 +1,6 @@
-"""What a result depends on, as plain values: of a target, its tokenizer, its chat template and its stop tokens.
+"""What a result depends on, as JSON values: of a target, its tokenizer, its chat template and its stop tokens.
 
-Cache, training, regeneration, evaluation and export record an identity and compare it before they go on: one function
+Cache, training, regeneration, evaluation and export record an identity and compare it when they resume: one function
 makes it, one compares two, and a difference is named with both values.
 """
 
@@ -44,7 +44,7 @@ def identity_of(
         spec: the target; its files give the weights' digest.
         tokenizer: the target's, with its chat template.
         stop_token_ids: where decoding stops; None where nothing is decoded (hidden states do not depend on them).
-        served: it runs behind a server, and its weights need not be on this machine (their digest is then None).
+        served: it runs on a server, and its weights need not be on this machine (their digest is then None).
 
     Returns:
         ``target`` (path, revision, weights, hidden_size, config, reader), ``tokenizer`` (a value a part), ``template``,
@@ -76,7 +76,7 @@ def config_fields(spec: TargetSpec) -> dict[str, Any]:
     config = transformers.AutoConfig.from_pretrained(spec.path, revision=spec.revision)
     text = config.get_text_config()
     fields = _plain_fields(text)
-    if text is not config:  # a multi-modal one: what stands beside its parts' own configs, such as tied embeddings
+    if text is not config:  # a multi-modal one: fields beside its parts' own configs, such as tied embeddings
         fields["whole"] = {key: value for key, value in _plain_fields(config).items() if not key.endswith("_config")}
     return {"config": fields, "reader": f"transformers {transformers.__version__}"}
 
@@ -136,7 +136,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], sides: tupl
 
     Args:
         found: the older record.
-        wanted: what stands now; see :func:`as_recorded` for records of before.
+        wanted: the present record; see :func:`as_recorded` for records of before.
         sides: what the two are called in the lines.
     """
     one, other = flatten(found), flatten(wanted)
@@ -146,7 +146,7 @@ def differences(found: Mapping[str, Any], wanted: Mapping[str, Any], sides: tupl
         have, want = one.get(key), other.get(key)
         if have == want or key in UNCOMPARED:
             continue
-        if key == "target.weights" and None in (have, want):  # behind a server, without its files here
+        if key == "target.weights" and None in (have, want):  # on a server, without its files here
             continue
         if key.startswith("target.config.") and not same_reader and (key not in one or key not in other):
             continue
@@ -175,7 +175,7 @@ def as_recorded(
         found: the record, old or new.
         wanted: the identity now.
         dtype: in which the target was loaded.
-        file: where the record stands, for the line.
+        file: of the record, for the line.
     """
     known, now, partly = found.get("target", {}), deepcopy(dict(wanted)), list[str]()
     weights = known.get("weights")

@@ -1,7 +1,7 @@
 """One writer at a time in a folder or of a file, on this machine's disks: the system's own lock (flock).
 
-The system releases it however the process ends, so a killed job blocks nobody. The lock file names its holder and is
-removed with the job; one that a killed job left behind is ignored.
+The system releases it however the process ends, so a killed job blocks no other. The lock file names its holder and is
+removed with the job; one that a killed job left is ignored.
 """
 
 from __future__ import annotations

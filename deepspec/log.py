@@ -1,4 +1,4 @@
-"""Logging of the commands: reports are bare text on rank 0's stdout, warnings of any rank stand on stderr."""
+"""Logging of the commands: reports are bare text on rank 0's stdout, warnings of any rank are on stderr."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start_logging(level: str = "info", quiet: bool = False) -> None:
 
     Args:
         level: one of LEVELS, the least that is shown.
-        quiet: show warnings and errors alone, whatever the level.
+        quiet: show only warnings and errors, whatever the level.
     """
     log = logging.getLogger("deepspec")
     log.setLevel(max(getattr(logging, level.upper()), logging.WARNING if quiet else logging.NOTSET))
@@ -39,5 +39,5 @@ def start_logging(level: str = "info", quiet: bool = False) -> None:
 
 
 def reports() -> bool:
-    """Whether this process shows reports: it is rank 0 and its user wants them."""
+    """Whether this process shows reports: it is rank 0, without ``--quiet``."""
     return logging.getLogger("deepspec").isEnabledFor(logging.INFO) and world_from_environment().is_main

@@ -1,4 +1,4 @@
-"""A line on stderr for every long job: how far, how fast, how long still."""
+"""A line on stderr for every long job: done, speed, time left."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Progress:
         what: the job, such as ``build``.
         total: items to do; None where that is unknown.
         unit: of what :meth:`add` counts beside the items.
-        noun: what the items are called; empty where ``what`` says it.
+        noun: what the items are called; empty where ``what`` names them.
         expected: units in all: time left then goes by them instead of by the items.
-        more: further words for the line, asked for when it is printed.
+        more: gives further words for the line when it is printed.
         every: seconds between lines.
     """
 

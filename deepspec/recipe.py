@@ -59,7 +59,7 @@ class DataSection:
 
     source: str = "cache"  # a row of deepspec.registry.SOURCES
     prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
-    held_out: float = 0.05  # share of the prompts kept from training
+    held_out: float = 0.05  # share of the prompts held out of training
     conversations: str | None = None  # JSONL of prompts with the target's answers
     cache: tuple[str, ...] = ()  # folders or URLs
     cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
@@ -143,7 +143,7 @@ _TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_eve
 
 @dataclass(frozen=True)
 class TrainSection:
-    """The optimisation. Batch sizes, clipping and the schedule stand here and nowhere else."""
+    """The optimisation. Batch sizes, clipping and the schedule are here and nowhere else."""
 
     deepspeed: str = DEEPSPEED  # JSON: sharding, offload and precision
     epochs: int = 10
@@ -164,7 +164,7 @@ class TrainSection:
     log_every: int = 10
     save_every: int = 3000
     keep_last: int = 3
-    keep_every: int | None = None  # checkpoints at multiples of this step are kept for good
+    keep_every: int | None = None  # checkpoints at multiples of this step are never deleted
     keep_best: bool = False  # keep the checkpoint with the best validation (decoding where it is on, else tau)
     tensorboard: bool = True
     wandb_project: str | None = None
@@ -243,13 +243,13 @@ class Recipe:
     output: str
 
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
-        """The resolved recipe as plain values: every key with its value, readable by :func:`load_recipe`.
+        """The resolved recipe as YAML values: every key with its value, readable by :func:`load_recipe`.
 
         Args:
             folder: where they will be read from; paths that mean something else there become absolute.
         """
         values = {field.name: section_to_dict(getattr(self, field.name)) for field in fields(self)}
-        del values["draft"]["target_layers"]  # they stand in `target.layers`
+        del values["draft"]["target_layers"]  # they are in `target.layers`
         return values if folder is None else portable(values, Path(folder))
 
     def to_yaml(self, folder: str | Path | None = None) -> str:
@@ -302,7 +302,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
 
 
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
-    """A recipe from plain values (what :meth:`Recipe.to_dict` gives, or gave in an earlier release).
+    """A recipe from YAML values (what :meth:`Recipe.to_dict` gives, or gave in an earlier release).
 
     Raises:
         RecipeError: as :func:`load_recipe`, without a file name.
@@ -345,5 +345,5 @@ def recipe_at(folder: Path, values: Mapping[str, Any]) -> Recipe:
 
 def _parse_draft(algorithm: str, section: Mapping[str, Any], layers: tuple[int, ...], spec: Any) -> Any:
     if "target_layers" in section:
-        raise RecipeError("stands in another section", key="draft.target_layers", remedy="set target.layers")
+        raise RecipeError("belongs in another section", key="draft.target_layers", remedy="set target.layers")
     return registry.algorithm(algorithm).parse({**section, "target_layers": list(layers)}, spec)

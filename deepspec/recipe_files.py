@@ -1,4 +1,4 @@
-"""The YAML files of a recipe as one mapping: read strictly, inherited, overridden, and their paths made findable.
+"""The YAML files of a recipe as one mapping: read strictly, inherited, overridden, and their paths resolved.
 
 A path means the same from any working directory: a relative one is looked for beside the file that states it, then in
 the folders above up to its project (the nearest folder that holds ``deepspeed_configs`` or ``.git``), then in the
@@ -139,7 +139,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        RecipeError: not YAML, a key given twice, a value that Python cannot hold, or aliases that stand for too much.
+        RecipeError: not YAML, a key given twice, a value that Python cannot hold, or aliases that expand to too much.
     """
     loader = None
     try:
@@ -251,7 +251,7 @@ def _override(values: dict[str, Any], text: str, folder: Path) -> None:
 
 
 def _typed(key: str, path: str, folder: Path) -> str:
-    """A path from the command line: the working directory's, unless it is only to be found from the recipe's folder."""
+    """A path from the command line: the working directory's, unless it is only found from the recipe's folder."""
     if key == OUTPUT or os.path.lexists(path):
         return path
     found = find(key, path, folder)

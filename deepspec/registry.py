@@ -1,4 +1,4 @@
-"""The registries: a name to the place of its implementation.
+"""The registries: a name to the import path of its implementation.
 
 Rows are lazy strings ``module:attribute``, so that importing deepspec imports no algorithm, and a new algorithm or
 family is one file and one row.
@@ -17,7 +17,7 @@ ALGORITHMS = {
     "dspark": "deepspec.algorithms.dspark:DSPARK",
 }
 
-ENGINES = {  # an import that is told nothing asks them in this order: the more particular layouts stand first
+ENGINES = {  # an import without a format tries them in this order: the more specific layouts first
     "speculators": "deepspec.export.engines.speculators:SPECULATORS",
     "deepspec": "deepspec.export.engines.deepspec:DEEPSPEC",
     "zlab": "deepspec.export.engines.zlab:ZLAB",
@@ -41,7 +41,7 @@ SOURCES = {
 
 
 def lookup(kind: str, table: dict[str, str], name: str) -> Any:
-    """The object behind ``name`` in ``table``.
+    """The object that ``name`` means in ``table``.
 
     Raises:
         DeepSpecError: no row of that name; the message lists the known ones.

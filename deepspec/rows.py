@@ -1,4 +1,4 @@
-"""Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job goes on where it stopped."""
+"""Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job continues where it stopped."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RowLog(Mapping[K, Row]):
         key: what a row is the result of.
         error: the class of the refusals.
         header: the first line of a file that is made here (what the rows depend on); None: files have none.
-        check: called with the header that was found; raises where the job cannot go on with it.
+        check: called with the header that was found; raises where the job cannot continue with it.
         rank: of this process.
         sync_seconds: a row that is appended is on the disk at the latest when the next one is appended after so many
             seconds; 0: when :meth:`append` returns. The operating system has it at once.

@@ -1,6 +1,6 @@
 """One strict reader from a YAML mapping to a frozen dataclass, for every section of a recipe.
 
-Cross-field rules stand in a section's ``__post_init__`` and raise :class:`~deepspec.errors.RecipeError` with ``key=`` a
+Cross-field rules are in a section's ``__post_init__`` and raise :class:`~deepspec.errors.RecipeError` with ``key=`` a
 field's name. Nothing is ignored or guessed: an unknown key, a missing key and a wrong type each raise and name the key,
 the value found and what is wanted.
 """
@@ -72,7 +72,7 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         inner = typing.get_args(kind)[0]
         if isinstance(value, list | tuple):
             return tuple(read_value(inner, one, f"{where}[{i}]") for i, one in enumerate(value))
-        if isinstance(value, str | int | float):  # one value stands for a list of it
+        if isinstance(value, str | int | float):  # one value is read as a list of it
             return (read_value(inner, value, where),)
     elif dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else parse_section(kind, value, where)  # type: ignore[arg-type]
@@ -131,7 +131,7 @@ def describe(kind: Any) -> str:
 
 
 def section_to_dict(section: Any) -> Any:
-    """The plain YAML/JSON value of a section: dataclasses become dicts, tuples lists."""
+    """The YAML/JSON value of a section: dataclasses become dicts, tuples lists."""
     if dataclasses.is_dataclass(section) and not isinstance(section, type):
         fields = [field for field in dataclasses.fields(section) if field.init]
         return {field.name: section_to_dict(getattr(section, field.name)) for field in fields}

@@ -42,8 +42,8 @@ class DraftConfig:
 
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are read; -1 the embedding
     num_layers: int = 1  # of the draft
-    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's whole vocabulary
-    confidence_head: bool = field(default=False, init=False)  # whether a proposal says how likely each token is taken
+    draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's full vocabulary
+    confidence_head: bool = field(default=False, init=False)  # whether proposals come with acceptance probabilities
 
     def __post_init__(self) -> None:
         require_at_least(self, 1, "num_layers")
@@ -62,7 +62,7 @@ class OwnField:
 
     key: str  # in config.json
     attribute: str  # of the algorithm's config
-    default: Any = REQUIRED  # what a file means that does not say
+    default: Any = REQUIRED  # of a file without the field
     training_only: bool = False  # no engine's layout has a field for it
 
 
@@ -84,7 +84,7 @@ class Drafter(ABC):
         max_length: committed positions that the buffers hold before they grow.
     """
 
-    max_children = 0  # distinct tokens that may follow a node of a tree; 0: it drafts chains alone
+    max_children = 0  # distinct tokens that may follow a node of a tree; 0: it drafts only chains
 
     def __init__(self, model: DraftModel, batch_size: int, max_length: int) -> None:
         self.model, self.max_draft = model, int(model.config.max_draft)
@@ -101,7 +101,7 @@ class Drafter(ABC):
         self._length_B[rows] = 0
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Rows ``target`` [n] take over the contexts of rows ``source`` [n]."""
+        """Copy the contexts of rows ``source`` [n] to ``target`` [n]."""
         self._length_B[target] = self._length_B[source]
         for cache in self._cache:
             cache.move(source, target)
@@ -116,7 +116,7 @@ class Drafter(ABC):
             features: [R, N, L*D]; row r's first ``counts[r]`` are the target's features at its next positions.
             tokens: [R, N], the token AFTER each of those positions.
             counts: [R] int64.
-            max_context_len: a bound that the host knows: no row of the batch is longer, all N new positions counted.
+            max_context_len: known on the host: no row of the batch is longer, all N new positions counted.
             rows: which rows.
         """
 
@@ -125,7 +125,7 @@ class Drafter(ABC):
         """Draft up to K tokens for the first R rows after ``last_token`` [R], the newest committed token."""
 
     def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
-        """The tree's nodes behind the root for the first R rows, [R, M - 1]; the root is ``last_token`` [R].
+        """The tree's nodes after the root for the first R rows, [R, M - 1]; the root is ``last_token`` [R].
 
         Only a drafter with ``max_children`` above 0 has it.
         """
@@ -197,7 +197,7 @@ class DraftModel(nn.Module):
         return self._frozen
 
     def set_draft_vocab(self, tokens: Tensor) -> None:
-        """Draft over ``tokens`` [V'] int64 alone, ascending; the target verifies over all of V.
+        """Draft only over ``tokens`` [V'] int64, ascending; the target verifies over all of V.
 
         Stored as engines read it: ``d2t`` [V'] holds offsets (token = draft id + offset), ``t2d`` [V] marks the tokens.
         """
@@ -249,7 +249,7 @@ class DraftModel(nn.Module):
         return self.fc.weight.dtype
 
     def run(self, layer_pass: Callable[..., T], *arguments: Any) -> T:
-        """``layer_pass(*arguments)``, its activations computed again in backward where the training wants that."""
+        """``layer_pass(*arguments)``, its activations recomputed in backward if activation checkpointing is on."""
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(layer_pass, *arguments, use_reentrant=False)
         return layer_pass(*arguments)
@@ -265,13 +265,13 @@ class DraftModel(nn.Module):
 
 
 class Algorithm(ABC):
-    """One way to draft: its identity as plain attributes; how it is trained and run as methods."""
+    """One way to draft: its identity as attributes; how it is trained and run as methods."""
 
     name: ClassVar[str]  # in the registry, in recipes and in results
     config_class: ClassVar[type[DraftConfig]]
     model_class: ClassVar[type[DraftModel]]
     drafter_class: ClassVar[type[Drafter]]
-    architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix stands before
+    architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix comes first
     own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
     tiny_section: ClassVar[Mapping[str, Any]]  # a `draft:` section as small as it can be, for tests and examples
 
@@ -287,7 +287,7 @@ class Algorithm(ABC):
         return config
 
     def check_target(self, config: Any, target: TargetSpec) -> None:
-        """Check what a config alone cannot know.
+        """Check what depends on more than the config.
 
         Raises:
             RecipeError: a value that does not fit the target.
@@ -351,7 +351,7 @@ class Algorithm(ABC):
         return [f"{family.class_prefix}{self.architecture}"]
 
     def card_rows(self, config: Any, shape: Shape) -> list[tuple[str, object]]:
-        """What a model card says of a draft: (what, value)."""
+        """The rows of a draft's model card: (what, value)."""
         rows: list[tuple[str, object]] = [
             ("layers", config.num_layers),
             ("target layers whose OUTPUT is read (0-based, -1 the embedding)", list(config.target_layers)),

@@ -1,9 +1,9 @@
-"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, a table of facts.
+"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, identity.
 
 A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
 and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already
 predicts). With ``sample_from_anchor: false`` slot k predicts token a+k, the anchor's slot nothing: its K slots draft
-K - 1 tokens. Everywhere below the drafting slots alone are counted, so the first of them always predicts token a+1.
+K - 1 tokens. Below, only the drafting slots are counted, so the first of them always predicts token a+1.
 
 B batch, S sequence, N blocks (anchors), K slots, L target layers, D hidden size, R supervised slots of the micro-batch,
 P distinct target positions of those slots.
@@ -100,7 +100,7 @@ class BlockPlan(LossPlan):
 
     @staticmethod
     def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float | None) -> BlockPlan:
-        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the whole run a+1..a+k+1 (a prefix).
+        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the complete run a+1..a+k+1 (a prefix).
 
         Slot k weighs exp(-k / gamma); every slot 1 where ``gamma`` is None.
         """
@@ -127,7 +127,7 @@ class BlockPlan(LossPlan):
 
 
 class BlockDraft(DraftModel):
-    """Layers that read the target's features as context, with the heads that the config asks for."""
+    """Layers that read the target's features as context, with the heads of the config."""
 
     hidden_norm: RMSNorm
 
@@ -207,7 +207,7 @@ def acceptance_metrics(accept_NK: Tensor, mask_NK: Tensor) -> dict[str, Weighted
 
 
 class BlockDrafter(Drafter):
-    """The context's keys and values per layer; a block's own stand behind them until the next :meth:`extend`."""
+    """The context's keys and values per layer; a block's own follow them until the next :meth:`extend`."""
 
     model: BlockDraft
 
@@ -256,7 +256,7 @@ class BlockDrafter(Drafter):
         return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, confidence)
 
     def _slots(self, last_token: Tensor, count: int) -> Tensor:
-        """Normed hidden states [R, count, D] of the first ``count`` drafting slots behind ``last_token`` [R]."""
+        """Normed hidden states [R, count, D] of the first ``count`` drafting slots after ``last_token`` [R]."""
         model, rows, block = self.model, len(last_token), len(self._slot_K)
         first = block - self.max_draft
         length_R1 = self._length_B[:rows, None]
@@ -285,7 +285,7 @@ class BlockAlgorithm(Algorithm):
         OwnField("block_size", "block_size"),
         OwnField("num_anchors", "num_anchors", training_only=True),
         OwnField("mask_token_id", "mask_token_id"),
-        OwnField("sample_from_anchor", "sample_from_anchor", True),  # released drafts do not say: they do
+        OwnField("sample_from_anchor", "sample_from_anchor", True),  # not in released drafts, which do
         OwnField("markov_rank", "markov_rank"),
         OwnField("enable_confidence_head", "confidence_head"),
     )

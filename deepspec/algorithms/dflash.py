@@ -73,7 +73,7 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLos
 
 
 def _latents(head: MarkovHead, batch: Batch, hidden_BNKD: Tensor, anchor_BN: Tensor) -> Tensor:
-    """Sequential latents [B, N, K, M] of all slots, teacher-forced (the rnn's state runs over whole blocks)."""
+    """Sequential latents [B, N, K, M] of all slots, teacher-forced (the rnn's state runs over complete blocks)."""
     B, N, K = hidden_BNKD.shape[:3]
     positions = anchor_BN[..., None] + torch.arange(K, device=anchor_BN.device)
     positions = positions.clamp_max(batch.input_ids.shape[1] - 1)

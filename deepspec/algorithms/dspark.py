@@ -47,7 +47,7 @@ class DSparkConfig(BlockConfig):
 def confidence_terms(
     model: BlockDraft, slots: SlotLoss, accept_NK: Tensor, mask_NK: Tensor
 ) -> tuple[WeightedSum, dict[str, WeightedSum]]:
-    """Weighted BCE of the confidence head against the analytic acceptance rate, and how far off it is.
+    """Weighted BCE of the confidence head against the analytic acceptance rate, and its mean error.
 
     Metrics: mean |sigmoid - c*|, mean signed error, and the signed error of the prefix products (survival).
     """

@@ -157,7 +157,7 @@ class Eagle3Draft(DraftModel):
     def _first_step(
         self, layer: Any, embedded: Tensor, hidden: Tensor, positions: Tensor, rows: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Step 0 of one layer: keys and values of all positions, outputs of ``rows`` [B, n] alone."""
+        """Step 0 of one layer: keys and values of all positions, outputs of ``rows`` [B, n] only."""
         joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
         kv = layer.self_attn.keys_values(joined, self.rotary(positions))
         if rows is not positions:
@@ -246,7 +246,7 @@ class Eagle3Drafter(Drafter):
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
-        """K tokens one by one, each from the output of the one before (``last_token`` came in with :meth:`extend`)."""
+        """K tokens one by one, each from the output of the one before (:meth:`extend` read ``last_token``)."""
         count = min(max_draft or self.max_draft, self.max_draft)
         R = len(last_token)
         hidden = self._newest_BD[:R, None]
@@ -267,7 +267,7 @@ class Eagle3Drafter(Drafter):
     def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
         """All nodes of a depth in one step, each from the output of its parent; its children are its likeliest tokens.
 
-        The root stands at the newest position, so node i is written i positions behind it.
+        The root is at the newest position, so node i is written i positions after it.
         """
         R = len(last_token)
         root_R = self._length_B[:R] - 1

@@ -49,7 +49,7 @@ def sample_table(manifests: list[PartManifest]) -> NDArray[np.int64]:
 
 
 def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
-    """Write what makes the parts of ``plan`` a cache; a cache that is already finished stays as it is.
+    """Write the table and manifest of the parts of ``plan``; a cache that is already finished stays as it is.
 
     Raises:
         CacheError: no usable sample in any part.

@@ -1,7 +1,7 @@
-"""Build a target cache: run the target over conversations and keep what training needs.
+"""Build a target cache: run the target over conversations and store what training needs.
 
 The plan (plan.json) is cut once and names the parts; ranks take parts from it. A part's content depends on the plan
-alone, so a build that was killed and goes on with any number of ranks ends in the same bytes.
+alone, so a build that was killed and continued with any number of ranks ends in the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.format import CacheManifest
-from deepspec.cache.forward import DTYPES, Conversation, forward_batch
+from deepspec.cache.forward import Conversation, forward_batch
 from deepspec.cache.parts import Block, PartWriter, layout_of
 from deepspec.cache.plan import BuildJob, CachePlan, PlannedPart, batches, plan_build, read_rows
 from deepspec.cache.store import Store, build_lock, open_store
@@ -52,7 +52,7 @@ def build_cache(
     append: bool = False,
     server: str | None = None,
 ) -> CacheManifest:
-    """Build the cache of ``recipe``, or go on with it where a build ended.
+    """Build the cache of ``recipe``, or continue an unfinished build of it.
 
     Args:
         recipe: names target, layers, rendering, level and batch size.
@@ -60,7 +60,7 @@ def build_cache(
         output: folder or URL of the cache.
         world: this process among several; they need :func:`deepspec.distributed.process_group`.
         append: add ``conversations`` to the cache that is there.
-        server: URL of a server of the target that hands out hidden states; None runs the target in this process.
+        server: URL of a server of the target that returns hidden states; None runs the target in this process.
 
     Returns:
         The finished cache's manifest, on every rank.
@@ -83,7 +83,7 @@ def build_cache(
 
 
 def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
-    section, dtype = recipe.target, DTYPES[recipe.target.dtype]
+    section, dtype = recipe.target, getattr(torch, recipe.target.dtype)
     if server is None:
         return load_target(section.path, dtype, device, section.revision)
     return ServedTarget(server, section.path, section.layers, dtype, section.revision)
@@ -146,7 +146,7 @@ class _Builder:
         self._writer: PartWriter | None = None  # of the part that the queue's thread is writing
 
     def build(self, parts: list[PlannedPart]) -> None:
-        """Make ``parts``; rank 0 shows its progress, taking the others to be as fast as itself."""
+        """Make ``parts``; rank 0 shows its progress, assuming the others as fast as itself."""
         cores = max(1, (os.cpu_count() or 1) // self.world.local_size)
         expected = int(self.plan.mean_tokens * sum(part.rows for part in parts))
         noun = "parts" if self.world.size == 1 else f"parts on rank 0 of {self.world.size}"

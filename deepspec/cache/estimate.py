@@ -1,4 +1,4 @@
-"""Before a build: how many tokens, bytes, files and hours; from the conversations, or from totals one already knows."""
+"""Before a build: how many tokens, bytes, files and hours; from the conversations, or from known totals."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import torch
+
 from deepspec import registry
 from deepspec.cache.format import HIDDEN_CHUNK, ArrayInfo
-from deepspec.cache.forward import DTYPES, forward_batch
+from deepspec.cache.forward import forward_batch
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.parts import Block, Layout, PartWriter
 from deepspec.cache.plan import Source, samples_per_part, scan, usable_rows
@@ -30,7 +32,7 @@ TABLE_BYTES = {"raw": 0.0, "lossless": 4 / 3} | dict.fromkeys(("near", "compact"
 
 @dataclass(frozen=True)
 class Totals:
-    """What a data set comes to."""
+    """Totals of a data set."""
 
     rows: int  # conversations
     samples: int  # usable ones
@@ -45,7 +47,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a build would come to at one level."""
+    """Size and time of a build at one level."""
 
     level: str
     coded_bytes: int
@@ -56,7 +58,7 @@ class Estimate:
 def estimate_recipe(
     recipe: Recipe, conversations: str | Path, probed: int, measured: int
 ) -> tuple[Totals, list[Estimate]]:
-    """Totals of a conversation file under a recipe, and what a build of it would come to at each level.
+    """Totals of a conversation file under a recipe, and the size of a build of it at each level.
 
     Args:
         recipe: names target, layers, rendering.
@@ -75,7 +77,7 @@ def estimate_recipe(
     layout = Layout(channels, spec.hidden_size, recipe.target.dtype, "raw", "raw" if keeps_last else None)
     ratios = None
     if measured:
-        dtype = DTYPES[recipe.target.dtype]
+        dtype = getattr(torch, recipe.target.dtype)
         target = load_target(recipe.target.path, dtype, pick_device(), recipe.target.revision)
         rows = usable_rows(source, renderer, minimum, measured)
         blocks = [forward_batch(target, recipe.target.layers, keeps_last, [(i, str(i), one)])[1]() for i, one in rows]

@@ -1,4 +1,4 @@
-"""What a cache's bytes depend on, as plain values; compared with the recipe before the first training step."""
+"""What a cache's bytes depend on, as JSON values; compared with the recipe before the first training step."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec import registry
-from deepspec.cache.forward import DTYPES
 from deepspec.cache.levels import codec_for
 from deepspec.errors import CacheError
 from deepspec.files import sha256_file
@@ -53,12 +54,12 @@ def fingerprint_of(recipe: Recipe, spec: TargetSpec, tokenizer: Any, sources: li
 
 
 def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object = "the cache") -> list[str]:
-    """One line for each field in which a cache, or an online run's data, differs from what a recipe wants.
+    """One line for each field in which a cache, or an online run's data, differs from the recipe.
 
     A cache that keeps last_hidden serves a loss that does not read it; and a cache may hold more sources than the
     recipe names.
     """
-    now = as_recorded(found, wanted, DTYPES[wanted["dtype"]], file)
+    now = as_recorded(found, wanted, getattr(torch, wanted["dtype"]), file)
     sources = {source["sha256"] for source in found["sources"]}
     missing = [source["name"] for source in now.pop("sources") if source["sha256"] not in sources]
     known = {key: value for key, value in found.items() if key != "sources"}
@@ -71,12 +72,12 @@ def mismatches(found: Mapping[str, Any], wanted: Mapping[str, Any], file: object
 
 
 def remedy_for(lines: list[str], otherwise: str) -> str:
-    """What to do about ``lines`` of :func:`mismatches`: conversations alone can be added."""
+    """What to do about ``lines`` of :func:`mismatches`: only conversations can be added."""
     return f"{APPEND}, or {otherwise}" if all(line.startswith("sources: ") for line in lines) else otherwise
 
 
 def require_fingerprint(cache: Any, recipe: Recipe, fingerprint: Mapping[str, Any]) -> None:
-    """Compare an opened cache with the recipe that wants to read it.
+    """Compare an opened cache with the recipe that reads it.
 
     That it holds the recipe's conversations is asked only of the recipe's sole training cache: others (for validation,
     or several side by side) come from other conversations.
@@ -94,5 +95,5 @@ def require_fingerprint(cache: Any, recipe: Recipe, fingerprint: Mapping[str, An
         raise CacheError(
             f"the cache is not the recipe's: {'; '.join(lines)}",
             file=cache.path,
-            remedy=remedy_for(lines, "build one with tools/build_cache.py, or mend the recipe or the target"),
+            remedy=remedy_for(lines, "build one with tools/build_cache.py, or fix the recipe or the target"),
         )

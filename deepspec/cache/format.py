@@ -68,7 +68,7 @@ def check_part_name(name: object) -> None:
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """What a part's manifest says of one array."""
+    """A part's manifest: one array."""
 
     shape: tuple[int, ...]  # [T] or [T, C]
     dtype: str
@@ -110,7 +110,7 @@ class PartManifest:
 
     @classmethod
     def load(cls, store: Store, name: str, sha256: str | None = None) -> PartManifest:
-        """Read a part's manifest; ``sha256`` is what the cache's manifest says of it.
+        """Read a part's manifest; ``sha256`` is its digest in the cache's manifest.
 
         Raises:
             CacheError: missing, unreadable, of another format, or not the part that the cache was made of.

@@ -14,7 +14,6 @@ from deepspec.targets import Target
 from deepspec.targets.served import ServedTarget
 
 Conversation = tuple[int, str, Rendered]  # sample id, the conversation's own id, tokens
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def forward_batch(

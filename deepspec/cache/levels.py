@@ -1,4 +1,4 @@
-"""Levels: a name for how exactly, and in how many bytes, the hidden states of a cache are kept.
+"""Levels: a name for how exactly, and in how many bytes, the hidden states of a cache are stored.
 
 docs/cache.md has the table: bytes, speed, error, and what training on each level does to the acceptance length.
 """

@@ -1,4 +1,4 @@
-"""Memory for decoded samples, used again: a fresh page costs the kernel more than decoding into a known one."""
+"""Memory for decoded samples, used again: a new page costs more time than decoding into one already mapped."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class BlockPool:
         return np.asarray(_Lease(self, np.empty(-(-size // _GRAIN) * _GRAIN, np.uint8)))[:size]
 
     def give_back(self, block: NDArray[np.uint8]) -> None:
-        """Keep a block for later, or let the system have it where enough are kept; the oldest go first."""
+        """Keep a block for later, or free the oldest ones beyond the limit."""
         with self._lock:
             self._free.append(block)
             self.free_bytes += len(block)
@@ -61,7 +61,7 @@ _pool = BlockPool()
 
 
 def _after_fork() -> None:
-    """A child process starts with a pool of its own: another thread may have held the parent's lock."""
+    """A child process starts with its own pool: another thread may have held the parent's lock."""
     global _pool
     _pool = BlockPool()
 

@@ -201,7 +201,7 @@ def is_complete(store: Store, name: str) -> bool:
 
 
 def sweep(store: Store) -> None:
-    """Delete what a killed build left under temporary names."""
+    """Delete a killed build's files under temporary names."""
     for name in store.names(PARTS):
         if name.startswith("."):
             store.remove(f"{PARTS}/{name}")

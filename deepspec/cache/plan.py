@@ -16,8 +16,8 @@ from deepspec.cache.levels import warnings
 from deepspec.cache.parts import is_complete, layout_of, sweep
 from deepspec.cache.store import Store
 from deepspec.data.chat import Rendered, Renderer, render_row
-from deepspec.data.conversations import WANTED, check_manifest, note_id, usable_row
-from deepspec.data.lines import is_blank, numbered_lines, parse_line
+from deepspec.data.conversations import WANTED, checked_lines, note_id, usable_row
+from deepspec.data.lines import is_blank, parse_line
 from deepspec.errors import CacheError, DataError
 from deepspec.recipe import Recipe
 from deepspec.targets import Target
@@ -25,8 +25,8 @@ from deepspec.targets.served import ServedTarget
 
 log = logging.getLogger(__name__)
 PART_BYTES = 8 << 30  # of hidden states before coding: 1,200 parts for 10 TB
-MIN_SAMPLES, MIN_PARTS = 64, 32  # small data sets are cut finer, so that ranks and a restart have something of it
-PROBED_ROWS = 64  # rendered to learn the mean length
+MIN_SAMPLES, MIN_PARTS = 64, 32  # of a small data set: parts for all ranks
+PROBED_ROWS = 64  # rendered to estimate the mean length
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Source:
         return len(self.offsets)
 
     def entry(self) -> dict[str, Any]:
-        """What the fingerprint says of it."""
+        """Its entry in the fingerprint."""
         return {"name": self.path.name, "rows": self.rows, "sha256": self.sha256}
 
 
@@ -109,17 +109,12 @@ def scan(path: str | Path) -> Source:
         DataError: missing or empty, a line that is not JSON, an id that comes twice, or a file that differs from its
             manifest (before anything is computed).
     """
-    path, digest, offsets, offset = Path(path), hashlib.sha256(), array("Q"), 0
-    seen = set[str]()
-    for number, line in numbered_lines(path):
-        digest.update(line)
-        if not is_blank(line):
-            note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
-            offsets.append(offset)
-        offset += len(line)
+    path, digest, offsets, seen = Path(path), hashlib.sha256(), array("Q"), set[str]()
+    for number, offset, line in checked_lines(path, digest):
+        note_id(seen, parse_line(line, path, number, DataError, WANTED), path, number)
+        offsets.append(offset)
     if not offsets:
         raise DataError("no conversation in the file", file=path)
-    check_manifest(path, len(offsets), digest.hexdigest())
     return Source(path, digest.hexdigest(), offsets)
 
 
@@ -229,7 +224,7 @@ def _known_plan(job: BuildJob, source: Source, wanted: dict[str, Any], append: b
     if plan.fingerprint["levels"] != wanted["levels"]:
         lines.append(f"levels: cache {plan.fingerprint['levels']}, recipe {wanted['levels']}")
     if lines:
-        remedy = remedy_for(lines, "choose another output folder, mend the recipe, or delete the folder")
+        remedy = remedy_for(lines, "choose another output folder, fix the recipe, or delete the folder")
         raise CacheError(f"the folder holds another cache: {'; '.join(lines)}", file=job.store.url, remedy=remedy)
     if not is_new:
         return plan

@@ -36,7 +36,7 @@ RECORD = np.dtype(
     + [(name, "<u8") for name in ("input_ids", "attention_mask", "loss_mask", "features", "last_hidden")]
 )
 INDEX = "samples.idx"
-SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the release's reader wants ids without gaps
+SAMPLE_IDS = "deepspec_sample_ids.npy"  # [N] int64, ours beside it: the release's reader needs ids without gaps
 EXPORT_CAUTION = (  # of every export: a cache keeps only the rows that our losses read
     "the release's draft that goes token by token compares with the target at the last token of every answer and at the"
     " one after it too (its mask is off by two); this cache does not keep those two rows, they are written as zeros,"
@@ -176,7 +176,7 @@ def import_raw_cache(source: str | Path, output: str | Path, fingerprint: dict[s
 def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 64 << 30) -> int:
     """Write a cache in the release's form, for its training code; returns the number of samples.
 
-    Samples are numbered from 0 without gaps, as its reader asserts; our ids stand in a file beside the index.
+    Samples are numbered from 0 without gaps, as its reader asserts; our ids are in a file beside the index.
     ``target_last_hidden_states`` is zero where the next token is not supervised: see EXPORT_CAUTION.
 
     Raises:

@@ -29,7 +29,7 @@ from deepspec.cache.levels import CODECS
 from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
-CALIBRATION_ROWS = 512  # rows at an array's beginning from which its codec learns its tables
+CALIBRATION_ROWS = 512  # rows at an array's beginning from which its codec makes its tables
 RUN_BYTES = 16 << 20  # read by one call at most
 IN_FLIGHT = 64 << 20  # bytes of rows given to the encoders and not yet written, of one array
 _MISSING = 2**64 - 1
@@ -188,7 +188,7 @@ class ShardReader:
     Args:
         store: the cache's.
         path: the array's folder in it, such as ``parts/00000/features``.
-        info: what the manifest says of it.
+        info: its entry in the manifest.
 
     Raises:
         CacheError: a missing file, a size or digest other than the manifest's, or a broken index.
@@ -243,7 +243,7 @@ class ShardReader:
             chunk = last
 
     def _run_end(self, first: int, limit: int) -> int:
-        """The end of the run of chunks from ``first`` on that lie one behind the other in the file."""
+        """The end of the run of chunks from ``first`` on that are adjacent in the file."""
         last, size = first + 1, self.sizes[first]
         while last < limit and self.offsets[last] == self.offsets[last - 1] + self.sizes[last - 1]:
             size += self.sizes[last]

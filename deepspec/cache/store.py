@@ -1,4 +1,4 @@
-"""Where a cache lies: a local folder, or any URL that fsspec opens (``s3://bucket/prefix``, ``memory://``, ...)."""
+"""Where a cache is: a local folder, or any URL that fsspec opens (``s3://bucket/prefix``, ``memory://``, ...)."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
 
 
 class _File:
-    """A file descriptor that closes when the last user lets go of it."""
+    """A file descriptor that closes when its last user releases it."""
 
     def __init__(self, path: Path) -> None:
         self.handle = -1
@@ -122,7 +122,7 @@ class FolderStore:
 
 
 class RemoteStore:
-    """A folder behind an fsspec URL, with the methods of :class:`FolderStore`.
+    """A folder at an fsspec URL, with the methods of :class:`FolderStore`.
 
     The protocols themselves write an object completely or not at all.
     """
@@ -228,7 +228,7 @@ def open_store(path: str | Path) -> Store:
 def build_lock(store: Store) -> Iterator[None]:
     """Hold the build lock of a cache.
 
-    On a local disk the system lets go of it however the process ends; behind a URL a killed builder's lock is free
+    On a local disk the system releases it however the process ends; at a URL a killed builder's lock is free
     after two minutes.
 
     Raises:

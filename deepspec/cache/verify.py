@@ -39,7 +39,7 @@ def verify_cache(path: str | Path, workers: int = 4) -> list[Problem]:
         One problem for each broken array or part; empty when nothing is broken.
 
     Raises:
-        CacheError: no finished cache, or a broken manifest or sample table: nothing can be said of the parts then.
+        CacheError: no finished cache, or a broken manifest or sample table: then no part can be checked.
     """
     store = open_store(path)
     manifest = CacheManifest.load(store)

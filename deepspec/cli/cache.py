@@ -31,7 +31,7 @@ def build() -> int:
     _recipe_and_data(parser, required=True)
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
-    parser.add_argument("--server", help="URL of a server of the target that hands out hidden states (docs/serving.md)")
+    parser.add_argument("--server", help="URL of a server of the target that returns hidden states (docs/serving.md)")
     rank_word(parser)
     given = parser.parse_args()
 
@@ -117,7 +117,7 @@ def _estimate(given: argparse.Namespace) -> int:
 
     if given.tokens is not None:
         if given.hidden_size is None:
-            raise CacheError("totals alone do not tell the width", key="--hidden-size", remedy="give --hidden-size")
+            raise CacheError("the width does not follow from totals", key="--hidden-size", remedy="give --hidden-size")
         rows = round(given.tokens / given.mean)
         totals = Totals(rows, rows, round(given.tokens), round(given.tokens * given.supervised))
         layout = Layout(given.hidden_size * given.layers, given.hidden_size, "bfloat16", "raw", "raw")
@@ -189,14 +189,16 @@ def _verify(given: argparse.Namespace) -> int:
 
 
 def _import(given: argparse.Namespace) -> int:
+    import torch
+
     from deepspec.cache.fingerprint import fingerprint_of
-    from deepspec.cache.forward import DTYPES
     from deepspec.cache.raw_cache import import_raw_cache
     from deepspec.targets import load_target_embeddings, load_tokenizer
 
     recipe = _recipe(given)
     target = recipe.target
-    spec = load_target_embeddings(target.path, DTYPES[target.dtype], revision=target.revision).spec  # fetches its files
+    dtype = getattr(torch, target.dtype)
+    spec = load_target_embeddings(target.path, dtype, revision=target.revision).spec  # fetches its files
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
     manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)

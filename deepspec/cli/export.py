@@ -7,7 +7,7 @@ from deepspec.arguments import COUNT, POSITIVE, Parser
 
 
 def export() -> int:
-    """Export a draft for an engine, or import somebody else's.
+    """Export a draft for an engine, or import one from elsewhere.
 
         python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab
         python tools/export.py FOREIGN OUT --from auto|vllm|sglang|speculators|zlab --target TARGET
@@ -27,7 +27,7 @@ def export() -> int:
     parser.add_argument("--shard-gb", type=POSITIVE, default=5.0, help="no file of weights is larger")
     parser.add_argument("--results", help="results.json of an evaluation, for the model card")
     parser.add_argument("--target-layers", type=layers, help="import: layers whose OUTPUT is read, such as 1,9,17")
-    parser.add_argument("--max-draft", type=COUNT, help="import: tokens drafted a round, of a draft that does not say")
+    parser.add_argument("--max-draft", type=COUNT, help="import: tokens drafted a round, if its config has none")
     parser.add_argument("--sample-from-anchor", choices=("yes", "no"), help="import: does the anchor's slot draft too?")
     given = parser.parse_args()
 
@@ -59,7 +59,7 @@ def export() -> int:
 
 
 def layers(text: str) -> tuple[int, ...]:
-    """``1,9,17``; argparse says what was found where it is none."""
+    """``1,9,17``; argparse reports the value otherwise."""
     return tuple(int(number) for number in text.split(","))
 
 

@@ -9,7 +9,7 @@ from deepspec.cli import rank_word, recipe_words
 def train() -> int:
     """Train a draft: ``deepspeed --num_gpus N launch/train.py --recipe recipes/X.yaml [--set key.key=value ...]``.
 
-    Also ``python launch/train.py ...`` as one process, and torchrun or mpirun. Run again, it goes on where it stopped.
+    Also ``python launch/train.py ...`` as one process, torchrun or mpirun. Run again, it continues where it stopped.
     """
     parser = Parser(description=train.__doc__)
     recipe_words(parser, required=True)

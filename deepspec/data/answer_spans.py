@@ -1,4 +1,4 @@
-"""Where the answers stand in a rendered conversation: first in its characters, then in its tokens.
+"""Where the answers are in a rendered conversation: first in its characters, then in its tokens.
 
 Characters: from the marks of a second rendering (:mod:`deepspec.data.marks`) and from what the template writes between
 two messages, which it is asked once; the work grows with the length of the conversation. Where that does not fit, by
@@ -46,7 +46,7 @@ class SpanFinder:
         return self.by_marks(messages, tools, full, reading) or self.by_comparing(messages, tools, full)
 
     def by_marks(self, messages: list[Message], tools: Tools, full: str, reading: Reading) -> list[Span] | None:
-        """The spans, or None where the marks do not tell one of them."""
+        """The spans, or None where the marks do not show one of them."""
         spans = []
         for i in _answers(messages):
             start = self._start(messages, tools, full, reading, i)
@@ -83,17 +83,17 @@ class SpanFinder:
         return None
 
     def _prompt_border(self, given: Message, tools: Tools) -> str | None:
-        """What stands between a user's or tool's text and an answer in a prompt."""
+        """The text between a user's or tool's text and an answer in a prompt."""
         key = ("prompt", given["role"], given.get("name"), bool(tools))
         return self._once(key, lambda: self._after(MARK, _up_to(given), tools, True))
 
     def _answer_border(self, given: Message, tools: Tools) -> str | None:
-        """The same in a conversation that has gone on."""
+        """The same in a conversation with later messages."""
         key = ("answer", given["role"], given.get("name"), bool(tools))
         return self._once(key, lambda: self._after(MARK, [*_up_to(given), _answer(_OTHER), _ASK], tools, False, _OTHER))
 
     def _end_border(self, answer: Message, following: Message, tools: Tools) -> str | None:
-        """What stands between an answer and the text of the message after it."""
+        """The text between an answer and the text of the message after it."""
         call = (answer.get("tool_calls") or [None])[-1]
         name = call["function"]["name"] if call else None
         begin = [_ASK, _answer("", _call(name, MARK, following)) if name else _answer(MARK)]
@@ -161,7 +161,7 @@ def _up_to(given: Message) -> list[Message]:
 
 
 def _most_first(length: int) -> Sequence[int]:
-    """How many characters of white space a template may have kept: all, some or none; of very many all or none."""
+    """How many characters of white space a template may have left: all, some or none; of very many all or none."""
     return range(length, -1, -1) if length <= 64 else (length, 0)
 
 

@@ -1,7 +1,7 @@
 """The one way in which messages become token ids, and which of these ids are supervised.
 
 Regeneration, cache, training and evaluation all go through :class:`Renderer`, so that system prompt, template and
-thinking flag cannot differ between them. A conversation is rendered and tokenised once as a whole; where an answer
+thinking flag cannot differ between them. A conversation is rendered and tokenised once; where an answer
 begins and ends is found by marks in a second rendering (or by the template's ``{% generation %}`` marks), never by
 tokenising pieces of text. The same marks show what the template leaves out.
 """
@@ -70,7 +70,7 @@ class Renderer:
     Args:
         tokenizer: the target's (fast) tokenizer, with its chat template.
         target: whose prompts they are. Of a family alone (or its name) only the template's thinking switch is known;
-            a spec also says where the target stops and how many tokens it has.
+            a spec also has its stop tokens and vocabulary size.
         system_prompt: put before conversations that have no system message of their own.
         thinking: render for the thinking mode of the target.
         max_length: tokens; longer conversations are cut at the end.
@@ -131,7 +131,7 @@ class Renderer:
     def with_system(self, messages: Sequence[Message]) -> list[Message]:
         """The messages as template and servers get them: system prompt in front, no reasoning unless thinking.
 
-        Where the template knows no developer, a developer message becomes (the end of) the system message.
+        Where the template has no developer role, a developer message becomes (the end of) the system message.
         """
         return self._shown(self._read(messages))
 
@@ -152,7 +152,7 @@ class Renderer:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids at which generation stops, ascending: the target's own, the template's end of turn, the end of text.
 
-        The only answer to this question: decoding, evaluation, regeneration, validation and the served check ask here.
+        The only test of this: decoding, evaluation, regeneration, validation and the served check use it.
         """
         ends = {*self._target_stops, self._end_of_turn, self.tokenizer.eos_token_id}
         return tuple(sorted(end for end in ends if end is not None))
@@ -162,7 +162,7 @@ class Renderer:
     def conversation(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> Rendered:
         """The complete conversation and its loss mask.
 
-        What stands before the last answer has the same ids as :meth:`prompt` of the messages before it. Messages after
+        What comes before the last answer has the same ids as :meth:`prompt` of the messages before it. Messages after
         the last answer are left out. Answers with ``weight`` 0 are not supervised; answers with ``finish_reason``
         "length" are supervised without an end of turn.
 
@@ -245,7 +245,7 @@ class Renderer:
     def _after_prompt(self, full: str, prompt: str, spans: list[Span]) -> tuple[str, list[Span]]:
         """The text that begins with the prompt of the last answer, and the answers' spans in it."""
         start, end = spans[-1]
-        if full.startswith(prompt):  # the marks may include what the generation prompt already says
+        if full.startswith(prompt):  # the marks may include text of the generation prompt
             return full, [*spans[:-1], (max(start, len(prompt)), end)]
         # The template renders a finished answer otherwise than a prompt and its answer (Gemma4 leaves out the empty
         # thinking channel that its generation prompt has): the target saw the prompt, so the prompt it is.
@@ -271,7 +271,7 @@ class Renderer:
         for field in missing:
             if field.part != "reasoning_content":
                 part = messages[field.message]["role"] if field.part == "content" else field.part
-                remedy = "the target never sees it: leave such rows out, or take a target whose template knows it"
+                remedy = "the target never sees it: leave such rows out, or take a target whose template renders it"
                 raise DataError(left_out(part), key="messages", found=field.core[:80], remedy=remedy)
 
     def _generations(

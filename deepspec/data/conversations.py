@@ -1,4 +1,4 @@
-"""Conversations on disk: JSONL, one conversation a line, with a manifest that says the file is complete.
+"""Conversations on disk: JSONL, one conversation a line, with a manifest written last.
 
 A row is ``{"id": str, "messages": [{"role", "content", ...}, ...], ...}`` in OpenAI's form. Besides ``role`` and
 ``content`` a message may carry ``tool_calls``, ``reasoning_content``, ``finish_reason`` (how the target's answer ended;
@@ -70,7 +70,7 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
             file that differs from its manifest.
     """
     path, seen = Path(path), set[str]()
-    for number, line in checked_lines(path):
+    for number, _, line in checked_lines(path):
         row = parse_line(line, path, number, DataError, WANTED)
         fault = row_problem(row)
         if fault is not None:
@@ -84,19 +84,22 @@ def read_conversations(path: str | Path) -> Iterator[dict[str, Any]]:
         raise DataError("no conversation in the file", file=path, wanted="one JSON object a line")
 
 
-def checked_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number, line) of every line that is not blank; after the last, the file is compared with its manifest.
+def checked_lines(path: Path, digest: hashlib._Hash | None = None) -> Iterator[tuple[int, int, bytes]]:
+    """(number, first byte, line) of every line that is not blank; at the end the file is compared with its manifest.
+
+    ``digest`` (SHA-256) is given the file's bytes.
 
     Raises:
         DataError: no such file, or one that differs from its manifest.
     """
-    digest, rows = hashlib.sha256(), 0
+    digest, rows, offset = digest or hashlib.sha256(), 0, 0
     for number, line in numbered_lines(path):
         digest.update(line)
         if not is_blank(line):
             rows += 1
-            yield number, line
-    check_manifest(path, rows, digest.hexdigest())
+            yield number, offset, line
+        offset += len(line)
+    _check_manifest(path, rows, digest.hexdigest())
 
 
 def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
@@ -114,11 +117,11 @@ def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
     seen.add(name)
 
 
-def check_manifest(path: Path, rows: int, sha256: str) -> None:
+def _check_manifest(path: Path, rows: int, sha256: str) -> None:
     """Compare a file that has been read to its end with its manifest; a file without one is taken as it is.
 
     Raises:
-        DataError: the file has other rows or other bytes than its manifest says.
+        DataError: the file has other rows or other bytes than its manifest.
     """
     if not manifest_path(path).exists():
         return
@@ -137,7 +140,7 @@ def check_manifest(path: Path, rows: int, sha256: str) -> None:
 
 
 class ConversationWriter:
-    """Writes conversations row by row under a temporary name; the last act of a good end is the manifest.
+    """Writes conversations row by row under a temporary name; the manifest is written last.
 
     Used as a context manager. When the block raises, the temporary file goes and an older file of that name stays.
     """
@@ -184,7 +187,7 @@ class ConversationWriter:
             if kind is None:
                 raise DataError("no conversation to write", file=self.path, wanted="at least one")
             return
-        manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not vouch for the new one
+        manifest_path(self.path).unlink(missing_ok=True)  # of an older file: it must not be taken for the new file's
         os.replace(self._temporary, self.path)
         sync(self.path.parent)
         manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}

@@ -1,4 +1,4 @@
-"""A conversation on its way through regeneration: the user's turns are given, the target answers them one by one.
+"""A conversation in regeneration: the user's turns are given, the target answers them one by one.
 
 What a target wrote becomes the message to train on: no half characters, no half calls, reasoning apart.
 """
@@ -30,9 +30,9 @@ _PROBE = "deepspec_probe"
 
 
 def split_turns(messages: Sequence[Message]) -> list[list[Message]]:
-    """The given messages before each answer that the target shall write.
+    """The given messages before each answer that the target is to write.
 
-    A source answer that called tools cannot be written anew, because the tools' results that follow belong to it: it
+    A source answer that called tools cannot be rewritten, because the tools' results that follow belong to it: it
     stays as context, with ``weight`` 0. So does an answer that answers nothing. The other source answers are dropped.
     """
     turns: list[list[Message]] = []
@@ -78,7 +78,7 @@ class Dialogue:
     def answer(self, message: Mapping[str, Any], finish_reason: str, tokens: int) -> None:
         """Add the target's answer to the open turn: ``content`` and, where it has them, reasoning and tool calls.
 
-        Calls end the conversation, whatever the server says of the reason: their results are not known.
+        Calls end the conversation, whatever reason the server gives: their results are not known.
         """
         self.messages.append({"role": "assistant", **message, "finish_reason": finish_reason})
         self.tokens += tokens
@@ -93,7 +93,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one conversation."""
+    """The outcome of one conversation."""
 
     dialogue: Dialogue
     error: str | None = None  # None: every turn is answered

@@ -62,7 +62,7 @@ def value_problem(value: Any) -> str | None:
             if depth == DEPTH:
                 return f"nested more than {DEPTH} levels deep"
             for part in chain(one, one.values()) if isinstance(one, dict) else one:
-                if not isinstance(part, str) or not part.isascii():  # most are plain text, with which nothing is wrong
+                if not isinstance(part, str) or not part.isascii():  # most are only text, with which nothing is wrong
                     waiting.append((part, depth + 1))
         elif isinstance(one, float):
             if not math.isfinite(one):

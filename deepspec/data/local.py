@@ -124,7 +124,7 @@ class LocalSampler:
         numbers = np.stack([uniforms(self.seed, request.key, limit) for request in requests])
         random = torch.from_numpy(numbers).to(self.device)  # [B, max_tokens]
         rows = np.arange(len(requests))  # the number of the request of each row still in the batch
-        live = np.ones(len(requests), dtype=bool)  # rows whose answer goes on
+        live = np.ones(len(requests), dtype=bool)  # rows whose answer is not complete
         answers: list[list[int]] = [[] for _ in requests]
         cached = {cache_keyword(self.model): cache}
         for step in range(limit):

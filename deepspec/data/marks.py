@@ -1,6 +1,6 @@
-"""What of the messages stands in a rendering, and where: found by rendering them again with marks in their texts.
+"""Which parts of the messages are in a rendering, and where: found by rendering them again with marks in their texts.
 
-Between the marks stands the text without white space at its ends, because templates trim; the marks are ASCII letters
+Between the marks is the text without white space at its ends, because templates trim; the marks are ASCII letters
 and digits, which templates neither trim nor escape.
 """
 
@@ -15,7 +15,7 @@ from deepspec.data.messages import Message
 
 _OPEN, _CLOSE = "Qj7vo", "Qj7vc"
 _MARK = re.compile(r"Qj7v([oc])(\d+)x")
-TOOLS = -1  # stands for the number of a message in fields of the tools
+TOOLS = -1  # used as the number of a message in fields of the tools
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class _Marker:
         return value
 
     def message(self, message: Message, number: int) -> Message:
-        """A message with marks. Empty texts get none (templates ask for them), unless they are a user's or a tool's."""
+        """A message with marks. Empty texts get none (templates test for it), unless they are a user's or a tool's."""
         new = dict(message)
         if message["content"] or message["role"] in ("user", "tool"):
             new["content"] = self.text(message["content"], number, "content")
@@ -96,7 +96,7 @@ def mark(
 
 
 class Reading:
-    """What the marks of a rendering tell about the one without.
+    """What the marks of a rendering show about the one without.
 
     Args:
         fields: of :func:`mark`.
@@ -113,7 +113,7 @@ class Reading:
             done, length = found.end(), length + found.start() - done
             self._marks.setdefault(int(found[2]), ([], []))[found[1] == "c"].append(length)
         bare.append(text[done:])
-        self.exact = "".join(bare) == unmarked  # the marks changed nothing else, so they tell where the texts are
+        self.exact = "".join(bare) == unmarked  # the marks changed nothing else, so they show where the texts are
         self._texts = {(one.message, one.part): number for number, one in enumerate(fields)}
 
     def missing(self) -> Iterator[Field]:

@@ -19,7 +19,7 @@ OPENINGS = (THINK, "<thinking>", "<|channel>thought", "[THINK]", "<seed:think>")
 SYSTEM_COLUMNS = ("system", "system_prompt")
 _STAY = ("properties", "parameters", "arguments")  # objects that may be empty, and mean something then
 _NO_CHARACTER = "\ufffd"  # what bytes that are no character are decoded to
-_NOT_THE_TEMPLATES = ("weight", "finish_reason")  # fields of a message that concern us alone
+_NOT_THE_TEMPLATES = ("weight", "finish_reason")  # fields of a message that only deepspec reads
 
 
 class Unusable(Exception):
@@ -124,7 +124,7 @@ def _call(call: Any) -> dict[str, Any]:
 
 
 def arguments_are_objects(calls: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether every call's arguments are an object, as chat templates want them."""
+    """Whether every call's arguments are an object, as chat templates expect them."""
     return all(isinstance(call["function"].get("arguments"), Mapping) for call in calls)
 
 
@@ -224,7 +224,7 @@ def split_reasoning(message: Message, opened: bool = False) -> Message:
 
 
 def _alone(before: str, after: str) -> bool:
-    """Whether what stands between has a line of its own."""
+    """Whether the text between has a line of its own."""
     return (not before or before.endswith("\n")) and (not after or after.startswith("\n"))
 
 
@@ -232,7 +232,7 @@ def _alone(before: str, after: str) -> bool:
 
 
 def read_message(message: Message, opened: bool) -> Message:
-    """A message with an answer's ``<think>`` in ``reasoning_content``, and with complete characters alone.
+    """A message with an answer's ``<think>`` in ``reasoning_content``, and with complete characters only.
 
     An answer that was cut inside its reasoning has ``content`` "" then, one that was cut inside a character ends before
     it, both with ``finish_reason`` "length".
@@ -242,7 +242,7 @@ def read_message(message: Message, opened: bool) -> Message:
         opened: an answer begins inside its reasoning, because the prompt has opened it.
 
     Raises:
-        DataError: an answer whose text does not tell what the target wrote.
+        DataError: an answer from whose text the target's own cannot be recovered.
     """
     message = message | {"content": message.get("content") or ""}
     if message["role"] != "assistant":
@@ -272,7 +272,7 @@ def for_template(message: Message, thinking: bool) -> Message:
 
 
 def developer_as_system(messages: Sequence[Message]) -> list[Message]:
-    """For templates that know no developer: those at the beginning join the system message, others are renamed."""
+    """For templates without a developer role: those at the beginning join the system message, others are renamed."""
     head = next((i for i, one in enumerate(messages) if one["role"] not in ("system", "developer")), len(messages))
     rest = [one | {"role": "system"} if one["role"] == "developer" else one for one in messages[head:]]
     text = "\n\n".join(one["content"] for one in messages[:head])

@@ -113,7 +113,7 @@ class Report:
     read: dict[str, int] = field(default_factory=dict)  # source -> rows
     kept: dict[str, int] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> rows
-    first: dict[str, str] = field(default_factory=dict)  # reason -> where its first row stands
+    first: dict[str, str] = field(default_factory=dict)  # reason -> path and line of its first row
     left_out: Counter[str] = field(default_factory=Counter)  # of rows that are kept: what -> how many
     unread: Counter[str] = field(default_factory=Counter)  # column that nothing is made of -> kept rows that fill it
     train: int = 0
@@ -202,7 +202,7 @@ def _prepare(options: PrepareOptions, output: Path) -> Report:
 
 
 def _remove_earlier(path: Path) -> None:
-    """Take away what an earlier run held out: beside the new train.jsonl it could hold prompts of it."""
+    """Remove an earlier run's held-out file: beside the new train.jsonl it could hold prompts of it."""
     for one in (Path(f"{path}.manifest.json"), path):
         if one.exists():
             one.unlink()

@@ -1,4 +1,4 @@
-"""Why a row is refused: the reasons and how they are counted, in one place for build, online, inspect and prepare.
+"""Why a row is refused: the reasons and how they are counted, shared by build, online, inspect and prepare.
 
 A reason is short and the same for every row that it meets (no id, no text of the row in it), so that it can be counted.
 """

@@ -1,8 +1,8 @@
-"""Regeneration: the target's own answers to the prompts, written so that a kill loses only what was in flight.
+"""Regeneration: the target's own answers to the prompts, written so that a kill loses only unfinished conversations.
 
-Finished rows are appended to ``<output>.partial`` as they come. A second start reads what is there and asks only for
-the rest; when nothing is left, the rows are written in the prompts' order, the manifest last. What failed for good
-stands in ``<output>.failures.jsonl``.
+Finished rows are appended to ``<output>.partial`` as they come. A second start reads what is there and requests only
+the rest; when nothing is left, the rows are written in the prompts' order, the manifest last. What failed finally
+is in ``<output>.failures.jsonl``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class RegenerationSummary:
     reasoned: int = 0  # answers with reasoning
 
     def warnings(self, settings: Mapping[str, Any]) -> list[str]:
-        """What the user should know beside the numbers."""
+        """Warnings for the user beside the numbers."""
         lines, answers = [], sum(self.finish_reasons.values())
         cut = self.finish_reasons.get("length", 0)
         if 2 * cut > answers:
@@ -80,7 +80,7 @@ def regenerate(
         output: conversations with the answers.
         engine: who answers.
         settings: what the answers depend on (target, sampling, seed, ...); a resume must have the same.
-        max_failed: share of the prompts that may fail for good.
+        max_failed: share of the prompts that may fail finally.
 
     Raises:
         DataError: unusable prompts, an output of other settings or at which another process works, or too many failures
@@ -152,7 +152,7 @@ def _open_partial(path: Path, settings: Mapping[str, Any]) -> RowLog[str]:
 
 
 def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> list[str]:
-    """A line for each of ``settings`` that an earlier start had otherwise.
+    """A line for each of ``settings`` that differs from an earlier start.
 
     One without an identity is of an earlier version: only its settings are compared, and a warning says so.
     """
@@ -170,7 +170,7 @@ def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], f
 
 
 def failures_path(output: Path) -> Path:
-    """``<output>.failures.jsonl``: a line ``{"id", "error"}`` for each conversation that failed for good."""
+    """``<output>.failures.jsonl``: a line ``{"id", "error"}`` for each conversation that failed finally."""
     return output.with_name(output.name + ".failures.jsonl")
 
 
@@ -191,12 +191,12 @@ class _Failures:
             log.warning("a failure, %s", self.first)
 
     def remedy(self, some: bool) -> str:
-        """What to do about them; ``some``: there are answers to go on with."""
+        """What to do about them; ``some``: there are other answers."""
         ways = [f"run the same command again: {self.again} of them may get an answer"] * bool(self.again)
         if self.again < self.count:
-            ways.append(f"mend the cause of the other {self.count - self.again}" if self.again else
-                        "mend their cause: the same command fails on them again")  # fmt: skip
-        return ", or ".join([*ways, *["go on without them with a larger --max-failed"] * some])
+            ways.append(f"fix the cause of the other {self.count - self.again}" if self.again else
+                        "fix their cause: the same command fails on them again")  # fmt: skip
+        return ", or ".join([*ways, *["continue without them with a larger --max-failed"] * some])
 
 
 def _answer_rest(
@@ -273,7 +273,7 @@ class RegenerationPlan:
         return cls(target or stated.path, stated.revision, stated.dtype, *how)
 
     def settings(self, served: bool = False) -> dict[str, Any]:
-        """As plain values, without those that only change the speed; with the identity of what answers.
+        """As JSON values, without those that only change the speed; with the identity of what answers.
 
         Args:
             served: by servers; the target's weights need not be on this machine.
@@ -304,7 +304,7 @@ class RegenerationPlan:
         return LocalEngine(model, self.renderer(), self.sampling, self.seed, self.sampling.batch_size)
 
     def server_engine(self, options: ServerOptions) -> ServerEngine:
-        """The target behind servers.
+        """The target on servers.
 
         Raises:
             TargetError: no tokenizer or config of the target here (prompts are rendered and compared).

@@ -1,5 +1,5 @@
 """Answers by OpenAI-compatible servers (vLLM, SGLang, ``transformers serve``): many conversations in flight, several
-servers, back-off where one fails. A request that failed is asked again with the same seed, on the server least busy.
+servers, back-off where one fails. A request that failed is sent again with the same seed, on the server least busy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Which servers, and how hard to press them."""
+    """Which servers, how many requests at a time, and how long to wait."""
 
     urls: tuple[str, ...]  # http://host:port or http://host:port/v1
     model: str  # its name in requests
@@ -41,7 +41,7 @@ class ServerOptions:
 
 
 class Server:
-    """One server: its address and how it fares. Changed under its pool's lock only."""
+    """One server: its address and its state. Changed under its pool's lock only."""
 
     def __init__(self, url: str) -> None:
         url = url.rstrip("/")
@@ -54,7 +54,7 @@ class Server:
 
 
 class Pool:
-    """Servers that come and go: hands out the least busy one that is not resting."""
+    """Servers that come and go: gives the least busy one that is not resting."""
 
     def __init__(self, servers: list[Server], concurrency: int, patience: float) -> None:
         if not servers:
@@ -111,14 +111,14 @@ class Pool:
             self._changed.notify()
 
     def close(self) -> None:
-        """Wake and end whoever waits."""
+        """Wake all waiting threads; their wait ends in an error."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
 
 
 class _Retry(Exception):
-    """A request to be asked again. ``counted``: it used up one of its attempts; ``rest``: seconds for the server."""
+    """A request to be sent again. ``counted``: it used up one of its attempts; ``rest``: seconds for the server."""
 
     def __init__(self, reason: str, counted: bool = True, rest: float | None = None) -> None:
         super().__init__(reason)
@@ -126,7 +126,7 @@ class _Retry(Exception):
 
 
 class _Refused(Exception):
-    """A request without an answer; its conversation fails. ``again``: another start may have better luck."""
+    """A request without an answer; its conversation fails. ``again``: another start may succeed."""
 
     def __init__(self, reason: str, again: bool = False) -> None:
         super().__init__(reason)
@@ -138,7 +138,7 @@ class ServerEngine:
 
     Args:
         options: the servers.
-        renderer: of the target's tokenizer; its prompts are compared with what the servers say they were sent.
+        renderer: of the target's tokenizer; its prompts are compared with the token ids that the servers report.
         sampling: temperature, top_p, top_k, min_p, max_tokens.
         seed: every request gets its own seed from it, its sample and its turn.
     """
@@ -199,7 +199,7 @@ class ServerEngine:
                 done.put(DeepSpecError(f"regeneration failed ({problem!r})", key=dialogue.id))
 
     def _answer_turn(self, dialogue: Dialogue) -> None:
-        """Ask until there is an answer.
+        """Send until there is an answer.
 
         Raises:
             _Refused: there will be none.
@@ -262,7 +262,7 @@ class ServerEngine:
             raise _Retry(str(problem), counted=not problem.refused) from None
         if reply.status == 422 and b"Unexpected fields" in reply.body and "top_k" in body:
             server.plain_fields = True
-            raise _Retry(f"{server.name} takes plain fields only", counted=False, rest=0.0)
+            raise _Retry(f"{server.name} takes only OpenAI's fields", counted=False, rest=0.0)
         _check_status(server, reply)
         try:
             value = json.loads(reply.body)

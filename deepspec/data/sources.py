@@ -64,7 +64,7 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
 
 
 def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
-    for number, line in checked_lines(path):  # of conversations that an earlier command wrote, too
+    for number, _, line in checked_lines(path):  # of conversations that an earlier command wrote, too
         try:
             row = parse_json(line)
         except NotJSON as problem:
@@ -86,7 +86,7 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def columns_read(row: Mapping[str, Any]) -> set[str]:
-    """The columns of a row whose content is kept in one form or another."""
+    """The columns of a row whose content is used in some form."""
     chat = next((key for key in _CHATS if row.get(key)), None)
     prompt = next((key for key in _PROMPTS if isinstance(row.get(key), str)), None)
     tools = next((key for key in _TOOLS if row.get(key)), None)
@@ -107,7 +107,7 @@ def to_messages(row: Mapping[str, Any] | Unusable | None, notes: list[str] | Non
 
     Args:
         row: of :func:`read_source`.
-        notes: is told what was left out of a row that is used.
+        notes: called with what was left out of a row that is used.
 
     Raises:
         Unusable: it is none; the reason is one of a few words, to be counted.
@@ -167,7 +167,7 @@ def _message(given: Any, notes: list[str]) -> Message:
 
 
 def _with_fields(given: Mapping[str, Any], name: str, role: str, text: str | None) -> Message:
-    """A message with tool calls, reasoning and what else is kept of it."""
+    """A message with tool calls, reasoning and its other used fields."""
     full = normal_message({**given, "role": role, "content": text})
     message: Message = {"role": role, "content": (text or "").strip()}
     message |= {key: full[key] for key in _KEPT if key in full}

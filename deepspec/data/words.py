@@ -1,7 +1,7 @@
 """Texts as words: what duplicates and overlaps with evaluation tasks are judged by.
 
 Words are lower case and in Unicode's composed form (NFC), so that the two spellings of "é" are one word and "é" and
-"e" are two. In scripts without spaces between words every character, with its marks, stands for itself. Signs count
+"e" are two. In scripts without spaces between words every character, with its marks, is a word. Signs count
 ("3+4" is not "3*4", "C" is not "C++"); the punctuation of sentences and white space do not.
 """
 
@@ -21,13 +21,13 @@ _FEW = 3 * _WORD  # a name, an id or a date holds fewer
 _HANS = r"\p{Han}\p{Hiragana}\p{Katakana}\u3005-\u3007\u30fc\uff70"
 _THAIS = r"\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}"
 _LETTER = rf"[[\w\p{{M}}\p{{N}}]--[{_HANS}{_THAIS}]]"
-# Words, numbers with what stands between their digits (3.14, 12:30), the point of .5, the ! of 5!/3 and !=, f'(x).
+# Words, numbers with the signs between their digits (3.14, 12:30), the point of .5, the ! of 5!/3 and !=, f'(x).
 _INNER = r"{0}+(?:[.,:](?<=\d.)(?=\d){0}+)*|\.(?=\d)|!(?=\)*\s*[-+*/=^×÷])|'(?<=[\w']')(?='*\()"
 _SIGNS = r"#%&()*/@\\\[\]{}\-"
 _TOKEN = regex.compile(
     rf"(?V1)[[{_HANS}{_THAIS}]--\p{{P}}]\p{{M}}*|{_INNER.format(_LETTER)}|[[\p{{S}}{_SIGNS}′″‰·]--[`]]"
 )
-_ASCII_TOKEN = re.compile(_INNER.format(r"\w") + rf"|[$+<=>^|~{_SIGNS}]", re.ASCII)  # the same for plain text, faster
+_ASCII_TOKEN = re.compile(_INNER.format(r"\w") + rf"|[$+<=>^|~{_SIGNS}]", re.ASCII)  # the same for ASCII text, faster
 _THAI_FIRST = regex.compile(rf"(?V1)[{_THAIS}]")
 _HAN_FIRST = regex.compile(rf"(?V1)[{_HANS}]")
 # Full-width ASCII is ASCII; the mathematical minus is the hyphen; variation selectors choose a picture, not a word.
@@ -68,7 +68,7 @@ def says_something(text: str) -> bool:
 
 
 def grams(words: Sequence[str]) -> Iterator[int]:
-    """A number for every run of :data:`GRAM` words, or of as many characters as say as much."""
+    """A number for every run of :data:`GRAM` words, or of the equivalent number of characters."""
     weights = [_weight(word) for word in words]
     stop = mass = 0
     for start in range(len(words)):

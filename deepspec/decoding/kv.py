@@ -1,7 +1,7 @@
 """The target's KV cache while decoding: one static buffer, a length per row, and packed queries.
 
 A forward of the target sees its tokens *packed*: one sequence of T tokens of several rows, each with its own count.
-Linear layers never compute padding, so verifying costs the tokens verified. Only attention unpacks to [rows, queries]
+Linear layers never compute padding, so verifying costs only the verified tokens. Attention unpacks to [rows, queries]
 and back (:func:`_ragged_attention`, set through transformers' attention registry by :func:`ragged_attention`).
 
 Rolling back is lowering a row's length: what comes after it is overwritten by the next tokens and never visible.

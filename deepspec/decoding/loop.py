@@ -3,7 +3,7 @@
 The live rows always come first: a prompt enters where one left, and when none waits the last row moves there.
 
 A round: the draft proposes; the host reads once what the previous round committed and what is proposed now; finished
-rows leave and the policy says how many tokens of each row to verify; the target runs over exactly those tokens; they
+rows leave and the policy decides how many tokens of each row to verify; the target runs over exactly those tokens; they
 are accepted or rejected on the device. That read is the only synchronisation of a round. The baseline, decoding
 without a draft, is the same loop without a drafter.
 """
@@ -111,7 +111,7 @@ class Decoder:
         self._table = torch.zeros(batch_size, self._limit, width, dtype=torch.float64, device=device)
         self._emitted = 0  # tokens that the host's last read added to outputs
         self._live = 0  # R: rows 0 .. R - 1 were not finished at the host's last read
-        self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens that the last forward brought, unread yet
+        self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens of the last forward, not yet read
         self._packed: PackedTarget | None = None
 
     @torch.inference_mode()
@@ -368,7 +368,7 @@ class Decoder:
         self.clock.verified += int(counts.sum())
 
     def _extend(self, features: Tensor, tokens: Tensor, batch: PackedBatch, result: VerifyResult) -> None:
-        """Hand the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
+        """Give the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
 
         ``features`` are packed, ``tokens`` [R, Q] are those of the batch.
         """

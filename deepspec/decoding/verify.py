@@ -3,7 +3,7 @@
 Greedy: a drafted token is accepted while it is the target's own choice. Sampling: token x, drafted from q, is accepted
 with probability min(1, p(x) / q(x)); at the first rejection the token comes from the normalised positive part of p - q;
 when all are accepted, one more token comes from p. The target's logits are *packed* ([T, V], row b's from
-``index[b, 0]`` on: one per drafted token and one more), so that rows of different lengths cost only their tokens.
+``index[b, 0]`` on: one per drafted token and one more), so that only the rows' own tokens are computed.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def cache_sizes(manifests: Sequence[Path]) -> dict[str, Any]:
 
 
 def tau_by_step(run: Path) -> dict[int, float]:
-    """The training's own estimate of the accepted length, by optimizer step."""
+    """The training's own estimate of the acceptance length, by optimizer step."""
     rows = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").split("\n") if line]
     return {row["step"]: round(row["tau"], 3) for row in rows if row.get("kind") == "train" and "tau" in row}
 
@@ -37,7 +37,7 @@ def pick(evaluation: Row | None, temperature: float, task: str | None = None) ->
 
 
 def length(row: Row | None) -> str:
-    """Accepted length with its interval."""
+    """Acceptance length with its interval."""
     return NOT_RUN if row is None else length_text(row)
 
 

@@ -1,4 +1,4 @@
-"""Runs stages as the commands they are, several at a time where the cores allow, each with its own log."""
+"""Runs the commands of stages, several at a time where the cores allow, each with its own log."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class Running:
 
 
 class Runner:
-    """Brings every stage of a plan to its end.
+    """Runs every stage of a plan.
 
     Args:
-        stages: the plan; needs name stages that stand before.
+        stages: the plan; needs name earlier stages.
         logs: folder of the logs and of ``seconds.json``, the wall-clock seconds of every stage.
         cores: how many computing processes may run at a time.
     """
@@ -93,7 +93,7 @@ class Runner:
                     os.killpg(one.process.pid, signal.SIGTERM)
                 one.process.wait()
             signal.signal(signal.SIGTERM, before)
-        log.info("%.0f s in this start; the logs stand in %s", time.monotonic() - started, self.logs)
+        log.info("%.0f s in this start; the logs are in %s", time.monotonic() - started, self.logs)
 
     def _may_start(self, stage: Stage) -> bool:
         return all(need in self.complete for need in stage.needs)
@@ -131,7 +131,7 @@ class Runner:
         problem = f"stage {one.stage.name!r} failed (exit code {one.process.returncode})"
         if one.process.returncode == 0:
             problem = f"stage {one.stage.name!r} ended without writing {one.stage.artefact}"
-        remedy = f"mend the cause and run the same command again; alone: {typed(one.stage)}"
+        remedy = f"fix the cause and run the same command again; alone: {typed(one.stage)}"
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
     def _report(self, stage: Stage, text: str) -> None:
@@ -139,7 +139,7 @@ class Runner:
         log.info("%s[%2d/%d] %s: %s", clear, self.numbers[stage.name], len(self.stages), stage.name, text)
 
     def _show_progress(self) -> None:
-        """On a terminal: one live line with what the running stages say of themselves, once a second."""
+        """On a terminal: one line with the progress of the running stages, updated once a second."""
         if not (sys.stdout.isatty() and reports() and self.running) or time.monotonic() - self._shown < 1:
             return
         self._shown = time.monotonic()

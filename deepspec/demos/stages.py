@@ -1,4 +1,4 @@
-"""Stages: each one a command that anyone can run again, and the file that says its artefact is complete.
+"""Stages: each a command that can be run again, and the file that is written last.
 
 The functions here write the commands of the pipeline's own tools; each demonstration's ``plan`` puts them together.
 """
@@ -72,10 +72,10 @@ def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, o
     return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
 
 
-def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
+def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:
     """The target's hidden states over ``data``."""
     command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
-    return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs)
+    return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs)
 
 
 def train(
@@ -103,7 +103,7 @@ def evaluate(
     name: str, recipe: str, draft: Path, tasks: Sequence[Path], output: Path, needs: Names,
     more: Names = (), overrides: Names = (),
 ) -> Stage:  # fmt: skip
-    """Decode ``tasks`` with a draft as the recipe's `evaluate:` says; ``more`` are further words for the evaluator."""
+    """Decode ``tasks`` with a draft as the recipe's `evaluate:` section states, with ``more`` arguments."""
     command: Names = (PYTHON, "-m", "deepspec.evaluate", "--recipe", recipe, "--draft", str(draft))
     command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output), *more)
     if not multiplies_bfloat16() and "--dtype" not in more:

@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--system-prompt")
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
-    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify as far as the draft is sure")
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
     parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
     parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")

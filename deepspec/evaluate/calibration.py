@@ -73,7 +73,7 @@ def expected_calibration_error(predicted: np.ndarray, happened: np.ndarray) -> f
 
 
 def perfect_error(predicted: np.ndarray, seed: int = 0) -> float:
-    """The mean ECE that predictions [N] would measure if each came true exactly as often as it says."""
+    """The mean ECE that predictions [N] would measure if each came true exactly as often as predicted."""
     random, bins = np.random.default_rng(seed), np.minimum((predicted * BINS).astype(int), BINS - 1)
     errors = []
     for _ in range(DRAWS):

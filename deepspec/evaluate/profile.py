@@ -21,7 +21,7 @@ OUTLIER = 4.0  # rounds slower than the fit by so many median deviations are lef
 
 
 class Probe:
-    """Rows of other lengths in every round: binomial with a share drawn anew."""
+    """Rows of other lengths in every round: binomial with a share drawn each time."""
 
     max_draft: int | None = None
 
@@ -56,7 +56,7 @@ def fit(timings: Sequence[StepTiming], rows: int, slots: int) -> tuple[np.ndarra
     """(tokens, seconds) at the knots: least squares of a round's seconds, convex and never falling, without outliers.
 
     The scheduler stops at the first token that does not pay. With convex costs and falling survival the rate has one
-    peak, so that this is the best place to stop.
+    peak, so that this is the best index to stop at.
     """
     verified, seconds, own = (
         np.array([getattr(timing, key) for timing in timings], dtype=float) for key in ("verified", "seconds", "rows")

@@ -110,7 +110,7 @@ def recipe_of(draft: Path) -> dict[str, Any] | None:
 
 
 def trained_to_think(draft: Path) -> bool:
-    """Whether the recipe in a draft folder says ``data.thinking``; False without one."""
+    """Whether the recipe in a draft folder sets ``data.thinking``; False without one."""
     data = (_read_recipe(draft) or {}).get("data")
     return isinstance(data, Mapping) and data.get("thinking") is True
 

@@ -1,7 +1,7 @@
 """Run tasks through the draft-verify loop: a row of results.jsonl as soon as a prompt is done, results.json last.
 
 A task is decoded without the draft first (the baseline), then with it: so a drafted prompt is compared with its
-baseline at once, and its row is complete when it is written. A killed run goes on with the prompts without a row.
+baseline at once, and its row is complete when it is written. A killed run continues with the prompts without a row.
 """
 
 from __future__ import annotations
@@ -256,7 +256,7 @@ class Evaluation:
             raise EvaluationError(f"holds another run: {'; '.join(lines)}", file=self.output, remedy=remedy)
 
     def _set_threads(self) -> None:
-        """All ranks, and a run that goes on, use the thread count that was chosen first."""
+        """All ranks, and a resumed run, use the thread count that was chosen first."""
         threads = read_json(self.output / "run.json", EvaluationError).get("threads")
         if threads is not None and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(min(threads, own_cores(self.world.local_size)))

@@ -92,7 +92,7 @@ class Bench:
         return time.process_time if alone else time.perf_counter
 
     def run(self, policy: Policy, concurrency: int, rounds: int | None = None, attempt: int = 0) -> list[StepTiming]:
-        """Decode at ``concurrency`` and return the timings until no prompt waits any more, or of ``rounds`` rounds.
+        """Decode at ``concurrency`` and return the timings until no prompt waits, or of ``rounds`` rounds.
 
         Raises:
             EvaluationError: no round was timed.

@@ -136,7 +136,7 @@ def registered_tasks() -> dict[str, dict[str, Any]]:
 
 
 def _take(name: str, rows: list[tuple[str, ...]], samples: int | None, seed: int, source: str) -> Task:
-    """As many prompts as are asked for, else the task's own number, else all."""
+    """As many prompts as requested, else the task's own number, else all."""
     chosen: Iterable[int] = range(len(rows))
     count = registered_tasks().get(name, {}).get("samples", len(rows)) if samples is None else samples
     if len(rows) > count:

@@ -1,4 +1,4 @@
-"""How many CPU threads decode fastest: measured, because small models lose more to hand-over than they gain."""
+"""How many CPU threads decode fastest: measured, because small models lose more to synchronisation than they gain."""
 
 from __future__ import annotations
 

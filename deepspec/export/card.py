@@ -72,7 +72,7 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
     if recipe_text:
         parts.append(f"The resolved recipe:\n\n```yaml\n{recipe_text.rstrip()}\n```")
     if len(parts) == 1:
-        parts.append("The source folder says nothing of it.")
+        parts.append("The source folder states nothing about it.")
     return "\n\n".join(parts)
 
 

@@ -41,7 +41,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         checkpoint: a checkpoint folder, or a run (its newest checkpoint is taken).
         output: the draft folder to create.
         dtype: ``bf16`` or ``fp32``; None takes the run's precision.
-        embeddings: whether the folder carries the target's embedding and head and so stands alone.
+        embeddings: whether the folder carries the target's embedding and head, so that no target is needed to load it.
 
     Returns:
         The checkpoint folder that was taken.
@@ -85,7 +85,7 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
 
 
 def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings: bool) -> None:
-    """The target is still that of the training: the draft's config is made from its config, the ends from its weights.
+    """The target is still that of the training: the draft's config, embedding and head are made from it.
 
     Raises:
         CheckpointError: it is not.

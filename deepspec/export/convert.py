@@ -43,8 +43,8 @@ class ExportOptions:
     """What an export writes besides the draft's own weights."""
 
     format: str = "deepspec"  # an engine's name
-    embeddings: bool = True  # the target's embedding and head too, so that the folder stands alone
-    target: str | None = None  # where they are read from; None: where the draft says it was trained
+    embeddings: bool = True  # the target's embedding and head too, so that the folder loads without the target
+    target: str | None = None  # where they are read from; None: the target in the draft's config
     dtype: str | None = None  # of a checkpoint's weights, "bf16" or "fp32"
     shard_bytes: int = SHARD_BYTES
     results: str | None = None  # results.json of an evaluation, for the model card
@@ -109,7 +109,7 @@ def _export(source: Path, output: Path, engine: ExportEngine, options: ExportOpt
 
 
 def _check_taken(draft: DraftCheckpoint, engine: ExportEngine) -> None:
-    """Ask an engine whether it takes a draft.
+    """Check that an engine takes a draft.
 
     Raises:
         DraftError: it does not; the message names the engines that do.
@@ -127,11 +127,11 @@ def _shared_frozen(draft: DraftCheckpoint) -> set[str]:
 
 
 def _with_frozen(draft: DraftCheckpoint, engine: ExportEngine, options: ExportOptions) -> DraftCheckpoint:
-    """The draft with the target's embedding and head, where the folder shall stand alone or a head must be cut."""
+    """The draft with the target's embedding and head, where the folder needs them or a head must be cut."""
     folder = Path(draft.file or "").parent
     provenance = _provenance(folder)
     lacking = [name for name in FROZEN if name not in draft.state]
-    if not lacking and options.target is not None:  # nothing is taken from it, but the user says it is the draft's
+    if not lacking and options.target is not None:  # nothing is taken from it, but the user named it as the draft's
         load_spec(options.target)  # refuses what is no target
         _check_weights(options.target, None, provenance, folder)
     if not lacking or not (options.embeddings or (engine.cuts_head and "d2t" in draft.state)):
@@ -149,7 +149,7 @@ def _with_frozen(draft: DraftCheckpoint, engine: ExportEngine, options: ExportOp
 
 
 def _check_weights(path: str, revision: str | None, provenance: Mapping[str, Any], folder: Path) -> None:
-    """The target whose embedding and head are taken is the one that the draft was trained for, as far as it says.
+    """The target whose embedding and head are taken is the one that the draft was trained for, if it is recorded.
 
     Raises:
         DraftError: it has other weights.
@@ -175,7 +175,7 @@ def import_draft(
     Args:
         source: its folder, or ``owner/name`` on the hub.
         output: the folder to create.
-        format_name: an engine's name, or ``auto``: what its config says.
+        format_name: an engine's name, or ``auto``: found by its config.
         hints: what the config leaves open.
 
     Returns:
@@ -191,7 +191,7 @@ def import_draft(
         config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
         engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
         draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
-        if hints.target is not None and "num_target_layers" in draft.config:  # released drafts do not all say it
+        if hints.target is not None and "num_target_layers" in draft.config:  # not all released drafts have it
             check_target(draft.config, hints.target, draft.file)
             hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
         _checked(draft, folder)
@@ -205,7 +205,7 @@ def find_engine(config: Mapping[str, Any], folder: Path) -> ExportEngine:
     """The engine whose config.json this is.
 
     Raises:
-        DraftError: none that we know.
+        DraftError: no known format.
     """
     for name in registry.ENGINES:
         engine: ExportEngine = registry.engine(name)

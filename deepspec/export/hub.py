@@ -1,4 +1,4 @@
-"""Drafts and the Hugging Face hub: fetch one to import; put one there, whole, never over another in silence."""
+"""Drafts and the Hugging Face hub: fetch one to import; upload one completely, never over another unless asked to."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def push_draft(folder: str | Path, repository: str, private: bool = True, update
         The address of the commit.
 
     Raises:
-        DraftError: the folder is not whole, the repository holds a model and ``update`` is False, or the hub refuses.
+        DraftError: the folder is incomplete, the repository holds a model and ``update`` is False, or the hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -1,7 +1,7 @@
 """What forms and engines work with: a draft as a config and its tensors, and what a user states of a foreign one.
 
 A form writes a draft of our layout (the released one) into an engine's and reads one back. What a layout has no field
-for (the training length, the number of anchors) stands under one key ``deepspec`` of its config.json, which engines
+for (the training length, the number of anchors) is under one key ``deepspec`` of its config.json, which engines
 ignore; a foreign file lacks it, and the user states what is missing as :class:`ImportHints`.
 """
 
@@ -85,7 +85,7 @@ class DraftCheckpoint:
 
 @dataclass(frozen=True)
 class ImportHints:
-    """What the user says of a foreign draft where its config is silent."""
+    """What the user states of a foreign draft where its config does not."""
 
     target: TargetSpec | None = None
     target_layers: tuple[int, ...] | None = None  # 0-based layers whose OUTPUT is read
@@ -94,7 +94,7 @@ class ImportHints:
 
 
 def missing(draft: DraftCheckpoint, key: str, remedy: str | None = None) -> DraftError:
-    """The error that a foreign config does not say something that cannot be guessed."""
+    """The error that a foreign config lacks a value that cannot be guessed."""
     return DraftError("does not say", file=draft.file, key=key, wanted=f"{key} stated", remedy=remedy)
 
 

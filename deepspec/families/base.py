@@ -17,9 +17,7 @@ class Rope:
     """Rotary embedding: the base, the kind of frequency table and its parameters."""
 
     theta: float
-    kind: str = (
-        "default"  # "default", "proportional" (Gemma4), or a kind that transformers knows ("llama3", "yarn", "linear")
-    )
+    kind: str = "default"  # "default", "proportional" (Gemma4), or a kind of transformers ("llama3", "yarn", "linear")
     partial_factor: float = 1.0
     parameters: tuple[tuple[str, Any], ...] = ()  # the remaining rope_parameters, for the kinds of transformers
 
@@ -50,7 +48,7 @@ class Family:
 
     name: str
     model_types: tuple[str, ...]  # `model_type` of the targets' configs, text configs included
-    class_prefix: str  # of `architectures`; the algorithm's own part stands behind it
+    class_prefix: str  # of `architectures`; the algorithm's own part comes after it
     draft_model_type: str  # `model_type` of an exported draft's config
     read_shape: Callable[[Mapping[str, Any]], Shape]
     draft_config: Callable[
@@ -128,7 +126,7 @@ def read_flat_shape(config: Mapping[str, Any]) -> Shape:
 def copy_config(config: Mapping[str, Any], num_layers: int, drop: tuple[str, ...] = ()) -> dict[str, Any]:
     """A draft's config.json from its target's text config: the same sizes, full attention, ``num_layers`` layers.
 
-    ``dtype`` and ``architectures`` are set by the writer; ``drop`` names further fields that describe the target alone.
+    ``dtype`` and ``architectures`` are set by the writer; ``drop`` names further fields that describe only the target.
     """
     left_out = {"architectures", "dtype", "torch_dtype", "quantization_config", "_name_or_path", *drop}
     draft = {key: value for key, value in config.items() if key not in left_out}

@@ -7,7 +7,7 @@ from typing import Any
 
 from deepspec.families.base import Family, copy_config, read_flat_shape
 
-# fields of qwen3_moe that say nothing of dense layers
+# fields of qwen3_moe that do not apply to dense layers
 _EXPERTS = (
     "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "decoder_sparse_step",
     "mlp_only_layers", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",

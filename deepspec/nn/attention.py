@@ -41,7 +41,7 @@ def attend(
     Args:
         query_BNKHE: queries.
         context_BSGE: (keys, values) of the context.
-        own_BNMGE: (keys, values) of the groups themselves; M may be 0; None: the groups see the context alone.
+        own_BNMGE: (keys, values) of the groups themselves; M may be 0; None: the groups see only the context.
         limit_BN: int64; a group sees the context positions < limit.
         scale: factor of the scores.
         backend: "auto" (flex on CUDA, two_part elsewhere; the environment variable DEEPSPEC_ATTENTION overrides), or
@@ -74,7 +74,7 @@ def visibility_mask(limit_BN: Tensor, num_queries: int, num_own: int, context_le
 
 
 def _joined(query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Heads first, own keys behind the context: [B, H, N*K, E], [B, G, S + N*M, E] twice."""
+    """Heads first, own keys after the context: [B, H, N*K, E], [B, G, S + N*M, E] twice."""
     keys = torch.cat((ck, ok.flatten(1, 2)), dim=1).transpose(1, 2)
     values = torch.cat((cv, ov.flatten(1, 2)), dim=1).transpose(1, 2)
     return query.flatten(1, 2).transpose(1, 2), keys, values

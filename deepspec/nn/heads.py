@@ -53,7 +53,7 @@ class FrozenHead:
 
 
 class OutputMatrix(Linear):
-    """A linear map that also hands out its weight through ``forward``, where ZeRO-3's hooks see it and gather it."""
+    """A linear map that also returns its weight through ``forward``, where ZeRO-3's hooks see it and gather it."""
 
     def forward(self, x: Tensor | None) -> Tensor:
         """``weight @ x`` [.., R] -> [.., V]; for None the weight [V, R], a copy where ZeRO-3 will free the original."""

@@ -1,7 +1,7 @@
 """One draft layer for every algorithm and family, and its modules: norm, gated MLP, rotary table, projections.
 
-The layer does not decide who sees whom: an algorithm asks it for queries and for keys and values, calls
-:func:`deepspec.nn.attention.attend`, and hands the result back to :meth:`DraftLayer.finish`.
+The layer does not build the mask: an algorithm gets queries and keys and values from it, calls
+:func:`deepspec.nn.attention.attend`, and passes the result to :meth:`DraftLayer.finish`.
 
 S sequence, D hidden size, H query heads, G key/value heads, E head size; [..] any leading shape.
 """
@@ -130,7 +130,7 @@ def rotate(x: Tensor, table: Table) -> Tensor:
 
 
 class DraftAttention(nn.Module):
-    """Projections with separate query and key/value inputs; the family's table says which norms stand on the heads.
+    """Projections with separate query and key/value inputs; the family's table names the norms of the heads.
 
     Args:
         shape: sizes of the layer.

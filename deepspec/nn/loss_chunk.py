@@ -3,7 +3,7 @@
 A chunk is some target positions with all of their rows. :mod:`deepspec.nn.losses` cuts the chunks;
 :mod:`deepspec.nn.cpu.tiles` is how a CPU computes one.
 
-r rows of the chunk, p target positions of it, R and P of the whole call, V vocabulary, D hidden size, M Markov rank.
+r rows of the chunk, p target positions of it, R and P of the complete call, V vocabulary, D hidden size, M Markov rank.
 """
 
 from __future__ import annotations

@@ -146,5 +146,5 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and handed over: one backward a forward
+        gradients, ctx.gradients = ctx.gradients, None  # scaled in place and returned: one backward a forward
         return (*(None if x is None else x.mul_(grad.to(x.dtype)) for x in gradients), None, None, None, None)

@@ -1,6 +1,6 @@
 """Keys and values whose rows have their own lengths, and attention over them: what decoding uses.
 
-Rollback is a smaller length: nothing is copied, what lies behind a row's length is overwritten and never visible.
+Rollback is a smaller length: nothing is copied, what is after a row's length is overwritten and never visible.
 
 B rows of the buffer, R rows of a call, C slots of a row, N new tokens or queries, S slots in view, G key/value heads,
 H query heads, r = H / G, E head size.

@@ -1,6 +1,6 @@
 """The shape of a static draft tree, and which of its nodes see which.
 
-Node 0 is the newest committed token, the root. Every node of depth d has as many children as the shape says for d: the
+Node 0 is the newest committed token, the root. Every node of depth d has as many children as the shape has for d: the
 draft's likeliest tokens after it. Nodes are numbered depth by depth, the children of a node side by side; a tree of one
 child a depth is the chain that the draft would propose without a tree. In a cache a row's nodes follow each other from
 the root's slot on, so a node's *slot* is not its *position*: that is the root's plus the node's depth.

@@ -50,7 +50,7 @@ class Kind:
     format: str
     form: str  # what the engine calls it
     embeddings: bool = True  # the export carries the target's embedding and head
-    first: bool = True  # in the engine's first format, which its name does not say
+    first: bool = True  # in the engine's first format, which its name does not show
 
     @property
     def name(self) -> str:
@@ -60,7 +60,7 @@ class Kind:
 
 
 def kinds_of(formats: Sequence[str]) -> list[Kind]:
-    """Every kind of draft that the tables of ``formats`` have a form for; every second without the target's ends."""
+    """Every kind of draft that the tables of ``formats`` have a form for; every second without frozen weights."""
     rows = [(source, name, form.name) for name in formats for source, form in registry.engine(name).forms.items()]
     kinds = [Kind(*row, embeddings=number % 2 == 0, first=row[1] == formats[0]) for number, row in enumerate(rows)]
     return [*kinds, Kind(rows[0][0] + REDUCED, *rows[0][1:])]
@@ -96,7 +96,7 @@ class CheckOptions:
 
 
 class ServeCheck:
-    """The whole check.
+    """The complete check.
 
     Args:
         options: what.
@@ -234,7 +234,7 @@ def largest_difference(url: str, target: Target, layers: Sequence[int], prompts:
     """Of hidden states from a server and from ``target`` in this process, over all prompts, features and last state.
 
     Raises:
-        TargetError: the server hands out none.
+        TargetError: the server returns none.
     """
     remote = ServedTarget(url, target.spec.path, layers, target.dtype, concurrency=4)
     worst, progress = 0.0, Progress("hidden states", len(prompts), noun="prompts")

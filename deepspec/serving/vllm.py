@@ -54,7 +54,7 @@ class VLLMServer:
 
     @staticmethod
     def default_folder() -> Path:
-        """Where its environment is, unless the user says otherwise."""
+        """Where its environment is, unless the user names another."""
         return Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm"))
 
     @staticmethod
@@ -135,7 +135,7 @@ class VLLMServer:
         return dict(read_json(answer))
 
     def hidden_states(self, spec: TargetSpec, layers: Sequence[int], storage: Path) -> AbstractContextManager[str]:
-        """The URL of a server that hands out the target's hidden states of ``layers`` while a block runs."""
+        """The URL of a server that returns the target's hidden states of ``layers`` while a block runs."""
         storage.mkdir(parents=True, exist_ok=True)
         folder = str(Path(spec.path).resolve())
         arguments = server_arguments(folder, server_layers(layers, spec), str(storage.resolve()))

@@ -54,14 +54,14 @@ class FeatureSource(ABC):
 
     @abstractmethod
     def batch(self, numbers: Sequence[int], seed: int, epoch: int) -> Batch:
-        """These samples side by side, zeros behind each."""
+        """These samples stacked, zeros after each."""
 
     @abstractmethod
     def fingerprint(self) -> dict[str, object]:
         """``{"source": name, "caches": [...]}``: all that identifies the data, compared when a run is resumed."""
 
     def announce(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources need no notice
-        """Take note of the samples that the next batches will ask for, in order."""
+        """Note the samples that the next batches will read, in order."""
 
     def supervision(self, numbers: Sequence[int], seed: int, epoch: int) -> Supervision:
         """The masks of a batch, padded: all that its loss plan depends on."""
@@ -71,7 +71,7 @@ class FeatureSource(ABC):
 
 
 def source_class(recipe: Recipe) -> type[FeatureSource]:
-    """The class behind ``data.source``.
+    """The class that ``data.source`` names.
 
     Raises:
         RecipeError: a key of the recipe that it needs is not set.
@@ -91,7 +91,7 @@ def batch_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def pad(rows: Sequence[Tensor]) -> Tensor:
-    """[B, S, ...] from B tensors [s_b, ...], zeros behind each."""
+    """[B, S, ...] from B tensors [s_b, ...], zeros after each."""
     first = rows[0]
     if len(rows) == 1 and (first.is_cuda or not torch.cuda.is_available()):
         return first.unsqueeze(0)

@@ -1,4 +1,4 @@
-"""Training without a cache: the frozen target runs in the training process; only the layers that are read are kept."""
+"""Training without a cache: the frozen target runs in the training process and returns only the layers read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class OnlineSource(FeatureSource):
-    """Samples of one conversations file, rendered at the start; hidden states are computed when a step asks for them.
+    """Samples of one conversations file, rendered at the start; hidden states are computed when a step needs them.
 
     Tokens and masks of all conversations stay in memory (5 bytes a token). Numbers, sample ids and rejections are those
     of the cache that would be built from the same file, so a run draws the same batches from either.
@@ -79,7 +79,7 @@ class OnlineSource(FeatureSource):
         """See :meth:`FeatureSource.open`."""
         validation = recipe.train.validation
         path = validation.path if held_out and validation is not None else recipe.data.conversations
-        return cls(recipe, target, str(path))  # type: ignore[arg-type]  # complete: it says that it needs the model
+        return cls(recipe, target, str(path))  # type: ignore[arg-type]  # complete: needs_model is set
 
     def sample_id(self, number: int) -> int:
         """The row's number in the file, as in a cache of it."""

@@ -17,9 +17,9 @@ from deepspec.targets.served import ServedTarget
 
 
 class ServedSource(OnlineSource):
-    """As :class:`OnlineSource`, the hidden states from ``data.servers``: each process asks one of them, in turn.
+    """As :class:`OnlineSource`, the hidden states from ``data.servers``: each process uses one of them, in turn.
 
-    ``train.workers`` threads ask ahead of the step, each for a micro-batch at a time.
+    ``train.workers`` threads read ahead of the step, each a micro-batch at a time.
 
     Args:
         recipe: names servers, layers and rendering.
@@ -43,7 +43,7 @@ class ServedSource(OnlineSource):
         super().__init__(recipe, served, path)
 
     def announce(self, numbers: Sequence[int]) -> None:
-        """Nothing: several threads ask at once."""
+        """Nothing: several threads read at once."""
 
     def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Features [s, L*D] and last hidden states [s, D] of each."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-EMBEDDING = -1  # the layer id that stands for the output of the embedding
+EMBEDDING = -1  # the layer id that means the output of the embedding
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from copy import copy
 from datetime import date
 from typing import Any
 
-DATE = "2024-07-26"  # what Llama 3.1's own template writes where nobody gives it a date
+DATE = "2024-07-26"  # what Llama 3.1's own template writes without a date
 
 _DAY = date.fromisoformat(DATE)
 _CODES = [f"%{code}" for code in "aAwdbBmyYHIpMSfzZjUWcxXGuV"] + [f"%-{code}" for code in "dmHIMSj"]
@@ -26,7 +26,7 @@ _MACRO = (
 
 
 def template_date(chat_template: Any) -> str | None:
-    """The date that a template renders (ISO); None: it asks for none."""
+    """The date that a template renders (ISO); None: it renders none."""
     return DATE if "strftime_now" in json.dumps(chat_template) else None
 
 

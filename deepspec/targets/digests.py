@@ -39,7 +39,7 @@ def weights_digest(path: str | Path, revision: str | None = None) -> str:
     """
     files = weight_files(path, revision)
     if not files:
-        raise TargetError("no weights to compare", file=path, wanted=f"one of {', '.join(NAMES)}, whole")
+        raise TargetError("no weights to compare", file=path, wanted=f"one of {', '.join(NAMES)}, complete")
     return COMPLETE + _hex(_remembered([Path(os.path.realpath(file)) for file in files]))
 
 
@@ -78,7 +78,7 @@ def _file_number(file: Path) -> int:
 
 
 def _stored_number(file: Path, name: str) -> int:
-    with safe_open(file, "pt") as opened:  # mapped anew for each tensor, so that none stays in memory
+    with safe_open(file, "pt") as opened:  # mapped again for each tensor, so that none stays in memory
         return _tensor_number(name, opened.get_tensor(name))
 
 
@@ -92,7 +92,7 @@ def memory_file() -> Path:
 
 
 def _remembered(files: Iterable[Path]) -> int:
-    """The sum over ``files``; what has not changed since it was last read is not read again."""
+    """The sum over ``files``; unchanged files are not read again."""
     known, new, total = _recall(), dict[str, Any](), 0
     for file in files:
         state = _state(file)

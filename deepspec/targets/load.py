@@ -1,4 +1,4 @@
-"""Load a target: its config alone, embedding and head alone, or the real Hugging Face model, frozen."""
+"""Load a target: only its config, only embedding and head, or the Hugging Face model, frozen."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if not torch.cuda.is_available():  # transformers imports deepspeed where it is 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What a draft needs to know of its target without loading a weight."""
+    """What a draft needs of its target, without loading a weight."""
 
     path: str
     family: Family
@@ -294,7 +294,7 @@ class TargetEmbeddings:
 
 
 class Target(TargetEmbeddings):
-    """A frozen target model and the few things that deepspec asks of it."""
+    """A frozen target model and the few methods that deepspec needs."""
 
     def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
         loaded: Any = model
@@ -351,7 +351,7 @@ def cache_keyword(model: nn.Module) -> str:
 
 
 @cache
-def _cache_keyword(forward: Callable[..., Any]) -> str:  # every forward of the target asks
+def _cache_keyword(forward: Callable[..., Any]) -> str:  # needed in every forward of the target
     return "cache" if "cache" in signature(forward).parameters else "past_key_values"
 
 

@@ -1,4 +1,4 @@
-"""How long a prompt may be: the target's positions less the tokens to come. No model has learned to go beyond them."""
+"""How long a prompt may be: the target's positions less the new tokens. No model is trained beyond them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ STRETCHING = ("linear", "dynamic", "yarn")  # kinds of RoPE scaling whose factor
 
 
 def positions_of(config: Mapping[str, Any]) -> int | None:
-    """The positions that a target was made for, by its flat config; None where that states none.
+    """The positions that a target supports, by its flat config; None where that states none.
 
     A config may state the positions of before the scaling (Qwen3 with YaRN) or those with it (Llama 3.1): the larger.
     """

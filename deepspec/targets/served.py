@@ -1,4 +1,4 @@
-"""A target that runs elsewhere: hidden states out of a serving engine, for targets that one process cannot hold.
+"""A target that runs elsewhere: hidden states from a serving engine, for targets that do not fit one process.
 
 The server is vLLM's with hidden-state extraction (``docs/serving.md`` has the command): a request for one token leaves
 the prompt's hidden states in a file on a file system that both see. Its layer ids are one higher than ours; the id
@@ -91,7 +91,7 @@ class ServedTarget(TargetEmbeddings):
             TargetError: layers that the server does not give, a request that failed, or hidden states of other tokens.
         """
         if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
-            raise TargetError("a served target takes whole prompts only", found="positions, a cache or special masks")
+            raise TargetError("a served target takes only complete prompts", found="positions, cache or special masks")
         unknown = [layer for layer in layers if layer + 1 not in self._index]
         if unknown:
             raise TargetError("the server does not give these layers", file=self.url, found=unknown,
@@ -122,7 +122,7 @@ class ServedTarget(TargetEmbeddings):
         path = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
         if not path:
             remedy = "start the server with hidden-state extraction: docs/serving.md has the command"
-            raise TargetError("the server hands out no hidden states", file=self.url, remedy=remedy)
+            raise TargetError("the server returns no hidden states", file=self.url, remedy=remedy)
         file = Path(path)
         hidden = self._checked(read_hidden_states(file, self.timeout), tokens, path)
         for done in (file, _lock_of(file)):  # written for this reader alone; what is not the prompt's own stays
@@ -146,7 +146,7 @@ class ServedTarget(TargetEmbeddings):
         return hidden
 
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        """One exchange; a server that is busy or restarts is asked again.
+        """One exchange; a busy or restarting server gets it again.
 
         Raises:
             TargetError: it refuses, or does not answer.
@@ -195,7 +195,7 @@ def _lock_of(path: Path) -> Path:
 
 
 def _wait_for(handle: Any, path: Path, timeout: float) -> None:
-    """Take the shared lock; a thread that sleeps in the kernel could not be given up."""
+    """Take the shared lock; polled: a thread blocked in the kernel could not be stopped at the timeout."""
     end = time.monotonic() + timeout
     while True:
         try:
@@ -208,7 +208,7 @@ def _wait_for(handle: Any, path: Path, timeout: float) -> None:
 
 
 def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None = None) -> nn.Module:
-    """The target's own final norm, alone.
+    """The target's own final norm, without its layers.
 
     Raises:
         TargetError: the target is quantized, not stored as safetensors, or not complete.

@@ -1,4 +1,4 @@
-"""A target's files, read as transformers would read them, without a value in memory until one is asked for.
+"""A target's files, read as transformers would read them, without a value in memory until it is read.
 
 transformers decides which file is read, how its names become the model's (prefixes; experts that are stored one by one
 and held together), what is tied, and what is missing or left over. Its own loader therefore runs here over tensors
@@ -36,7 +36,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def read(self, dtype: torch.dtype) -> Tensor:
-        """The tensor; the file is mapped anew for each, so that no more than one of them stays in memory."""
+        """The tensor; the file is mapped again for each, so that no more than one of them stays in memory."""
         with safe_open(self.file, "pt") as opened:
             tensor: Tensor = opened.get_tensor(self.name)
         return tensor.to(dtype)
@@ -79,7 +79,7 @@ class StoredTarget:
     def tied(self) -> bool:
         """Whether embedding and head are one tensor where both may be stored: transformers' rule.
 
-        They are where the config says so, unless the files hold two with different values.
+        They are tied where the config has it so, unless the files hold two with different values.
         """
         embed, head = self.embedding_and_head()
         if not {embed, head} & set(self.model.all_tied_weights_keys):
@@ -113,7 +113,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
 
 
 def weight_files(path: str | Path, revision: str | None = None, fetch: bool = False) -> list[str]:
-    """The files that transformers loads a target's weights from; none where they are not all to be had.
+    """The files that transformers loads a target's weights from; none where one of them is missing.
 
     Args:
         path: the target's folder or hub id.
@@ -190,7 +190,7 @@ def _locate(
     parts: dict[str, list[StoredTensor]] = {}
     for key, tensor in stored.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, states)
-        if name not in states and key in states:  # the loader's own second thought
+        if name not in states and key in states:  # as the loader itself then does
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, states)
         if name not in states:
             continue
@@ -213,7 +213,7 @@ def check_fit(
     Args:
         path: the target.
         missing: tensors that would be drawn at random.
-        unexpected: tensors that no part of the model takes; those that transformers knows to be harmless are left out.
+        unexpected: tensors that no part of the model takes; those that transformers lists as harmless are left out.
         mismatched: (name, stored shape, shape by the config).
         unreadable: tensors that transformers failed to put together.
 
@@ -237,7 +237,7 @@ def _listed(names: Iterable[str]) -> str:
 
 @contextmanager
 def silent(bars: bool = True) -> Iterator[None]:
-    """Within it transformers logs errors alone (:func:`check_fit` names what does not fit); bars only if ``bars``."""
+    """Within it transformers logs only errors (:func:`check_fit` names what does not fit); bars only if ``bars``."""
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()

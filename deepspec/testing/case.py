@@ -1,4 +1,4 @@
-"""What the suite of algorithms works on: a case, and what it asks of a draft, an engine and a run."""
+"""What the suite of algorithms works on: a case, and what it checks of a draft, an engine and a run."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Case:
         return written
 
     def save(self, folder: Path, model: DraftModel, standalone: bool = False) -> Path:
-        """A draft folder of ``model``, with the target's embedding and head where it shall stand alone."""
+        """A draft folder of ``model``, with the target's embedding and head if ``standalone``."""
         weights = (self.target.embed_weight, self.target.head_weight)
         frozen = dict(zip(FROZEN, weights, strict=True)) if standalone else {}
         save_draft(folder, {**model.state_dict(), **frozen}, self.config_json(model), {"suite": "DrafterSuite"})
@@ -106,7 +106,7 @@ def greedy(logits: Tensor, _slot: int) -> tuple[Tensor, None]:
 
 
 def newest(prompt: list[int]) -> int:
-    """A token that stands behind a prompt's own."""
+    """A token that comes after a prompt's own."""
     return 3 + sum(prompt) % 90
 
 
@@ -132,7 +132,7 @@ def started(case: Case, model: DraftModel, size: int, prompts: list[list[int]], 
 
 
 def propose(drafter: Drafter, prompts: list[list[int]], max_draft: int | None = None) -> Proposal:
-    """What the first rows draft greedily behind the newest tokens of ``prompts``."""
+    """What the first rows draft greedily after the newest tokens of ``prompts``."""
     return drafter.propose(torch.tensor([newest(prompt) for prompt in prompts]), greedy, max_draft)
 
 
@@ -145,7 +145,7 @@ def equal_rows(proposal: Proposal, alone: list[Proposal]) -> None:
 
 
 def engine_answers(folder: Path) -> dict[str, str | DraftError]:
-    """What every engine says of the draft in ``folder``: the algorithm that it reads back, or its refusal."""
+    """What every engine makes of the draft in ``folder``: the algorithm that it reads back, or its refusal."""
     answers: dict[str, str | DraftError] = {}
     for name in registry.ENGINES:
         engine = registry.engine(name)

@@ -71,10 +71,10 @@ class _Cases:
 
 
 class DraftFolderSuite(_Cases):
-    """Identity: what the algorithm says of itself, and what stands in a draft folder."""
+    """Identity: what the algorithm states, and what is in a draft folder."""
 
     def test_a_section_is_read_strictly(self, case: Case) -> None:
-        """An unknown key is an error, and a config knows its own name."""
+        """An unknown key is an error, and a config has its algorithm's name."""
         assert case.config.algorithm == case.owner.name
         assert case.config.max_draft >= 1
         with pytest.raises(RecipeError, match=r"draft\.no_such_key"):
@@ -159,7 +159,7 @@ class TrainingLossSuite(_Cases):
         assert all(gradient.isfinite().all() for gradient in gradients.values())
 
     def test_padding_and_the_order_of_rows_change_nothing(self, case: Case) -> None:
-        """What stands behind a row's length is garbage here."""
+        """What is after a row's length is garbage here."""
         model, batch = case.draft(), case.batch([25, 14, 19])
         loss, gradients = loss_and_gradients(model, batch)
         for other in (tiny.padded(batch, 6), tiny.rows_of(batch, [2, 0, 1])):
@@ -216,7 +216,7 @@ class DecodingSuite(_Cases):
         loaded = load_draft(case.save(tmp_path / "draft", case.draft()), case.target)
         for batch_size in (1, 2 * len(PROMPTS)):
             proposals = case.decode(loaded, batch_size)
-            assert max(map(len, proposals)) == case.config.max_draft + 1  # behind the newest token
+            assert max(map(len, proposals)) == case.config.max_draft + 1  # after the newest token
 
     def test_a_proposal_depends_on_its_own_row_alone(self, case: Case) -> None:
         """Not on the rows beside it, on rows that were moved there, or on what a row held before."""
@@ -242,7 +242,7 @@ class DecodingSuite(_Cases):
             assert torch.equal(fewer.tokens, every.tokens[:, :count])
 
     def test_a_confidence_comes_with_every_token_where_there_is_one(self, case: Case) -> None:
-        """``confidence_head`` of the config says whether."""
+        """``confidence_head`` of the config decides."""
         proposal = propose(started(case, case.draft().eval(), 3, PROMPTS[:3], [0, 1, 2]), PROMPTS[:3])
         if not case.config.confidence_head:
             assert proposal.confidence_logits is None

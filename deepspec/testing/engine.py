@@ -134,7 +134,7 @@ class EngineSuite:
         return list({str(draft.config.get("architectures")): offer for offer, draft in written.items()}.values())
 
     def test_its_row_in_the_registry_has_its_name(self, subject: ExportEngine) -> None:
-        """``--format`` and provenance say the same."""
+        """``--format`` and provenance use the same name."""
         assert subject.name == self.engine
 
     def test_it_takes_a_draft(self, forms: list[Offer]) -> None:
@@ -170,7 +170,7 @@ class EngineSuite:
     def test_a_reduced_vocabulary_has_its_rows_and_its_offsets(
         self, subject: ExportEngine, written: dict[Offer, DraftCheckpoint]
     ) -> None:
-        """``d2t`` int64, target id minus draft id; the rows of the head where the engine wants them in the file."""
+        """``d2t`` int64, target id minus draft id; the rows of the head where the engine needs them in the file."""
         for offer, draft in written.items():
             offsets = [tensor for name, tensor in draft.state.items() if name.endswith("d2t")]
             if offer.draft().parsed.draft_vocab_size is None:
@@ -208,7 +208,7 @@ class EngineSuite:
         assert not (tmp_path / "out").exists()
 
     def test_the_command_names_target_and_folder(self, subject: ExportEngine, forms: list[Offer]) -> None:
-        """It stands in the model card."""
+        """It is in the model card."""
         for offer in forms:
             command = subject.command(offer.draft(), "my/target", "the-folder")
             assert "my/target" in command
@@ -217,7 +217,7 @@ class EngineSuite:
     def test_it_knows_its_own_folders_and_no_others(
         self, subject: ExportEngine, written: dict[Offer, DraftCheckpoint]
     ) -> None:
-        """What ``--from auto`` asks it."""
+        """What ``--from auto`` calls."""
         assert all(subject.matches(draft.config) for draft in written.values())
         assert not subject.matches({"architectures": ["Unknown"], "model_type": "unknown"})
         assert not subject.matches({})

@@ -1,4 +1,4 @@
-"""Conformance of a feature source, as a pytest class. Subclass it and say how the source is opened::
+"""Conformance of a feature source, as a pytest class. Subclass it and define how the source is opened::
 
     class TestMySource(SourceSuite):
         @pytest.fixture
@@ -7,7 +7,7 @@
 
 Further fixtures make it stricter: ``others`` (sources that must not be taken for this one) and ``cache`` (a
 :class:`~deepspec.sources.cache.CacheSource` of the same conversations). ``tolerance`` is the absolute difference that
-hidden states may have between two computations: 0 where they are read, more where a target computes them anew.
+hidden states may have between two computations: 0 where they are read, more where a target computes them again.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SourceSuite:
         assert len(set(ids)) == len(ids)
 
     def test_a_batch_is_its_samples_padded_with_zeros(self, source: FeatureSource) -> None:
-        """Whatever is asked for together, in whatever order, announced or not."""
+        """Whichever samples are read together, in whatever order, announced or not."""
         count = len(source.lengths)
         choices = [[0], [1, 0], [count - 1, 2, 0], list(range(count))[:4]]
         for numbers in choices:

@@ -1,4 +1,4 @@
-"""Conformance of a target, as a pytest class. Subclass it and say which model::
+"""Conformance of a target, as a pytest class. Subclass it and name the model::
 
     class TestMyTarget(TargetSuite):
         @pytest.fixture

@@ -23,7 +23,7 @@ from deepspec.files import named, sync, write_json
 from deepspec.identity import as_recorded, differences, flatten
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
-HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may change, when told so
+HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may change, with --accept-changes
     f"train.{key}" for key in ("lr", "weight_decay", "betas", "eps", "warmup_ratio", "grad_clip", "epochs", "max_steps")
 }
 FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
@@ -36,7 +36,7 @@ FREE = (  # keys that do not change what is computed; data and target are compar
 
 
 class Checkpoints:
-    """The checkpoints of one run, as its rank 0 keeps them; other ranks only ask for names.
+    """The checkpoints of one run, as rank 0 writes them; other ranks only use names.
 
     Args:
         run: the run's folder.
@@ -50,7 +50,7 @@ class Checkpoints:
         self._pending: Future[None] | None = None
 
     def clean(self) -> None:
-        """Remove what a crash left half written or half removed."""
+        """Remove what a crash left partly written or partly removed."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob(".*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -64,7 +64,7 @@ class Checkpoints:
         shutil.rmtree(self.folder / self.temporary(step), ignore_errors=True)
 
     def commit(self, manifest: Manifest) -> None:
-        """Make the files under the temporary name a checkpoint, in a thread: the training goes on meanwhile."""
+        """Make the files under the temporary name a checkpoint, in a thread while the training continues."""
         self.wait()
         self._pending = self._pool.submit(self._commit, manifest)
 
@@ -88,7 +88,7 @@ class Checkpoints:
         if final.exists():
             self._remove(final)
         os.rename(source, final)
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # deepspeed's own, which know nothing of a draft
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):  # deepspeed's own, which do not fit a draft
             (self.folder / script).unlink(missing_ok=True)
         sync(self.folder)
         self._prune()
@@ -129,12 +129,12 @@ class Checkpoints:
 
 
 def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> list[str]:
-    """Compare a checkpoint with what is about to go on from it.
+    """Compare a checkpoint with the run that is to resume from it.
 
     Args:
         old: the checkpoint's manifest.
         recipe: the recipe now.
-        now: what the run would say of itself: the data's fingerprint, the target's identity.
+        now: the run's own manifest: the data's fingerprint, the target's identity.
         accept: whether changed optimisation settings are to be honoured.
 
     Returns:
@@ -159,9 +159,9 @@ def check_resume(old: Manifest, recipe: Recipe, now: Manifest, accept: bool) -> 
         change = {"file": where, "key": key, "found": after.get(key), "wanted": f"the run's {before.get(key)!r}"}
         if key not in HONOURED:
             remedy = "put it back, or choose another output for a new run"
-            raise CheckpointError("a run cannot change this and go on", **change, remedy=remedy)
+            raise CheckpointError("a run cannot change this and resume", **change, remedy=remedy)
         if not accept:
-            remedy = "say --accept-changes to go on with the new value, or choose another output"
+            remedy = "give --accept-changes to resume with the new value, or choose another output"
             remedy = f"it is gone ({RETIRED[key]}): {remedy}" if key in RETIRED else f"put it back, or {remedy}"
             raise CheckpointError("the recipe differs from the run's", **change, remedy=remedy)
         honoured.append(f"{key}: {before.get(key)!r} -> {after.get(key)!r}")

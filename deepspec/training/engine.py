@@ -36,7 +36,7 @@ UNIVERSAL_VERSION = 0.4
 def training_processes() -> Iterator[World]:
     """The process group of the launcher, or one of a single process; the libraries are quiet.
 
-    On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank behind
+    On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank
     in /dev/shm.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -75,7 +75,7 @@ class Engine:
         self.optimizer = torch.optim.AdamW(
             trainable, train.lr, betas=(train.betas[0], train.betas[1]), eps=train.eps, weight_decay=train.weight_decay
         )
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints memory tables that nobody asked for
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints unwanted memory tables
             self.engine = deepspeed.initialize(
                 model=model, model_parameters=trainable, optimizer=self.optimizer, config=settings
             )[0]
@@ -88,7 +88,7 @@ class Engine:
         self.control = dist.new_group(backend="gloo")  # host-side agreement without a device synchronisation
 
     def begin_micro_batch(self, last: bool) -> None:
-        """Say whether this micro-batch is the step's last: steps may differ in their number (`train.micro_tokens`)."""
+        """Set whether this micro-batch is the step's last: steps may differ in their number (`train.micro_tokens`)."""
         self.engine.set_gradient_accumulation_boundary(last)
 
     def forward(self, batch: Batch) -> LossTerms:
@@ -165,7 +165,7 @@ class Engine:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:
-        """For the while, :meth:`forward` computes no gradients (every rank must call it equally often)."""
+        """Within it :meth:`forward` computes no gradients (every rank must call it equally often)."""
         self.model.eval()
         try:
             with torch.no_grad():
@@ -175,7 +175,7 @@ class Engine:
 
     @contextlib.contextmanager
     def complete_model(self) -> Iterator[nn.Module]:
-        """The module with all its weights on every rank, for reading (ZeRO-3 gathers them for the while)."""
+        """The module with all its weights on every rank, for reading (ZeRO-3 gathers them meanwhile)."""
         parameters = list(self.model.parameters())
         enabled = self.stage == 3
         with deepspeed.zero.GatheredParameters(parameters, enabled=enabled), torch.no_grad():
@@ -193,7 +193,7 @@ class Engine:
 def loss_backend(wanted: bool, device: torch.device) -> str:
     """The backend of the draft's loss: compiled on CUDA and where ``wanted`` (``train.compile``), if that works here.
 
-    A small function is compiled to find out; where that fails, a line says so.
+    A small function is compiled to find out; where that fails, a line reports it.
     """
     if "DEEPSPEC_LOSS" in os.environ or not (wanted or device.type == "cuda"):
         return "auto"  # the environment variable chooses, or the device

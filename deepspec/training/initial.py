@@ -1,10 +1,10 @@
 """What a draft starts from: its reduced vocabulary, and with ``train.init: target`` layers copied from the target.
 
-A fresh draft first has to learn the language; one that starts from the target has only to learn to guess ahead. Copied
-are the last layers and the final norm, and the projection of the features starts as "the last feature as it is". The
-context keys and values of a block drafter's first layer are then exactly the target's own, where that feature is the
-input of the layer copied. What the target has no counterpart of (the heads, the embedding's half of
-a wide layer) starts at random.
+A draft that starts at random first learns the language; one that starts from the target only learns to predict ahead.
+Copied are the last layers and the final norm, and the projection of the features starts by passing the last feature
+on unchanged. The context keys and values of a block drafter's first layer are then exactly the target's own, where
+that feature is the input of the layer copied. What has no counterpart in the target (the heads, the embedding's half
+of a wide layer) starts at random.
 
 D hidden size, L target layers.
 """
@@ -73,7 +73,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
 
 
 def _counterpart(name: str) -> str:
-    """The target's name of a draft layer's weight; a second norm on its way in starts as the first."""
+    """The target's name of a draft layer's weight; a second input norm starts as the first."""
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 

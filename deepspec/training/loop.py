@@ -43,7 +43,7 @@ class Trainer:
         recipe: resolved and checked.
         engine: the draft under DeepSpeed.
         prefetcher: the run's data.
-        checkpoints: where they are kept.
+        checkpoints: where they are written.
         manifest: of this run; step and score are filled in at each save.
         validator: None without `train.validation`.
         profile: a folder for the trace of a few steps, or None.
@@ -101,7 +101,7 @@ class Trainer:
         self.meter.steps += 1
 
     def _after(self, done: int) -> None:
-        """Log, validate and save where the recipe says so after ``done`` steps."""
+        """Log, validate and save as the recipe schedules it after ``done`` steps."""
         last = done == self.total_steps
         validation = self.train.validation
         validate = self.validator is not None and validation is not None and (done % validation.every == 0 or last)
@@ -129,7 +129,7 @@ class Trainer:
             self.reporter.training(done, values, longest)
 
     def _validate(self, done: int) -> tuple[float | None, bool]:
-        """Measure; returns the score, and whether this is the best so far and to be kept."""
+        """Measure; returns the score, and whether this is the best so far, to be saved."""
         values, score = self.validator.run(self.engine, done)  # type: ignore[union-attr]
         if self.reporter is not None:
             self.reporter.validation(done, values)
@@ -164,7 +164,7 @@ class Trainer:
             self._save(done)
         self.checkpoints.wait()
         self.engine.barrier()
-        log.info("stopped by a signal after step %d/%d; run again to go on", done, self.total_steps)
+        log.info("stopped by a signal after step %d/%d; run again to continue", done, self.total_steps)
 
     @contextlib.contextmanager
     def _profiler(self) -> Iterator[Any]:

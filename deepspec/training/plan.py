@@ -1,7 +1,7 @@
 """The plan of a run: which samples make optimizer step s, in which micro-batches, and its learning rate.
 
 A pure function of (seed, epoch, sample lengths, global batch, cache weights). A step's samples are an unbiased draw:
-their lengths say nothing about which step they come in. Lengths only decide how a step's own samples are cut into
+their lengths have no influence on the step they come in. Lengths only decide how a step's own samples are cut into
 micro-batches (by count, or by a budget of tokens) and dealt to ranks; the loss of a step does not depend on the cut. So
 the same samples make the same step whatever the machine, and a resumed run needs nothing but its step number.
 """
@@ -45,7 +45,7 @@ class StepPlan:
 
 
 class RunPlan:
-    """The steps of a whole run.
+    """The steps of a complete run.
 
     Args:
         lengths: tokens of every sample, those of several groups (caches) one after the other.
@@ -77,14 +77,14 @@ class RunPlan:
         self._epoch = lru_cache(maxsize=2)(self._draw)
 
     def step(self, number: int) -> StepPlan:
-        """Optimizer step ``number`` (0-based over the whole run)."""
+        """Optimizer step ``number`` (0-based over the complete run)."""
         epoch, inside = divmod(number, self.steps_per_epoch)
         drawn = self._epoch(epoch)[inside * self.global_batch :][: self.global_batch]
         samples = drawn[np.argsort(-self.lengths[drawn], kind="stable")]
         return StepPlan(epoch, samples, self.lengths[samples], self.micro_batch, self.micro_tokens)
 
     def _draw(self, epoch: int) -> np.ndarray:
-        """The epoch's sample numbers in random order; no sample of a group repeats before all of them came."""
+        """The epoch's sample numbers in random order; no sample of a group repeats before all were drawn."""
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
         total = len(self.lengths)
         weights = np.asarray(self.group_weights, dtype=np.float64)

@@ -40,7 +40,7 @@ class Prefetcher:
         plan_loss: the algorithm's plan of a micro-batch, from its masks.
         seed: of the recipe.
         world: this process's rank.
-        workers: threads that read ahead; 0 = read when asked.
+        workers: threads that read ahead; 0 = read when needed.
     """
 
     def __init__(

@@ -107,7 +107,7 @@ class Meter:
 
 
 def wandb_session(recipe: Recipe, run: Path, first_step: int) -> Any:
-    """A session of Weights & Biases (extra ``wandb``); by ``<run>/wandb.id`` a resumed run goes on in its own.
+    """A session of Weights & Biases (extra ``wandb``); by ``<run>/wandb.id`` a resumed run continues its own.
 
     Raises:
         DeepSpecError: the library is not installed.
@@ -140,8 +140,8 @@ def flatten(values: dict[str, Any]) -> dict[str, float]:
 class Reporter:
     """What rank 0 reports: a line on stdout, ``log.jsonl``, TensorBoard, Weights & Biases.
 
-    A run that goes on after ``first_step`` steps does later ones again (it was killed after its last checkpoint): their
-    rows are taken out of the log first, so that each step stands there once.
+    A run resumed after ``first_step`` steps does later ones again (it was killed after its last checkpoint): their
+    rows are taken out of the log first, so that each step is there once.
     """
 
     def __init__(self, recipe: Recipe, run: Path, total_steps: int, first_step: int) -> None:
@@ -207,7 +207,7 @@ class Reporter:
 
 
 def cut_log(path: Path, last: int) -> None:
-    """Keep the rows of steps up to ``last``; what a kill left half written is no row."""
+    """Keep the rows of steps up to ``last``; a row that a kill cut off is removed."""
     if not path.exists():
         return
     text = path.read_text(encoding="utf-8")

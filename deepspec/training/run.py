@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool = False, profile: bool = False) -> int:
-    """Run a recipe's training on this rank: begin, or go on from the newest complete checkpoint of its output.
+    """Run a recipe's training on this rank: begin, or resume from the newest complete checkpoint of its output.
 
     Args:
         path: the recipe.
@@ -75,7 +75,7 @@ def _hold(stack: ExitStack, recipe: Recipe, world: World) -> Recipe:
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run goes on."""
+    """Where a run resumes."""
 
     step: int = 0
     folder: Path | None = None  # of the checkpoint; None: from the beginning
@@ -97,7 +97,7 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
-    """Open target and data, find the checkpoint to go on from.
+    """Open target and data, find the checkpoint to resume from.
 
     Raises:
         DeepSpecError: anything of it is missing, broken or does not fit the rest.
@@ -113,7 +113,7 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
         micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=recipe.data.cache_weights,
     )  # fmt: skip
     total = train.epochs * plan.steps_per_epoch
-    identity = {"target": target_fields(target.spec)}  # tokenizer and template stand in the data's fingerprint
+    identity = {"target": target_fields(target.spec)}  # tokenizer and template are in the data's fingerprint
     manifest = store.Manifest(
         step=0,
         total_steps=total if train.max_steps is None else min(total, train.max_steps),
@@ -170,7 +170,7 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
     """The newest complete checkpoint of the run, if it fits.
 
     Raises:
-        CheckpointError: the run there is another one, or cannot go on with these settings.
+        CheckpointError: the run there is another one, or cannot resume with these settings.
     """
     folders = store.steps_of(run)
     if not folders:

@@ -1,6 +1,6 @@
 """DeepSpeed's settings: sharding, offload and precision from a JSON file, everything else from the recipe.
 
-A value that stands in two files can disagree with itself; so batch sizes, clipping, optimizer and schedule are injected
+A value in two files can differ between them; so batch sizes, clipping, optimizer and schedule are injected
 from the recipe at run time, and a JSON file that names one of them is an error.
 """
 
@@ -30,9 +30,9 @@ FROM_RECIPE = {
 
 
 def accumulation_steps(train: TrainSection, world_size: int) -> int:
-    """Micro-batches per process and optimizer step that DeepSpeed is told of, so that the global batch is the recipe's.
+    """Micro-batches per process and optimizer step that DeepSpeed is set to, so that the global batch is the recipe's.
 
-    With `train.micro_tokens` steps differ in their number, and it is told of single samples; see
+    With `train.micro_tokens` steps differ in their number, and it is set to single samples; see
     :meth:`deepspec.training.engine.Engine.begin_micro_batch`.
 
     Raises:
@@ -94,8 +94,8 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
     if settings.get("bf16", {}).get("enabled"):
         # without it deepspeed 0.19's stage 1 adds the gradients of earlier micro-batches once more at each later one
         settings["bf16"]["immediate_grad_update"] = True
-        # by itself DeepSpeed casts parameters alone: one fp32 buffer (Gemma4's layer scalars) makes every hidden state
-        # behind it fp32. Rotary tables are no buffers here and stay fp32
+        # by itself DeepSpeed casts only parameters: one fp32 buffer (Gemma4's layer scalars) makes every hidden state
+        # after it fp32. Rotary tables are no buffers here and stay fp32
         settings["data_types"] = {**settings.get("data_types", {}), "buffer_dtype": "bf16"}
     zero = settings.get("zero_optimization", {})
     if not torch.cuda.is_available():

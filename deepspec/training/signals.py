@@ -1,4 +1,4 @@
-"""When a run is to save and end early: it was sent a signal, or its launcher is gone."""
+"""When a run is to save and end early: it was sent a signal, or its launcher has ended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class StopSignal:
     """Whether the run is asked to save and end; the step under way is finished first.
 
     SIGTERM, SIGUSR1 and Ctrl-C ask for it; a second Ctrl-C ends the process at once. So does the end of the `deepspeed`
-    command that started this process: it dies of a SIGTERM without passing it on, and would leave the training behind.
+    command that started this process: it ends on a SIGTERM without passing it on, and the training would run on.
     """
 
     def __init__(self) -> None:

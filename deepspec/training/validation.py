@@ -110,7 +110,7 @@ class HeldOut:
         return {"loss": sum(factor * values[name] for name, factor in coefficients.items()), **values}
 
     def _decode(self, engine: Engine, target: Target) -> tuple[float, float]:
-        """Tokens committed (the bonus tokens included) and rounds of greedy decoding with the weights of now."""
+        """Tokens committed (the bonus tokens included) and rounds of greedy decoding with the present weights."""
         draft = self.recipe.draft
         with engine.complete_model() as live:
             weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}

@@ -212,9 +212,9 @@ def test_a_local_thought_that_decoding_would_mix_into_the_answer_is_a_failure() 
 @pytest.mark.parametrize(
     ("again", "said"),
     [
-        ((False, False), "mend their cause: the same command fails on them again, or go on without them"),
-        ((True, False), "run the same command again: 1 of them may get an answer, or mend the cause of the other 1"),
-        ((True, True), "run the same command again: 2 of them may get an answer, or go on without them"),
+        ((False, False), "fix their cause: the same command fails on them again, or continue without them"),
+        ((True, False), "run the same command again: 1 of them may get an answer, or fix the cause of the other 1"),
+        ((True, True), "run the same command again: 2 of them may get an answer, or continue without them"),
     ],
 )
 def test_the_remedy_of_failures_says_whether_another_start_helps(

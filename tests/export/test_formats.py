@@ -19,21 +19,21 @@ from deepspec.export.parts import ImportHints
 
 # what a format cannot carry, and a word of the reason
 REFUSED = {
-    ("vllm", "dspark-gated", "qwen3"): "vanilla heads alone",
+    ("vllm", "dspark-gated", "qwen3"): "only vanilla heads",
     ("sglang", "eagle3", "qwen3"): "norms of the heads",
     ("sglang", "eagle3-reduced", "qwen3"): "norms of the heads",
     ("sglang", "dspark-k-1", "qwen3"): "anchor's slot too",
-    ("sglang", "dflash-reduced", "qwen3"): "whole vocabulary",
-    ("sglang", "dspark-reduced", "qwen3"): "whole vocabulary",
+    ("sglang", "dflash-reduced", "qwen3"): "full vocabulary",
+    ("sglang", "dspark-reduced", "qwen3"): "full vocabulary",
     ("sglang", "dspark-no-markov", "qwen3"): "Markov features",
-    ("speculators", "dspark-gated", "qwen3"): "vanilla heads alone",
+    ("speculators", "dspark-gated", "qwen3"): "only vanilla heads",
     ("vllm", "eagle3", "gemma4"): "no Eagle3 class",
     ("speculators", "eagle3", "gemma4"): "layers of qwen3 or llama",
     ("speculators", "dspark", "gemma4"): "layers of qwen3",
     ("vllm", "dflash", "llama"): "norm every head",
-    ("vllm", "dflash-k-1", "gemma4"): "Qwen3 layers alone",
+    ("vllm", "dflash-k-1", "gemma4"): "only Qwen3 layers",
     ("sglang", "dspark", "gemma4"): "Qwen3's layers",
-    **{("zlab", kind, "qwen3"): "DFlash drafts alone" for kind in KINDS if not kind.startswith("dflash")},
+    **{("zlab", kind, "qwen3"): "only DFlash drafts" for kind in KINDS if not kind.startswith("dflash")},
     **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
 }
 

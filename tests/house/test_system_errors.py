@@ -44,7 +44,7 @@ def raising(problem: BaseException) -> Callable[[], int]:
     [
         (OSError(errno.ENOSPC, "No space left on device", "/x/f"), ["/x/f", "No space left", "make room"]),
         (PermissionError(errno.EACCES, "Permission denied", "/x/f"), ["/x/f", "denied", "permissions"]),
-        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/f"), ["/x/f", "name another place"]),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x/f"), ["/x/f", "name another path"]),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", b"/x/f"), ["/x/f", "No such file", "check"]),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/x/f"), ["/x/f", "name a file"]),
         (OSError(errno.EXDEV, "Invalid link", "/x/a", None, "/x/f"), ["/x/f", "Invalid link"]),
@@ -190,7 +190,7 @@ def test_an_output_below_a_file_is_one_line_in_every_command(tmp_path: Path) -> 
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert f"error: {tmp_path}/file/x: Not a directory; a file stands where a folder is wanted" in done.stderr
+    assert f"error: {tmp_path}/file/x: Not a directory; a file is where a folder is wanted" in done.stderr
 
 
 def test_a_file_never_takes_the_place_of_a_device_or_folder(tmp_path: Path) -> None:

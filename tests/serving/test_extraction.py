@@ -82,7 +82,7 @@ def test_a_busy_server_is_asked_again(qwen: tuple[Target, FakeServer, Path], mon
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"no_params": True}, "hands out no hidden states"),
+        ({"no_params": True}, "returns no hidden states"),
         ({"tokens": [1, 2, 3]}, r"hidden states of other tokens.*prefix caching"),
         ({"codes": [404]}, r"does not answer; found '404"),
         ({"hangs": True}, "does not finish it"),
@@ -125,7 +125,7 @@ def test_other_layers_than_the_servers_are_refused(qwen: tuple[Target, FakeServe
         remote.forward(torch.tensor([[4, 5]]), [1])
     with pytest.raises(TargetError, match="another shape"):  # the server was started for more of them
         remote.forward(torch.tensor([[4, 5]]), [0])
-    with pytest.raises(TargetError, match="whole prompts only"):
+    with pytest.raises(TargetError, match="only complete prompts"):
         remote.forward(torch.tensor([[4, 5]]), [0], position_ids=torch.tensor([[3, 4]]))
 
 

@@ -196,7 +196,7 @@ def test_a_run_that_began_with_length_buckets_says_how_to_go_on(
     manifest["recipe"]["train"]["bucket_batches"] = 50
     path.write_text(json.dumps(manifest))
     here = f"output={tmp_path / 'a' / 'run'}"
-    with pytest.raises(CheckpointError, match=r"bucket_batches: .*it is gone \(.*random draw.*say --accept"):
+    with pytest.raises(CheckpointError, match=r"bucket_batches: .*it is gone \(.*random draw.*give --accept"):
         prepare(finished, [here], monkeypatch)
     assert prepare(finished, [here], monkeypatch, accept=True).start.changes == ("train.bucket_batches: 50 -> None",)
 

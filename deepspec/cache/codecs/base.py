@@ -1,4 +1,4 @@
-"""The bridge between our codecs and zarr: a subclass gives encode and decode on plain arrays and its configuration."""
+"""The adapter between our codecs and zarr: a subclass gives encode and decode on plain arrays and its configuration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RowCodec(ArrayBytesCodec):
         raise NotImplementedError
 
     def configuration(self) -> dict[str, JSON]:
-        """What zarr.json keeps."""
+        """Its configuration in zarr.json."""
         raise NotImplementedError
 
     @classmethod
@@ -69,7 +69,7 @@ class RawCodec:
 
     @classmethod
     def calibrate(cls, _sample: NDArray[Any]) -> RawCodec:
-        """Nothing to learn from a sample."""
+        """No table from a sample."""
         return cls()
 
     @classmethod

@@ -40,7 +40,7 @@ def unpack(frame: Bytes, size: int) -> Bytes:
 
 
 def scratch(name: str, size: int) -> Bytes:
-    """``size`` bytes that this thread reuses: fresh memory costs more than decoding into it."""
+    """``size`` bytes that this thread reuses: new memory costs more time than decoding into it."""
     buffers: dict[str, Bytes] = _local.__dict__.setdefault("buffers", {})
     buffer = buffers.get(name)
     if buffer is None or len(buffer) < size:
@@ -54,7 +54,7 @@ def encode_table(table: NDArray[Any]) -> str:
 
 
 def decode_table(text: str, dtype: str) -> NDArray[Any]:
-    """The table behind :func:`encode_table`."""
+    """The table of :func:`encode_table`."""
     return np.frombuffer(base64.b64decode(text), dtype=dtype)
 
 

@@ -46,7 +46,7 @@ class LosslessCodec(RowCodec):
 
     @classmethod
     def calibrate(cls, sample: NDArray[Any]) -> LosslessCodec:
-        """The codec for an array of which ``sample`` [T, C] is typical; values far from it cost space, no more."""
+        """The codec for an array of which ``sample`` [T, C] is typical; values far from it only cost space."""
         return cls(encode_table(usual_exponents(sample)))
 
     @cached_property
@@ -55,7 +55,7 @@ class LosslessCodec(RowCodec):
         return decode_table(self.exponents, "<u1").astype(np.uint16)
 
     def configuration(self) -> dict[str, JSON]:
-        """What zarr.json keeps."""
+        """Its configuration in zarr.json."""
         return {"exponents": self.exponents}
 
     def encode_rows(self, chunk: NDArray[Any]) -> bytes:
@@ -84,7 +84,7 @@ class LosslessCodec(RowCodec):
 
 
 def _split_words(words: Words, bias: Words) -> tuple[Words, Bytes]:
-    """Two rows share one row of each plane, so that both ways work on whole 16-bit words: row t with row t + half."""
+    """Two rows share one row of each plane, so that both ways work on 16-bit words: row t with row t + half."""
     half = (len(words) + 1) // 2
     first, second = words[:half], np.zeros_like(words[:half])
     second[: len(words) - half] = words[half:]
@@ -94,7 +94,7 @@ def _split_words(words: Words, bias: Words) -> tuple[Words, Bytes]:
     rotated = np.subtract((second << 1) | (second >> 15), bias << 8, dtype=np.uint16)
     low_exponent, high_exponent = (shifted >> 7) & 0xFF, rotated >> 8
     high: Words = low_exponent | (high_exponent << 8)
-    # Reading shifts whole words and does not mask: the bits that come along are taken out of the noisy plane here.
+    # Reading shifts 16-bit words and does not mask: the bits that come along are taken out of the noisy plane here.
     rest: Words = (shifted & 0x807F) ^ ((high_exponent & 1) << 15)
     rest |= ((rotated & 0xFF) ^ low_exponent) << 7
     return rest, high.view(np.uint8)

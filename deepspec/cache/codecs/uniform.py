@@ -20,7 +20,7 @@ from deepspec.cache.codecs.base import RowCodec, stored_rows
 from deepspec.cache.codecs.bits import Bytes, blocks, decode_table, encode_table, pack, scratch, unpack
 
 Floats = NDArray[np.float32]
-_HEADER = struct.Struct("<IIII")  # stored rows, values kept exactly, bytes of the frame, 0
+_HEADER = struct.Struct("<IIII")  # stored rows, outliers, bytes of the frame, 0
 _ALIGN = 8
 _NIBBLE = 4
 _SIGMA = 0.6745  # median of |x| for a normal x of unit spread
@@ -34,7 +34,7 @@ def to_float(values: NDArray[Any]) -> Floats:
 
 
 def channel_spread(sample: NDArray[Any]) -> Floats:
-    """[C] robust standard deviation of each channel: from the median, which massive values do not move."""
+    """[C] robust standard deviation of each channel: from the median, which outliers do not move."""
     values = np.abs(to_float(sample))
     spread = np.median(values, axis=0) / _SIGMA
     mean = np.sqrt(np.square(values, dtype=np.float64).mean(axis=0))
@@ -49,7 +49,7 @@ class UniformCodec(RowCodec):
 
     Args:
         steps: base64 of [C] float32. Powers of two where ``low_bits`` is 0.
-        low_bits: 0: codes of 8 bits, all Huffman coded. 4: codes of 12 bits, whose lower 4 are stored plainly.
+        low_bits: 0: codes of 8 bits, all Huffman coded. 4: codes of 12 bits, whose lower 4 are stored uncompressed.
     """
 
     name: ClassVar[str] = "deepspec.uniform"
@@ -78,11 +78,11 @@ class UniformCodec(RowCodec):
         return decode_table(self.steps, "<f4").astype(np.float32)
 
     def configuration(self) -> dict[str, JSON]:
-        """What zarr.json keeps."""
+        """Its configuration in zarr.json."""
         return {"steps": self.steps, "low_bits": self.low_bits}
 
     def encode_rows(self, chunk: NDArray[Any]) -> bytes:
-        """Header, places and values kept exactly, plane of low bits, frame of high bits, padding."""
+        """Header, positions and values of the outliers, plane of low bits, frame of high bits, padding."""
         rows = stored_rows(chunk)
         chunk = np.ascontiguousarray(chunk[:rows])
         with np.errstate(all="ignore"):

@@ -1,4 +1,4 @@
-"""The stages of the quickstart, and where what they make stands."""
+"""The stages of the quickstart, and the paths of their outputs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe_of(algorithm: str) -> str:
 
 
 def results_folder(algorithm: str) -> Path:
-    """Where the evaluation of the draft stands."""
+    """The folder of the draft's evaluation."""
     return ROOT / f"{algorithm}-results"
 
 

@@ -66,7 +66,7 @@ def cache_line(results: dict[str, Any]) -> str:
 
 
 def plot_accepted(axes: Any, results: dict[str, Any]) -> None:
-    """Accepted length by algorithm and temperature, with its 95 % interval."""
+    """Acceptance length by algorithm and temperature, with its 95 % interval."""
     names = list(results["algorithms"])
     temperatures = [row["temperature"] for row in results["algorithms"][names[0]]["summaries"]]
     for i, temperature in enumerate(temperatures):
@@ -83,7 +83,7 @@ def plot_accepted(axes: Any, results: dict[str, Any]) -> None:
 
 
 def plot_training(axes: Any, results: dict[str, Any]) -> None:
-    """The training's own estimate of the accepted length, step by step."""
+    """The training's own estimate of the acceptance length, step by step."""
     for name, measured in results["algorithms"].items():
         curve = tau_by_step(Path(measured["training_log"]).parent)
         axes.plot(list(curve), list(curve.values()), label=name)

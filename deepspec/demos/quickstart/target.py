@@ -1,4 +1,4 @@
-"""The quickstart's own target: a tiny Qwen3 that learns the generated conversations in about a minute."""
+"""The quickstart's own target: a tiny Qwen3, trained on the generated conversations in about a minute."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversations that a program writes: what the quickstart's tiny target learns to say.
+"""Conversations that a program writes: the training data of the quickstart's tiny target.
 
 Every task is a function from a random generator to a question and its worked answer. A prompt belongs to the held-out
 set by the hash of its text alone, so that no held-out prompt can be met in training, whatever the seed or the counts.
@@ -218,7 +218,7 @@ def is_held_out(prompt: str) -> bool:
 
 
 def conversations(seed: int, held_out: bool = False) -> Iterator[Conversation]:
-    """Conversations without end, task after task in turn, on one side of the split."""
+    """Endless conversations, task after task, on one side of the split."""
     rng = random.Random(f"deepspec quickstart {seed}")
     names = list(TASKS)
     while True:

@@ -1,4 +1,4 @@
-"""What each choice of a draft costs or brings, on the quickstart's target: a table of variants, minutes each.
+"""What each choice of a draft changes, on the quickstart's target: a table of variants, minutes each.
 
 Every variant of ``recipes/ablations/quickstart.yaml`` is a draft of the quickstart with something changed, trained from
 the same seed for as many steps on the same answers, and decoded over the same held-out prompts.
@@ -57,7 +57,7 @@ def ablate(cores: int) -> None:
 
 
 def cache_of(level: str) -> Path:
-    """Where the cache of a level stands."""
+    """The folder of a level's cache."""
     return QUICKSTART / "cache" if level == "lossless" else ROOT / f"cache-{level}"
 
 

@@ -1,4 +1,4 @@
-"""The stages of the real run, and where what they make stands."""
+"""The stages of the real run, and the paths of their outputs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Scale:
     """How much of everything, with one way through all stages."""
 
     root: Path
-    shards: int  # of the prompts, each answered and cached by itself: as many processes can work side by side
+    shards: int  # of the prompts, each answered and cached by itself: as many processes can work at the same time
     each: int  # prompts a shard
     chat: int  # held-out prompts
     timed: int  # of these, decoded one at a time with and without the draft: the speed-up

@@ -28,7 +28,7 @@ DONE = "report.json"  # written last
 def write_prompts(folder: Path, shards: int, each: int, held_out: int, tasks: Sequence[Path], seed: int = 1) -> None:
     """Write ``train-0.jsonl`` ... of ``each`` prompts and ``chat.jsonl`` of ``held_out`` prompts.
 
-    Every prompt stands once; none is in ``tasks`` (files of evaluation prompts) or shares 13 words in a row with one.
+    Every prompt is there once; none is in ``tasks`` (files of evaluation prompts) or shares 13 words in a row with one.
 
     Raises:
         DataError: the sources hold too few different prompts.

@@ -1,4 +1,4 @@
-"""docs/results.md from what was measured: every figure of it stands in docs/results.json too."""
+"""docs/results.md from what was measured: every figure of it is in docs/results.json too."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def ablation_text(found: Row) -> str:
 
 
 def levels(found: Row) -> str:
-    """Bytes a token and accepted length of every cache level."""
+    """Bytes a token and acceptance length of every cache level."""
     trained: dict[str, str] = {}  # level -> the first variant at it
     for name, variant in ablation.VARIANTS.items():
         trained.setdefault(variant.level, name)

@@ -22,7 +22,7 @@ _GAP = re.compile(r"\{(\w+)\}")
 
 
 def chat_prompts(seed: int) -> Iterator[str]:
-    """Prompts without end: the asks in shuffled rounds, their gaps filled at random."""
+    """Endless prompts: the requests in shuffled rounds, their gaps filled at random."""
     rng = random.Random(f"deepspec real chat {seed}")
     asks = list(TEXTS["asks"])
     while True:
@@ -54,7 +54,7 @@ def _documented() -> Iterator[tuple[str, str, Callable[..., Any]]]:
 
 
 def _signature(thing: Callable[..., Any]) -> str:
-    """The signature where it says more than the name and is short; "" for builtins that tell none."""
+    """The signature where it has parameters and is short; "" for builtins without one."""
     try:
         text = str(inspect.signature(thing))
     except (TypeError, ValueError):

@@ -45,7 +45,7 @@ class ExportEngine(ABC):
         return self.forms[draft.kind].write(draft)
 
     def refusal(self, draft: DraftCheckpoint, reason: Reason, others: str | None = None) -> DraftError:
-        """The error of a :meth:`reason`; ``others`` says which engines take the draft."""
+        """The error of a :meth:`reason`; ``others`` names the engines that take the draft."""
         remedy = ", or ".join(part for part in (reason.remedy, others) if part) or None
         problem = f"the {self.name} format cannot carry this draft: {reason.problem}"
         return DraftError(problem, file=draft.file, key=reason.key, found=reason.found, remedy=remedy)

@@ -20,10 +20,10 @@ BLOCK = "its block drafters have Qwen3's layers"
 
 
 def no_embedding(draft: DraftCheckpoint) -> Reason | None:
-    """It captures the outputs of layers alone."""
+    """It captures only the outputs of layers."""
     if -1 not in draft.parsed.target_layers:
         return None
-    return Reason("it does not hand out the embedding's output", "target_layer_ids", [-1])
+    return Reason("it does not return the embedding's output", "target_layer_ids", [-1])
 
 
 def confidence_with_markov(draft: DraftCheckpoint) -> Reason | None:
@@ -45,7 +45,7 @@ def shares_frozen(draft: DraftCheckpoint) -> Reason | None:
 
 @dataclass(frozen=True, eq=False)
 class SGLangDSpark(DSpark):
-    """Wants the size of a head; the anchor's slot always drafts."""
+    """The size of a head is stated; the anchor's slot always drafts."""
 
     def stated(self, draft: DraftCheckpoint) -> dict[str, Any]:
         return {"head_dim": draft.shape.head_dim, "sample_from_anchor": True}

@@ -26,7 +26,7 @@ DSPARK = DSpark(
     "its block drafters norm every head",
     (keys_as_values, vanilla_head),
 )
-DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has Qwen3 layers alone")
+DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has only Qwen3 layers")
 
 
 class VLLMEngine(ExportEngine):

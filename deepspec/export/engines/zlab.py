@@ -10,11 +10,11 @@ from deepspec.export.parts import DraftCheckpoint, ImportHints, Reason
 
 
 class ZLabEngine(VLLMEngine):
-    """DFlash alone, served by vLLM."""
+    """Only DFlash, served by vLLM."""
 
     name = "zlab"
     forms: ClassVar = {"dflash-k-1": DFlash({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's")}
-    no_form = "it holds DFlash drafts alone"
+    no_form = "it holds only DFlash drafts"
     refused: ClassVar = {
         "dflash": Reason("its K slots give K - 1 drafts", "sample_from_anchor", True,
                          "train with draft.sample_from_anchor: false"),

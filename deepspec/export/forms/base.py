@@ -72,14 +72,14 @@ def complete_vocabulary(draft: DraftCheckpoint) -> Reason | None:
     """Where the engine's class takes the target's head as it is."""
     size = draft.parsed.draft_vocab_size
     remedy = "train with draft.draft_vocab_size: null"
-    return size and Reason("its class drafts over the whole vocabulary", "draft_vocab_size", size, remedy)
+    return size and Reason("its class drafts over the full vocabulary", "draft_vocab_size", size, remedy)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
 def with_head_rows(draft: DraftCheckpoint) -> dict[str, Tensor]:
-    """The tensors with ``lm_head`` cut to the rows of a reduced vocabulary, which engines want in the file.
+    """The tensors with ``lm_head`` cut to the rows of a reduced vocabulary, which engines need in the file.
 
     Raises:
         DraftError: a reduced vocabulary and no head to cut.
@@ -120,11 +120,11 @@ def our_layout(
     """A foreign draft in our layout.
 
     Args:
-        draft: the foreign one, for what it says under ``deepspec`` and for errors.
+        draft: the foreign one, for its values under ``deepspec`` and for errors.
         algorithm: registry name.
         transformer: its transformer config, as far as it differs from the defaults of its model type.
         state: tensors by our names.
-        layers: 0-based layers whose output it reads, or None where it does not say.
+        layers: 0-based layers whose output it reads, or None where it is not stated.
         hints: what the user states.
         fields: the algorithm's fields, by the names of our layout.
 
@@ -150,10 +150,10 @@ def our_layout(
 
 
 def _stated_layers(draft: DraftCheckpoint, layers: Sequence[int] | None, hints: ImportHints) -> Sequence[int]:
-    """The layers in the order in which the columns of ``fc`` take them: the user's word before the file's.
+    """The layers in the order in which the columns of ``fc`` take them: the user's before the file's.
 
     Raises:
-        DraftError: nobody says, or a foreign file's list does not rise: engines hand features out layer by layer
+        DraftError: not stated, or a foreign file's list does not rise: engines hand features out layer by layer
             whatever its order, while trainers may have followed it.
     """
     remedy = "state the layers whose outputs it reads, in the order in which fc takes them (--target-layers 1,9,17)"
@@ -190,7 +190,7 @@ def _complete_transformer(draft: DraftCheckpoint, transformer: Mapping[str, Any]
 def _frozen_fields(draft: DraftCheckpoint, config: Mapping[str, Any], state: dict[str, Tensor]) -> dict[str, Any]:
     """Whether a foreign file brings an embedding and a head of its own; ``state`` is put in order.
 
-    A file that we exported says that they are the target's. Rows of a reduced vocabulary become a complete head again.
+    A file that we exported marks them as the target's. Rows of a reduced vocabulary become a complete head again.
     """
     reduced = state.get("d2t")
     ours = draft.config.get(EXTRAS) is not None

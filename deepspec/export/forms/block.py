@@ -17,7 +17,7 @@ from deepspec.export.forms.base import Form, Requirement, complete_vocabulary, o
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
-# what may stand in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
+# the keys allowed in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
 KNOWN = ("mask_token_id", "mask_token", "target_layer_ids", "block_size", "num_target_layers", "sample_from_anchor")
 NEUTRAL = {"projector_type": ("dflash",), "attention_mode": ("gqa", "mha")}  # values that change nothing
 OURS = ("block_size", "num_anchors", "mask_token_id", "sample_from_anchor", "markov_rank", "enable_confidence_head",
@@ -30,7 +30,7 @@ def vanilla_head(draft: DraftCheckpoint) -> Reason | None:
     head = draft.config.get("markov_head_type", "vanilla")
     if not draft.config.get("markov_rank") or head == "vanilla":
         return None
-    return Reason("vanilla heads alone", "markov_head_type", head, "train draft.markov_head: vanilla")
+    return Reason("only vanilla heads", "markov_head_type", head, "train draft.markov_head: vanilla")
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class DSpark(Form):
     name: str = "dspark"
 
     def stated(self, draft: DraftCheckpoint) -> dict[str, Any]:
-        """Fields that the engine wants written out."""
+        """Fields that the engine reads from the file only."""
         from_anchor = bool(draft.parsed.sample_from_anchor)
         return {"sample_from_anchor": from_anchor, "dspark_bonus_anchor": not from_anchor}
 
@@ -99,7 +99,7 @@ class DFlash(Form):
 
 
 def zero_markov(draft: DraftCheckpoint) -> dict[str, Tensor]:
-    """A Markov head of rank 1 that adds nothing, for engines that insist on one."""
+    """A Markov head of rank 1 that adds nothing, for engines that need one."""
     vocabulary, like = draft.shape.vocab_size, draft.state["fc.weight"]
     rows = (vocabulary, draft.parsed.draft_vocab_size or vocabulary)
     return {name: like.new_zeros(count, 1) for name, count in zip(MARKOV, rows, strict=True)}
@@ -130,10 +130,10 @@ def read_block(
         config: its fields of drafting.
         transformer: the transformer's config, with fields of drafting or without.
         layers: 0-based layers whose output it reads.
-        stated: whether the anchor's slot drafts, by the file; None where it does not say.
+        stated: whether the anchor's slot drafts, by the file; None where it is not stated.
 
     Raises:
-        DraftError: a field that nobody states.
+        DraftError: a field that is not stated.
     """
     for key in ("block_size", "mask_token_id"):
         if config.get(key) is None:

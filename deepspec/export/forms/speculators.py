@@ -112,7 +112,7 @@ class SpeculatorBlock(Speculator):
         if config.get("projector_type", "dflash") != "dflash" or config.get("shift_label"):
             key = "projector_type / shift_label"
             raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=key)
-        # drafts with heads were published by a conversion that is silent on their convention: silence says nothing
+        # drafts with heads were published by a conversion without their convention: a missing key means nothing
         stated = config.get("sample_from_anchor", None if self.heads else False)
         fields = config if self.heads else {**config, "markov_rank": 0, "enable_confidence_head": False}
         transformer, layers = config.get("transformer_layer_config") or {}, config.get("aux_hidden_state_layer_ids")

@@ -1,7 +1,7 @@
 """Matrix products on a CPU: float32 through oneDNN, everything else as PyTorch does it.
 
 PyTorch hands float32 products on a CPU to MKL, which uses half of the vector width of other makers' processors:
-110 against 250 GFLOP/s on one Zen 5 core. oneDNN comes with PyTorch, but by itself takes bfloat16 products alone.
+110 against 250 GFLOP/s on one Zen 5 core. oneDNN comes with PyTorch, but by itself takes only bfloat16 products.
 The operator called here is the one that ``torch.compile`` calls; where a PyTorch lacks it, nothing is lost but speed.
 The environment variable DEEPSPEC_PRODUCTS overrides: ``onednn`` for products of any size, ``torch`` for none.
 

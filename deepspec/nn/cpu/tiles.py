@@ -1,4 +1,4 @@
-"""The CPU's way of a chunk of the fused head loss: in tiles of the vocabulary, in place, over reused buffers.
+"""The CPU's kernel for a chunk of the fused head loss: in tiles of the vocabulary, in place, over reused buffers.
 
 The dozen elementwise passes over logits [r, V] would cost as much as the products that make them: memory is slow, and
 fresh memory ten times slower (page faults). So a chunk's logits are held as tiles [r, w], each contiguous and small
