@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -91,6 +92,11 @@ POSITIVE = Range(float, lambda value: value > 0, "a number above 0")
 NOT_NEGATIVE = Range(float, lambda value: value >= 0, "a number, 0 or more")
 # Below .01 the division makes every logit an infinity in some dtype; above 100 all tokens are alike.
 TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 (greedy), or 0.01 to 100")
+
+
+def program(module: str) -> str:
+    """What a message calls a command that is a verb and a module: as it was started."""
+    return sys.argv[0] if sys.argv[0].startswith("deepspec ") else f"python -m {module}"
 
 
 class Parser(argparse.ArgumentParser):

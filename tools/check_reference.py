@@ -17,11 +17,13 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 def main() -> int:
     """Parse arguments, check, print."""
-    from reference_cases import check_folder, table
-
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", metavar="DIR", help="folder of reference cases")
-    results = list(check_folder(parser.parse_args().folder))
+    given = parser.parse_args()
+
+    from reference_cases import check_folder, table
+
+    results = list(check_folder(given.folder))
     print(table(results))
     return 0 if all(result.holds for result in results) else 1
 

@@ -1,7 +1,7 @@
 """What every algorithm has: identity, config, draft model with the target's frozen head, objective, drafter.
 
 A new algorithm is one file with a subclass of :class:`Algorithm` and one row in ``deepspec/registry.py``;
-``deepspec.testing.DrafterSuite`` checks it.
+``deepspec.testing.drafter.DrafterSuite`` checks it.
 
 B batch, S sequence, L target layers read, D hidden size, V vocabulary, V' the draft's own vocabulary, K tokens drafted
 a round.

@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
 
 log = logging.getLogger(__name__)
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = Parser(prog="python -m deepspec.evaluate", description=__doc__)
+    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__)
     parser.add_argument("--recipe", help="a recipe: target, thinking, system prompt and the `evaluate:` section")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--target", help="target: a folder or hub id; default: the recipe's")

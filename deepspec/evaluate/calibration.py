@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.arguments import TEMPERATURE, Parser
+from deepspec.arguments import TEMPERATURE, Parser, program
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.report import number
@@ -257,7 +257,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parse the arguments, fit and print."""
-    parser = Parser(prog="python -m deepspec.evaluate.calibration", description=__doc__)
+    parser = Parser(prog=program("deepspec.evaluate.calibration"), description=__doc__)
     parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
     parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.arguments import Parser
+from deepspec.arguments import Parser, program
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import MACRO, quantiles, resampled
 from deepspec.evaluate.report import number, speed_up
@@ -118,7 +118,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str]) -> int:
     """Read the folders, print the table."""
-    parser = Parser(prog="python -m deepspec.evaluate compare", description=__doc__)
+    parser = Parser(prog=program("deepspec.evaluate") + " compare", description=__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
     given = parser.parse_args(arguments)
     if len(given.runs) < 2:

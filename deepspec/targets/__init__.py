@@ -11,6 +11,8 @@ from deepspec.targets.load import (
     load_tokenizer,
 )
 
+load_target_ends = load_target_embeddings  # the earlier name, for scripts that use it
+
 __all__ = [
     "Target",
     "TargetEmbeddings",
@@ -19,5 +21,6 @@ __all__ = [
     "load_spec",
     "load_target",
     "load_target_embeddings",
+    "load_target_ends",
     "load_tokenizer",
 ]

@@ -292,6 +292,12 @@ class TargetEmbeddings:
         """Of weights and hidden states."""
         return self.embed_weight.dtype
 
+    def weights_digest(self) -> str:
+        """Of every byte of the target's files; see :mod:`deepspec.targets.digests`."""
+        from deepspec.targets.digests import weights_digest
+
+        return weights_digest(self.spec.path, self.spec.revision)
+
 
 class Target(TargetEmbeddings):
     """A frozen target model and the few methods that deepspec needs."""

@@ -58,7 +58,8 @@ class _Cases:
         """Every algorithm with every family."""
         families = registry.FAMILIES if self.families is None else self.families
         if "family" in metafunc.fixturenames:
-            metafunc.parametrize(("algorithm", "family"), itertools.product(self.algorithms, families), scope="class")
+            pairs = list(itertools.product(self.algorithms, families))
+            metafunc.parametrize(("algorithm", "family"), pairs, scope="class")
         if "zero_stage" in metafunc.fixturenames:
             metafunc.parametrize("zero_stage", self.zero_stages)
 

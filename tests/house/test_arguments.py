@@ -74,6 +74,14 @@ def test_a_number_out_of_its_range_is_refused_in_one_line(
     assert value in said[0]
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_refused_verb_names_its_own_help(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["deepspec", verb, "--no-such-flag"])
+    with pytest.raises(DeepSpecError, match=f"see deepspec {verb} --help$"):
+        cli.main()
+
+
 @pytest.mark.parametrize(
     "changed",
     [

@@ -92,6 +92,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: lis
 
 def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
     """Train tokenizer and model and save them as a Hugging Face folder; ``target.json`` is written last."""
+    folder.mkdir(parents=True, exist_ok=True)  # an output that cannot be made is refused before the training
     torch.set_num_threads(1)  # the matrices are so small that a second thread slows it down
     disable_progress_bar()
     torch.manual_seed(seed)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepspec.demos.quickstart import target as target_stage
 from deepspec.demos.quickstart.muon import NEWTON_SCHULZ, Muon, orthogonalize
 from deepspec.demos.quickstart.target import MANIFEST, PROMPT_WEIGHT, collate, make_target
 from deepspec.demos.quickstart.text import conversations
@@ -66,3 +67,12 @@ def test_a_short_training_ends_in_a_target_that_the_pipeline_loads(tmp_path: Pat
     assert spec.vocab_size == VOCAB_SIZE > MASK_TOKEN_ID >= len(load_tokenizer(tmp_path / "target"))
     target = load_target(tmp_path / "target", torch.float32)
     assert target.embed_weight.data_ptr() == target.head_weight.data_ptr()
+
+
+def test_an_output_that_cannot_be_made_is_refused_before_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(target_stage, "train", lambda *_: pytest.fail("it trained"))
+    with pytest.raises(NotADirectoryError):
+        make_target(tmp_path / "file" / "target")
