@@ -248,8 +248,9 @@ class Evaluation:
             target = {"target": {"weights": known["target_digest"]}}
             now.pop("target_dtype")
         lines = differences(target, as_recorded(target, wanted, self.target.dtype, self.output), sides)
-        for key in ("target_digest", "target", "draft"):  # compared by content, not by how their paths are written
-            now.pop(key), known.pop(key)
+        now.pop("target_digest"), known.pop("target_digest")
+        for settings in (now, known):  # one folder may be written in several ways
+            settings |= {key: str(Path(settings[key]).resolve()) for key in ("target", "draft")}
         keys = [key for key in (*now, *known) if now.get(key) != known.get(key)]
         lines += [f"{key}: run {shown(known.get(key))}, now {shown(now.get(key))}" for key in dict.fromkeys(keys)]
         if lines:

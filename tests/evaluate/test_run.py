@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -230,6 +232,19 @@ def test_a_threshold_without_a_confidence_head_is_refused_before_anything_is_dec
     with pytest.raises(EvaluationError, match=r"confidence_threshold: .*needs a draft with a confidence head"):
         Evaluation(options, target=target, draft=draft)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_run_continues_by_the_draft_s_folder_however_its_path_is_written(folders: Folders, tmp_path: Path) -> None:
+    first = folders.run(tmp_path / "out", baseline=False)
+    relative = dataclasses.replace(
+        folders.options(tmp_path / "out", baseline=False), draft=os.path.relpath(folders.draft)
+    )  # fmt: skip
+    again = Evaluation(relative).run()
+    assert again is not None
+    assert again.summaries == first.summaries
+    copy = Path(shutil.copytree(folders.draft, tmp_path / "copy"))
+    with pytest.raises(EvaluationError, match="holds another run: draft: "):
+        Evaluation(dataclasses.replace(relative, draft=str(copy))).run()
 
 
 def test_results_of_another_format_are_refused(tmp_path: Path) -> None:
