@@ -8,16 +8,18 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepspec.errors import DeepSpecError, system_error
+from deepspec.heartbeat import RankLost, Watch
 
 if TYPE_CHECKING:
     import torch  # at run time only the functions that need it import it: logging needs the rank without torch
 
 T = TypeVar("T")
-PATIENCE = timedelta(days=7)  # for a rank that has much more to do than the others
+FOREVER = timedelta(days=7)  # of a wait for another rank: a dead one is found by its heartbeat, a slow one is waited for
 LOCAL_ADDRESS = ("127.0.0.1", "29511")  # where the ranks of one machine connect unless the launcher sets it
 
 
@@ -57,24 +59,26 @@ def world_from_environment() -> World:
 def process_group(
     world: World,
     backend: str = "gloo",
-    timeout: timedelta = PATIENCE,
+    timeout: timedelta = FOREVER,
     even_alone: bool = False,
     error: type[DeepSpecError] = DeepSpecError,
 ) -> Iterator[World]:
     """Connect the ranks of ``world`` for the block; one process alone needs no group, and makes none.
 
+    Each watches the others (:mod:`deepspec.heartbeat`): where one dies, fails or is asked to stop, all end.
     RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set for the block where the launcher set none:
     libraries read them.
 
     Args:
         world: this process among them.
         backend: ``gloo``, or ``nccl`` for the tensors of GPUs.
-        timeout: of any wait for another rank.
+        timeout: of a wait for another rank in a collective of the default group.
         even_alone: make a group of one process too (DeepSpeed needs it).
         error: the class of the refusals.
 
     Raises:
         error: the launcher gives no address to connect to, or they cannot connect.
+        RankLost: another rank is dead or failed; SystemExit (1) on all but the one that reports it.
     """
     import torch.distributed as dist
 
@@ -82,15 +86,47 @@ def process_group(
         yield world
         return
     device = pick_device(world.local_rank) if backend == "nccl" and world.size > 1 else None
-    with _environment_of(world, error):
+    with _environment_of(world, error), _watched(world, error), _patient_groups():
         try:
             dist.init_process_group(backend, timeout=timeout, rank=world.rank, world_size=world.size, device_id=device)
         except (RuntimeError, ValueError) as problem:
-            raise error(f"the ranks cannot reach each other ({problem})") from None
-        try:
-            yield world
-        finally:
+            raise RankLost(f"the ranks cannot reach each other ({problem})") from None
+        yield world
+
+
+@contextmanager
+def _watched(world: World, error: type[DeepSpecError]) -> Iterator[None]:
+    """The heartbeats of several ranks, and the end of their process group once the others know of it."""
+    import torch.distributed as dist
+
+    watch, in_order = Watch(world.rank, world.size, error) if world.size > 1 else None, False
+    try:
+        yield
+        in_order = True
+    except BaseException as problem:
+        if watch is None:
+            raise
+        found = watch.failed(problem)
+        if found is problem:
+            raise
+        raise found from None
+    finally:
+        if dist.is_initialized():
             dist.destroy_process_group()
+        if watch is not None:
+            watch.close(in_order)
+
+
+@contextmanager
+def _patient_groups() -> Iterator[None]:
+    """Further groups over gloo (DeepSpeed makes some, and states no timeout) wait as long as the first."""
+    from torch.distributed import distributed_c10d as c10d
+
+    before, c10d.default_pg_timeout = c10d.default_pg_timeout, FOREVER
+    try:
+        yield
+    finally:
+        c10d.default_pg_timeout = before
 
 
 @contextmanager
@@ -128,14 +164,19 @@ def _set_address(world: World, error: type[DeepSpecError]) -> None:
         os.environ.setdefault(name, value)
 
 
+@cache
 def _address_by_mpi(world: World) -> tuple[str, str] | None:
-    """Rank 0's host and a free port of it, broadcast by MPI; None without an MPI library."""
+    """Rank 0's host and a free port of it, broadcast by MPI; None without an MPI library.
+
+    MPI ends here: its own end waits for all ranks, so one that fails later would wait for those that wait for it.
+    """
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError):
         return None
     host = LOCAL_ADDRESS[0] if world.local_size == world.size else socket.gethostname()
     address: tuple[str, str] = MPI.COMM_WORLD.bcast((host, str(free_port())), root=0)
+    MPI.Finalize()
     return address
 
 
@@ -143,7 +184,7 @@ def barrier(world: World) -> None:
     """Wait for all ranks.
 
     Raises:
-        DeepSpecError: another rank ended.
+        RankLost: another rank ended.
     """
     if world.size > 1:
         _exchange("barrier")
@@ -156,7 +197,7 @@ def _exchange(collective: str, *arguments: Any, **options: Any) -> None:
     try:
         getattr(dist, collective)(*arguments, **options)
     except RuntimeError as problem:
-        raise DeepSpecError(f"the other ranks do not answer ({problem})", remedy="see what they printed") from None
+        raise RankLost(f"the other ranks do not answer ({problem})", remedy="see what they printed") from None
 
 
 def on_rank0(world: World, work: Callable[[], T], error: type[DeepSpecError] = DeepSpecError) -> T:

@@ -43,6 +43,8 @@ QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
 class BuildStopped(CacheError):
     """The build was asked to stop (SIGTERM or SIGINT) and did; started again it continues."""
 
+    asked = True  # so the other ranks stop in order too
+
 
 def build_cache(
     recipe: Recipe,

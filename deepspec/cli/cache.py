@@ -40,16 +40,16 @@ def build() -> int:
     from deepspec.distributed import process_group, world_from_environment
 
     recipe, data = _read(given)
-    with process_group(world_from_environment(), error=CacheError) as world:
-        try:
+    try:
+        with process_group(world_from_environment(), error=CacheError) as world:
             manifest = build_cache(recipe, data, given.output, world, given.append, given.server)
-        except BuildStopped as problem:
-            log.info("build: %s", problem)
-            return 143
-        if world.is_main:
-            rejected = sum(manifest.rejected.values())
-            lines = [f"{_summary(given.output, manifest)}, {rejected} rejected", *refusal_lines(manifest.rejected)]
-            print("\n  ".join(lines))
+    except BuildStopped as problem:
+        log.info("build: %s", problem)
+        return 143
+    if world.is_main:
+        rejected = sum(manifest.rejected.values())
+        lines = [f"{_summary(given.output, manifest)}, {rejected} rejected", *refusal_lines(manifest.rejected)]
+        print("\n  ".join(lines))
     return 0
 
 

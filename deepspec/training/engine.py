@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from deepspec.batch import Batch
 from deepspec.checkpoints import known_types
-from deepspec.distributed import World, pick_device, process_group, world_from_environment
+from deepspec.distributed import FOREVER, World, pick_device, process_group, world_from_environment
 from deepspec.errors import CheckpointError
 from deepspec.metrics import LossTerms
 from deepspec.recipe import TrainSection
@@ -48,7 +48,8 @@ def training_processes() -> Iterator[World]:
     else:
         backend = "gloo"
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    with process_group(world, backend, default_pg_timeout, even_alone=True, error=CheckpointError):
+    timeout = FOREVER if backend == "gloo" else default_pg_timeout  # of what a GPU waits for inside a step
+    with process_group(world, backend, timeout, even_alone=True, error=CheckpointError):
         deepspeed.init_distributed(dist_backend=backend, verbose=False)
         yield world
 
