@@ -8,8 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from datetime import timedelta
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from deepspec.errors import DeepSpecError, system_error
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch  # at run time only the functions that need it import it: logging needs the rank without torch
 
 T = TypeVar("T")
-FOREVER = timedelta(days=7)  # of a wait for another rank: a dead one is found by its heartbeat, a slow one is waited for
+FOREVER = timedelta(days=7)  # of a wait for another rank: heartbeats find a dead one
 LOCAL_ADDRESS = ("127.0.0.1", "29511")  # where the ranks of one machine connect unless the launcher sets it
 
 

@@ -7,12 +7,14 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError, as_os_error
+from deepspec.processes import temporary_name
 
 
 def sync(path: Path) -> None:
@@ -58,10 +60,13 @@ def temporary_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written; it names ``path``, and nothing is left of it.
     """
     refuse_special(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with named(path):
+            temporary.touch()
+            mode = temporary.stat().st_mode
             yield temporary
+            temporary.chmod(stat.S_IMODE(mode))  # the umask's: safetensors' writer makes a file for its owner alone
             sync(temporary)
             os.replace(temporary, path)
             sync(path.parent)

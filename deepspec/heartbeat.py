@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import FrameType
@@ -241,10 +242,8 @@ class Watch:
         self._problem = problem
         asked = isinstance(problem, KeyboardInterrupt) or getattr(problem, "asked", False)
         text = " ".join(str(problem).split()) or type(problem).__name__
-        try:
+        with suppress(RuntimeError):  # no connection to the store: the others notice that too
             self._tell(End(self.rank, f"{self.name(self.rank)} failed: {text}", self.rank, asked))
-        except RuntimeError:  # no connection to the store: the others notice that too
-            pass
         return problem
 
     def _suspect(self) -> End | None:
@@ -274,15 +273,13 @@ class Watch:
         Raises:
             RankLost: another rank is lost meanwhile.
         """
-        try:
+        with suppress(RuntimeError):  # the store is gone
             self._store.set(f"left/{self.rank}", "1")
             until = time.monotonic() + 3 * BEAT
-            while self._hosts and self.end is None and (in_order or time.monotonic() < until):
+            while self._hosts and (time.monotonic() < until or (in_order and self.end is None)):
                 if self._store.check([f"left/{rank}" for rank in range(self.size)]):
                     break
-                self._known.wait(0.05)
-        except RuntimeError:  # the store is gone
-            pass
+                time.sleep(0.05)
         self._left.set()
         self._thread.join()
         self._restore()

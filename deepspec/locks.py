@@ -1,7 +1,8 @@
 """One writer at a time in a folder or of a file, on this machine's disks: the system's own lock (flock).
 
 The system releases it however the process ends, so a killed job blocks no other. The lock file names its holder and is
-removed with the job; one that a killed job left is ignored.
+removed with the job; one that a killed job left is ignored. Where a file system knows no flock, a file that only one
+process can create takes its place, and one that a killed job left has to be removed by hand.
 """
 
 from __future__ import annotations
@@ -10,13 +11,17 @@ import errno
 import fcntl
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from deepspec.errors import DeepSpecError
+from deepspec.processes import sweep
 
 log = logging.getLogger(__name__)
 LOCK = ".deepspec.lock"  # inside the folder that it guards
@@ -32,6 +37,8 @@ def me() -> str:
 def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepSpecError) -> Iterator[None]:
     """Hold the folder for the block; folders that were made for it and stay empty are removed.
 
+    What killed processes left there under temporary names is removed first; SIGTERM ends the block in order.
+
     Args:
         folder: made where missing.
         work: what the holder does, for the message: ``training``, ``evaluation``.
@@ -45,7 +52,8 @@ def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepS
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with lock_file(folder / LOCK, folder, work, error):
+        with lock_file(folder / LOCK, folder, work, error), ends_in_order():
+            sweep(folder)
             yield
     finally:
         with suppress(OSError):  # not empty: the usual end
@@ -55,7 +63,24 @@ def one_writer(folder: str | Path, work: str, error: type[DeepSpecError] = DeepS
 
 def is_free(folder: Path) -> bool:
     """Whether the folder is missing or empty; a lock file does not count."""
-    return not folder.exists() or all(one.name == LOCK for one in folder.iterdir())
+    return not folder.exists() or all(one.name.startswith(LOCK) for one in folder.iterdir())
+
+
+@contextmanager
+def ends_in_order() -> Iterator[None]:
+    """SIGTERM becomes SystemExit (143) for the block, so that what it wrote under temporary names is removed.
+
+    Not among several ranks: one that waits for another would not hear it.
+    """
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
+    if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @contextmanager
@@ -68,8 +93,9 @@ def lock_file(path: Path, guarded: Path, work: str, error: type[DeepSpecError] =
             os.pwrite(handle, f"{work}, {me()}\n".encode(), 0)
         yield
     finally:
-        with suppress(OSError):
-            path.unlink()
+        for one in (path, _exclusive(path)):
+            with suppress(OSError):
+                one.unlink()
         os.close(handle)
 
 
@@ -82,18 +108,32 @@ def _take(path: Path, guarded: Path, work: str, error: type[DeepSpecError]) -> i
             if problem.errno in _HELD:
                 holder = _holder(handle)
                 os.close(handle)
-                raise error(
-                    f"another process works here, this {work} does not start",
-                    file=guarded,
-                    found=holder,
-                    remedy="wait until it has ended, or end it, or name another output",
-                ) from None
-            text = "%s: %s cannot be locked (%s); do not start a second one there"  # a file system without locks
-            log.warning(text, work, guarded, problem.strerror)
+                raise _refusal(guarded, work, holder, error, "name another output") from None
+            os.close(handle)
+            log.warning("%s: %s is on a file system without locks (%s)", work, guarded, problem.strerror)
+            return _create(_exclusive(path), guarded, work, error)
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
         os.close(handle)  # its holder ended, and removed it, between our open and our lock
+
+
+def _exclusive(path: Path) -> Path:
+    """The file in place of the lock where there are no locks."""
+    return path.with_name(f"{path.name}.held")
+
+
+def _create(path: Path, guarded: Path, work: str, error: type[DeepSpecError]) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+    except FileExistsError:
+        holder = path.read_text(errors="replace").strip()
+        raise _refusal(guarded, work, holder, error, f"remove {path} where it was killed") from None
+
+
+def _refusal(guarded: Path, work: str, holder: str, error: type[DeepSpecError], last: str) -> DeepSpecError:
+    problem = f"another process works here, this {work} does not start"
+    return error(problem, file=guarded, found=holder, remedy=f"wait until it has ended, or end it, or {last}")
 
 
 def _holder(handle: int) -> str:

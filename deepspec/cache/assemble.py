@@ -30,8 +30,9 @@ from deepspec.cache.format import (
 )
 from deepspec.cache.plan import CachePlan
 from deepspec.cache.shard import ShardWriter
-from deepspec.cache.store import Store
+from deepspec.cache.store import Store, scratch
 from deepspec.errors import CacheError
+from deepspec.processes import temporary_prefix
 
 TABLE_CHUNK = 256
 
@@ -99,7 +100,8 @@ def _write_changed(store: Store, name: str, data: bytes) -> None:
 
 def _write_table(store: Store, name: str, table: NDArray[np.int64]) -> ArrayInfo:
     """The sample table as a Zarr array of the store."""
-    with tempfile.TemporaryDirectory(prefix="deepspec-cache-") as folder, ThreadPoolExecutor(1) as pool:
+    place = tempfile.TemporaryDirectory(prefix=temporary_prefix("table"), dir=scratch())
+    with place as folder, ThreadPoolExecutor(1) as pool:
         zarr.create_group(LocalStore(folder), zarr_format=3)
         writer = ShardWriter(Path(folder), name, table.shape[1:], "int64", TABLE_CHUNK, RawCodec.calibrate, pool)
         writer.append(table)

@@ -20,6 +20,7 @@ from deepspec.cache.plan import Source, samples_per_part, scan, usable_rows
 from deepspec.cache.store import FolderStore
 from deepspec.data.chat import Renderer, load_renderer
 from deepspec.distributed import pick_device
+from deepspec.processes import temporary_prefix
 from deepspec.recipe import Recipe
 from deepspec.targets import load_spec, load_target
 
@@ -125,7 +126,7 @@ def estimate(
 def measure_ratios(blocks: Sequence[Block], layout: Layout) -> dict[str, tuple[float, float]]:
     """Coded / raw bytes of (features, last_hidden) at each level, on real hidden states."""
     ratios = {}
-    with ThreadPoolExecutor(1) as pool, TemporaryDirectory() as folder:
+    with ThreadPoolExecutor(1) as pool, TemporaryDirectory(prefix=temporary_prefix("estimate")) as folder:
         for level in LEVELS:
             coded = replace(layout, features_level=level, last_hidden_level=level if layout.keeps_last else None)
             writer = PartWriter(FolderStore(folder), level, coded, pool)

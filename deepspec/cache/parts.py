@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,9 +25,10 @@ from deepspec.cache.format import (
 )
 from deepspec.cache.levels import codec_for
 from deepspec.cache.shard import ShardWriter
-from deepspec.cache.store import FolderStore, Store
+from deepspec.cache.store import FolderStore, Store, local_folder
 from deepspec.errors import CacheError
 from deepspec.files import named
+from deepspec.processes import temporary_name
 
 
 @dataclass(frozen=True)
@@ -110,10 +107,10 @@ class PartWriter:
         self.store, self.name, self.layout = store, name, layout
         store.remove(f"{PARTS}/{name}")
         if isinstance(store, FolderStore):
-            self.folder = store.path / PARTS / f".{name}.{os.getpid()}.tmp"
+            self.folder = temporary_name(store.path / PARTS / name)
+            self.folder.mkdir(parents=True)
         else:
-            self.folder = Path(tempfile.gettempdir()) / f"deepspec-cache-{name}-{secrets.token_hex(8)}"
-        self.folder.mkdir(parents=True)
+            self.folder = local_folder(f"cache-{name}")
         self._levels = {"input_ids": "raw", "loss_mask": "raw", "features": layout.features_level}
         if layout.last_hidden_level is not None:
             self._levels["last_hidden"] = layout.last_hidden_level

@@ -27,8 +27,8 @@ from deepspec.cache.plan import CachePlan, PlannedPart, samples_per_part
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.store import build_lock, open_store
 from deepspec.errors import CacheError
-from deepspec.files import named, safe_join, sha256_file, undone_on_error, write_bytes, write_json
-from deepspec.locks import is_free, one_writer
+from deepspec.files import named, safe_join, sha256_file, write_bytes, write_json
+from deepspec.outputs import whole_folder
 from deepspec.progress import Progress
 
 RECORD = np.dtype(
@@ -183,25 +183,22 @@ def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 
         CacheError: a cache without last_hidden or of another dtype, layers that do not ascend, or ``output`` is not
             empty.
     """
-    cache, folder = TargetCache.open(source), Path(output)
+    cache = TargetCache.open(source)
     layers = list(cache.fingerprint["layers"])
     if not cache.has_last_hidden or cache.dtype != torch.bfloat16 or layers != sorted(layers):
         wanted = "last_hidden, bfloat16 and ascending layers"
         raise CacheError("the release's form cannot hold this cache", file=source, wanted=wanted)
-    with one_writer(folder, "export", CacheError):
-        if not is_free(folder):
-            raise CacheError("the output folder is not empty", file=folder, remedy="choose another one")
-        with undone_on_error(folder), named(folder):
-            records, progress = np.zeros(len(cache), RECORD), Progress("export", len(cache), noun="samples")
-            shards: list[dict[str, Any]] = []
-            for number, shard, file in _shards(cache, folder, shard_bytes, shards):
-                records[number] = _export_sample(cache, number, shard, file)
-                progress.add(1, int(records[number]["tokens"]))
-            write_bytes(folder / INDEX, records.tobytes())
-            sample_ids = io.BytesIO()
-            np.save(sample_ids, cache.sample_ids)
-            write_bytes(folder / SAMPLE_IDS, sample_ids.getvalue())
-            write_json(folder / "manifest.json", _raw_manifest(cache, shards))
+    with whole_folder(output, "export", CacheError) as folder, named(output):
+        records, progress = np.zeros(len(cache), RECORD), Progress("export", len(cache), noun="samples")
+        shards: list[dict[str, Any]] = []
+        for number, shard, file in _shards(cache, folder, shard_bytes, shards):
+            records[number] = _export_sample(cache, number, shard, file)
+            progress.add(1, int(records[number]["tokens"]))
+        write_bytes(folder / INDEX, records.tobytes())
+        sample_ids = io.BytesIO()
+        np.save(sample_ids, cache.sample_ids)
+        write_bytes(folder / SAMPLE_IDS, sample_ids.getvalue())
+        write_json(folder / "manifest.json", _raw_manifest(cache, shards))
     return len(cache)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import errno
-import json
+import inspect
 import os
 import shutil
-import threading
-import time
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -15,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from deepspec import files
+from deepspec.cache.remote_lock import NO_LOCK, RemoteLock
 from deepspec.errors import CacheError
-from deepspec.locks import LOCK, me, one_writer
+from deepspec.locks import ends_in_order, one_writer
+from deepspec.processes import sweep, temporary_prefix
 
 OPEN_FILES = 256  # kept open by one FolderStore
-RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so the holder of a lock object renews it
+SCRATCH = "DEEPSPEC_SCRATCH"  # the environment variable that names a folder for parts of remote builds
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
 
 
@@ -200,6 +201,29 @@ class RemoteStore:
         """Write an object."""
         self._fs.pipe_file(self._path(name), data)
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write an object only where there is none, in one step of the store; returns whether it was written.
+
+        Raises:
+            CacheError: the store cannot do that.
+        """
+        from fsspec import AbstractFileSystem
+        from fsspec.asyn import AsyncFileSystem
+
+        kind = type(self._fs)
+        write = getattr(kind, "_pipe_file", kind.pipe_file)
+        inherited = write in (AbstractFileSystem.pipe_file, AsyncFileSystem._pipe_file)  # these look, then write
+        if inherited or "mode" not in inspect.signature(write).parameters:
+            problem = "the store cannot create an object only where there is none, so it cannot be locked"
+            raise CacheError(problem, file=self.url, found=kind.__name__, remedy=NO_LOCK)
+        try:
+            self._fs.pipe_file(self._path(name), data, mode="create")
+        except OSError:
+            if self.size(name) is None:
+                raise
+            return False
+        return True
+
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Upload a finished local folder, the marker last, and delete the local one."""
         found = sorted(path for path in local.rglob("*") if path.is_file())
@@ -228,45 +252,33 @@ def open_store(path: str | Path) -> Store:
 def build_lock(store: Store) -> Iterator[None]:
     """Hold the build lock of a cache.
 
-    On a local disk the system releases it however the process ends; at a URL a killed builder's lock is free
-    after two minutes.
+    On a local disk the system releases it however the process ends; at a URL the next builder sees that a killed one
+    no longer renews it (:mod:`deepspec.cache.remote_lock`).
 
     Raises:
-        CacheError: another process builds here, or the folder cannot be written.
+        CacheError: another process builds here, the folder cannot be written, or the store knows no locks.
     """
-    with one_writer(store.path, "build", CacheError) if isinstance(store, FolderStore) else _remote_lock(store):
-        yield
-
-
-@contextmanager
-def _remote_lock(store: Store) -> Iterator[None]:
-    mine = f"{me()} ({time.time_ns()})"
-
-    def claim() -> None:
-        store.write(LOCK, json.dumps({"holder": mine, "time": time.time()}).encode())
-
-    def refuse_other() -> None:
-        held = json.loads(store.read(LOCK)) if store.size(LOCK) is not None else None
-        if held is not None and held["holder"] != mine and time.time() - held["time"] < STALE:
-            problem = "another process works here, this build does not start"
-            remedy = "wait until it has ended, or end it"
-            raise CacheError(problem, file=store.url, found=held["holder"], remedy=remedy)
-
-    refuse_other()
-    claim()
-    time.sleep(1.0)  # of two that start at once, the one that wrote last holds the lock
-    refuse_other()
-    ended = threading.Event()
-
-    def renew() -> None:
-        while not ended.wait(RENEWED):
-            claim()
-
-    thread = threading.Thread(target=renew, daemon=True, name="cache lock")
-    thread.start()
+    if isinstance(store, FolderStore):
+        with one_writer(store.path, "build", CacheError):
+            yield
+        return
+    lock = RemoteLock(store)
+    lock.take()
     try:
-        yield
+        with ends_in_order():
+            yield
     finally:
-        ended.set()
-        thread.join()
-        store.remove(LOCK)
+        lock.release()
+
+
+def scratch() -> Path:
+    """Where a remote build keeps a part until it is complete: DEEPSPEC_SCRATCH, else the system's temporary folder."""
+    folder = Path(os.environ.get(SCRATCH) or tempfile.gettempdir())
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def local_folder(name: str) -> Path:
+    """A new folder in :func:`scratch`; those that killed processes left there go."""
+    sweep(scratch(), "deepspec-")
+    return Path(tempfile.mkdtemp(prefix=temporary_prefix(name), dir=scratch()))

@@ -20,11 +20,15 @@ from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sync, write_json
+from deepspec.processes import temporary_name
 from deepspec.rows import dump_row
 
 FORMAT = "deepspec.conversations/1"
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WANTED = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "content": "..."}, ...]}'
+
+
+UNFINISHED = ".unfinished.json"  # beside files that replace earlier ones together: their names, until all have
 
 
 def manifest_path(path: str | Path) -> Path:
@@ -90,8 +94,9 @@ def checked_lines(path: Path, digest: hashlib._Hash | None = None) -> Iterator[t
     ``digest`` (SHA-256) is given the file's bytes.
 
     Raises:
-        DataError: no such file, or one that differs from its manifest.
+        DataError: no such file, one that differs from its manifest, or one of several that are not all there yet.
     """
+    refuse_unfinished(path)
     digest, rows, offset = digest or hashlib.sha256(), 0, 0
     for number, line in numbered_lines(path):
         digest.update(line)
@@ -100,6 +105,18 @@ def checked_lines(path: Path, digest: hashlib._Hash | None = None) -> Iterator[t
             yield number, offset, line
         offset += len(line)
     _check_manifest(path, rows, digest.hexdigest())
+
+
+def refuse_unfinished(path: Path) -> None:
+    """Refuse a file of several that were to replace earlier ones together: the job was killed in between.
+
+    Raises:
+        DataError: it is one.
+    """
+    marker = path.with_name(UNFINISHED)
+    if marker.exists() and path.name in read_json(marker, DataError):
+        problem = "the job that writes it together with others did not end: they may not belong together"
+        raise DataError(problem, file=path, key=marker.name, remedy="run it again (prepare_data)")
 
 
 def note_id(seen: set[str], row: Any, path: Path, number: int) -> None:
@@ -150,7 +167,7 @@ class ConversationWriter:
         self._digest = hashlib.sha256()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         refuse_special(self.path)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._temporary = temporary_name(self.path)
         self._handle = open(self._temporary, "wb", buffering=1 << 20)  # noqa: SIM115 (closed by __exit__)
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -169,6 +186,16 @@ class ConversationWriter:
             self._handle.write(line)
         self.rows += 1
 
+    def flush(self) -> None:
+        """Have all rows on the disk.
+
+        Raises:
+            OSError: it is full, for instance.
+        """
+        with named(self.path):
+            self._handle.flush()
+            os.fsync(self._handle.fileno())
+
     def __enter__(self) -> ConversationWriter:
         return self
 
@@ -176,9 +203,8 @@ class ConversationWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            with named(self.path), self._handle:
-                self._handle.flush()
-                os.fsync(self._handle.fileno())
+            with self._handle:
+                self.flush()
         except OSError:
             self._temporary.unlink(missing_ok=True)
             raise

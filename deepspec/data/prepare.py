@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deepspec.data.conversations import ConversationWriter
+from deepspec.data.conversations import UNFINISHED, ConversationWriter
 from deepspec.data.messages import Message, Unusable
 from deepspec.data.sources import columns_read, read_source, row_tools, to_messages
 from deepspec.data.words import grams, normal, says_something
 from deepspec.errors import DataError
-from deepspec.files import write_json
+from deepspec.files import sync, write_json
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
 
@@ -153,7 +153,9 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
     """Write ``train.jsonl`` and ``held_out.jsonl`` with their manifests, and ``report.json``, into a folder.
 
     A conversation is held out by the hash of its first user turn, so that no prompt is on both sides whatever the
-    order, the sources or the limit. Memory holds one row, 8 bytes of hash a kept row, and the evaluation prompts.
+    order, the sources or the limit. Both files become this run's together: a kill in between leaves two that are
+    refused, and the next run repairs them. Memory holds one row, 8 bytes of hash a kept row, and the evaluation
+    prompts.
 
     Raises:
         DataError: a source that cannot be read, nothing left to train on, or another process that works in the folder.
@@ -194,9 +196,14 @@ def _prepare(options: PrepareOptions, output: Path) -> Report:
                 break
         if not report.train:
             raise DataError("nothing is left to train on", file=output, found="; ".join(map(str.strip, report.lines())))
+        for writer in filter(None, (train, held_out)):
+            writer.flush()
+        write_json(output / UNFINISHED, ["train.jsonl", "held_out.jsonl"])  # until both are of this run, none is read
     progress.finish()
     if held_out is None:
         _remove_earlier(output / "held_out.jsonl")
+    (output / UNFINISHED).unlink()
+    sync(output)
     write_json(output / "report.json", vars(report))
     return report
 

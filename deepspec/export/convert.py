@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,9 +28,9 @@ from deepspec.export.consolidate import consolidate
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.hub import fetch_draft
 from deepspec.export.parts import DraftCheckpoint, ImportHints, ascending
-from deepspec.files import read_json, undone_on_error, write_text
+from deepspec.files import read_json, remove, write_text
 from deepspec.identity import shown
-from deepspec.locks import is_free, one_writer
+from deepspec.outputs import whole_folder
 from deepspec.targets import load_spec, load_target_embeddings
 from deepspec.targets.digests import digest_like
 
@@ -79,19 +78,21 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
     """
     engine = registry.engine(options.format)
     source, output = Path(source), Path(output)
-    with one_writer(output, "export", DraftError):
-        _check_free(output)
+    with whole_folder(output, "export", DraftError) as inside:
         if (source / "config.json").is_file():
-            return _export(source, output, engine, options)
+            return _export(source, inside, output.name, engine, options)
         if not (source / "manifest.json").is_file() and not steps_of(source):
             wanted = "a draft folder (config.json), a checkpoint (manifest.json) or a run (checkpoints/)"
             raise DraftError("nothing to export", file=source, wanted=wanted)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
-            consolidate(source, Path(folder) / "draft", options.dtype, embeddings=False)
-            return _export(Path(folder) / "draft", output, engine, options)
+        draft = inside / ".consolidated"
+        consolidate(source, draft, options.dtype, embeddings=False)
+        try:
+            return _export(draft, inside, output.name, engine, options)
+        finally:
+            remove(draft)
 
 
-def _export(source: Path, output: Path, engine: ExportEngine, options: ExportOptions) -> DraftCheckpoint:
+def _export(source: Path, output: Path, name: str, engine: ExportEngine, options: ExportOptions) -> DraftCheckpoint:
     draft = ascending(read_draft(source))
     _check_taken(draft, engine)  # before the target is loaded
     written = engine.write(_with_frozen(draft, engine, options))
@@ -102,9 +103,8 @@ def _export(source: Path, output: Path, engine: ExportEngine, options: ExportOpt
     provenance = _provenance(source)
     provenance["export"] = {"format": engine.name, "embeddings": options.embeddings, "source": str(source)}
     recipe, results = _recipe(source), _results(source, options.results)
-    with undone_on_error(output):
-        write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, output.name))
-        engine.save(output, written, provenance, recipe, options.shard_bytes)
+    write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, name))
+    engine.save(output, written, provenance, recipe, options.shard_bytes)
     return draft
 
 
@@ -184,9 +184,8 @@ def import_draft(
     Raises:
         DraftError: unknown or missing weights, parts that our drafts have not, or a convention that is not stated.
     """
-    output, hints = Path(output), hints or ImportHints()
-    with one_writer(output, "import", DraftError):
-        _check_free(output)
+    hints = hints or ImportHints()
+    with whole_folder(output, "import", DraftError) as inside:
         folder = fetch_draft(source)
         config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
         engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
@@ -197,7 +196,7 @@ def import_draft(
         _checked(draft, folder)
         provenance = _provenance(folder)
         provenance["import"] = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
-        save_draft(output, draft.state, draft.config, provenance, _recipe(folder))
+        save_draft(inside, draft.state, draft.config, provenance, _recipe(folder))
     return draft, engine.name
 
 
@@ -235,8 +234,3 @@ def _results(source: Path, named: str | None) -> dict[str, Any] | None:
     if not path.is_file() and not named:
         return None
     return dict(read_json(path, DraftError, "name the results.json of an evaluation"))
-
-
-def _check_free(output: Path) -> None:
-    if not is_free(output):
-        raise DraftError("is not empty", file=output, remedy="name another folder, or remove this one")

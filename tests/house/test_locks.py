@@ -93,14 +93,23 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_not_taken(tmp_path: Pa
         pass
 
 
-def test_a_file_system_without_locks_says_so_and_works(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+def test_a_file_system_without_locks_says_so_and_still_refuses_a_second(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
     def unsupported(_handle: int, _how: int) -> None:
         raise OSError(locks.errno.EOPNOTSUPP, "Operation not supported")
 
     monkeypatch.setattr(locks.fcntl, "flock", unsupported)
-    with one_writer(tmp_path, "training"):
-        pass
-    assert "cannot be locked (Operation not supported); do not start a second one" in capsys.readouterr().err
+    for _ in range(2):
+        with one_writer(tmp_path, "training"):
+            assert is_free(tmp_path)
+            with (
+                pytest.raises(DataError, match=rf"another process works here.*remove {tmp_path}/{LOCK}\.held where"),
+                one_writer(tmp_path, "training", DataError),
+            ):
+                pass
+    assert "is on a file system without locks (Operation not supported)" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_writer_of_an_output_refuses_a_held_one(tmp_path: Path) -> None:
