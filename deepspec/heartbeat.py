@@ -26,8 +26,9 @@ from deepspec.processes import alive, host, started_at
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-PATIENCE = "DEEPSPEC_PATIENCE"  # seconds; ten times as long for a rank that has not connected yet
+PATIENCE = "DEEPSPEC_PATIENCE"  # seconds
 DEFAULT_PATIENCE = 45.0
+STARTING = 10  # times as long for a rank that has not connected yet
 BEAT = 1.0  # seconds between two signs of life
 SUSPECT = 6.0  # seconds of silence that suffice once a collective has failed
 GRACE = 10.0  # seconds that a rank has to end in order once another is lost
@@ -101,7 +102,7 @@ class Watch:
 
         self._hosts = self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        wait = timedelta(seconds=10 * self.patience)
+        wait = timedelta(seconds=STARTING * self.patience)
         try:
             store = TCPStore(
                 address, port, is_master=self._hosts, timeout=wait, wait_for_workers=False, multi_tenant=self._hosts
@@ -115,7 +116,7 @@ class Watch:
     def _connect(self) -> None:
         """Say who this rank is, and wait until all have."""
         me = {"pid": os.getpid(), "host": host(), "name": socket.gethostname(), "started": started_at(os.getpid())}
-        waited_until = time.monotonic() + 10 * self.patience
+        waited_until = time.monotonic() + STARTING * self.patience
         try:
             self._store.set(f"beat/{self.rank}", "0")
             self._store.set(f"who/{self.rank}", json.dumps(me))
@@ -126,8 +127,8 @@ class Watch:
                 if dead is not None:
                     raise self._lost(self._tell(End(dead, f"{self.name(dead)} {_GONE}", self.rank)))
                 if time.monotonic() > waited_until:
-                    names, seconds = ", ".join(map(str, missing)), 10 * self.patience
-                    line = f"rank {names} did not connect within {seconds:.0f} s (10 x {PATIENCE})"
+                    names, seconds = ", ".join(map(str, missing)), STARTING * self.patience
+                    line = f"rank {names} did not connect within {seconds:.0f} s ({STARTING} x {PATIENCE})"
                     raise self._lost(self._tell(End(missing[0], line, self.rank)))
                 time.sleep(0.1)
         except RuntimeError:
@@ -158,6 +159,8 @@ class Watch:
 
     def _lost(self, end: End) -> BaseException:
         """What this rank ends with: one rank says the line, the others end without a word."""
+        if end.asked:
+            return SystemExit(143)
         speaker = end.by
         if end.by is None:  # the lowest of this host that lives
             here = (one for one, who in self._who.items() if one != end.rank and who["host"] == host())
@@ -218,13 +221,14 @@ class Watch:
 
     def _finish(self, end: End) -> None:
         """Have the main thread end; where it does not (it waits for a dead rank outside of Python), end the process."""
+        stops = end.asked and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # it knows how to stop in order
         if self._main is not None and self._problem is None:
-            signal.pthread_kill(self._main, signal.SIGTERM if end.asked else NUDGE)
-        if not self._left.wait(self.patience if end.asked else GRACE):
+            signal.pthread_kill(self._main, signal.SIGTERM if stops else NUDGE)
+        if not self._left.wait(self.patience if stops else GRACE):
             lost = self._problem or self._lost(end)
             if isinstance(lost, DeepSpecError):
                 print(f"error: {' '.join(str(lost).splitlines())}", file=sys.stderr, flush=True)
-            os._exit(1)
+            os._exit(143 if end.asked else 1)
 
     def failed(self, problem: BaseException) -> BaseException:
         """Tell the others that this rank fails of ``problem``; returns what it is to raise.
