@@ -94,6 +94,23 @@ def steps_of(run: Path) -> dict[int, Path]:
     return dict(sorted(folders.items()))
 
 
+def check_finished(run: Path) -> Path:
+    """The last checkpoint of a run that reached its end.
+
+    Raises:
+        CheckpointError: it did not; the exit code of a launcher does not tell.
+    """
+    remedy = "run the same training command again, it continues"
+    folder = next(reversed(steps_of(run).values()), None)
+    if folder is None:
+        raise CheckpointError("the run has no checkpoint", file=run, remedy=remedy)
+    manifest = read_manifest(folder)
+    if manifest.step < manifest.total_steps:
+        found, wanted = f"step {manifest.step}", f"step {manifest.total_steps}"
+        raise CheckpointError("the run is not finished", file=run, found=found, wanted=wanted, remedy=remedy)
+    return folder
+
+
 @contextlib.contextmanager
 def known_types(folder: Path) -> Iterator[None]:
     """For the block every ``torch.load``, DeepSpeed's too, builds tensors, plain values and ``TYPES`` alone.

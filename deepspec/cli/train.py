@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from deepspec.arguments import Parser
 from deepspec.cli import rank_word, recipe_words
 
@@ -10,13 +12,22 @@ def train() -> int:
     """Train a draft: ``deepspeed --num_gpus N launch/train.py --recipe recipes/X.yaml [--set key.key=value ...]``.
 
     Also ``python launch/train.py ...`` as one process, torchrun or mpirun. Run again, it continues where it stopped.
+    A launcher's exit code does not tell whether the run reached its end; ``--check`` does.
     """
     parser = Parser(description=train.__doc__)
     recipe_words(parser, required=True)
     parser.add_argument("--accept-changes", action="store_true", help="on resume, honour changed optimisation settings")
+    parser.add_argument("--check", action="store_true", help="only look: exit code 0 where the run reached its end")
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
     rank_word(parser)
     given = parser.parse_args()
+
+    if given.check:
+        from deepspec.checkpoints import check_finished
+        from deepspec.recipe import load_recipe
+
+        print(f"finished: {check_finished(Path(load_recipe(given.recipe, given.set).output))}")
+        return 0
 
     from deepspec.training.run import train as run
 

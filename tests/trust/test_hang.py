@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,8 +24,9 @@ from kill_tools import exit_code, start
 from deepspec import heartbeat
 from deepspec.cache import remote_lock
 from deepspec.cache.store import RemoteStore, build_lock
+from deepspec.cli.train import train
 from deepspec.distributed import free_port
-from deepspec.errors import CacheError, DataError, run_main
+from deepspec.errors import CacheError, CheckpointError, DataError, run_main
 from deepspec.files import temporary_file
 from deepspec.locks import LOCK, one_writer
 
@@ -205,6 +207,21 @@ def test_a_store_that_cannot_hold_one_lock_is_refused(
     with pytest.raises(CacheError, match=rf"{line}.*build into a local folder, and copy it"), build_lock(store):
         pass
     assert store.names("") == []
+
+
+def test_a_script_learns_whether_a_run_reached_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The `deepspeed` command ends with 0 when its child is killed, whatever step its ranks save at."""
+    run = Path(shutil.copytree(ROOT / "tests" / "house" / "artefacts" / "run", tmp_path / "run"))
+    recipe = max(run.glob("recipe.yaml"))
+    monkeypatch.setattr(sys, "argv", ["train", "--recipe", str(recipe), "--set", f"output={run}", "--check"])
+    assert train() == 0
+    assert "finished: " in capsys.readouterr().out
+    path = max(run.glob("checkpoints/step_*/manifest.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": 40}))
+    with pytest.raises(CheckpointError, match=r"is not finished; found 'step \d+'; wanted step 40; run the same"):
+        train()
 
 
 @pytest.mark.mpi
