@@ -111,10 +111,12 @@ def _watched(world: World, error: type[DeepSpecError]) -> Iterator[None]:
             raise
         raise found from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        if watch is not None:
-            watch.close(in_order)
+        try:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        finally:
+            if watch is not None:
+                watch.close(in_order)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ to notice writes it into the store, and every rank ends with exit code 1, one of
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -111,7 +112,7 @@ class Watch:
             line = str(problem).strip().splitlines()[0]
             raise self.error(f"rank 0 does not answer at {address}:{port} ({line})", remedy=_REMEDY) from None
         store.set_timeout(timedelta(seconds=self.patience))
-        return PrefixStore(f"deepspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        return PrefixStore(f"deepspec/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{next(_groups)}", store)
 
     def _connect(self) -> None:
         """Say who this rank is, and wait until all have."""
@@ -293,5 +294,6 @@ class Watch:
             signal.signal(number, handler)
 
 
+_groups = itertools.count()  # a job may connect its ranks several times, over one store
 _GONE = "ended without a word"
 _REMEDY = "see what it printed, then run the same command again"
