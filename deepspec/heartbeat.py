@@ -95,8 +95,12 @@ class Watch:
         except BaseException:
             self._restore()
             raise
-        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._answered = time.monotonic()  # by the store
+        self._threads = [
+            threading.Thread(target=work, name="heartbeat", daemon=True) for work in (self._run, self._guard)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def _open(self) -> dist.Store:
         from torch.distributed import PrefixStore, TCPStore
@@ -177,12 +181,22 @@ class Watch:
                 number += 1
                 self._store.set(f"beat/{self.rank}", str(number))
                 self.end = self._read_end() or self._look()
+                self._answered = time.monotonic()
                 if self._left.wait(0 if self.end else BEAT):
                     return
         except RuntimeError:  # no connection to the store
-            self.end = self._host_lost()
+            self.end = self.end or self._host_lost()
         self._known.set()
         self._finish(self.end)
+
+    def _guard(self) -> None:
+        """End the job where the store does not answer: a call of it waits for ever where rank 0 is frozen."""
+        while not self._left.wait(BEAT) and not self._known.is_set():
+            if time.monotonic() - self._answered > self.patience:
+                line = f"{self.name(0)} gave no sign of life for {self.patience:g} s ({PATIENCE})"
+                self.end = End(0, line, None)
+                self._known.set()
+                self._finish(self.end)
 
     def _look(self) -> End | None:
         """A rank that is dead, if there is one; it is told to the others."""
@@ -279,14 +293,16 @@ class Watch:
             RankLost: another rank is lost meanwhile.
         """
         with suppress(RuntimeError):  # the store is gone
-            self._store.set(f"left/{self.rank}", "1")
             until = time.monotonic() + 3 * BEAT
+            if self.end is None or self.end.by is not None:
+                self._store.set(f"left/{self.rank}", "1")
             while self._hosts and (time.monotonic() < until or (in_order and self.end is None)):
                 if self._store.check([f"left/{rank}" for rank in range(self.size)]):
                     break
                 time.sleep(0.05)
         self._left.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(2 * BEAT)
         self._restore()
 
     def _restore(self) -> None:

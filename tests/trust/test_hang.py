@@ -34,14 +34,14 @@ NAMED = r"error: rank 1 \(process \d+ on \S+\) "
 RANKS = 3
 
 
-def run_ranks(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> tuple[list[int], list[str]]:
-    """Exit codes and output of three ranks, of which rank 1 does ``what`` (see rank_job.py)."""
+def run_ranks(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch, who: int = 1) -> tuple[list[int], list[str]]:
+    """Exit codes and output of three ranks, of which rank ``who`` does ``what`` (see rank_job.py)."""
     port, children = free_port(), []
 
     def run() -> None:
         run_main(rank_job.main)
 
-    monkeypatch.setattr(sys, "argv", ["rank_job.py", str(folder), f"1:{what}"])
+    monkeypatch.setattr(sys, "argv", ["rank_job.py", str(folder), f"{who}:{what}"])
     monkeypatch.setenv("WORLD_SIZE", str(RANKS))
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(port))
@@ -50,9 +50,9 @@ def run_ranks(folder: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> tuple
         monkeypatch.setenv("LOCAL_RANK", str(rank))
         children.append(start(run, folder / f"said{rank}"))
     codes = {}
-    for rank in (0, 2, 1):
-        if rank == 1 and what == "freeze":
-            os.kill(children[1], signal.SIGKILL)
+    for rank in sorted(range(RANKS), key=lambda rank: rank == who):
+        if rank == who and what == "freeze":
+            os.kill(children[who], signal.SIGKILL)
         codes[rank] = exit_code(children[rank])
     return [codes[rank] for rank in range(RANKS)], [(folder / f"said{rank}").read_text() for rank in range(RANKS)]
 
@@ -74,6 +74,17 @@ def test_a_rank_that_is_lost_is_named_once_and_all_end(
     assert codes == [1, own, 1], said
     assert len(re.findall(NAMED + line, "".join(said))) == 1
     assert "Traceback" not in "".join(said)
+
+
+@pytest.mark.parametrize("what", ["freeze", "vanish"])
+def test_rank_0_whose_store_the_others_need_is_named_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.setenv(heartbeat.PATIENCE, "3")
+    monkeypatch.setattr(heartbeat, "GRACE", 1.0)
+    codes, said = run_ranks(tmp_path, what, monkeypatch, who=0)
+    assert codes == [-signal.SIGKILL, 1, 1], said
+    assert len(re.findall(NAMED.replace("rank 1", "rank 0"), "".join(said).replace("),", ") "))) == 1
 
 
 def test_a_rank_slower_than_the_patience_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
