@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import CheckpointError
-from deepspec.files import read_json, safe_join
+from deepspec.files import check_digests, read_json, safe_join
 from deepspec.identity import as_recorded, differences
 
 FORMAT = 1
@@ -46,6 +46,7 @@ class Manifest:
     identity: dict[str, Any] = field(default_factory=dict)  # `target` of an `identity_of`; {}: an older checkpoint
     score: float | None = None  # of the last validation, higher is better
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes
+    sha256: dict[str, str] = field(default_factory=dict)  # name -> digest; {}: an older checkpoint
     format: int = FORMAT
 
 
@@ -53,20 +54,34 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder, its files checked for presence and size.
 
     Raises:
-        CheckpointError: no manifest (the save never ended), another format, a missing or cut file.
+        CheckpointError: no manifest (the save never ended), a changed one, another format, a missing or cut file.
     """
     remedy = "name a folder <run>/checkpoints/step_N; without a manifest its save never ended"
     values = read_json(folder / "manifest.json", CheckpointError, remedy=remedy)
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         found = values.get("format") if isinstance(values, dict) else values
         raise CheckpointError("unknown format", file=folder / "manifest.json", found=found, wanted=FORMAT)
-    manifest = Manifest(**values)
+    try:
+        manifest = Manifest(**values)
+    except TypeError as problem:
+        raise CheckpointError(f"damaged manifest ({problem})", file=folder / "manifest.json") from None
     for name, size in manifest.files.items():
         path = safe_join(folder, name, CheckpointError, "files")
         found = path.stat().st_size if path.is_file() else "no such file"
         if found != size:
             raise CheckpointError("file missing or cut", file=path, found=found, wanted=f"{size} bytes")
     return manifest
+
+
+def check_files(folder: Path, manifest: Manifest, rank: int = 0, ranks: int = 1) -> None:
+    """Compare this rank's share of a checkpoint's files with their digests; older checkpoints have none.
+
+    Raises:
+        CheckpointError: a file has changed since it was saved.
+    """
+    share = dict(list(manifest.sha256.items())[rank::ranks])
+    remedy = "put it back from a copy, or remove this checkpoint: the run resumes from the one before it"
+    check_digests(folder, share, CheckpointError, remedy)
 
 
 def target_differences(

@@ -22,9 +22,12 @@ from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
 from deepspec.errors import DraftError, RecipeError
 from deepspec.files import (
+    check_digests,
+    digests_of,
     read_index,
     read_json,
     safe_join,
+    sealed,
     sha256_file,
     sha256_json,
     temporary_file,
@@ -34,9 +37,11 @@ from deepspec.files import (
 )
 from deepspec.targets import Target, TargetSpec
 from deepspec.targets.load import check_rope, family_of
+from deepspec.targets.stored import check_finite
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, PROVENANCE = "config.json", "provenance.json"
 SHARD_BYTES = 5 * 10**9
 IMPORT = "import it first: python tools/export.py FOLDER OUT --from auto"
 
@@ -51,6 +56,8 @@ def save_draft(
 ) -> None:
     """Write a draft folder; ``provenance.json`` is written last: it exists = the folder is complete.
 
+    It holds the SHA-256 of every file that is written here.
+
     Args:
         folder: created where missing.
         state: tensors by published name; include the two frozen ones to make the folder standalone.
@@ -63,18 +70,20 @@ def save_draft(
         DraftError: the folder already holds a draft.
     """
     folder = Path(folder)
-    if (folder / "provenance.json").exists():
+    if (folder / PROVENANCE).exists():
         raise DraftError("already holds a draft", file=folder, remedy="name another folder, or remove this one")
     with undone_on_error(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        _write_weights(folder, state, shard_bytes)
-        write_json(folder / "config.json", dict(config))
+        names = [*_write_weights(folder, state, shard_bytes), CONFIG]
+        write_json(folder / CONFIG, dict(config))
         if recipe_text is not None:
             write_text(folder / "recipe.yaml", recipe_text)
-        write_json(folder / "provenance.json", dict(provenance))
+            names.append("recipe.yaml")
+        write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, names)}))
 
 
-def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> None:
+def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> list[str]:
+    """Write the tensors; returns the names of the files."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     if tensors.get(FROZEN[0]) is not None and _shared(tensors[FROZEN[0]], tensors.get(FROZEN[1])):
         tensors[FROZEN[1]] = tensors[FROZEN[1]].clone()  # a tied head: safetensors refuses shared storage
@@ -84,6 +93,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) 
             save_file({name: tensors[name] for name in names}, temporary, metadata={"format": "pt"})
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return [*split.filename_to_tensors, *([INDEX] if split.is_sharded else [])]
 
 
 def _shared(a: Tensor, b: Tensor | None) -> bool:
@@ -110,20 +120,56 @@ def weights_sha256(folder: str | Path) -> str:
     return digests[0] if len(digests) == 1 else sha256_json(digests)
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The content of ``provenance.json``; empty where the folder has none (a foreign draft).
+
+    Raises:
+        DraftError: it is not ours, or has changed since it was written.
+    """
+    values: Any = read_json(folder / PROVENANCE, DraftError) if (folder / PROVENANCE).is_file() else {}
+    if not isinstance(values, dict) or not isinstance(values.get("sha256", {}), dict):
+        wanted = "a JSON object, its `sha256` too"
+        raise DraftError("not where a draft came from", file=folder / PROVENANCE, found=values, wanted=wanted)
+    return values
+
+
+def check_files(folder: Path) -> None:
+    """Compare a draft's files with the digests of its ``provenance.json``; a foreign or older draft has none.
+
+    Raises:
+        DraftError: a file has changed since the draft was written.
+    """
+    remedy = f"put it back, or remove {PROVENANCE} where you changed the draft on purpose"
+    check_digests(folder, read_provenance(folder).get("sha256", {}), DraftError, remedy)
+
+
+def read_config(folder: Path, remedy: str = "is this a draft folder?") -> dict[str, Any]:
+    """``config.json``, read before anything else of a draft: the whole folder's digests are checked here.
+
+    Raises:
+        DraftError: it is missing, or a file of the draft has changed.
+    """
+    check_files(folder)
+    config: dict[str, Any] = read_json(folder / CONFIG, DraftError, remedy)
+    return config
+
+
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """All tensors of a draft folder, one file or several.
 
     Raises:
-        DraftError: a file that is missing or cut.
+        DraftError: a file that is missing or cut, or a weight that is not finite.
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            state |= load_file(path)
+            tensors = load_file(path)
         except FileNotFoundError:
             raise DraftError("no such file", file=path, remedy="the index names it; fetch all of the folder") from None
         except SafetensorError as problem:
             raise DraftError(f"not a safetensors file ({problem})", file=path) from None
+        check_finite(tensors, path, DraftError)
+        state |= tensors
     return state
 
 
@@ -160,10 +206,11 @@ def load_draft(
         device: None takes the target's, or the CPU.
 
     Raises:
-        DraftError: a missing file, an unknown or missing weight, or a draft of another target.
+        DraftError: a missing or changed file, an unknown or missing weight, one that is not finite, or a draft of
+            another target.
     """
     folder = Path(folder)
-    config = read_json(folder / "config.json", DraftError, "is this a draft folder?")
+    config = read_config(folder)
     if target is not None:
         check_target(config, target.spec, folder / "config.json")
     model = build_draft(config, folder / "config.json")

@@ -1,4 +1,4 @@
-"""Atomic writes (temporary name, fsync, rename) and digests of files."""
+"""Atomic writes (temporary name, fsync, rename), digests of files, and JSON files that hold their own digest."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from deepspec.errors import DeepSpecError, as_os_error
 from deepspec.processes import temporary_name
+
+SEAL = "seal_sha256"  # key of a JSON file's own digest
+RESTORE = "put it back from a copy, or make it again"
 
 
 def sync(path: Path) -> None:
@@ -120,13 +124,13 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, remedy: str | None = None) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; of a sealed one (:func:`sealed`) the content without the seal.
 
     Raises:
-        error: the file is missing or not JSON.
+        error: the file is missing or not JSON, or a sealed one has changed.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return unsealed(json.loads(Path(path).read_text(encoding="utf-8")), path, error)
     except FileNotFoundError:
         raise error("no such file", file=path, remedy=remedy) from None
     except (ValueError, RecursionError) as problem:  # bad JSON, bad UTF-8, a number or a nesting beyond Python's limits
@@ -183,3 +187,42 @@ def sha256_file(path: str | Path) -> str:
 def sha256_json(value: Any) -> str:
     """Hex SHA-256 of a JSON value, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object with its own digest, so that its readers notice a changed byte."""
+    plain = json.loads(json.dumps(value))  # as it will be read: keys are strings, tuples are lists
+    return {**plain, SEAL: sha256_json(plain)}
+
+
+def unsealed(value: Any, file: str | Path, error: type[DeepSpecError]) -> Any:
+    """What :func:`sealed` was given; a value without a seal (files of before have none) is taken as it is.
+
+    Raises:
+        error: the value has changed.
+    """
+    if isinstance(value, dict) and SEAL in value:
+        value = dict(value)
+        if value.pop(SEAL) != sha256_json(value):
+            raise error("changed after it was written", file=file, key=SEAL, remedy=RESTORE)
+    return value
+
+
+def digests_of(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files of a folder by name."""
+    names = sorted(names)
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: sha256_file(folder / name), names), strict=True))
+
+
+def check_digests(folder: Path, digests: Mapping[str, str], error: type[DeepSpecError], remedy: str) -> None:
+    """Compare files of a folder with the digests that its manifest holds; a file that is not there is passed over.
+
+    Raises:
+        error: a file has changed.
+    """
+    there = [name for name in digests if safe_join(folder, name, error, "sha256").is_file()]
+    for name, found in digests_of(folder, there).items():
+        if found != digests[name]:
+            problem = "the file has changed since its digest was taken"
+            raise error(problem, file=folder / name, found=found, wanted=digests[name], remedy=remedy)

@@ -18,7 +18,9 @@ from deepspec import __version__
 from deepspec.cache.codecs.base import RawCodec
 from deepspec.cache.format import (
     MANIFEST,
+    PART_MANIFEST,
     PARTS,
+    PLAN,
     REJECTED,
     SAMPLE_COLUMNS,
     ArrayInfo,
@@ -35,6 +37,7 @@ from deepspec.errors import CacheError
 from deepspec.processes import temporary_prefix
 
 TABLE_CHUNK = 256
+GROUPS, GROUP = ("zarr.json", f"{PARTS}/zarr.json"), b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}\n'
 
 
 def sample_table(manifests: list[PartManifest]) -> NDArray[np.int64]:
@@ -49,6 +52,13 @@ def sample_table(manifests: list[PartManifest]) -> NDArray[np.int64]:
     return np.ascontiguousarray(table[np.argsort(table[:, 0], kind="stable")])
 
 
+def rejected_lines(manifests: list[PartManifest]) -> bytes:
+    """The content of rejected.jsonl."""
+    rejects = (reject for part in manifests for reject in part.rejected)
+    lines = [json.dumps({"sample_id": i, "id": c, "reason": r}, ensure_ascii=False) + "\n" for i, c, r in rejects]
+    return "".join(lines).encode()
+
+
 def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
     """Write the table and manifest of the parts of ``plan``; a cache that is already finished stays as it is.
 
@@ -56,18 +66,16 @@ def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
         CacheError: no usable sample in any part.
     """
     manifests = [PartManifest.load(store, part.name) for part in plan.parts]
-    rejected = [reject for part in manifests for reject in part.rejected]
-    reasons = dict(sorted(Counter(reason for _, _, reason in rejected).items()))
+    reasons = dict(sorted(Counter(reason for part in manifests for _, _, reason in part.rejected).items()))
     if not any(part.sample_ids for part in manifests):
         raise CacheError("no sample can be used", file=store.url, found=reasons, wanted="at least one usable sample")
-    lines = [json.dumps({"sample_id": i, "id": c, "reason": r}, ensure_ascii=False) + "\n" for i, c, r in rejected]
-    _write_changed(store, REJECTED, "".join(lines).encode())
+    _write_changed(store, REJECTED, rejected_lines(manifests))
     table = sample_table(manifests)
     name = f"samples-{digest(table.tobytes())[:12]}"
     info = _write_table(store, name, table)
-    for group in ("zarr.json", f"{PARTS}/zarr.json"):
-        _write_changed(store, group, b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}\n')
-    entries = tuple(_entry(part) for part in manifests)
+    for group in GROUPS:
+        _write_changed(store, group, GROUP)
+    entries = tuple(_entry(store, part) for part in manifests)
     manifest = CacheManifest(
         fingerprint=plan.fingerprint,
         samples=len(table),
@@ -79,6 +87,7 @@ def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
         table=name,
         table_info=info,
         parts=entries,
+        plan_sha256=digest(store.read(PLAN)),
         versions={"deepspec": __version__, **{name: version(name) for name in ("torch", "transformers", "zarr")}},
     )
     _write_changed(store, MANIFEST, manifest.to_bytes())
@@ -88,9 +97,9 @@ def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
     return manifest
 
 
-def _entry(part: PartManifest) -> PartEntry:
+def _entry(store: Store, part: PartManifest) -> PartEntry:
     sizes = (len(part.sample_ids), sum(part.lengths), sum(part.rows), part.coded_bytes)
-    return PartEntry(part.name, *sizes, sha256=digest(part.to_bytes()))
+    return PartEntry(part.name, *sizes, sha256=digest(store.read(f"{PARTS}/{part.name}/{PART_MANIFEST}")))
 
 
 def _write_changed(store: Store, name: str, data: bytes) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 from deepspec.cache.store import Store
 from deepspec.errors import CacheError
+from deepspec.files import sealed, unsealed
 
 FORMAT = "deepspec.cache/1"
 MANIFEST, PART_MANIFEST, PLAN, PARTS = "manifest.json", "part.json", "plan.json", "parts"
@@ -27,21 +28,23 @@ _ITEM_BYTES = {"uint8": 1, "uint16": 2, "int32": 4, "float32": 4, "int64": 8}
 STORED_DTYPES = {"bfloat16": "uint16", "float32": "float32"}  # Zarr has no bfloat16: its bits are kept
 
 
-def to_json(value: Any) -> bytes:
-    """JSON bytes that depend on the value alone."""
-    return (json.dumps(value, indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
+def to_json(value: dict[str, Any]) -> bytes:
+    """JSON bytes that depend on the value alone, sealed: the value's own digest is in them."""
+    return (json.dumps(sealed(value), indent=1, ensure_ascii=False, sort_keys=True) + "\n").encode()
 
 
 def from_json(store: Store, name: str) -> Any:
-    """A JSON file of the cache.
+    """A JSON file of the cache without its seal; older files have none.
 
     Raises:
-        CacheError: missing or unreadable.
+        CacheError: missing, unreadable, or changed since it was written.
     """
     try:
-        return json.loads(store.read(name))
-    except ValueError as problem:
+        values = json.loads(store.read(name))
+    except (ValueError, RecursionError) as problem:
         raise CacheError(f"not a JSON file ({problem})", file=f"{store.url}/{name}") from None
+    ours = isinstance(values, dict) and values.get("format") == FORMAT  # another format's seal is not known
+    return unsealed(values, f"{store.url}/{name}", CacheError) if ours else values
 
 
 def digest(data: bytes) -> str:
@@ -75,6 +78,8 @@ class ArrayInfo:
     level: str
     bytes: int  # of the shard
     metadata_sha256: str  # of zarr.json, which holds the codec's calibration
+    sha256: str | None = None  # of the shard; None: in an older cache
+    checksums: str | None = None  # base64 of every chunk's CRC-32C: binds the chunks to this part and array
 
     @property
     def raw_bytes(self) -> int:
@@ -121,15 +126,18 @@ class PartManifest:
         if sha256 is not None and digest(store.read(file)) != sha256:
             raise CacheError("part.json differs from the cache's manifest", file=f"{store.url}/{file}", remedy=REBUILD)
         values = _checked(from_json(store, file), f"{store.url}/{file}")
-        if values["name"] != name:
-            found = values["name"]
+        if values.get("name") != name:
+            found = values.get("name")
             raise CacheError(
                 "another part", file=f"{store.url}/{file}", key="name", found=found, wanted=name, remedy=REBUILD
             )
-        arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
-        lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
-        rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
-        return cls(name=values["name"], arrays=arrays, rejected=rejected, **lists)
+        try:
+            arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
+            lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
+            rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
+            return cls(name=values["name"], arrays=arrays, rejected=rejected, **lists)
+        except (TypeError, KeyError, ValueError, AttributeError) as problem:
+            raise CacheError(f"damaged part.json ({problem})", file=f"{store.url}/{file}", remedy=REBUILD) from None
 
 
 @dataclass(frozen=True)
@@ -162,6 +170,7 @@ class CacheManifest:
     table_info: ArrayInfo  # [N, 6] int64, columns SAMPLE_COLUMNS, by ascending sample_id
     parts: tuple[PartEntry, ...]
     versions: dict[str, str] = field(default_factory=dict)
+    plan_sha256: str | None = None  # of plan.json; None: in an older cache
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"samples-[0-9a-f]{12}", self.table):

@@ -11,7 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.cache.fingerprint import fingerprint_of, mismatches, remedy_for
-from deepspec.cache.format import FORMAT, MANIFEST, PLAN, check_part_name, from_json, to_json
+from deepspec.cache.format import (
+    FORMAT,
+    MANIFEST,
+    PLAN,
+    CacheManifest,
+    check_part_name,
+    digest,
+    from_json,
+    to_json,
+)
 from deepspec.cache.levels import warnings
 from deepspec.cache.parts import is_complete, layout_of, sweep
 from deepspec.cache.store import Store
@@ -19,6 +28,7 @@ from deepspec.data.chat import Rendered, Renderer, render_row
 from deepspec.data.conversations import WANTED, checked_lines, note_id, usable_row
 from deepspec.data.lines import is_blank, parse_line
 from deepspec.errors import CacheError, DataError
+from deepspec.files import RESTORE
 from deepspec.recipe import Recipe
 from deepspec.targets import Target
 from deepspec.targets.served import ServedTarget
@@ -58,18 +68,29 @@ class CachePlan:
         return to_json({"format": FORMAT, **asdict(self)})
 
     @classmethod
-    def load(cls, store: Store) -> CachePlan:
-        """Read a plan.
+    def load(cls, store: Store, manifest: CacheManifest | None = None) -> CachePlan:
+        """Read a plan; with the manifest of the finished cache it is compared with that one's.
 
         Raises:
-            CacheError: missing or unreadable.
+            CacheError: missing, unreadable, changed since it was written, or not the plan that the cache was made by.
         """
-        values = from_json(store, PLAN)
+        values, file = from_json(store, PLAN), f"{store.url}/{PLAN}"
         try:
             values.pop("format")
-            return cls(**{**values, "parts": tuple(PlannedPart(**part) for part in values["parts"])})
+            plan = cls(**{**values, "parts": tuple(PlannedPart(**part) for part in values["parts"])})
         except (TypeError, KeyError, AttributeError) as problem:
-            raise CacheError(f"damaged plan ({problem})", file=f"{store.url}/{PLAN}") from None
+            raise CacheError(f"damaged plan ({problem!r})", file=file, remedy=RESTORE) from None
+        if manifest is not None and not plan.made(store, manifest):
+            remedy = f"finish an append that was begun, or {RESTORE.split(',')[0]}"
+            raise CacheError("not the plan that the cache was made by", file=file, remedy=remedy)
+        return plan
+
+    def made(self, store: Store, manifest: CacheManifest) -> bool:
+        """Whether the cache of ``manifest`` was made by this plan of its store; older caches hold no digest of it."""
+        if manifest.plan_sha256 not in (None, digest(store.read(PLAN))):
+            return False
+        names = [part.name for part in self.parts], [part.name for part in manifest.parts]
+        return self.fingerprint == manifest.fingerprint and names[0] == names[1]
 
     def claim(self, store: Store) -> None:
         """Write the plan to a store, or see that the store's is the same.
@@ -79,7 +100,7 @@ class CachePlan:
         """
         if store.size(PLAN) is None:
             store.write(PLAN, self.to_bytes())
-        elif store.read(PLAN) != self.to_bytes():
+        elif CachePlan.load(store).to_bytes() != self.to_bytes():
             raise CacheError("the folder holds another cache", file=store.url, remedy="choose another output folder")
         sweep(store)
 
@@ -195,6 +216,7 @@ def plan_build(job: BuildJob, append: bool) -> tuple[CachePlan, list[PlannedPart
         plan = _add_source(job, CachePlan(wanted, job.recipe.cache.tokens_per_batch, 0.0, ()), source, 0, 0)
     sweep(store)
     todo = [part for part in plan.parts if not is_complete(store, part.name)]
+    _check_cut(plan, source, store)
     sources = plan.fingerprint["sources"]
     for part in todo:
         name, sha256 = (sources[part.source][key] for key in ("name", "sha256"))
@@ -202,6 +224,22 @@ def plan_build(job: BuildJob, append: bool) -> tuple[CachePlan, list[PlannedPart
             problem, remedy = "a part of another source is missing", f"build it with --data {name}"
             raise CacheError(problem, file=store.url, key=part.name, remedy=remedy)
     return plan, todo
+
+
+def _check_cut(plan: CachePlan, source: Source, store: Store) -> None:
+    """The plan's parts of a source are those that it is cut into: a plan of before has no digest of its own.
+
+    Raises:
+        CacheError: they are not.
+    """
+    sources = plan.fingerprint["sources"]
+    number = [entry["sha256"] for entry in sources].index(source.sha256)
+    own = tuple(part for part in plan.parts if part.source == number)
+    before, samples = sum(part.source < number for part in plan.parts), sum(one["rows"] for one in sources[:number])
+    known = all(0 <= part.source < len(sources) for part in plan.parts)
+    if not known or not own or own != cut(source, number, before, samples, own[0].rows):
+        problem = "the plan's parts are not those of the conversations"
+        raise CacheError(problem, file=f"{store.url}/{PLAN}", key=sources[number]["name"], remedy=RESTORE)
 
 
 def _add_source(job: BuildJob, plan: CachePlan, source: Source, number: int, first_sample: int) -> CachePlan:
@@ -218,6 +256,9 @@ def _add_source(job: BuildJob, plan: CachePlan, source: Source, number: int, fir
 def _known_plan(job: BuildJob, source: Source, wanted: dict[str, Any], append: bool) -> CachePlan:
     plan = CachePlan.load(job.store)
     known = plan.fingerprint["sources"]
+    finished = CacheManifest.load(job.store) if job.store.size(MANIFEST) is not None else None
+    if finished is not None and len(finished.fingerprint["sources"]) == len(known):  # else an append was begun
+        CachePlan.load(job.store, finished)
     is_new = source.sha256 not in {entry["sha256"] for entry in known}
     compared = {**wanted, "sources": []} if append and is_new else wanted
     lines = mismatches(plan.fingerprint, compared, job.store.url)

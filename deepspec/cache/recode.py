@@ -45,7 +45,7 @@ def recode_cache(source: str | Path, output: str | Path, features_level: str, la
     if rounded:
         raise CacheError("the cache is rounded already", file=source, found=rounded[0], wanted="raw or lossless")
     levels = {"features": features_level, "last_hidden": levels["last_hidden"] and last_hidden_level}
-    old = CachePlan.load(cache.store)
+    old = CachePlan.load(cache.store, cache.manifest)
     plan = replace(old, fingerprint={**old.fingerprint, "levels": levels})
     store, layout = open_store(output), layout_of(plan.fingerprint)
     progress = Progress("recode", len(plan.parts), noun="parts")

@@ -6,6 +6,8 @@ index fetched again at every read, a shard held in memory while it is written, a
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import struct
 from collections import deque
@@ -68,6 +70,8 @@ class ShardWriter:
         self._futures: deque[tuple[Future[bytes], int]] = deque()
         self._waiting = 0
         self._index: list[tuple[int, int]] = []
+        self._checksums = bytearray()
+        self._digest = hashlib.sha256()
         self._offset = 0
         path = part / array_file(name, 1 + len(shape))
         path.parent.mkdir(parents=True)
@@ -114,11 +118,16 @@ class ShardWriter:
         future, size = self._futures.popleft()
         data = future.result()
         checksum = struct.pack("<I", google_crc32c.value(data))
-        self._file.write(data)
-        self._file.write(checksum)
         self._index.append((self._offset, len(data) + 4))
-        self._offset += len(data) + 4
+        self._write(data)
+        self._write(checksum)
+        self._checksums += checksum
         self._waiting -= size
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._offset += len(data)
 
     def finish(self, level: str) -> ArrayInfo:
         """Write what is left, the shard's index and zarr.json."""
@@ -130,12 +139,11 @@ class ShardWriter:
             self._write_oldest()
         if self._index:
             index = np.array(self._index, dtype="<u8").tobytes()
-            index += struct.pack("<I", google_crc32c.value(index))
-            self._file.write(index)
-            self._offset += len(index)
+            self._write(index + struct.pack("<I", google_crc32c.value(index)))
         self._file.close()
-        metadata = self._write_metadata()
-        return ArrayInfo((self.rows, *self.shape), str(self.dtype), level, self._offset, digest(metadata))
+        shape, metadata = (self.rows, *self.shape), digest(self._write_metadata())
+        checksums = base64.b64encode(self._checksums).decode()
+        return ArrayInfo(shape, str(self.dtype), level, self._offset, metadata, self._digest.hexdigest(), checksums)
 
     def _write_metadata(self) -> bytes:
         codec = self._codec or RawCodec()
@@ -192,6 +200,9 @@ class ShardReader:
 
     Raises:
         CacheError: a missing file, a size or digest other than the manifest's, or a broken index.
+
+    Of the shard only the index is read here. Each chunk that is read later must have the checksum that the manifest
+    names for it: a whole shard of another part or array is refused.
     """
 
     def __init__(self, store: Store, path: str, info: ArrayInfo) -> None:
@@ -204,9 +215,19 @@ class ShardReader:
         self.chunk, self.codec, self.dtype = _parse_metadata(metadata, where)
         self.row_bytes = self.dtype.itemsize * int(np.prod(info.shape[1:], dtype=np.int64))
         self.offsets, self.sizes = self._read_index()
+        self.checksums = self._named_checksums()
 
     def _broken(self, problem: str, file: str | None = None, key: object = None, **facts: Any) -> CacheError:
         return CacheError(problem, file=file or f"{self.store.url}/{self.file}", key=key, remedy=REBUILD, **facts)
+
+    def _named_checksums(self) -> list[int] | None:
+        """Every chunk's CRC-32C by part.json; None of an older cache."""
+        if self.info.checksums is None:
+            return None
+        found: list[int] = np.frombuffer(base64.b64decode(self.info.checksums), "<u4").tolist()
+        if len(found) != len(self.sizes):
+            raise self._broken("not a checksum for each chunk", found=len(found), wanted=len(self.sizes))
+        return found
 
     def _read_index(self) -> tuple[list[int], list[int]]:
         size = self.store.size(self.file)
@@ -225,6 +246,15 @@ class ShardReader:
         if (index == _MISSING).any() or (index.sum(axis=1) > size).any() or (index[:, 1] < 4).any():
             raise self._broken("the shard's index names chunks that are not in the file")
         return index[:, 0].tolist(), index[:, 1].tolist()
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the shard's bytes: all of them are read."""
+        found = hashlib.sha256()
+        for start in range(0, self.info.bytes, RUN_BYTES):
+            data = scratch("digest", min(RUN_BYTES, self.info.bytes - start)).data
+            self.store.read_into(self.file, start, [data])
+            found.update(data)
+        return found.hexdigest()
 
     def read(self, start: int, out: NDArray[Any]) -> None:
         """Rows ``start`` .. ``start + len(out)`` into ``out`` [n, ...], which must be contiguous.
@@ -289,9 +319,14 @@ class ShardReader:
             self._check(first + number, _checksum(group), sums[4 * number : 4 * number + 4].tobytes())
 
     def _check(self, chunk: int, found: int, stored: bytes) -> None:
+        problem = None
         if struct.pack("<I", found) != stored:
+            problem = "chunk does not match its checksum"
+        elif self.checksums is not None and self.checksums[chunk] != found:
+            problem = "chunk of another array or part, by its checksum in part.json"
+        if problem is not None:
             rows = f"chunk {chunk} (rows {chunk * self.chunk}..{(chunk + 1) * self.chunk - 1})"
-            raise self._broken("chunk does not match its checksum", key=rows)
+            raise self._broken(problem, key=rows)
 
 
 def _checksum(pieces: Sequence[NDArray[np.uint8]]) -> int:

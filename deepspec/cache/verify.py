@@ -8,9 +8,20 @@ from pathlib import Path
 
 import numpy as np
 
-from deepspec.cache.assemble import sample_table
-from deepspec.cache.format import MANIFEST, PARTS, CacheManifest, PartEntry, PartManifest
+from deepspec.cache.assemble import GROUPS, rejected_lines, sample_table
+from deepspec.cache.format import (
+    MANIFEST,
+    PARTS,
+    PLAN,
+    REBUILD,
+    REJECTED,
+    CacheManifest,
+    PartEntry,
+    PartManifest,
+    from_json,
+)
 from deepspec.cache.parts import rows_of
+from deepspec.cache.plan import CachePlan
 from deepspec.cache.reader import PartReader, TargetCache
 from deepspec.cache.shard import ShardReader
 from deepspec.cache.store import Store, build_lock, open_store
@@ -53,8 +64,14 @@ def verify_cache(path: str | Path, workers: int = 4) -> list[Problem]:
             found += problems
             progress.add(1, entry.bytes)
     progress.finish()
-    if not found and not np.array_equal(TargetCache.open(path).table, sample_table([one for one in manifests if one])):
-        found.append(Problem(MANIFEST, "the sample table does not fit the parts"))
+    if not found:
+        whole = [one for one in manifests if one]
+        if not np.array_equal(TargetCache.open(path).table, sample_table(whole)):
+            found.append(Problem(MANIFEST, "the sample table does not fit the parts"))
+        if store.size(REJECTED) is None or store.read(REJECTED) != rejected_lines(whole):
+            found.append(Problem(REJECTED, "does not fit the parts"))
+        found += _wrong_plan(store, manifest, whole)
+    found += [Problem(name, "not a Zarr group") for name in GROUPS if not _is_group(store, name)]
     known = {entry.name for entry in manifest.parts}
     found += [
         Problem(name, "is in no manifest (an unfinished append, or a stray folder)")
@@ -69,7 +86,8 @@ def _verify_part(store: Store, entry: PartEntry) -> tuple[PartManifest | None, l
         part = PartReader(store, entry.name, entry.sha256)
     except CacheError as problem:
         return None, [Problem(entry.name, str(problem))]
-    problems = []
+    group = f"{PARTS}/{entry.name}/zarr.json"
+    problems = [] if _is_group(store, group) else [Problem(entry.name, f"{group}: not a Zarr group")]
     for name in part.manifest.arrays:
         try:
             _read_all(part.array(name))
@@ -80,10 +98,36 @@ def _verify_part(store: Store, entry: PartEntry) -> tuple[PartManifest | None, l
     return part.manifest, problems
 
 
+def _wrong_plan(store: Store, manifest: CacheManifest, parts: list[PartManifest]) -> list[Problem]:
+    """What is wrong with plan.json; a cache of before may have none."""
+    if store.size(PLAN) is None and manifest.plan_sha256 is None:
+        return []
+    try:
+        plan = CachePlan.load(store, manifest)
+    except CacheError as problem:
+        return [Problem(PLAN, str(problem))]
+    for planned, part in zip(plan.parts, parts, strict=True):
+        ids = sorted([*part.sample_ids, *(reject[0] for reject in part.rejected)])
+        if ids != list(range(planned.first_sample, planned.first_sample + planned.rows)):
+            return [Problem(PLAN, f"the samples of part {part.name} are not those planned")]
+    return []
+
+
+def _is_group(store: Store, name: str) -> bool:
+    """Whether a file is a Zarr group's metadata: other readers need it, ours does not."""
+    try:
+        values = from_json(store, name)
+    except CacheError:
+        return False
+    return isinstance(values, dict) and (values.get("zarr_format"), values.get("node_type")) == (3, "group")
+
+
 def _read_all(array: ShardReader) -> None:
     rows = array.info.shape[0]
     for start in range(0, rows, ROWS):
         array.read(start, np.empty((min(ROWS, rows - start), *array.info.shape[1:]), array.dtype))
+    if array.info.sha256 not in (None, array.sha256()):
+        raise CacheError("shard differs from its digest in part.json", file=array.file, remedy=REBUILD)
 
 
 def _wrong_counts(part: PartReader) -> list[str]:
@@ -105,10 +149,11 @@ def drop_parts(path: str | Path, names: list[str]) -> None:
     """Delete broken parts, and the manifest first: the cache is unfinished until they are built again.
 
     Raises:
-        CacheError: another process builds here.
+        CacheError: another process builds here, or the parts cannot be built again: the plan is not the cache's.
     """
     store = open_store(path)
     with build_lock(store):
+        CachePlan.load(store, CacheManifest.load(store))
         store.remove(MANIFEST)
         for name in names:
             store.remove(f"{PARTS}/{name}")

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
-from deepspec.cache.format import CacheManifest
+from deepspec.cache.format import PLAN, CacheManifest
 from deepspec.cache.levels import LEVELS, warnings
 from deepspec.cli import rank_word, recipe_words
 from deepspec.errors import CacheError, DataError
+from deepspec.files import RESTORE
 from deepspec.progress import clock
 from deepspec.recipe import Recipe, load_recipe
 
@@ -181,6 +182,8 @@ def _verify(given: argparse.Namespace) -> int:
     if not given.rebuild:
         print(f"{len(broken)} broken parts; --rebuild --recipe R --data D makes just these again")
         return 1
+    if any(problem.part == PLAN for problem in problems):
+        raise CacheError("parts cannot be built again without their plan", file=given.cache, key=PLAN, remedy=RESTORE)
     recipe, data = _read(given)
     drop_parts(given.cache, broken)
     build_cache(recipe, data, given.cache)

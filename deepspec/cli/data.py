@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from itertools import islice
+from pathlib import Path
 
 from deepspec.arguments import (
     COUNT,
@@ -130,7 +132,7 @@ def inspect() -> None:
         raise DataError("no target named", wanted="--recipe or --target")
 
     from deepspec.data.chat import Renderer
-    from deepspec.data.conversations import read_conversations
+    from deepspec.data.conversations import checked_lines, read_conversations
     from deepspec.data.inspect import inspect as run
     from deepspec.targets.load import load_spec, load_tokenizer
 
@@ -138,5 +140,6 @@ def inspect() -> None:
     revision = recipe.target.revision if recipe and path == recipe.target.path else None
     spec = load_spec(path, revision)
     renderer = Renderer(load_tokenizer(path, revision), spec, data.system_prompt, data.thinking, data.max_length)
+    deque(checked_lines(Path(given.data)), maxlen=0)  # with a limit the rows do not reach the file's end
     rows = islice(read_conversations(given.data), given.limit)
     print(run(renderer, rows, data.min_supervised, given.show, given.html, given.histogram))

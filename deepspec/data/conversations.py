@@ -19,7 +19,7 @@ from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, p
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, normal_row
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, refuse_special, sync, write_json
+from deepspec.files import named, read_json, refuse_special, sealed, sync, write_json
 from deepspec.processes import temporary_name
 from deepspec.rows import dump_row
 
@@ -217,7 +217,7 @@ class ConversationWriter:
         os.replace(self._temporary, self.path)
         sync(self.path.parent)
         manifest = {"format": FORMAT, "rows": self.rows, "sha256": self._digest.hexdigest()}
-        write_json(manifest_path(self.path), manifest | {"provenance": self.provenance})
+        write_json(manifest_path(self.path), sealed(manifest | {"provenance": self.provenance}))
 
 
 def write_conversations(path: str | Path, rows: Iterable[Mapping[str, Any]], provenance: Mapping[str, Any]) -> int:

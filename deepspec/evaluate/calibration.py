@@ -24,7 +24,7 @@ from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.report import number
 from deepspec.evaluate.results import open_rows
-from deepspec.files import read_json, write_json
+from deepspec.files import read_json, sealed, write_json
 from deepspec.identity import differences
 from deepspec.tables import Table
 
@@ -229,7 +229,7 @@ def calibrate(draft: Path, folders: Sequence[Path], temperature: float) -> dict[
 
     result["saved"] = mean_ece(result["after"]) <= mean_ece(result["before"])
     if result["saved"]:
-        write_json(draft / STS_FILE, result)
+        write_json(draft / STS_FILE, sealed(result))
     return result
 
 

@@ -17,10 +17,11 @@ import yaml
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import TaskSummary
 from deepspec.evaluate.tasks import registered_tasks
-from deepspec.files import read_json, sha256_file, write_json
+from deepspec.files import check_digests, digests_of, read_json, sealed, sha256_file, write_json
 from deepspec.rows import RowLog
 
 FORMAT = "deepspec.results/2"
+RESULTS = "results.json"
 RECIPE = "recipe.yaml"  # in a draft folder
 PACKAGES = ("deepspec", "torch", "transformers")
 Key = tuple[str, float, int]  # task, temperature, index of the prompt
@@ -30,9 +31,16 @@ def open_rows(folder: Path, name: str, rank: int = 0) -> RowLog[Key]:
     """The rows of a results folder: ``name`` is ``results``, or ``plain`` for those of the baseline.
 
     Raises:
-        EvaluationError: a line that is not a row.
+        EvaluationError: a line that is not a row, two rows of one prompt that differ, or rows of a finished run that
+            changed since then.
     """
-    path = folder / f"{name}.jsonl"
+    path, finished = folder / f"{name}.jsonl", folder / RESULTS
+    if finished.is_file():
+        values = read_json(finished, EvaluationError)
+        known = values.get("sha256", {}) if isinstance(values, dict) else {}  # older results have none
+        digests = {path.name: known[path.name]} if path.name in known else {}
+        remedy = f"put it back, or remove {RESULTS} and the changed rows: evaluated again, they are made again"
+        check_digests(folder, digests, EvaluationError, remedy)
     return RowLog(path, lambda row: (row["task"], row["temperature"], row["index"]), EvaluationError, rank=rank)
 
 
@@ -58,6 +66,7 @@ class Provenance:
     command: list[str]
     finished: str  # UTC
     identity: dict[str, Any] = field(default_factory=dict)  # see `identity_of`; {}: older results
+    draft_config: str | None = None  # SHA-256 of the draft's config.json; None: older results, or a draft in memory
 
 
 @dataclass(frozen=True)
@@ -80,8 +89,9 @@ class Results:
         }
 
     def save(self, folder: Path) -> None:
-        """Write ``results.json``; it exists = the run is complete."""
-        write_json(folder / "results.json", self.to_row())
+        """Write ``results.json`` with the digests of the rows; it exists = the run is complete."""
+        rows = [name for name in ("results.jsonl", "plain.jsonl") if (folder / name).is_file()]
+        write_json(folder / RESULTS, sealed(self.to_row() | {"sha256": digests_of(folder, rows)}))
 
     @staticmethod
     def load(folder: Path) -> Results:
@@ -90,7 +100,7 @@ class Results:
         Raises:
             EvaluationError: no finished run there, or one of another format.
         """
-        path = folder / "results.json"
+        path = folder / RESULTS
         row = read_json(path, EvaluationError, "name the folder of a finished evaluation")
         if not isinstance(row, dict) or row.get("format") != FORMAT:
             found = row.get("format") if isinstance(row, dict) else type(row).__name__

@@ -25,7 +25,7 @@ from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World, barrier, on_rank0, process_group
-from deepspec.drafts import load_draft, weights_sha256
+from deepspec.drafts import CONFIG, load_draft, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.cost import Cost, CostMeter
@@ -33,7 +33,7 @@ from deepspec.evaluate.measure import PromptResult, TaskSummary, file_keys, macr
 from deepspec.evaluate.results import Key, Provenance, Results, environment, open_rows, paper_value, recipe_of
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
-from deepspec.files import read_json, sha256_json, write_json
+from deepspec.files import read_json, sealed, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
@@ -152,6 +152,7 @@ class Evaluation:
         return settings | {
             "tasks": {task.name: task.digest for task in self.tasks},
             "draft_sha256": self._draft_digest(),
+            "draft_config": None if self._given else sha256_json(read_json(Path(self.options.draft) / CONFIG)),
             "target_digest": identity["target"]["weights"],
             "target_dtype": str(self.target.dtype),
             "identity": identity,
@@ -234,7 +235,7 @@ class Evaluation:
         drafted = count_nodes(self.options.tree) or self.draft.config.max_draft
         tokens = self.rows * (drafted + 1)
         threads = choose_threads(self.target, tokens, own_cores(self.world.local_size))
-        write_json(path, {"identity": self.identity, "threads": threads})
+        write_json(path, sealed({"identity": self.identity, "threads": threads}))
 
     def _check_same_run(self, known: dict[str, Any]) -> None:
         """Refuse an output folder whose rows were made with other settings; each difference is named.
@@ -247,6 +248,7 @@ class Evaluation:
         if target is None:  # a run of an earlier version; its digest is compared alone
             target = {"target": {"weights": known["target_digest"]}}
             now.pop("target_dtype")
+        now = now if "draft_config" in known else {key: one for key, one in now.items() if key != "draft_config"}
         lines = differences(target, as_recorded(target, wanted, self.target.dtype, self.output), sides)
         now.pop("target_digest"), known.pop("target_digest")
         for settings in (now, known):  # one folder may be written in several ways
@@ -387,7 +389,7 @@ class Evaluation:
         )
 
     def _provenance(self, summaries: list[TaskSummary]) -> Provenance:
-        own = ("target", "draft", "tasks", "draft_sha256", "target_digest", "target_dtype", "identity")
+        own = ("target", "draft", "tasks", "draft_sha256", "draft_config", "target_digest", "target_dtype", "identity")
         counts = ("prompts", "rounds", "output_tokens")
         return Provenance(
             **{key: self.identity[key] for key in own},

@@ -8,13 +8,21 @@ from typing import Any
 import torch
 
 from deepspec import registry
-from deepspec.checkpoints import Manifest, read_manifest, read_weights, steps_of, target_differences
+from deepspec.checkpoints import (
+    Manifest,
+    check_files,
+    read_manifest,
+    read_weights,
+    steps_of,
+    target_differences,
+)
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.recipe import recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
+from deepspec.targets.stored import check_finite
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -47,7 +55,8 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         The checkpoint folder that was taken.
 
     Raises:
-        CheckpointError: no complete checkpoint, broken shards, or a target with other weights than in training.
+        CheckpointError: no complete checkpoint, changed or broken shards, weights that are not finite, or a target
+            with other weights than in training.
         DraftError: ``output`` already holds a draft, or another process works there.
     """
     with one_writer(output, "consolidation", DraftError):
@@ -61,11 +70,13 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
     _check_target(spec, manifest, folder, embeddings)
+    check_files(folder, manifest)
     weights = read_weights(folder, manifest)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     if embeddings:  # as exact as the target's files have them, not as training rounded them
         target = load_target_embeddings(spec.path, kind, "cpu", spec.revision)
         state |= dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
+    check_finite(state, folder, CheckpointError)
     provenance: dict[str, Any] = {
         "checkpoint": str(folder),
         "step": manifest.step,

@@ -18,6 +18,8 @@ from deepspec.drafts import (
     build_draft,
     check_target,
     check_weights,
+    read_config,
+    read_provenance,
     read_weights,
     save_draft,
     weights_sha256,
@@ -55,7 +57,7 @@ def read_draft(folder: Path) -> DraftCheckpoint:
     Raises:
         DraftError: not a draft, or weights that do not fit.
     """
-    config = read_json(folder / "config.json", DraftError, "name a draft folder, a checkpoint or a run")
+    config = read_config(folder, "name a draft folder, a checkpoint or a run")
     return _checked(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), folder)
 
 
@@ -100,7 +102,7 @@ def _export(source: Path, output: Path, name: str, engine: ExportEngine, options
         shared = _shared_frozen(draft)
         state = {name: tensor for name, tensor in written.state.items() if name not in shared}
         written = DraftCheckpoint(written.config, state, written.file)
-    provenance = _provenance(source)
+    provenance = read_provenance(source)
     provenance["export"] = {"format": engine.name, "embeddings": options.embeddings, "source": str(source)}
     recipe, results = _recipe(source), _results(source, options.results)
     write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, name))
@@ -129,7 +131,7 @@ def _shared_frozen(draft: DraftCheckpoint) -> set[str]:
 def _with_frozen(draft: DraftCheckpoint, engine: ExportEngine, options: ExportOptions) -> DraftCheckpoint:
     """The draft with the target's embedding and head, where the folder needs them or a head must be cut."""
     folder = Path(draft.file or "").parent
-    provenance = _provenance(folder)
+    provenance = read_provenance(folder)
     lacking = [name for name in FROZEN if name not in draft.state]
     if not lacking and options.target is not None:  # nothing is taken from it, but the user named it as the draft's
         load_spec(options.target)  # refuses what is no target
@@ -187,14 +189,14 @@ def import_draft(
     hints = hints or ImportHints()
     with whole_folder(output, "import", DraftError) as inside:
         folder = fetch_draft(source)
-        config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
+        config = read_config(folder, "name a folder with config.json and *.safetensors")
         engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
         draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
         if hints.target is not None and "num_target_layers" in draft.config:  # not all released drafts have it
             check_target(draft.config, hints.target, draft.file)
             hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
         _checked(draft, folder)
-        provenance = _provenance(folder)
+        provenance = read_provenance(folder)
         provenance["import"] = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
         save_draft(inside, draft.state, draft.config, provenance, _recipe(folder))
     return draft, engine.name
@@ -214,11 +216,6 @@ def find_engine(config: Mapping[str, Any], folder: Path) -> ExportEngine:
         "no format that we know", file=folder / "config.json", key="architectures", found=config.get("architectures"),
         wanted=f"one of {', '.join(registry.ENGINES)}", remedy="name it (--from)",
     )  # fmt: skip
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    path = folder / "provenance.json"
-    return dict(read_json(path, DraftError)) if path.is_file() else {}
 
 
 def _recipe(folder: Path) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from deepspec.drafts import weight_files
+from deepspec.drafts import check_files, weight_files
 from deepspec.errors import DraftError
 from deepspec.files import read_json
 
@@ -71,7 +71,7 @@ def _check_whole(folder: Path) -> dict[str, Any]:
     """The config of a folder that an export finished.
 
     Raises:
-        DraftError: a part of it is missing.
+        DraftError: a part of it is missing or has changed.
     """
     for name in ("provenance.json", "config.json", "README.md"):
         if not (folder / name).is_file():
@@ -80,4 +80,5 @@ def _check_whole(folder: Path) -> dict[str, Any]:
     for path in weight_files(folder):
         if not path.is_file():
             raise DraftError("no such file", file=path)
+    check_files(folder)
     return dict(read_json(folder / "config.json", DraftError))

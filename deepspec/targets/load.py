@@ -22,7 +22,7 @@ from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
 from deepspec.files import read_json
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
-from deepspec.targets.stored import check_fit, open_stored, silent, weight_files
+from deepspec.targets.stored import check_finite, check_fit, open_stored, silent, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -212,7 +212,8 @@ def load_target(
         revision: of the hub id.
 
     Raises:
-        TargetError: nothing to load there, an unknown family, or tensors that are not those of its config.
+        TargetError: nothing to load there, an unknown family, tensors that are not those of its config, or weights that
+            are not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -229,7 +230,9 @@ def load_target(
     model, info = loaded
     check_fit(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
     _warn_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
-    return Target(model.to(device), spec)
+    model = model.to(device)
+    check_finite(dict(model.named_parameters()), path)
+    return Target(model, spec)
 
 
 def load_target_embeddings(
@@ -240,7 +243,8 @@ def load_target_embeddings(
     The complete :class:`Target` comes instead where it is quantized or its files are not safetensors.
 
     Raises:
-        TargetError: nothing to load there, an unknown family, or tensors that are not those of its config.
+        TargetError: nothing to load there, an unknown family, tensors that are not those of its config, or weights that
+            are not finite.
     """
     spec = load_spec(path, revision)
     stored = open_stored(path, dtype, revision)
@@ -250,6 +254,7 @@ def load_target_embeddings(
     embed, head = stored.embedding_and_head()
     embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
     head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
+    check_finite({embed: embed_weight, head: head_weight}, path)
     _warn_untied(spec, tied)
     return TargetEmbeddings(spec, embed_weight, head_weight)
 

@@ -7,6 +7,7 @@ without storage: what it finds there is what it would find while it loads the mo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from deepspec.errors import TargetError
+from deepspec.errors import DeepSpecError, TargetError
 from deepspec.files import read_index, read_json, safe_join
 
 NAMES = (  # in the order in which transformers looks for them
@@ -228,6 +229,23 @@ def check_fit(
             f"its tensors are not those of its config.json: {'; '.join(lines)}", file=path,
             wanted="every tensor of the model, none left over", remedy="fetch it again, or correct its config.json",
         )  # fmt: skip
+
+
+def check_finite(tensors: Mapping[str, Tensor], file: str | Path, error: type[DeepSpecError] = TargetError) -> None:
+    """Refuse weights that are infinite or no number: one pass over each.
+
+    Raises:
+        error: there is one; the tensor is named.
+    """
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_meta or not tensor.numel():
+            continue
+        values = tensor.float() if tensor.itemsize == 1 else tensor  # float8 has no comparisons
+        low, high = (float(value) for value in values.detach().aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            found = "NaN" if math.isnan(low) else "inf"
+            remedy = "take an earlier checkpoint, or fetch it again"
+            raise error("weights must be finite numbers", file=file, key=name, found=found, remedy=remedy)
 
 
 def _listed(names: Iterable[str]) -> str:

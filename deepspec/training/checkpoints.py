@@ -1,12 +1,13 @@
 """Checkpoints of a run: ``<run>/checkpoints/step_N/``, complete or absent.
 
-DeepSpeed writes under a temporary name; then every file is synced, ``manifest.json`` is written last and the folder
-gets its name by one rename. There is no ``latest`` file to lose: the newest folder with a manifest is the latest.
-Removal goes the other way: the folder loses its name first.
+DeepSpeed writes under a temporary name; then every file is synced and digested, ``manifest.json`` is written last and
+the folder gets its name by one rename. There is no ``latest`` file to lose: the newest folder with a manifest is the
+latest. Removal goes the other way: the folder loses its name first.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ import torch
 
 from deepspec.checkpoints import Manifest, read_manifest, steps_of, target_differences
 from deepspec.errors import CheckpointError
-from deepspec.files import named, sync, write_json
+from deepspec.files import named, sealed, sync, write_json
 from deepspec.identity import as_recorded, differences, flatten
 from deepspec.recipe import RETIRED, Recipe, TrainSection, recipe_from_dict
 
@@ -77,13 +78,15 @@ class Checkpoints:
 
     def _finish(self, manifest: Manifest) -> None:
         source = self.folder / self.temporary(manifest.step)
-        files = {}
+        sizes, digests = dict[str, int](), dict[str, str]()
         for path in sorted(source.rglob("*")):
             if path.is_file():
                 with named(path), open(path, "rb") as handle:
                     os.fsync(handle.fileno())
-                files[str(path.relative_to(source))] = path.stat().st_size
-        write_json(source / "manifest.json", {**asdict(manifest), "files": files})
+                    name = str(path.relative_to(source))
+                    sizes[name] = path.stat().st_size
+                    digests[name] = hashlib.file_digest(handle, "sha256").hexdigest()  # just written: still in memory
+        write_json(source / "manifest.json", sealed({**asdict(manifest), "files": sizes, "sha256": digests}))
         final = self.folder / f"step_{manifest.step}"
         if final.exists():
             self._remove(final)

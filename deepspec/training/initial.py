@@ -23,7 +23,7 @@ from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
-from deepspec.targets.stored import StoredTensor, open_stored
+from deepspec.targets.stored import StoredTensor, check_finite, open_stored
 
 NOISE = 0.1  # of the random weights that stay in the features' projection
 
@@ -88,4 +88,5 @@ def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: st
             wanted=tuple(weight.shape), remedy="set train.init: random",
         )  # fmt: skip
     source = stored.read(weight.dtype)
+    check_finite({name: source}, path)
     weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)

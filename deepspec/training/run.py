@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
-from deepspec.checkpoints import read_buffers
+from deepspec.checkpoints import check_files, read_buffers
 from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
@@ -127,6 +127,8 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
         versions=versions(),
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
+    if start.folder is not None and start.step < manifest.total_steps:
+        check_files(start.folder, store.read_manifest(start.folder), world.rank, world.size)
     held_out = None if recipe.train.validation is None else kind.open(recipe, target, held_out=True)
     return Prepared(recipe, target, source, held_out, plan, manifest, start)
 

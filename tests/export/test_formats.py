@@ -75,6 +75,7 @@ def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, k
     """What others write: no `deepspec` key, defaults of the transformer left out, names behind `model.`."""
     target, model, ours = made(tmp_path, kind)
     export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
     for key in ("deepspec", "attention_dropout", "rms_norm_eps", "use_cache"):
@@ -102,6 +103,7 @@ def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, k
 def test_a_draft_with_a_head_of_its_own_uses_it(tmp_path: Path) -> None:
     target, model, ours = made(tmp_path, "eagle3-reduced", "llama")
     export_draft(ours, tmp_path / "out", ExportOptions("sglang"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     del config["deepspec"]
     (tmp_path / "out" / "config.json").write_text(json.dumps(config))
@@ -143,6 +145,7 @@ def test_names_and_shapes_of_engines(tmp_path: Path) -> None:
 def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
     target, _, ours = made(tmp_path, "dspark")
     export_draft(ours, tmp_path / "spec", ExportOptions("speculators"))
+    (tmp_path / "spec" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "spec" / "config.json"
     config = json.loads(path.read_text())
     del config["sample_from_anchor"]
@@ -153,6 +156,7 @@ def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
     assert load_draft(tmp_path / "back", target).config.max_draft == 4
     _, _, ours = made(tmp_path / "e", "eagle3")
     export_draft(ours, tmp_path / "eagle", ExportOptions("speculators"))
+    (tmp_path / "eagle" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "eagle" / "config.json"
     config = json.loads(path.read_text())
     for change, reason in (({"norm_before_residual": True}, "norms that ours has not"), ({}, "norm_before_residual")):
@@ -171,6 +175,7 @@ def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
 def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
     _, _, ours = made(tmp_path, "dflash-k-1")
     export_draft(ours, tmp_path / "out", ExportOptions("zlab"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "out" / "model.safetensors"
     state = load_file(path)
     for change, reason in (

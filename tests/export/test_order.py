@@ -61,6 +61,7 @@ def test_frequencies_come_back_from_every_format(kind: str, tmp_path: Path) -> N
 def test_a_foreign_file_with_the_older_rope_fields_has_the_same_frequencies(tmp_path: Path) -> None:
     target, model = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {}, rope_parameters=ROPES["llama3"])
     export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("sglang"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     config["rope_scaling"] = {key: value for key, value in config.pop("rope_parameters").items() if key != "rope_theta"}
     (tmp_path / "out" / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5}))
@@ -85,6 +86,7 @@ def test_frequencies_that_depend_on_the_batch_are_refused_by_name(kind: str, tmp
 
 def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
     made(tmp_path, "qwen3", "dflash", [0, 1, 3], {})
+    (tmp_path / "provenance.json").unlink()  # changed on purpose
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 96}))
     with pytest.raises(DraftError, match=r"mask_token_id: no such token; found 96; wanted .*below 96"):
@@ -119,6 +121,7 @@ def test_layers_that_do_not_rise_are_sorted_and_the_columns_of_fc_with_them(tmp_
 def test_a_foreign_list_that_does_not_rise_is_refused_unless_its_order_is_stated(tmp_path: Path) -> None:
     target, _ = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {})
     export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("vllm"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))

@@ -35,6 +35,7 @@ def fixed_weights(path: Path) -> None:
             values = (torch.arange(tensor.numel()) * 7 + number * 13) % 251 - 125
             state[name] = (values / 64).view(tensor.shape).to(tensor.dtype)
     save_file(state, path)
+    (path.parent / "provenance.json").unlink()
 
 
 def tensors_digest(folder: Path) -> str:

@@ -24,6 +24,7 @@ from deepspec.data.regenerate import RegenerationPlan, regenerate
 from deepspec.data.sources import read_source
 from deepspec.errors import CacheError, DataError, EvaluationError
 from deepspec.evaluate.run import Evaluation
+from deepspec.files import read_json
 from deepspec.sources.online import OnlineSource
 from deepspec.targets import load_target
 from deepspec.targets.digests import sampled_digest
@@ -121,7 +122,7 @@ def test_a_regeneration_does_not_go_on_under_another_template_or_config(
     edit(config, rms_norm_eps=1e-2)
     with pytest.raises(DataError, match=r"output exists.*rms_norm_eps"):
         regenerate(setup.data, output, StoppingEngine(9), plan.settings())
-    about = json.loads(manifest_path(output).read_text())
+    about = read_json(manifest_path(output))
     del about["provenance"]["identity"]  # of an earlier version
     manifest_path(output).write_text(json.dumps(about))
     capsys.readouterr()
@@ -174,7 +175,7 @@ def test_an_evaluation_does_not_go_on_under_another_identity(
         path.write_text(path.read_text() + " ")
     (root / "output" / "results.json").unlink()
     options = evaluated.options(root / "output", max_new_tokens=4)
-    values = json.loads((root / "output" / "run.json").read_text())
+    values = read_json(root / "output" / "run.json")
     values["identity"]["target"] = str(root / "target")  # the same run, whose target changed in its place
     (root / "output" / "run.json").write_text(json.dumps(values))
     moved = dataclasses.replace(options, target=str(root / "target"))
@@ -186,7 +187,7 @@ def test_an_evaluation_of_before_goes_on_with_a_word(
     evaluated: Folders, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = Path(shutil.copytree(evaluated.target.parent / "output", tmp_path / "output"))
-    values = json.loads((output / "run.json").read_text())
+    values = read_json(output / "run.json")
     values["digest"], old = "x", values["identity"]
     del old["identity"], old["target_dtype"]
     old["target_digest"] = sampled_digest(evaluated.target, torch.float32)

@@ -18,6 +18,7 @@ from deepspec.drafts import FROZEN, load_draft
 from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import ExportOptions, export_draft
+from deepspec.files import read_json
 from deepspec.recipe import load_recipe
 from deepspec.targets import load, load_target
 from deepspec.targets.digests import sampled_digest
@@ -155,7 +156,7 @@ def test_a_run_of_before_goes_on_and_is_compared_by_the_digest_that_it_holds(
     tools.use_memory_source(monkeypatch)
     output = Path(shutil.copytree(place / "a" / "run", tmp_path / "run"))
     manifest = steps_of(output)[4] / "manifest.json"
-    values = json.loads(manifest.read_text())
+    values = read_json(manifest)
     del values["identity"]
     values["target_digest"] = sampled_digest(place / "target", torch.float32)
     manifest.write_text(json.dumps(values))

@@ -23,6 +23,7 @@ from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import free_port
 from deepspec.errors import CheckpointError
 from deepspec.export.consolidate import consolidate
+from deepspec.files import read_json
 from deepspec.recipe import load_recipe
 
 STEPS = 8
@@ -192,7 +193,7 @@ def test_a_run_that_began_with_length_buckets_says_how_to_go_on(
 ) -> None:
     shutil.copytree(finished, tmp_path / "a")
     path = tmp_path / "a" / "run" / "checkpoints" / "step_6" / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_json(path)
     manifest["recipe"]["train"]["bucket_batches"] = 50
     path.write_text(json.dumps(manifest))
     here = f"output={tmp_path / 'a' / 'run'}"
