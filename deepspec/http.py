@@ -46,6 +46,24 @@ class Reply:
         text = self.body[:EXCERPT].decode(errors="replace")
         return f"{self.status} {' '.join(text.split())}"
 
+    def json(self) -> dict[str, Any]:
+        """The body's JSON object.
+
+        Raises:
+            ValueError: it is none, holds NaN or an infinity, or is nested beyond Python's stack.
+        """
+        try:
+            value = json.loads(self.body, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"not a JSON object: {self.summary}")
+        return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
+
 
 def without_password(url: str) -> str:
     """The URL without a user's name and password."""

@@ -68,6 +68,7 @@ class DataSection:
     thinking: bool = False
     system_prompt: str | None = None
     servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
+    server_storage: str | None = None  # the folder that these servers write to; no file elsewhere is read or removed
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")

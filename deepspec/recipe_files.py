@@ -21,7 +21,7 @@ from deepspec.sections import relocate
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
 MARKS = ("deepspeed_configs", ".git")  # what the root of a project holds
 CHECKOUT = Path(__file__).parents[1]  # of deepspec itself, whose deepspeed_configs any recipe may name
-INPUTS = ("data.conversations", "data.cache", "train.deepspeed", "train.validation.path")
+INPUTS = ("data.conversations", "data.cache", "data.server_storage", "train.deepspeed", "train.validation.path")
 NAMES = ("target.path", "data.prompts", "evaluate.tasks")  # a path where something is there, else a name
 OUTPUT = "output"
 MOST_VALUES = 100_000  # of a file, its aliases written out

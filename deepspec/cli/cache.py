@@ -32,6 +32,9 @@ def build() -> int:
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
     parser.add_argument("--server", help="URL of a server of the target that returns hidden states (docs/serving.md)")
+    parser.add_argument(
+        "--server-storage", help="the folder that it writes them to (default: the recipe's data.server_storage)"
+    )
     rank_word(parser)
     given = parser.parse_args()
 
@@ -42,7 +45,8 @@ def build() -> int:
     recipe, data = _read(given)
     with process_group(world_from_environment(), error=CacheError) as world:
         try:
-            manifest = build_cache(recipe, data, given.output, world, given.append, given.server)
+            served = (given.server, given.server_storage)
+            manifest = build_cache(recipe, data, given.output, world, given.append, *served)
         except BuildStopped as problem:
             log.info("build: %s", problem)
             return 143
