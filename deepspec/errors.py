@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST_VALUE = 500  # characters of a value found: a message stays one line, whatever was in the file
+# What a terminal obeys instead of showing it, what reorders a line, and halves of pairs, which no terminal can be sent.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LOGIN = re.compile(r"(\w://)[^\s/@]*@")
 
 
 class DeepSpecError(Exception):
@@ -52,7 +55,7 @@ class DeepSpecError(Exception):
             text += f"; wanted {wanted}"
         if remedy is not None:
             text += f"; {remedy}"
-        super().__init__(text)
+        super().__init__(without_logins(text))
 
 
 class RecipeError(DeepSpecError):
@@ -101,6 +104,16 @@ def shown(value: object) -> str:
     except ValueError:  # an int of more digits than Python writes
         text = "a number of thousands of digits"
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what it would obey (colours, titles, cursor moves) as escapes; lines and tabs stay."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def without_logins(text: str) -> str:
+    """Text without the user names and passwords of the URLs in it."""
+    return _LOGIN.sub(r"\1", text)
 
 
 _REMEDIES = (  # of what the system refused, by its error numbers
@@ -169,7 +182,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def _fail(error: DeepSpecError | None) -> NoReturn:
     if error is not None:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # discard what is still in the buffer: Python would try again at its end

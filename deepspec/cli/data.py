@@ -17,6 +17,7 @@ from deepspec.arguments import (
 )
 from deepspec.cli import recipe_words
 from deepspec.errors import DataError
+from deepspec.log import say
 from deepspec.recipe import DataSection, load_recipe
 
 DEFAULT = "mlabonne/open-perfectblend"
@@ -55,7 +56,7 @@ def prepare() -> None:
 
     held_out = data.held_out if given.held_out is None else given.held_out
     options = PrepareOptions(dict(pairs), held_out, tuple(given.exclude), given.limit, given.split, given.seed)
-    print("\n".join(run(options, given.output).lines()))
+    say("\n".join(run(options, given.output).lines()))
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -110,7 +111,7 @@ def regenerate() -> None:
         engine = plan.local_engine()
     settings = plan.settings(served=kind == "server") | {"engine": kind}
     summary = run(given.prompts, given.output, engine, settings, given.max_failed)
-    print(f"{given.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
+    say(f"{given.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
 
 
 def inspect() -> None:

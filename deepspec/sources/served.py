@@ -40,9 +40,7 @@ class ServedSource(OnlineSource):
         section, data = recipe.target, recipe.data
         url = data.servers[world_from_environment().rank % len(data.servers)]
         dtype = getattr(torch, section.dtype)
-        served = ServedTarget(
-            url, section.path, section.layers, dtype, section.revision, storage=data.server_storage
-        )
+        served = ServedTarget(url, section.path, section.layers, dtype, section.revision, storage=data.server_storage)
         super().__init__(recipe, served, path)
 
     def announce(self, numbers: Sequence[int]) -> None:

@@ -1,10 +1,10 @@
 """A target that runs elsewhere: hidden states from a serving engine, for targets that do not fit one process.
 
 The server is vLLM's with hidden-state extraction (``docs/serving.md`` has the command): a request for one token leaves
-the prompt's hidden states in a file on a file system that both see. A server is not trusted with a path: files are read and
-removed only inside the folder that the user states, through no link, and removed only when they held the prompt's own
-tokens. Its layer ids are one higher than ours; the id ``num_layers`` is the last layer before the final norm, which is
-applied here with the target's own module.
+the prompt's hidden states in a file on a file system that both see. A server is not trusted with a path: files are read
+and removed only inside the folder that the user states, through no link, and removed only when they held the prompt's
+own tokens. Its layer ids are one higher than ours; the id ``num_layers`` is the last layer before the final norm, which
+is applied here with the target's own module.
 
 S sequence, L layers asked for, D hidden size.
 """

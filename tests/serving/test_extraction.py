@@ -145,9 +145,9 @@ def test_no_file_outside_the_stated_folder_is_read_or_removed(
     victim = victim_in(tmp_path / "elsewhere", tokens=3)
     inside = fake.folder / "sub"
     inside.mkdir()
-    outside = (str(victim), f"{fake.folder}/../elsewhere/{victim.name}", f"../elsewhere/{victim.name}", f"{fake.folder}",
-               f"{fake.folder}/a\nb", f"{fake.folder}x/{victim.name}", f"{fake.folder}//x")  # fmt: skip
-    for named in outside:
+    elsewhere = [str(victim), f"{fake.folder}/../elsewhere/{victim.name}", f"../elsewhere/{victim.name}"]
+    odd = [str(fake.folder), f"{fake.folder}/a\nb", f"{fake.folder}x/{victim.name}", f"{fake.folder}//x"]
+    for named in elsewhere + odd:
         spoil(fake, monkeypatch, named)
         with pytest.raises(TargetError, match="names a file outside its folder"):
             remote.forward(ids, [0])
