@@ -76,6 +76,13 @@ class ArrayInfo:
     bytes: int  # of the shard
     metadata_sha256: str  # of zarr.json, which holds the codec's calibration
 
+    def __post_init__(self) -> None:
+        sizes = (*self.shape, self.bytes)
+        good = all(type(size) is int and 0 <= size < 2**63 for size in sizes) and len(self.shape) in (1, 2)
+        if not good or 0 in self.shape[1:] or self.dtype not in list(_ITEM_BYTES):
+            found = (self.shape, self.dtype, self.bytes)
+            raise CacheError("not an array of a cache", key="arrays", found=found, remedy=REBUILD)
+
     @property
     def raw_bytes(self) -> int:
         """Bytes of the values without a codec."""

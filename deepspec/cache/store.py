@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
+import resource
 import shutil
 import threading
 import time
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ from deepspec import files
 from deepspec.errors import CacheError
 from deepspec.locks import LOCK, me, one_writer
 
-OPEN_FILES = 256  # kept open by one FolderStore
+OPEN_FILES = 256  # kept open by all stores together, and no more than a quarter of what the system allows
 RENEWED, STALE = 30.0, 120.0  # seconds: an object store has no locks, so the holder of a lock object renews it
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
 
@@ -35,6 +38,56 @@ class _File:
             os.close(self.handle)
 
 
+class _FilePool:
+    """The files of all stores that are open, the least recently read of them closed first. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple[int, str], _File] = OrderedDict()
+        self._lock = threading.RLock()  # re-entrant: garbage collection may end a store while a file is taken
+
+    def take(self, owner: int, folder: Path, name: str) -> _File:
+        """The file, open; it stays so while the caller holds it."""
+        with self._lock:
+            if (owner, name) in self._files:
+                self._files.move_to_end((owner, name))
+                return self._files[owner, name]
+        try:
+            file = _File(folder / name)
+        except OSError as problem:
+            if problem.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.shrink(0)  # what else the process opened leaves less room than expected
+            file = _File(folder / name)
+        with self._lock:
+            self._files[owner, name] = file
+        self.shrink(max(1, min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)))
+        return file
+
+    def shrink(self, kept: int) -> None:
+        """Let go of all but the ``kept`` files that were read last."""
+        with self._lock:
+            while len(self._files) > kept:
+                self._files.popitem(last=False)
+
+    def forget(self, owner: int) -> None:
+        """Let go of a store's files."""
+        with self._lock:
+            for key in [key for key in self._files if key[0] == owner]:
+                self._files.pop(key, None)
+
+
+_pool, _owners = _FilePool(), itertools.count()
+
+
+def _after_fork() -> None:
+    """A child process starts with its own pool: another thread may have held the parent's lock."""
+    global _pool
+    _pool = _FilePool()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class FolderStore:
     """A folder on this machine's disks: byte strings by relative paths with ``/``.
 
@@ -42,9 +95,10 @@ class FolderStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = folder = Path(path)
+        self.path = Path(path)
         self.url = str(path)
-        self._file = lru_cache(OPEN_FILES)(lambda name: _File(folder / name))
+        self._owner = next(_owners)
+        weakref.finalize(self, lambda owner: _pool.forget(owner), self._owner)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -69,7 +123,7 @@ class FolderStore:
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` from ``offset`` on: one system call for up to 512 of them, no copy in between."""
         try:
-            file = self._file(name)
+            file = _pool.take(self._owner, self.path, name)
             for first in range(0, len(buffers), _VECTORS):
                 offset = self._fill(file, name, offset, list(buffers[first : first + _VECTORS]))
         except OSError as problem:
@@ -114,7 +168,7 @@ class FolderStore:
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all in it; nothing happens when it is missing."""
         path = self.path / name
-        self._file.cache_clear()
+        _pool.forget(self._owner)
         if path.is_dir():
             shutil.rmtree(path)
         else:
