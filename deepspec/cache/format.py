@@ -128,15 +128,19 @@ class PartManifest:
         if sha256 is not None and digest(store.read(file)) != sha256:
             raise CacheError("part.json differs from the cache's manifest", file=f"{store.url}/{file}", remedy=REBUILD)
         values = _checked(from_json(store, file), f"{store.url}/{file}")
-        if values["name"] != name:
-            found = values["name"]
+        if values.get("name") != name:
+            found = values.get("name")
             raise CacheError(
                 "another part", file=f"{store.url}/{file}", key="name", found=found, wanted=name, remedy=REBUILD
             )
-        arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
-        lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
-        rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
-        return cls(name=values["name"], arrays=arrays, rejected=rejected, **lists)
+        try:
+            arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
+            lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
+            rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as problem:
+            found = f"damaged part.json ({problem})"
+            raise CacheError(found, file=f"{store.url}/{file}", remedy=REBUILD) from None
+        return cls(name=name, arrays=arrays, rejected=rejected, **lists)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
 CALIBRATION_ROWS = 512  # rows at an array's beginning from which its codec makes its tables
+UNDECODED = (ValueError, RuntimeError, struct.error, LookupError, TypeError)  # what a codec makes of foreign bytes
 MOST_CHUNK = 1 << 16  # rows of a chunk: memory is taken for a whole one
 RUN_BYTES = 16 << 20  # read by one call at most
 IN_FLIGHT = 64 << 20  # bytes of rows given to the encoders and not yet written, of one array
@@ -274,7 +275,7 @@ class ShardReader:
             rows = out[from_row - start : to_row - start]
             try:
                 self.codec.decode_rows(coded[:-4], rows, from_row - chunk * self.chunk, self.chunk)
-            except (ValueError, RuntimeError, struct.error, LookupError, TypeError) as problem:
+            except UNDECODED as problem:
                 raise self._broken(f"cannot decode the chunk ({problem})", key=f"chunk {chunk}") from None
 
     def _read_raw(self, first: int, last: int, start: int, out: NDArray[Any]) -> None:
