@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,18 @@ def refuse_special(path: Path) -> None:
     if path.exists() and not path.is_file():
         number = errno.EISDIR if path.is_dir() else errno.EINVAL
         raise OSError(number, os.strerror(number), str(path))
+
+
+def refuse_same(output: str | Path, inputs: Iterable[str | Path], error: type[DeepSpecError]) -> None:
+    """Refuse an output that is one of the inputs, by whatever name: it would be replaced while it is read.
+
+    Raises:
+        error: it is.
+    """
+    for one in inputs:
+        if os.path.realpath(one) == os.path.realpath(output) or (os.path.exists(output) and os.path.exists(one)
+                                                                 and os.path.samefile(output, one)):  # fmt: skip
+            raise error("the output is an input", file=output, remedy="name another output")
 
 
 @contextmanager

@@ -13,10 +13,12 @@ from deepspec.arguments import (
     SEED,
     SHARE,
     SHARE_BELOW_ONE,
+    TOGETHER,
     Parser,
 )
 from deepspec.cli import recipe_words
 from deepspec.errors import DataError
+from deepspec.files import refuse_same
 from deepspec.log import say
 from deepspec.recipe import DataSection, load_recipe
 
@@ -84,7 +86,7 @@ def regenerate() -> None:
     servers.add_argument("--server", action="append", default=[], metavar="URL",
                          help="http://host:port; may be repeated")  # fmt: skip
     servers.add_argument("--model", help="the model's name in requests (default: the target)")
-    servers.add_argument("--concurrency", type=COUNT, default=64, help="requests in flight on each server")
+    servers.add_argument("--concurrency", type=TOGETHER, default=64, help="requests in flight on each server")
     servers.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds for one answer")
     servers.add_argument("--attempts", type=COUNT, default=6, help="of one request")
     servers.add_argument("--patience", type=NOT_NEGATIVE, default=300.0,
@@ -125,6 +127,8 @@ def inspect() -> None:
     parser.add_argument("--html", metavar="FILE", help="write the samples as a page")
     parser.add_argument("--histogram", metavar="FILE", help="write a histogram of the lengths")
     given = parser.parse_args()
+    for written in filter(None, (given.html, given.histogram)):
+        refuse_same(written, [given.data], DataError)
     recipe = load_recipe(given.recipe) if given.recipe else None
     path = given.target or (recipe.target.path if recipe else None)
     if path is None:
