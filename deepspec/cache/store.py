@@ -200,8 +200,8 @@ class RemoteStore:
             try:
                 fresh = self._pid >= 0
                 self._filesystem, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=fresh)
-            except (ImportError, ValueError) as problem:
-                raise CacheError(f"cannot open the URL ({problem})", file=self.url) from None
+            except Exception as problem:
+                raise self._failed("", problem, "open the URL") from None
             self._pid = os.getpid()
         return self._filesystem
 
@@ -209,31 +209,40 @@ class RemoteStore:
         self._fs  # noqa: B018 (sets _root)
         return f"{self._root}/{name}" if name else str(self._root)
 
-    def _failed(self, name: str, problem: Exception) -> CacheError:
-        return CacheError(f"cannot read ({problem or type(problem).__name__})", file=f"{self.url}/{name}")
+    def _failed(self, name: str, problem: Exception, verb: str) -> CacheError:
+        """The error of an operation; each protocol has classes of its own for no network, credentials or permission."""
+        line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        remedy = "check the address, the network and the credentials"
+        return CacheError(f"cannot {verb} ({line})", file=f"{self.url}/{name}".rstrip("/"), remedy=remedy)
+
+    @contextmanager
+    def _doing(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except CacheError:
+            raise
+        except Exception as problem:
+            raise self._failed(name, problem, verb) from None
 
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
-        try:
+        with self._doing("read", name):
             data: bytes = self._fs.cat_file(self._path(name))
-        except (OSError, ValueError) as problem:
-            raise self._failed(name, problem) from None
         return data
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, None when it is missing."""
-        try:
-            return int(self._fs.size(self._path(name)))
-        except FileNotFoundError:
-            return None
+        with self._doing("read", name):
+            try:
+                return int(self._fs.size(self._path(name)))
+            except FileNotFoundError:
+                return None
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` by one range request."""
         total = sum(len(buffer) for buffer in buffers)
-        try:
+        with self._doing("read", name):
             data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=offset + total))
-        except (OSError, ValueError) as problem:
-            raise self._failed(name, problem) from None
         if len(data) != total:
             raise CacheError("object too short", file=f"{self.url}/{name}", found=offset + len(data), wanted="more")
         start = 0
@@ -244,27 +253,31 @@ class RemoteStore:
     def names(self, name: str) -> list[str]:
         """Entries of a folder, sorted."""
         self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._path(name), detail=False)
-        except FileNotFoundError:
-            return []
+        with self._doing("read", name):
+            try:
+                found = self._fs.ls(self._path(name), detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(one.rstrip("/").rsplit("/", 1)[1] for one in found)
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object."""
-        self._fs.pipe_file(self._path(name), data)
+        with self._doing("write", name):
+            self._fs.pipe_file(self._path(name), data)
 
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Upload a finished local folder, the marker last, and delete the local one."""
         found = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(found, key=lambda path: path == local / marker):
-            self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
+            with self._doing("write", name):
+                self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
         shutil.rmtree(local)
 
     def remove(self, name: str) -> None:
         """Delete an object or all below a prefix."""
-        if self._fs.exists(self._path(name)):
-            self._fs.rm(self._path(name), recursive=True)
+        with self._doing("remove", name):
+            if self._fs.exists(self._path(name)):
+                self._fs.rm(self._path(name), recursive=True)
 
 
 Store = FolderStore | RemoteStore
