@@ -108,7 +108,7 @@ def measure_level(name: str, array: str, values: NDArray[np.uint16]) -> tuple[di
 
     def decode() -> None:
         for i, data in enumerate(coded):
-            codec.decode_rows(data, out[i * HIDDEN_CHUNK : (i + 1) * HIDDEN_CHUNK], 0)
+            codec.decode_rows(data, out[i * HIDDEN_CHUNK : (i + 1) * HIDDEN_CHUNK], 0, HIDDEN_CHUNK)
 
     found = {
         "ratio": sum(len(data) + 20 for data in coded) / values.nbytes,

@@ -84,12 +84,14 @@ def check_fields(settings: object, ranges: Mapping[str, Range], error: type[Deep
 MOST = 2**31 - 1  # of anything counted
 COUNT = Range(int, lambda value: 1 <= value <= MOST, "an integer, 1 or more")
 COUNT_OR_NONE = Range(int, lambda value: 0 <= value <= MOST, "an integer, 0 or more")
+RANK = Range(int, lambda value: -1 <= value <= MOST, "an integer, -1 or more")  # -1: of no launcher
 TOGETHER = Range(int, lambda value: 1 <= value <= 4096, "an integer from 1 to 4096")  # requests at a time
 SEED = Range(int, lambda value: 0 <= value < 2**63, "an integer from 0 to 2^63 - 1")
 SHARE = Range(float, lambda value: 0 <= value <= 1, "a share from 0 to 1")
 SHARE_BELOW_ONE = Range(float, lambda value: 0 <= value < 1, "a share, 0 to below 1")
-POSITIVE = Range(float, lambda value: value > 0, "a number above 0")
-NOT_NEGATIVE = Range(float, lambda value: value >= 0, "a number, 0 or more")
+# Within these, products and quotients of two stay finite.
+POSITIVE = Range(float, lambda value: 1e-9 <= value <= 1e15, "a number above 0 (1e-9 to 1e15)")
+NOT_NEGATIVE = Range(float, lambda value: 0 <= value <= 1e15, "a number, 0 or more (to 1e15)")
 # Below .01 the division makes every logit an infinity in some dtype; above 100 all tokens are alike.
 TEMPERATURE = Range(float, lambda value: value == 0 or 0.01 <= value <= 100, "0 (greedy), or 0.01 to 100")
 

@@ -18,6 +18,10 @@ from pathlib import Path
 from typing import NoReturn
 
 LONGEST_VALUE = 500  # characters of a value found: a message stays one line, whatever was in the file
+LONGEST_PROBLEM = 4000
+# What a terminal obeys instead of showing it, what reorders a line, and halves of pairs, which no terminal can be sent.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+_LOGIN = re.compile(r"(\w://)[^\s/@]*@")
 
 
 class DeepSpecError(Exception):
@@ -44,7 +48,8 @@ class DeepSpecError(Exception):
     ) -> None:
         self.problem, self.file, self.key = problem, file, key
         self.found, self.wanted, self.remedy = found, wanted, remedy
-        where = ": ".join(str(part) for part in (file, key) if part is not None)
+        where = ": ".join(_cut(str(part)) for part in (file, key) if part is not None)
+        problem = _cut(problem, LONGEST_PROBLEM)
         text = f"{where}: {problem}" if where else problem
         if found is not None:
             text += f"; found {shown(found)}"
@@ -52,7 +57,7 @@ class DeepSpecError(Exception):
             text += f"; wanted {wanted}"
         if remedy is not None:
             text += f"; {remedy}"
-        super().__init__(text)
+        super().__init__(without_logins(text))
 
 
 class RecipeError(DeepSpecError):
@@ -100,7 +105,21 @@ def shown(value: object) -> str:
         text = short.repr(value)
     except ValueError:  # an int of more digits than Python writes
         text = "a number of thousands of digits"
-    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
+    return _cut(text)
+
+
+def _cut(text: str, longest: int = LONGEST_VALUE) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def printable(text: str) -> str:
+    """Text for a terminal: what it would obey (colours, titles, cursor moves) as escapes; lines and tabs stay."""
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def without_logins(text: str) -> str:
+    """Text without the user names and passwords of the URLs in it."""
+    return _LOGIN.sub(r"\1", text)
 
 
 _REMEDIES = (  # of what the system refused, by its error numbers
@@ -169,7 +188,7 @@ def run_main(main: Callable[[], int | None]) -> None:
 
 def _fail(error: DeepSpecError | None) -> NoReturn:
     if error is not None:
-        print(f"error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        print(f"error: {printable(' '.join(str(error).splitlines()))}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # discard what is still in the buffer: Python would try again at its end

@@ -56,6 +56,18 @@ def refuse_special(path: Path) -> None:
         raise OSError(number, os.strerror(number), str(path))
 
 
+def refuse_same(output: str | Path, inputs: Iterable[str | Path], error: type[DeepSpecError]) -> None:
+    """Refuse an output that is one of the inputs, by whatever name: it would be replaced while it is read.
+
+    Raises:
+        error: it is.
+    """
+    for one in inputs:
+        if os.path.realpath(one) == os.path.realpath(output) or (os.path.exists(output) and os.path.exists(one)
+                                                                 and os.path.samefile(output, one)):  # fmt: skip
+            raise error("the output is an input", file=output, remedy="name another output")
+
+
 @contextmanager
 def temporary_file(path: Path) -> Iterator[Path]:
     """A name beside ``path`` to write to; it is synced and renamed when the block ends well, else removed.

@@ -1,4 +1,8 @@
-"""The one HTTP client: a deadline for each call, a bounded body, no redirect followed, no password in a message."""
+"""The one HTTP client: a deadline for each call, a bounded body, no redirect followed, no password in a message.
+
+Nothing that a server sends costs more memory than ``MAX_BYTES`` and its parsing: a body that states a greater length is
+not begun, one that grows beyond it is dropped, and a compressed one, which can grow a thousandfold, is refused.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ import httpx2 as httpx  # httpx as its maintainers continue it; huggingface_hub 
 
 from deepspec.errors import DeepSpecError
 
-MAX_BYTES = 64 << 20  # of a reply's body
+MAX_BYTES = 16 << 20  # of a reply's body
 EXCERPT = 300  # characters of a reply in a message
 _loops: dict[int, asyncio.AbstractEventLoop] = {}  # process id -> the loop of its thread
 _lock = threading.Lock()
@@ -45,6 +49,24 @@ class Reply:
             return f"{self.status}, a redirect to {without_password(self.headers.get('Location', 'nowhere'))}"
         text = self.body[:EXCERPT].decode(errors="replace")
         return f"{self.status} {' '.join(text.split())}"
+
+    def json(self) -> dict[str, Any]:
+        """The body's JSON object.
+
+        Raises:
+            ValueError: it is none, holds NaN or an infinity, or is nested beyond Python's stack.
+        """
+        try:
+            value = json.loads(self.body, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise ValueError(f"not a JSON object: {self.summary}")
+        return value
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(name)
 
 
 def without_password(url: str) -> str:
@@ -97,6 +119,8 @@ def request(
         return asyncio.run_coroutine_threadsafe(coroutine, _loop()).result()
     except TimeoutError:
         raise NoReply(f"no complete reply within {seconds:g} s", url) from None
+    except httpx.LocalProtocolError:  # its text would tell the header, which may be a key
+        raise NoReply("a request that cannot be sent: its URL or a header holds control characters", url) from None
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as problem:
         if _is_refused(problem):
             raise NoReply("connection refused", url, refused=True) from None
@@ -109,18 +133,24 @@ async def _exchange(
     address = httpx.URL(url)
     login: Any = (address.username, address.password) if address.userinfo else None
     content = None if value is None else json.dumps(value).encode()
-    sent = {**({} if content is None else {"Content-Type": "application/json"}), **(headers or {})}
+    kind = {} if content is None else {"Content-Type": "application/json"}
+    sent = {"Accept-Encoding": "identity", **kind, **(headers or {})}
     address = address.copy_with(userinfo=b"")  # so that no log and no error of the library holds the password
     async with (
         asyncio.timeout(seconds),
         httpx.AsyncClient(auth=login, verify=_trust(), timeout=None, trust_env=False) as client,
         client.stream(method, address, content=content, headers=sent) as reply,
     ):
-        body = bytearray()
-        async for part in reply.aiter_bytes():
+        if reply.headers.get("Content-Encoding", "identity") != "identity":
+            raise NoReply("a compressed reply, which was not asked for", url)
+        body, stated = bytearray(), reply.headers.get("Content-Length", "")
+        too_long = NoReply(f"a reply of more than {max_bytes:,} bytes", url)
+        if stated.isdecimal() and int(stated) > max_bytes:
+            raise too_long
+        async for part in reply.aiter_raw():
             body += part
             if len(body) > max_bytes:
-                raise NoReply(f"a reply of more than {max_bytes:,} bytes", url)
+                raise too_long
         return Reply(reply.status_code, reply.headers, bytes(body))
 
 

@@ -6,6 +6,7 @@ import logging
 import sys
 
 from deepspec.distributed import world_from_environment
+from deepspec.errors import printable
 
 LEVELS = ("debug", "info", "warning", "error")
 
@@ -17,7 +18,7 @@ class _Streams(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
+        text = printable(self.format(record))
         if record.levelno >= logging.WARNING:
             print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
         elif world_from_environment().is_main:
@@ -36,6 +37,11 @@ def start_logging(level: str = "info", quiet: bool = False) -> None:
     log.propagate = False  # a library's own handler at the root would show every line twice
     if not any(isinstance(handler, _Streams) for handler in log.handlers):
         log.addHandler(_Streams())
+
+
+def say(text: object) -> None:
+    """Print what a command was asked for; names and values of files cannot take over the terminal."""
+    print(printable(str(text)))
 
 
 def reports() -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from deepspec.errors import printable
 from deepspec.log import reports
 
 
@@ -87,4 +88,4 @@ class Progress:
 
     def _print(self, text: str) -> None:
         if reports():
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)

@@ -17,12 +17,14 @@ import yaml
 
 from deepspec import registry
 from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_fields
-from deepspec.errors import RecipeError, nearest
+from deepspec.errors import RecipeError, nearest, without_logins
 from deepspec.files import sha256_json, write_text
+from deepspec.http import check_url
 from deepspec.recipe_files import DEEPSPEED, locate, portable, read_files
 from deepspec.sections import parse_section, relocate, section_to_dict
 
 log = logging.getLogger(__name__)
+LONGEST_NAME = 200  # bytes of a folder's name: file systems take 255, and files in preparation get a longer one
 RETIRED = {  # keys of earlier releases, and why they mean nothing today
     "train.bucket_batches": "a step's samples are a random draw, whatever their lengths",
 }
@@ -68,6 +70,7 @@ class DataSection:
     thinking: bool = False
     system_prompt: str | None = None
     servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
+    server_storage: str | None = None  # the folder that these servers write to; no file elsewhere is read or removed
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
@@ -76,6 +79,8 @@ class DataSection:
         if self.source not in registry.SOURCES:
             remedy = nearest(self.source, registry.SOURCES)
             raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
+        for url in self.servers:
+            check_url(url, "servers", RecipeError)
         if self.cache_weights is not None:
             wanted = f"{len(self.cache)} weights, one per cache"
             _require(len(self.cache_weights) == len(self.cache), "cache_weights", list(self.cache_weights), wanted)
@@ -224,6 +229,9 @@ class _File:
 
     def __post_init__(self) -> None:
         SEED.check("seed", self.seed, RecipeError)
+        short = all(len(part.encode()) <= LONGEST_NAME for part in self.name.split("/"))
+        wanted = f"1 to {LONGEST_NAME} printable characters: folders are called by it"
+        _require(bool(self.name) and self.name.isprintable() and short, "name", self.name, wanted, "not a name")
 
 
 @dataclass(frozen=True)
@@ -245,11 +253,14 @@ class Recipe:
     def to_dict(self, folder: str | Path | None = None) -> dict[str, Any]:
         """The resolved recipe as YAML values: every key with its value, readable by :func:`load_recipe`.
 
+        Names and passwords in the URLs of servers are left out: what is recorded is copied and published.
+
         Args:
             folder: where they will be read from; paths that mean something else there become absolute.
         """
         values = {field.name: section_to_dict(getattr(self, field.name)) for field in fields(self)}
         del values["draft"]["target_layers"]  # they are in `target.layers`
+        values["data"]["servers"] = [without_logins(url) for url in self.data.servers]
         return values if folder is None else portable(values, Path(folder))
 
     def to_yaml(self, folder: str | Path | None = None) -> str:

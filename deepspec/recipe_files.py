@@ -21,10 +21,12 @@ from deepspec.sections import relocate
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
 MARKS = ("deepspeed_configs", ".git")  # what the root of a project holds
 CHECKOUT = Path(__file__).parents[1]  # of deepspec itself, whose deepspeed_configs any recipe may name
-INPUTS = ("data.conversations", "data.cache", "train.deepspeed", "train.validation.path")
+INPUTS = ("data.conversations", "data.cache", "data.server_storage", "train.deepspeed", "train.validation.path")
 NAMES = ("target.path", "data.prompts", "evaluate.tasks")  # a path where something is there, else a name
 OUTPUT = "output"
+MOST_CHARACTERS = 1 << 18  # of a file: what is parsed takes a thousand times its memory
 MOST_VALUES = 100_000  # of a file, its aliases written out
+MOST_BASES = 100  # files that one file extends
 DEEPEST = 20  # files that extend one another
 
 
@@ -141,6 +143,8 @@ def parse_yaml(text: str) -> Any:
     Raises:
         RecipeError: not YAML, a key given twice, a value that Python cannot hold, or aliases that expand to too much.
     """
+    if len(text) > MOST_CHARACTERS:
+        raise RecipeError("too long for a recipe", wanted=f"at most {MOST_CHARACTERS:,} characters")
     loader = None
     try:
         loader = _StrictLoader(text)
@@ -188,7 +192,8 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
     if real in known:
         return known[real]
     try:
-        values = parse_yaml(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as handle:
+            values = parse_yaml(handle.read(MOST_CHARACTERS + 1))
     except (FileNotFoundError, NotADirectoryError):
         raise RecipeError("no such recipe file", file=path) from None
     except OSError as problem:
@@ -203,8 +208,8 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
     merged: dict[str, Any] = {}
     for base in _bases(values.pop("extends", []), path):
         near = path.parent / base
-        found = near if near.exists() else Path(find("extends", base, folder))
-        merged = _merge(merged, _read_file(found if found.exists() else near, (*above, real), known))
+        found = near if os.path.exists(near) else Path(find("extends", base, folder))
+        merged = _merge(merged, _read_file(found if os.path.exists(found) else near, (*above, real), known))
     known[real] = _merge(merged, locate(values, folder))
     return known[real]
 
@@ -213,6 +218,8 @@ def _bases(given: Any, path: Path) -> list[str]:
     bases = [given] if isinstance(given, str) else given
     if not isinstance(bases, list) or not all(isinstance(one, str) and one and "\0" not in one for one in bases):
         raise RecipeError("not files", file=path, key="extends", found=given, wanted="a file or a list of files")
+    if len(bases) > MOST_BASES:
+        raise RecipeError("too many files", file=path, key="extends", wanted=f"at most {MOST_BASES}")
     return bases
 
 

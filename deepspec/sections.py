@@ -82,7 +82,7 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
         number = _float(value)
         if number is not None:
             return number
-    elif kind in (bool, int, str) and type(value) is kind and (kind is not str or _is_text(value)):
+    elif kind in (bool, int, str) and type(value) is kind and _is_usable(value):
         return value
     raise RecipeError("wrong type or value", key=where, found=value, wanted=describe(kind))
 
@@ -101,9 +101,11 @@ def _read_union(kind: Any, value: Any, where: str) -> Any:
     raise RecipeError("wrong type or value", key=where, found=value, wanted=describe(kind))
 
 
-def _is_text(value: str) -> bool:
-    """Whether files and file names can hold it: no NUL, no half of a surrogate pair."""
-    return "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
+def _is_usable(value: bool | int | str) -> bool:
+    """Whether files and file names can hold a text (no NUL, no half of a surrogate pair), and 64 bits a number."""
+    if isinstance(value, str):
+        return "\0" not in value and not any("\ud800" <= sign <= "\udfff" for sign in value)
+    return -(2**63) <= value < 2**63
 
 
 def _float(value: Any) -> float | None:

@@ -6,6 +6,8 @@ import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from deepspec.errors import printable
+
 
 @dataclass(frozen=True)
 class Table:
@@ -37,7 +39,7 @@ class Table:
         )
 
     def _cells(self) -> list[list[str]]:
-        return [["" if cell is None else str(cell) for cell in row] for row in (self.header, *self.rows)]
+        return [["" if cell is None else printable(str(cell)) for cell in row] for row in (self.header, *self.rows)]
 
 
 def _html_row(kind: str, cells: Iterable[str]) -> str:

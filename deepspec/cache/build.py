@@ -53,6 +53,7 @@ def build_cache(
     world: World | None = None,
     append: bool = False,
     server: str | None = None,
+    server_storage: str | Path | None = None,
 ) -> CacheManifest:
     """Build the cache of ``recipe``, or continue an unfinished build of it.
 
@@ -63,6 +64,7 @@ def build_cache(
         world: this process among several; they need :func:`deepspec.distributed.process_group`.
         append: add ``conversations`` to the cache that is there.
         server: URL of a server of the target that returns hidden states; None runs the target in this process.
+        server_storage: the folder that it writes to; default: the recipe's ``data.server_storage``.
 
     Returns:
         The finished cache's manifest, on every rank.
@@ -75,7 +77,8 @@ def build_cache(
     world, store = world or World(), open_store(output)
     with ExitStack() as stack:
         on_rank0(world, lambda: stack.enter_context(build_lock(store)), CacheError)
-        target = _open_target(recipe, pick_device(world.local_rank), server)
+        storage = server_storage or recipe.data.server_storage
+        target = _open_target(recipe, pick_device(world.local_rank), server, storage)
         recipe = recipe.for_target(target.spec)
         job = BuildJob(recipe, store, Path(conversations), target, load_renderer(recipe, target.spec))
         plan, todo = on_rank0(world, lambda: plan_build(job, append), CacheError)
@@ -84,11 +87,13 @@ def build_cache(
         return on_rank0(world, lambda: finish_cache(store, plan), CacheError)
 
 
-def _open_target(recipe: Recipe, device: torch.device, server: str | None) -> Target | ServedTarget:
+def _open_target(
+    recipe: Recipe, device: torch.device, server: str | None, storage: str | Path | None
+) -> Target | ServedTarget:
     section, dtype = recipe.target, getattr(torch, recipe.target.dtype)
     if server is None:
         return load_target(section.path, dtype, device, section.revision)
-    return ServedTarget(server, section.path, section.layers, dtype, section.revision)
+    return ServedTarget(server, section.path, section.layers, dtype, section.revision, storage=storage)
 
 
 class ByteQueue:

@@ -81,6 +81,13 @@ class ArrayInfo:
     sha256: str | None = None  # of the shard; None: in an older cache
     checksums: str | None = None  # base64 of every chunk's CRC-32C: binds the chunks to this part and array
 
+    def __post_init__(self) -> None:
+        sizes = (*self.shape, self.bytes)
+        good = all(type(size) is int and 0 <= size < 2**63 for size in sizes) and len(self.shape) in (1, 2)
+        if not good or 0 in self.shape[1:] or self.dtype not in list(_ITEM_BYTES):
+            found = (self.shape, self.dtype, self.bytes)
+            raise CacheError("not an array of a cache", key="arrays", found=found, remedy=REBUILD)
+
     @property
     def raw_bytes(self) -> int:
         """Bytes of the values without a codec."""
@@ -135,9 +142,10 @@ class PartManifest:
             arrays = {key: _array_info(info) for key, info in values["arrays"].items()}
             lists = {key: tuple(values[key]) for key in ("sample_ids", "conversations", "lengths", "rows")}
             rejected = tuple((int(i), str(c), str(r)) for i, c, r in values["rejected"])
-            return cls(name=values["name"], arrays=arrays, rejected=rejected, **lists)
-        except (TypeError, KeyError, ValueError, AttributeError) as problem:
-            raise CacheError(f"damaged part.json ({problem})", file=f"{store.url}/{file}", remedy=REBUILD) from None
+        except (TypeError, KeyError, ValueError, AttributeError, OverflowError) as problem:
+            found = f"damaged part.json ({problem})"
+            raise CacheError(found, file=f"{store.url}/{file}", remedy=REBUILD) from None
+        return cls(name=name, arrays=arrays, rejected=rejected, **lists)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import shlex
 from array import array
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -221,7 +222,7 @@ def plan_build(job: BuildJob, append: bool) -> tuple[CachePlan, list[PlannedPart
     for part in todo:
         name, sha256 = (sources[part.source][key] for key in ("name", "sha256"))
         if sha256 != source.sha256:
-            problem, remedy = "a part of another source is missing", f"build it with --data {name}"
+            problem, remedy = "a part of another source is missing", f"build it with --data {shlex.quote(name)}"
             raise CacheError(problem, file=store.url, key=part.name, remedy=remedy)
     return plan, todo
 

@@ -32,9 +32,10 @@ from deepspec.cache.store import Store
 from deepspec.errors import CacheError
 
 CALIBRATION_ROWS = 512  # rows at an array's beginning from which its codec makes its tables
+UNDECODED = (ValueError, RuntimeError, struct.error, LookupError, TypeError)  # what a codec makes of foreign bytes
+MOST_CHUNK = 1 << 16  # rows of a chunk: memory is taken for a whole one
 RUN_BYTES = 16 << 20  # read by one call at most
 IN_FLIGHT = 64 << 20  # bytes of rows given to the encoders and not yet written, of one array
-_MISSING = 2**64 - 1
 
 
 class ShardWriter:
@@ -185,8 +186,11 @@ def _parse_metadata(data: bytes, file: str) -> tuple[int, Any, np.dtype[Any]]:
         if shards["name"] != "sharding_indexed" or checksum["name"] != "crc32c":
             raise KeyError("crc32c inside sharding_indexed")
         codec = CODECS[serializer["name"]].from_dict(serializer)
-        return int(settings["chunk_shape"][0]), codec, np.dtype(sharding["data_type"])
-    except (ValueError, KeyError, TypeError) as problem:
+        chunk, dtype = settings["chunk_shape"][0], np.dtype(sharding["data_type"])
+        if type(chunk) is not int or not 1 <= chunk <= MOST_CHUNK or dtype.hasobject:
+            raise ValueError(f"chunks of {chunk} rows of {dtype}")
+        return chunk, codec, dtype
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as problem:
         raise CacheError(f"not an array of a target cache ({problem!r})", file=file) from None
 
 
@@ -213,6 +217,8 @@ class ShardReader:
         if digest(metadata) != info.metadata_sha256:
             raise self._broken("zarr.json differs from the manifest's digest", where)
         self.chunk, self.codec, self.dtype = _parse_metadata(metadata, where)
+        if self.dtype != info.dtype:
+            raise self._broken("of another type than the manifest says", where, found=self.dtype, wanted=info.dtype)
         self.row_bytes = self.dtype.itemsize * int(np.prod(info.shape[1:], dtype=np.int64))
         self.offsets, self.sizes = self._read_index()
         self.checksums = self._named_checksums()
@@ -238,12 +244,16 @@ class ShardReader:
         chunks = -(-self.info.shape[0] // self.chunk)
         if not chunks:
             return [], []
+        if chunks * 16 + 4 > size:
+            raise self._broken("shard too small for its rows", found=size, wanted=f"an index of {chunks} chunks")
         data = bytearray(chunks * 16 + 4)
         self.store.read_into(self.file, size - len(data), [memoryview(data)])
         if struct.pack("<I", google_crc32c.value(bytes(data[:-4]))) != data[-4:]:
             raise self._broken("the shard's index does not match its checksum")
         index = np.frombuffer(data[:-4], "<u8").reshape(chunks, 2)
-        if (index == _MISSING).any() or (index.sum(axis=1) > size).any() or (index[:, 1] < 4).any():
+        whole = self.chunk * self.row_bytes + 4 if isinstance(self.codec, RawCodec) else 0
+        outside = (index > size).any() or (index.sum(axis=1) > size).any()  # both: the sum of two may wrap around
+        if outside or (index[:, 1] < 4).any() or (whole and (index[:, 1] != whole).any()):
             raise self._broken("the shard's index names chunks that are not in the file")
         return index[:, 0].tolist(), index[:, 1].tolist()
 
@@ -294,8 +304,8 @@ class ShardReader:
             from_row, to_row = max(start, chunk * self.chunk), min(start + len(out), (chunk + 1) * self.chunk)
             rows = out[from_row - start : to_row - start]
             try:
-                self.codec.decode_rows(coded[:-4], rows, from_row - chunk * self.chunk)
-            except (ValueError, RuntimeError, struct.error) as problem:
+                self.codec.decode_rows(coded[:-4], rows, from_row - chunk * self.chunk, self.chunk)
+            except UNDECODED as problem:
                 raise self._broken(f"cannot decode the chunk ({problem})", key=f"chunk {chunk}") from None
 
     def _read_raw(self, first: int, last: int, start: int, out: NDArray[Any]) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import errno
 import inspect
+import itertools
 import os
+import resource
 import shutil
 import tempfile
+import threading
+import weakref
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from deepspec.errors import CacheError
 from deepspec.locks import ends_in_order, one_writer
 from deepspec.processes import sweep, temporary_prefix
 
-OPEN_FILES = 256  # kept open by one FolderStore
+OPEN_FILES = 256  # kept open by all stores together, and no more than a quarter of what the system allows
 SCRATCH = "DEEPSPEC_SCRATCH"  # the environment variable that names a folder for parts of remote builds
 _VECTORS = 512  # buffers of one preadv call; the kernel takes 1024
 
@@ -36,6 +40,56 @@ class _File:
             os.close(self.handle)
 
 
+class _FilePool:
+    """The files of all stores that are open, the least recently read of them closed first. Threads may share it."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple[int, str], _File] = OrderedDict()
+        self._lock = threading.RLock()  # re-entrant: garbage collection may end a store while a file is taken
+
+    def take(self, owner: int, folder: Path, name: str) -> _File:
+        """The file, open; it stays so while the caller holds it."""
+        with self._lock:
+            if (owner, name) in self._files:
+                self._files.move_to_end((owner, name))
+                return self._files[owner, name]
+        try:
+            file = _File(folder / name)
+        except OSError as problem:
+            if problem.errno not in (errno.EMFILE, errno.ENFILE):
+                raise
+            self.shrink(0)  # what else the process opened leaves less room than expected
+            file = _File(folder / name)
+        with self._lock:
+            self._files[owner, name] = file
+        self.shrink(max(1, min(OPEN_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4)))
+        return file
+
+    def shrink(self, kept: int) -> None:
+        """Let go of all but the ``kept`` files that were read last."""
+        with self._lock:
+            while len(self._files) > kept:
+                self._files.popitem(last=False)
+
+    def forget(self, owner: int) -> None:
+        """Let go of a store's files."""
+        with self._lock:
+            for key in [key for key in self._files if key[0] == owner]:
+                self._files.pop(key, None)
+
+
+_pool, _owners = _FilePool(), itertools.count()
+
+
+def _after_fork() -> None:
+    """A child process starts with its own pool: another thread may have held the parent's lock."""
+    global _pool
+    _pool = _FilePool()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class FolderStore:
     """A folder on this machine's disks: byte strings by relative paths with ``/``.
 
@@ -43,9 +97,10 @@ class FolderStore:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = folder = Path(path)
+        self.path = Path(path)
         self.url = str(path)
-        self._file = lru_cache(OPEN_FILES)(lambda name: _File(folder / name))
+        self._owner = next(_owners)
+        weakref.finalize(self, lambda owner: _pool.forget(owner), self._owner)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
@@ -70,7 +125,7 @@ class FolderStore:
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` from ``offset`` on: one system call for up to 512 of them, no copy in between."""
         try:
-            file = self._file(name)
+            file = _pool.take(self._owner, self.path, name)
             for first in range(0, len(buffers), _VECTORS):
                 offset = self._fill(file, name, offset, list(buffers[first : first + _VECTORS]))
         except OSError as problem:
@@ -115,7 +170,7 @@ class FolderStore:
     def remove(self, name: str) -> None:
         """Delete a file or a folder with all in it; nothing happens when it is missing."""
         path = self.path / name
-        self._file.cache_clear()
+        _pool.forget(self._owner)
         if path.is_dir():
             shutil.rmtree(path)
         else:
@@ -147,8 +202,8 @@ class RemoteStore:
             try:
                 fresh = self._pid >= 0
                 self._filesystem, self._root = fsspec.core.url_to_fs(self.url, skip_instance_cache=fresh)
-            except (ImportError, ValueError) as problem:
-                raise CacheError(f"cannot open the URL ({problem})", file=self.url) from None
+            except Exception as problem:
+                raise self._failed("", problem, "open the URL") from None
             self._pid = os.getpid()
         return self._filesystem
 
@@ -156,31 +211,40 @@ class RemoteStore:
         self._fs  # noqa: B018 (sets _root)
         return f"{self._root}/{name}" if name else str(self._root)
 
-    def _failed(self, name: str, problem: Exception) -> CacheError:
-        return CacheError(f"cannot read ({problem or type(problem).__name__})", file=f"{self.url}/{name}")
+    def _failed(self, name: str, problem: Exception, verb: str) -> CacheError:
+        """The error of an operation; each protocol has classes of its own for no network, credentials or permission."""
+        line = next(iter(str(problem).strip().splitlines()), type(problem).__name__)
+        remedy = "check the address, the network and the credentials"
+        return CacheError(f"cannot {verb} ({line})", file=f"{self.url}/{name}".rstrip("/"), remedy=remedy)
+
+    @contextmanager
+    def _doing(self, verb: str, name: str) -> Iterator[None]:
+        try:
+            yield
+        except CacheError:
+            raise
+        except Exception as problem:
+            raise self._failed(name, problem, verb) from None
 
     def read(self, name: str) -> bytes:
         """All bytes of an object."""
-        try:
+        with self._doing("read", name):
             data: bytes = self._fs.cat_file(self._path(name))
-        except (OSError, ValueError) as problem:
-            raise self._failed(name, problem) from None
         return data
 
     def size(self, name: str) -> int | None:
         """Bytes of an object, None when it is missing."""
-        try:
-            return int(self._fs.size(self._path(name)))
-        except FileNotFoundError:
-            return None
+        with self._doing("read", name):
+            try:
+                return int(self._fs.size(self._path(name)))
+            except FileNotFoundError:
+                return None
 
     def read_into(self, name: str, offset: int, buffers: Sequence[memoryview]) -> None:
         """Fill ``buffers`` by one range request."""
         total = sum(len(buffer) for buffer in buffers)
-        try:
+        with self._doing("read", name):
             data = memoryview(self._fs.cat_file(self._path(name), start=offset, end=offset + total))
-        except (OSError, ValueError) as problem:
-            raise self._failed(name, problem) from None
         if len(data) != total:
             raise CacheError("object too short", file=f"{self.url}/{name}", found=offset + len(data), wanted="more")
         start = 0
@@ -191,15 +255,17 @@ class RemoteStore:
     def names(self, name: str) -> list[str]:
         """Entries of a folder, sorted."""
         self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._path(name), detail=False)
-        except FileNotFoundError:
-            return []
+        with self._doing("read", name):
+            try:
+                found = self._fs.ls(self._path(name), detail=False)
+            except FileNotFoundError:
+                return []
         return sorted(one.rstrip("/").rsplit("/", 1)[1] for one in found)
 
     def write(self, name: str, data: bytes) -> None:
         """Write an object."""
-        self._fs.pipe_file(self._path(name), data)
+        with self._doing("write", name):
+            self._fs.pipe_file(self._path(name), data)
 
     def create(self, name: str, data: bytes) -> bool:
         """Write an object only where there is none, in one step of the store; returns whether it was written.
@@ -228,13 +294,15 @@ class RemoteStore:
         """Upload a finished local folder, the marker last, and delete the local one."""
         found = sorted(path for path in local.rglob("*") if path.is_file())
         for path in sorted(found, key=lambda path: path == local / marker):
-            self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
+            with self._doing("write", name):
+                self._fs.put_file(str(path), self._path(f"{name}/{path.relative_to(local)}"))
         shutil.rmtree(local)
 
     def remove(self, name: str) -> None:
         """Delete an object or all below a prefix."""
-        if self._fs.exists(self._path(name)):
-            self._fs.rm(self._path(name), recursive=True)
+        with self._doing("remove", name):
+            if self._fs.exists(self._path(name)):
+                self._fs.rm(self._path(name), recursive=True)
 
 
 Store = FolderStore | RemoteStore

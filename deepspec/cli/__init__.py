@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from deepspec.arguments import Parser
+from deepspec.arguments import RANK, Parser
 from deepspec.errors import DeepSpecError, nearest, run_main
 from deepspec.registry import lookup
 
@@ -61,7 +61,7 @@ def recipe_words(parser: argparse.ArgumentParser, required: bool = False, text: 
 
 def rank_word(parser: argparse.ArgumentParser) -> None:
     """``--local_rank``, which the deepspeed launcher puts on the command line of its processes."""
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=RANK, help=argparse.SUPPRESS)
 
 
 def run() -> None:

@@ -14,6 +14,7 @@ from deepspec.cache.levels import LEVELS, warnings
 from deepspec.cli import rank_word, recipe_words
 from deepspec.errors import CacheError, DataError
 from deepspec.files import RESTORE
+from deepspec.log import say
 from deepspec.progress import clock
 from deepspec.recipe import Recipe, load_recipe
 
@@ -33,6 +34,9 @@ def build() -> int:
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
     parser.add_argument("--server", help="URL of a server of the target that returns hidden states (docs/serving.md)")
+    parser.add_argument(
+        "--server-storage", help="the folder that it writes them to (default: the recipe's data.server_storage)"
+    )
     rank_word(parser)
     given = parser.parse_args()
 
@@ -43,14 +47,15 @@ def build() -> int:
     recipe, data = _read(given)
     try:
         with process_group(world_from_environment(), error=CacheError) as world:
-            manifest = build_cache(recipe, data, given.output, world, given.append, given.server)
+            served = (given.server, given.server_storage)
+            manifest = build_cache(recipe, data, given.output, world, given.append, *served)
     except BuildStopped as problem:
         log.info("build: %s", problem)
         return 143
     if world.is_main:
         rejected = sum(manifest.rejected.values())
         lines = [f"{_summary(given.output, manifest)}, {rejected} rejected", *refusal_lines(manifest.rejected)]
-        print("\n  ".join(lines))
+        say("\n  ".join(lines))
     return 0
 
 
@@ -147,7 +152,7 @@ def _inspect(given: argparse.Namespace) -> int:
     opened = TargetCache.open(given.cache)
     manifest = opened.manifest
     for key, value in flatten(manifest.fingerprint).items():
-        print(f"{key}: {value}")
+        say(f"{key}: {value}")
     lengths = sorted(opened.lengths.tolist())
     at = {share: lengths[min(len(lengths) - 1, int(share * len(lengths)))] for share in (0.0, 0.5, 0.9, 1.0)}
     print(f"samples: {manifest.samples:,} in {len(manifest.parts):,} parts")
@@ -155,8 +160,8 @@ def _inspect(given: argparse.Namespace) -> int:
     print("lengths: " + ", ".join(f"{share:.0%} {length}" for share, length in at.items()))
     print(f"bytes: {manifest.coded_bytes:,}, {manifest.coded_bytes / max(manifest.raw_bytes, 1):.3f} of raw")
     for reason, count in manifest.rejected.items():
-        print(f"rejected: {count} x {reason}")
-    print("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
+        say(f"rejected: {count} x {reason}")
+    say("versions: " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()))
     if given.sample is not None:
         if given.sample >= manifest.samples:
             wanted = f"0 to {manifest.samples - 1}"
@@ -174,9 +179,9 @@ def _verify(given: argparse.Namespace) -> int:
 
     problems = verify_cache(given.cache, given.workers)
     for problem in problems:
-        print(f"{problem.part}: {problem.text}")
+        say(f"{problem.part}: {problem.text}")
     if not problems:
-        print(f"{given.cache}: complete")
+        say(f"{given.cache}: complete")
         return 0
     broken = sorted({problem.part for problem in problems if problem.part.isdigit()})
     if not given.rebuild:
@@ -187,7 +192,7 @@ def _verify(given: argparse.Namespace) -> int:
     recipe, data = _read(given)
     drop_parts(given.cache, broken)
     build_cache(recipe, data, given.cache)
-    print(f"{given.cache}: built again: {', '.join(broken)}")
+    say(f"{given.cache}: built again: {', '.join(broken)}")
     return 0
 
 
@@ -205,7 +210,7 @@ def _import(given: argparse.Namespace) -> int:
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
     manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)
-    print(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
+    say(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
     return 0
 
 
@@ -213,7 +218,7 @@ def _export(given: argparse.Namespace) -> int:
     from deepspec.cache.raw_cache import EXPORT_CAUTION, export_raw_cache
 
     samples = export_raw_cache(given.source, given.output)
-    print(f"{given.output}: {samples:,} samples")
+    say(f"{given.output}: {samples:,} samples")
     log.warning(EXPORT_CAUTION)
     return 0
 
@@ -224,7 +229,7 @@ def _recode(given: argparse.Namespace) -> int:
     features, last = given.features_level or given.level, given.last_hidden_level or given.level
     for line in warnings({"features": features, "last_hidden": last}):
         log.warning(line)
-    print(_summary(given.output, recode_cache(given.source, given.output, features, last)))
+    say(_summary(given.output, recode_cache(given.source, given.output, features, last)))
     return 0
 
 

@@ -15,10 +15,13 @@ from deepspec.arguments import (
     SEED,
     SHARE,
     SHARE_BELOW_ONE,
+    TOGETHER,
     Parser,
 )
 from deepspec.cli import recipe_words
 from deepspec.errors import DataError
+from deepspec.files import refuse_same
+from deepspec.log import say
 from deepspec.recipe import DataSection, load_recipe
 
 DEFAULT = "mlabonne/open-perfectblend"
@@ -57,7 +60,7 @@ def prepare() -> None:
 
     held_out = data.held_out if given.held_out is None else given.held_out
     options = PrepareOptions(dict(pairs), held_out, tuple(given.exclude), given.limit, given.split, given.seed)
-    print("\n".join(run(options, given.output).lines()))
+    say("\n".join(run(options, given.output).lines()))
 
 
 def _weighted(text: str) -> tuple[str, float]:
@@ -85,7 +88,7 @@ def regenerate() -> None:
     servers.add_argument("--server", action="append", default=[], metavar="URL",
                          help="http://host:port; may be repeated")  # fmt: skip
     servers.add_argument("--model", help="the model's name in requests (default: the target)")
-    servers.add_argument("--concurrency", type=COUNT, default=64, help="requests in flight on each server")
+    servers.add_argument("--concurrency", type=TOGETHER, default=64, help="requests in flight on each server")
     servers.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds for one answer")
     servers.add_argument("--attempts", type=COUNT, default=6, help="of one request")
     servers.add_argument("--patience", type=NOT_NEGATIVE, default=300.0,
@@ -112,7 +115,7 @@ def regenerate() -> None:
         engine = plan.local_engine()
     settings = plan.settings(served=kind == "server") | {"engine": kind}
     summary = run(given.prompts, given.output, engine, settings, given.max_failed)
-    print(f"{given.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
+    say(f"{given.output}: {summary.rows} conversations, {summary.failed} failed, {dict(summary.finish_reasons)}")
 
 
 def inspect() -> None:
@@ -126,6 +129,8 @@ def inspect() -> None:
     parser.add_argument("--html", metavar="FILE", help="write the samples as a page")
     parser.add_argument("--histogram", metavar="FILE", help="write a histogram of the lengths")
     given = parser.parse_args()
+    for written in filter(None, (given.html, given.histogram)):
+        refuse_same(written, [given.data], DataError)
     recipe = load_recipe(given.recipe) if given.recipe else None
     path = given.target or (recipe.target.path if recipe else None)
     if path is None:

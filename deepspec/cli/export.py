@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
+from deepspec.log import say
 
 
 def export() -> int:
@@ -45,16 +46,14 @@ def export() -> int:
             results=given.results,
         )
         draft = export_draft(given.source, given.output, options)
-        print(
-            f"{given.source} ({draft.algorithm.name}) -> {given.output} ({given.format}); its README.md: how to serve"
-        )
+        say(f"{given.source} ({draft.algorithm.name}) -> {given.output} ({given.format}); its README.md: how to serve")
         return 0
     anchor = None if given.sample_from_anchor is None else given.sample_from_anchor == "yes"
     target = None if given.target is None else load_spec(given.target)
     hints = ImportHints(target, given.target_layers, given.max_draft, anchor)
     draft, origin = import_draft(given.source, given.output, given.origin, hints)
     name, count = draft.algorithm.name, draft.parsed.max_draft
-    print(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")
+    say(f"{given.source} ({origin}) -> {given.output} ({name}, {count} drafts a round)")
     return 0
 
 
@@ -77,4 +76,4 @@ def push() -> None:
 
     from deepspec.export.hub import push_draft
 
-    print(push_draft(given.folder, given.repository, not given.public, given.update))
+    say(push_draft(given.folder, given.repository, not given.public, given.update))

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deepspec.arguments import Parser
 from deepspec.cli import rank_word, recipe_words
+from deepspec.log import say
 
 
 def train() -> int:
@@ -50,4 +51,4 @@ def consolidate() -> None:
     from deepspec.export.consolidate import consolidate as run
 
     taken = run(given.checkpoint, given.output, given.dtype, not given.without_embeddings)
-    print(f"{taken} -> {given.output}")
+    say(f"{taken} -> {given.output}")

@@ -22,6 +22,7 @@ from deepspec.data.marks import Field, Reading, mark
 from deepspec.data.messages import (
     THINK,
     Message,
+    characters,
     developer_as_system,
     for_template,
     opened_again,
@@ -35,6 +36,7 @@ from deepspec.data.refusals import (
     OPEN_THOUGHT,
     OTHER_HISTORY,
     OTHER_TOKENS,
+    TOO_LONG,
     NoSupervision,
     RenderCounts,
     left_out,
@@ -47,7 +49,11 @@ from deepspec.families.base import Family
 from deepspec.recipe import Recipe
 from deepspec.targets.date import dated, template_date
 from deepspec.targets.load import TargetSpec, load_tokenizer
+from deepspec.targets.positions import positions_of
 
+# Text costs 400 times its bytes to tokenise: what cannot be used whatever its tokens is refused by its characters. The
+# longest tokens of today's vocabularies have 128 characters; no prompt of text has more than 32 a token on average.
+CUT_CHARACTERS, PROMPT_CHARACTERS = 128, 32  # for each token of max_length, and of the target's positions
 _ASK = {"role": "user", "content": "a"}
 
 
@@ -91,7 +97,9 @@ class Renderer:
         self.tokenizer = tokenizer if self.date is None else dated(tokenizer)
         self._target_stops: tuple[int, ...] = ()
         self._rows: int | None = None  # of the target's embedding
+        self._positions: int | None = None
         if isinstance(target, TargetSpec):
+            self._positions = positions_of(target.config)
             self._target_stops, self._rows, target = target.stop_token_ids, target.vocab_size, target.family
         self.family: Family = registry.family(target) if isinstance(target, str) else target
         self.system_prompt, self.thinking, self.max_length = system_prompt, thinking, max_length
@@ -108,6 +116,7 @@ class Renderer:
 
     def prompt_text(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> str:
         """The rendered prompt, generation prompt included."""
+        self._refuse_long(messages, tools, self._positions, PROMPT_CHARACTERS)
         messages = self.with_system(messages)
         if messages[-1]["role"] == "assistant":
             raise DataError("a prompt ends with a user or tool message", found="assistant", key="messages")
@@ -134,6 +143,14 @@ class Renderer:
         Where the template has no developer role, a developer message becomes (the end of) the system message.
         """
         return self._shown(self._read(messages))
+
+    def _refuse_long(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, tokens: int | None, each: int
+    ) -> None:
+        """Raise where there are more than ``each`` characters for each of the ``tokens`` that can be used."""
+        if tokens is not None and (found := characters([*messages, *(tools or [])])) > each * tokens:
+            wanted = f"at most {each * tokens}: {each} for each of {tokens} tokens"
+            raise DataError(TOO_LONG, key="messages", found=f"{found} characters", wanted=wanted)
 
     def _read(self, messages: Sequence[Message]) -> list[Message]:
         if not messages:
@@ -174,6 +191,7 @@ class Renderer:
             DataError: a template that refuses the messages or leaves out some of them, a token that is half prompt and
                 half answer, or one that the target does not have.
         """
+        self._refuse_long(messages, tools, self.max_length, CUT_CHARACTERS)
         given = self._read(messages) if messages else []
         last = max((i for i, message in enumerate(given) if message["role"] == "assistant"), default=None)
         if last is None or last == 0:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from deepspec.data.chat import RenderCounts, Rendered, Renderer, render_rows
+from deepspec.errors import printable
 from deepspec.files import temporary_file, write_text
 
 _GREEN, _GREY, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
@@ -26,8 +27,8 @@ def stretches(renderer: Renderer, rendered: Rendered) -> Iterator[tuple[bool, st
 
 def terminal(renderer: Renderer, sample: str, rendered: Rendered) -> str:
     """A sample for the terminal: supervised text green, the rest grey."""
-    text = "".join((_GREEN if on else _GREY) + part for on, part in stretches(renderer, rendered))
-    return f"{sample}: {len(rendered.input_ids)} tokens, {rendered.supervised} supervised\n{text}{_PLAIN}\n"
+    text = "".join((_GREEN if on else _GREY) + printable(part) for on, part in stretches(renderer, rendered))
+    return f"{printable(sample)}: {len(rendered.input_ids)} tokens, {rendered.supervised} supervised\n{text}{_PLAIN}\n"
 
 
 def page(renderer: Renderer, samples: Iterable[tuple[str, Rendered]]) -> str:
@@ -54,7 +55,7 @@ def statistics(lengths: np.ndarray, supervised: np.ndarray, counts: RenderCounts
         if len(values):
             quantiles = ", ".join(f"{q}%: {np.percentile(values, q):.0f}" for q in (1, 25, 50, 75, 99))
             lines.append(f"{name} a conversation: mean {values.mean():.1f}, {quantiles}, most {values.max()}")
-    return "\n".join([*lines, *counts.lines()])
+    return printable("\n".join([*lines, *counts.lines()]))
 
 
 def histogram(lengths: np.ndarray, supervised: np.ndarray, path: str | Path) -> None:

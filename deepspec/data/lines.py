@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from deepspec.errors import DataError, DeepSpecError, system_error
 
 DEPTH = 100  # levels of lists and objects; Python's own stack ends near 1,000
+LINE_BYTES = 16 << 20  # a parsed line takes many times its bytes; a million tokens of text have six million
 DIGITS = 4000  # of an integer; Python reads and writes 4,300
 _CONTAINERS = (dict, list)
 _BOM = b"\xef\xbb\xbf"
@@ -112,11 +114,15 @@ def numbered_lines(path: str | Path, error: type[DeepSpecError] = DataError) -> 
     """(number from 1, bytes) of every line, empty ones too, so that the bytes can be digested.
 
     Raises:
-        error: the file cannot be read.
+        error: the file cannot be read, or a line has more than LINE_BYTES, of which no more are read.
     """
     try:
         with open(path, "rb") as handle:
-            yield from enumerate(handle, 1)
+            for number, line in enumerate(iter(partial(handle.readline, LINE_BYTES + 1), b""), 1):
+                if len(line) > LINE_BYTES:
+                    wanted, remedy = f"at most {LINE_BYTES:,} bytes", "leave the row out, or cut it"
+                    raise error("a line too long", file=path, key=f"line {number}", wanted=wanted, remedy=remedy)
+                yield number, line
     except OSError as problem:
         raise system_error(problem, path, error) or problem from None
 

@@ -265,6 +265,15 @@ def read_message(message: Message, opened: bool) -> Message:
     return message
 
 
+def characters(value: Any) -> int:
+    """Characters of all text in a value."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(characters(key) + characters(one) for key, one in value.items())
+    return sum(map(characters, value)) if isinstance(value, list | tuple) else 0
+
+
 def for_template(message: Message, thinking: bool) -> Message:
     """A message without what does not concern the template, and without reasoning unless the target thinks."""
     hidden = _NOT_THE_TEMPLATES if thinking else (*_NOT_THE_TEMPLATES, "reasoning_content")

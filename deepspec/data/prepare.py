@@ -17,7 +17,7 @@ from deepspec.data.messages import Message, Unusable
 from deepspec.data.sources import columns_read, read_source, row_tools, to_messages
 from deepspec.data.words import grams, normal, says_something
 from deepspec.errors import DataError
-from deepspec.files import sync, write_json
+from deepspec.files import refuse_same, sync, write_json
 from deepspec.locks import one_writer
 from deepspec.progress import Progress
 
@@ -166,6 +166,8 @@ def prepare(options: PrepareOptions, output: str | Path) -> Report:
 
 def _prepare(options: PrepareOptions, output: Path) -> Report:
     tasks = Contamination()
+    for name in ("train.jsonl", "held_out.jsonl", "report.json"):
+        refuse_same(output / name, [*options.sources, *options.exclude], DataError)
     for path in options.exclude:
         tasks.add_file(path)
     report, seen = Report(), set[int]()

@@ -17,6 +17,7 @@ OTHER_HISTORY = "the chat template renders the history otherwise in a prompt"
 OTHER_TOKENS = "the history has other tokens in a prompt"
 OPEN_THOUGHT = "the chat template opens the reasoning before an answer without reasoning"
 REPLACED = "an answer with U+FFFD in it: bytes that its text does not tell"
+TOO_LONG = "more characters than its tokens can be kept for"
 CUT_CALL = "an answer cut inside a tool call"
 _PARTS = {  # what the field of a message is called
     "tools": "the tools",

@@ -24,7 +24,7 @@ from deepspec.data.local import LocalEngine
 from deepspec.data.server import ServerEngine, ServerOptions
 from deepspec.distributed import pick_device
 from deepspec.errors import DataError
-from deepspec.files import named, read_json, refuse_special, sha256_file
+from deepspec.files import named, read_json, refuse_same, refuse_special, sha256_file
 from deepspec.identity import differences, identity_of, shown
 from deepspec.locks import lock_file
 from deepspec.progress import Progress
@@ -92,6 +92,7 @@ def regenerate(
     if not Path(prompts).is_file():
         raise DataError("no such prompts file", file=prompts, remedy="make it with tools/prepare_data.py")
     refuse_special(output)
+    refuse_same(output, [prompts], DataError)
     output.parent.mkdir(parents=True, exist_ok=True)
     with lock_file(output.with_name(f".{output.name}.lock"), output, "regeneration", DataError):
         settings = {"prompts_sha256": sha256_file(prompts), **settings}

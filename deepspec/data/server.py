@@ -8,6 +8,7 @@ import json
 import logging
 import queue
 import random
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,12 +19,14 @@ from deepspec.data.chat import Renderer
 from deepspec.data.dialogue import Dialogue, Outcome, read_answer
 from deepspec.data.local import draw_seed
 from deepspec.data.messages import THINK, Message, Unusable, opens_reasoning
-from deepspec.errors import DataError, DeepSpecError
+from deepspec.errors import DataError, DeepSpecError, shown
 from deepspec.http import NoReply, Reply, check_url, request, without_password
 from deepspec.recipe import RegenerateSection
 from deepspec.targets.date import server_keywords
 
 FIRST_REST, LONGEST_REST = 0.25, 15.0  # seconds that a server rests after a failure; doubled with each in a row
+LONGEST_ASKED = 120.0  # seconds that it rests at most when it asks for more (Retry-After)
+BUSY_SHARE = 1 / 20  # of an attempt: what a busy or absent server costs a request
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +53,7 @@ class Server:
         self.name = without_password(self.url)  # in messages
         self.in_flight, self.failures, self.answered = 0, 0, 0
         self.rests_until = 0.0
+        self.refusal: DataError | None = None  # why it takes none of our requests
         self.plain_fields = False  # refuses fields beyond OpenAI's (see ServerEngine)
 
 
@@ -93,12 +97,23 @@ class Pool:
         room = 1 if server.failures else self.concurrency
         return server.rests_until <= now and server.in_flight < room
 
+    def refuse(self, server: Server, refusal: DataError) -> None:
+        """A server takes none of our requests: the others get them.
+
+        Raises:
+            DataError: ``refusal``, where all servers refuse.
+        """
+        with self._changed:
+            server.refusal = refusal
+            if all(one.refusal for one in self.servers):
+                raise refusal
+
     def release(self, server: Server, problem: str | None = None, rest: float | None = None) -> None:
         """Give a server back; with a problem it rests, longer each time (or for ``rest`` seconds)."""
         with self._changed:
             server.in_flight -= 1
             if problem is None:
-                server.failures, server.rests_until = 0, 0.0
+                server.failures, server.rests_until, server.refusal = 0, 0.0, None
                 server.answered += 1
                 self._last_good = time.monotonic()
             elif rest != 0:
@@ -123,6 +138,14 @@ class _Retry(Exception):
     def __init__(self, reason: str, counted: bool = True, rest: float | None = None) -> None:
         super().__init__(reason)
         self.counted, self.rest = counted, rest
+
+
+class _RefusesUs(_Retry):
+    """A request for another server: this one refuses the job, as ``problem`` says."""
+
+    def __init__(self, problem: DataError) -> None:
+        super().__init__(str(problem), counted=False, rest=LONGEST_REST)
+        self.problem = problem
 
 
 class _Refused(Exception):
@@ -210,17 +233,19 @@ class ServerEngine:
             prompt_length, opened = len(self.renderer.prompt_ids(text)), opens_reasoning(text) == THINK
         except DataError as problem:
             raise _Refused(str(problem)) from None
-        attempts = 0
+        attempts = 0.0
         while True:
             server = self.pool.acquire()
             try:
                 reply = self._ask(server, dialogue)
                 message, reason, tokens = self._read_reply(server, dialogue, reply, prompt_length, opened)
             except _Retry as problem:
-                attempts += problem.counted
+                attempts += 1 if problem.counted else BUSY_SHARE
                 self.pool.release(server, str(problem), problem.rest)
+                if isinstance(problem, _RefusesUs):
+                    self.pool.refuse(server, problem.problem)
                 if attempts >= self.options.attempts:
-                    raise _Refused(f"{attempts} attempts failed; the last: {problem}", again=True) from None
+                    raise _Refused(f"{attempts:.0f} attempts failed; the last: {problem}", again=True) from None
             except BaseException:
                 self.pool.release(server)
                 raise
@@ -265,12 +290,9 @@ class ServerEngine:
             raise _Retry(f"{server.name} takes only OpenAI's fields", counted=False, rest=0.0)
         _check_status(server, reply)
         try:
-            value = json.loads(reply.body)
-        except (ValueError, RecursionError):
-            raise _Retry(f"{server.name}: broken JSON, {reply.summary}") from None
-        if not isinstance(value, dict):
-            raise _Retry(f"{server.name}: not a completion: {reply.summary}")
-        return value
+            return reply.json()
+        except ValueError as problem:
+            raise _Retry(f"{server.name}: {problem}") from None
 
     def _read_reply(
         self, server: Server, dialogue: Dialogue, reply: Mapping[str, Any], prompt_length: int, opened: bool
@@ -287,13 +309,14 @@ class ServerEngine:
             given, reason = choice["message"], choice["finish_reason"]
             content, thought = given.get("content") or "", given.get("reasoning_content") or given.get("reasoning")
             calls = [{"type": "function", "function": one["function"]} for one in given.get("tool_calls") or []]
-            tokens, prompt_tokens = int(usage.get("completion_tokens") or 0), usage.get("prompt_tokens")
-            if not isinstance(content, str) or not isinstance(thought, str | None):
+            tokens, prompt_tokens = usage.get("completion_tokens") or 0, usage.get("prompt_tokens")
+            texts = isinstance(content, str) and isinstance(thought, str | None)
+            if not texts or type(tokens) is not int or type(prompt_tokens) not in (int, type(None)):
                 raise TypeError
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError):
-            raise _Retry(f"{server.name}: not a completion: {str(reply)[:300]}") from None
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise _Retry(f"{server.name}: not a completion: {shown(reply)}") from None
         if reason not in ("stop", "length", "tool_calls"):
-            raise _Retry(f"{server.name}: finish_reason {reason!r}")
+            raise _Retry(f"{server.name}: finish_reason {shown(reason)}")
         if prompt_tokens not in (None, prompt_length) and not dialogue.tools:  # tools: servers normalise the schemas
             raise DataError(
                 "the server renders the prompt otherwise than we do",
@@ -313,12 +336,12 @@ def _check_status(server: Server, reply: Reply) -> None:
     """Raise what a status other than 200 means: see :meth:`ServerEngine._answer_turn`."""
     status = reply.status
     if status in (429, 503):
-        after = (reply.headers.get("Retry-After") or "").strip()
-        rest = float(after) if after.isdigit() else None
-        raise _Retry(f"{server.name}: busy ({status})", counted=False, rest=rest)
+        after = re.fullmatch(r" *([0-9]{1,9})(\.[0-9]*)? *", reply.headers.get("Retry-After") or "")
+        rest = min(float(after[1]), LONGEST_ASKED) if after else 0  # a date, a negative number: our own back-off
+        raise _Retry(f"{server.name}: busy ({status})", counted=False, rest=rest or None)
     if status in (401, 403, 404) or 300 <= status < 400:
         remedy = "check the URL, --model and the API key"
-        raise DataError("the server refuses us", file=server.name, found=reply.summary, remedy=remedy)
+        raise _RefusesUs(DataError("the server refuses us", file=server.name, found=reply.summary, remedy=remedy))
     if 400 <= status < 500 and status not in (408, 409, 425):
         raise _Refused(f"{server.name}: {reply.summary}")
     if status != 200:

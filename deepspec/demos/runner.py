@@ -20,7 +20,7 @@ import torch
 
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.distributed import free_port
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, printable
 from deepspec.files import read_json, write_json
 from deepspec.log import reports
 
@@ -135,8 +135,9 @@ class Runner:
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
     def _report(self, stage: Stage, text: str) -> None:
-        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
-        log.info("%s[%2d/%d] %s: %s", clear, self.numbers[stage.name], len(self.stages), stage.name, text)
+        if sys.stdout.isatty():
+            print("\r\x1b[K", end="")
+        log.info("[%2d/%d] %s: %s", self.numbers[stage.name], len(self.stages), stage.name, text)
 
     def _show_progress(self) -> None:
         """On a terminal: one line with the progress of the running stages, updated once a second."""
@@ -145,7 +146,7 @@ class Runner:
         self._shown = time.monotonic()
         width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)
         parts = [f"{one.stage.name} {self._shown - one.started:.0f} s: {one.last_line()}" for one in self.running]
-        print("\r\x1b[K" + " | ".join(part[:width] for part in parts), end="", flush=True)
+        print("\r\x1b[K" + " | ".join(printable(part)[:width] for part in parts), end="", flush=True)
 
 
 def _own(handle: BinaryIO, log: Path) -> None:

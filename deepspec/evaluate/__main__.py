@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
+from deepspec.arguments import COUNT, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
     parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
+    parser.add_argument("--local_rank", type=RANK, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     parser.set_defaults(revision=None)
     given = parser.parse_args()
     if given.recipe:  # read once more, with the recipe's values as the defaults

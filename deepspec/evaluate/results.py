@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from deepspec.errors import EvaluationError
+from deepspec.errors import EvaluationError, without_logins
 from deepspec.evaluate.measure import TaskSummary
 from deepspec.evaluate.tasks import registered_tasks
 from deepspec.files import check_digests, digests_of, read_json, sealed, sha256_file, write_json
@@ -140,7 +140,7 @@ def environment() -> dict[str, Any]:
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     return {
         "versions": {**versions, "python": platform.python_version()},
-        "command": sys.argv,
+        "command": [without_logins(word) for word in sys.argv],
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -86,4 +87,4 @@ def _measured(results: Mapping[str, Any]) -> str:
     head = ("task", "T", "acceptance length (95 %)", "accepted/verified", equal_text, "prompts")
     table = Table(head, rows).markdown()
     command = (results.get("provenance") or {}).get("command")
-    return table + (f"\n\nBy `{' '.join(command)}`." if command else "")
+    return table + (f"\n\nBy `{shlex.join(command)}`." if command else "")

@@ -167,9 +167,10 @@ class ServeCheck:
             row.status, row.note = "not run", "needs the CPU shim's connector (--shim)"
             return row
         layers = list(range(0, self.target.spec.num_layers - 1, 2))
+        storage = self.server.work / "hidden-states"
         try:
-            with self.server.hidden_states(self.target.spec, layers, self.server.work / "hidden-states") as url:
-                worst = largest_difference(url, self.target, layers, self.prompts)
+            with self.server.hidden_states(self.target.spec, layers, storage) as url:
+                worst = largest_difference(url, storage, self.target, layers, self.prompts)
         except DeepSpecError as problem:
             row.status, row.note = "FAILED", str(problem)
             return row
@@ -230,13 +231,15 @@ class ServeCheck:
         consolidate(folder, made)
 
 
-def largest_difference(url: str, target: Target, layers: Sequence[int], prompts: Sequence[Sequence[int]]) -> float:
+def largest_difference(
+    url: str, storage: Path, target: Target, layers: Sequence[int], prompts: Sequence[Sequence[int]]
+) -> float:
     """Of hidden states from a server and from ``target`` in this process, over all prompts, features and last state.
 
     Raises:
         TargetError: the server returns none.
     """
-    remote = ServedTarget(url, target.spec.path, layers, target.dtype, concurrency=4)
+    remote = ServedTarget(url, target.spec.path, layers, target.dtype, concurrency=4, storage=storage)
     worst, progress = 0.0, Progress("hidden states", len(prompts), noun="prompts")
     for prompt in prompts:
         ids = torch.tensor([list(prompt)])

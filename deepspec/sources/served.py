@@ -32,14 +32,15 @@ class ServedSource(OnlineSource):
     """
 
     name = "served"
-    required: ClassVar[tuple[str, ...]] = ("conversations", "servers")
+    required: ClassVar[tuple[str, ...]] = ("conversations", "servers", "server_storage")
     needs_model = False
     reads_ahead = True
 
     def __init__(self, recipe: Recipe, target: TargetEmbeddings, path: str | Path) -> None:
-        section, servers = recipe.target, recipe.data.servers
-        url = servers[world_from_environment().rank % len(servers)]
-        served = ServedTarget(url, section.path, section.layers, getattr(torch, section.dtype), section.revision)
+        section, data = recipe.target, recipe.data
+        url = data.servers[world_from_environment().rank % len(data.servers)]
+        dtype = getattr(torch, section.dtype)
+        served = ServedTarget(url, section.path, section.layers, dtype, section.revision, storage=data.server_storage)
         super().__init__(recipe, served, path)
 
     def announce(self, numbers: Sequence[int]) -> None:

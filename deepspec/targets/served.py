@@ -1,19 +1,24 @@
 """A target that runs elsewhere: hidden states from a serving engine, for targets that do not fit one process.
 
 The server is vLLM's with hidden-state extraction (``docs/serving.md`` has the command): a request for one token leaves
-the prompt's hidden states in a file on a file system that both see. Its layer ids are one higher than ours; the id
-``num_layers`` is the last layer before the final norm, which is applied here with the target's own module.
+the prompt's hidden states in a file on a file system that both see. A server is not trusted with a path: files are read
+and removed only inside the folder that the user states, through no link, and removed only when they held the prompt's
+own tokens. Its layer ids are one higher than ours; the id ``num_layers`` is the last layer before the final norm, which
+is applied here with the target's own module.
 
 S sequence, L layers asked for, D hidden size.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
-import json
+import os
+import stat
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +28,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from deepspec.errors import TargetError
-from deepspec.http import NoReply, request, without_password
+from deepspec.http import NoReply, check_url, request, without_password
 from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import TargetEmbeddings, TargetSpec, find_decoder, load_spec, load_target_embeddings
 from deepspec.targets.stored import open_stored
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
 POLL = 0.002  # seconds between two looks at a lock
+HEADER = 1 << 20  # bytes that a file may have beyond its two tensors
 
 
 def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
@@ -48,16 +54,25 @@ class ServedTarget(TargetEmbeddings):
         revision: of the hub id.
         timeout: seconds the server may take for one prompt.
         concurrency: prompts in flight.
+        storage: the folder that the server writes its files to (its ``shared_storage_path``); no other is read.
 
     Raises:
-        TargetError: no such target, or no server that serves it.
+        TargetError: no such target, no server that serves it, or no storage stated.
     """
 
     def __init__(
         self, url: str, path: str | Path, layers: Sequence[int], dtype: torch.dtype = torch.bfloat16,
-        revision: str | None = None, timeout: float = 600.0, concurrency: int = 8,
+        revision: str | None = None, timeout: float = 600.0, concurrency: int = 8, *, storage: str | Path | None,
     ) -> None:  # fmt: skip
-        self.url, self.timeout = url.rstrip("/"), timeout
+        check_url(url, "server", TargetError)
+        self._url, self.timeout = url.rstrip("/"), timeout
+        self.url = without_password(self._url)  # in messages
+        if storage is None or not Path(storage).is_dir():
+            remedy = "name the folder of its shared_storage_path: data.server_storage, or --server-storage"
+            problem = "no folder is stated from which the server's files may be read and removed"
+            problem = problem if storage is None else "no such folder to read the server's files from"
+            raise TargetError(problem, file=self.url, key="data.server_storage", found=storage, remedy=remedy)
+        self.storage = Path(storage)
         load_spec(path, revision).check_layers(layers)
         loaded = load_target_embeddings(path, dtype, "cpu", revision)
         super().__init__(loaded.spec, loaded.embed_weight, loaded.head_weight)
@@ -113,21 +128,22 @@ class ServedTarget(TargetEmbeddings):
         try:
             return str(reply["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise TargetError("no model is served there", file=self.url, found=str(reply)[:200]) from None
+            raise TargetError("no model is served there", file=self.url, found=reply) from None
 
     def _hidden_states(self, tokens: list[int]) -> Tensor:
         """[S, layers of the server, D] of one prompt."""
         body = {"model": self._name, "prompt": tokens, "max_tokens": 1, "temperature": 0}
         reply = self._ask("POST", "/v1/completions", body)
-        path = (reply.get("kv_transfer_params") or {}).get("hidden_states_path")
-        if not path:
+        given = reply.get("kv_transfer_params")
+        path = given.get("hidden_states_path") if isinstance(given, dict) else None
+        if not isinstance(path, str) or not path:
             remedy = "start the server with hidden-state extraction: docs/serving.md has the command"
             raise TargetError("the server returns no hidden states", file=self.url, remedy=remedy)
-        file = Path(path)
-        hidden = self._checked(read_hidden_states(file, self.timeout), tokens, path)
-        for done in (file, _lock_of(file)):  # written for this reader alone; what is not the prompt's own stays
-            done.unlink(missing_ok=True)
-        return hidden.to(self.dtype)
+        most = len(tokens) * (len(self._index) * self.spec.hidden_size * 4 + 8) + HEADER
+        with stored_states(self.storage, path, self.timeout, most) as (found, remove):
+            hidden = self._checked(found, tokens, path).to(self.dtype)
+            remove()  # written for this reader alone; what is not the prompt's own stays
+        return hidden
 
     def _checked(self, found: dict[str, Tensor], tokens: list[int], path: str) -> Tensor:
         if not {"hidden_states", "token_ids"} <= found.keys():
@@ -156,45 +172,109 @@ class ServedTarget(TargetEmbeddings):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
-                reply = request(verb, self.url + path, self.timeout, body)
-            except NoReply as none:
-                problem = none.problem
+                reply = request(verb, self._url + path, self.timeout, body)
+                if reply.status == 200:
+                    return reply.json()
+            except (NoReply, ValueError) as none:
+                problem = none.problem if isinstance(none, NoReply) else str(none)
                 continue
-            if reply.status == 200:
-                return dict(json.loads(reply.body))
             problem = reply.summary
             if 400 <= reply.status < 500 and reply.status != 429:
                 break
-        raise TargetError("the server does not answer", file=without_password(self.url) + path, found=problem,
+        raise TargetError("the server does not answer", file=self.url + path, found=problem,
                           remedy="is it up, and does it serve this target?")  # fmt: skip
 
 
-def read_hidden_states(path: Path, timeout: float) -> dict[str, Tensor]:
+@contextmanager
+def stored_states(storage: Path, path: str, timeout: float, most: int) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """What the server wrote for one prompt, once it is complete: it holds a lock on ``PATH.lock`` while it writes.
 
+    Every part of the path below ``storage`` is opened from the one above it and follows no link, so that what is read
+    and removed is what was checked.
+
+    Args:
+        storage: the folder that files may lie in, however deep.
+        path: as the server names it, absolute.
+        timeout: seconds to wait for the lock.
+        most: bytes of the file.
+
+    Yields:
+        The tensors, and a function that removes the file and its lock.
+
     Raises:
-        TargetError: no such file here, a broken one, or one that is not complete after ``timeout`` seconds.
+        TargetError: a path that leads elsewhere, no such file here, one that is broken or larger than ``most``, or one
+            that is not complete after ``timeout`` seconds.
     """
-    lock = _lock_of(path)
-    if path.is_symlink() or lock.is_symlink() or (lock.exists() and not lock.is_file()):
-        raise TargetError("not a file of the server's own", file=path, found="a link, a pipe or a device")
-    try:
-        with open(lock) as handle:
+    *folders, name = _below(storage, path)
+    with ExitStack() as stack:
+        try:
+            place = _open(stack, storage, os.O_DIRECTORY)
+            for one in folders:
+                place = _open(stack, one, os.O_DIRECTORY | os.O_NOFOLLOW, place)
+            lock, file = f"{name}.lock", os.O_NOFOLLOW | os.O_NONBLOCK  # opening a pipe would wait for its writer
+            handle = _open(stack, lock, file, place)
+            _refuse_special(handle, path)
             _wait_for(handle, path, timeout)
-            found = load_file(path)
-    except FileNotFoundError as missing:
-        remedy = "server and reader must see one file system under one name (shared_storage_path)"
-        raise TargetError("no such file", file=missing.filename or path, remedy=remedy) from None
-    except SafetensorError as problem:
-        raise TargetError(f"not a safetensors file ({problem})", file=path) from None
-    return found
+            handle = _open(stack, name, file, place)
+        except OSError as problem:
+            raise _not_there(problem, path) from None
+        size = _refuse_special(handle, path)
+        if size > most:
+            raise TargetError("a larger file than the prompt's hidden states", file=path, found=f"{size} bytes",
+                              wanted=f"at most {most}")  # fmt: skip
+        try:
+            found = load_file(f"/proc/self/fd/{handle}")
+        except (SafetensorError, OSError) as problem:
+            raise TargetError(f"not a safetensors file ({problem})", file=path) from None
+
+        def remove() -> None:
+            for done in (name, lock):
+                with suppress(FileNotFoundError):
+                    os.unlink(done, dir_fd=place)
+
+        yield found, remove
 
 
-def _lock_of(path: Path) -> Path:
-    return path.with_name(path.name + ".lock")
+def _below(storage: Path, path: str) -> tuple[str, ...]:
+    """The parts of ``path`` below the folder, which the server may name with its links resolved."""
+    for folder in (os.path.abspath(storage), os.path.realpath(storage)):
+        if path.startswith(f"{folder.rstrip('/')}/") and path.isprintable():
+            parts = path[len(folder.rstrip("/")) + 1 :].split("/")
+            if not {"", ".", ".."} & set(parts):
+                return tuple(parts)
+    remedy = "state the server's shared_storage_path, as an absolute path on both sides"
+    raise TargetError("the server names a file outside its folder, which is neither read nor removed", file=path,
+                      key="data.server_storage", wanted=f"a file below {storage}", remedy=remedy)  # fmt: skip
 
 
-def _wait_for(handle: Any, path: Path, timeout: float) -> None:
+def _open(stack: ExitStack, name: str | Path, flags: int, place: int | None = None) -> int:
+    handle = os.open(name, flags | os.O_RDONLY | os.O_CLOEXEC, dir_fd=place)
+    stack.callback(os.close, handle)
+    return handle
+
+
+def _refuse_special(handle: int, path: str) -> int:
+    """Bytes of an open file.
+
+    Raises:
+        TargetError: it is a folder, a pipe or a device.
+    """
+    found = os.fstat(handle)
+    if not stat.S_ISREG(found.st_mode):
+        raise TargetError("not a file of the server's own", file=path, found="a folder, a pipe or a device")
+    return found.st_size
+
+
+def _not_there(problem: OSError, path: str) -> TargetError:
+    if problem.errno in (errno.ELOOP, errno.ENOTDIR):  # a link where none is followed
+        return TargetError("not a file of the server's own", file=path, found="a link in its path")
+    remedy = "server and reader must see one file system under one name (shared_storage_path)"
+    if problem.errno == errno.ENOENT:
+        return TargetError("no such file", file=path, remedy=remedy)
+    return TargetError(f"cannot be read ({problem.strerror})", file=path, remedy=remedy)
+
+
+def _wait_for(handle: int, path: str, timeout: float) -> None:
     """Take the shared lock; polled: a thread blocked in the kernel could not be stopped at the timeout."""
     end = time.monotonic() + timeout
     while True:

@@ -39,7 +39,7 @@ def bits(values: np.ndarray) -> np.ndarray:
 
 def decode(codec: object, data: bytes, like: np.ndarray, start: int = 0, stop: int | None = None) -> np.ndarray:
     out = np.full_like(like[start:stop], 7)
-    codec.decode_rows(np.frombuffer(data, np.uint8), out, start)  # type: ignore[attr-defined]
+    codec.decode_rows(np.frombuffer(data, np.uint8), out, start, 1 << 20)  # type: ignore[attr-defined]
     return out
 
 

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import re
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepspec import cli
-from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Range
+from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, Parser, Range
 from deepspec.cli import VERBS
+from deepspec.data.prepare import PrepareOptions, prepare
+from deepspec.data.regenerate import regenerate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.errors import DeepSpecError, EvaluationError, RecipeError, run_main
+from deepspec.errors import DataError, DeepSpecError, EvaluationError, RecipeError, run_main
 from deepspec.evaluate.run import Options
 from deepspec.recipe import EvaluateSection, RegenerateSection
 
@@ -72,6 +76,49 @@ def test_a_number_out_of_its_range_is_refused_in_one_line(
     assert len(said) == 1
     assert flag in said[0]
     assert value in said[0]
+
+
+class Seen(Exception):
+    """A parser that is complete."""
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    """It and those of its verbs."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from parsers(one)
+
+
+PLACES = sorted(
+    {place for place, _ in VERBS.values()}
+    | {f"deepspec.{name}:main" for name in ("evaluate.__main__", "evaluate.calibration", "demos.quickstart.__main__",
+                                            "demos.smollm2.__main__")}
+)  # fmt: skip
+NO_NUMBER = ("nan", "inf", "-inf", "1e999", "-1e999", "", "x", "1,5", "9" * 5000, "0x10", "-9", "1e16", "-1e-300")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_number_of_every_command_has_a_range(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[argparse.ArgumentParser] = []
+
+    def see(parser: argparse.ArgumentParser, *_: object) -> None:
+        found.append(parser)
+        raise Seen
+
+    monkeypatch.setattr(Parser, "parse_args", see)
+    monkeypatch.setattr(sys, "argv", ["x"])
+    module, function = place.split(":")
+    with pytest.raises(Seen):
+        getattr(importlib.import_module(module), function)()
+    for action in [action for parser in parsers(found[0]) for action in parser._actions]:
+        first = action.default[0] if isinstance(action.default, list) and action.default else action.default
+        numeric = type(first) in (int, float) and action.nargs != 0
+        assert isinstance(action.type, Range) or (not numeric and action.type not in (int, float)), action.dest
+        for text in NO_NUMBER if isinstance(action.type, Range) else ():
+            with pytest.raises(argparse.ArgumentTypeError, match="wanted"):
+                action.type(text)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -146,3 +193,21 @@ def test_every_verb_is_a_function_and_a_script_of_today_calls_one(monkeypatch: p
         cli.main()
     shown = capsys.readouterr().out
     assert all(f"\n  {verb} " in shown for verb in VERBS)
+
+
+@pytest.mark.parametrize("way", ["itself", "link", "hard link"])
+def test_an_output_that_is_an_input_is_refused(way: str, tmp_path: Path) -> None:
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "train.jsonl"
+    rows.write_text('{"id": "a", "messages": [{"role": "user", "content": "Why?"}]}\n')
+    if way == "link":
+        output.symlink_to(rows)
+    elif way == "hard link":
+        output.hardlink_to(rows)
+    else:
+        output = rows
+    with pytest.raises(DataError, match="the output is an input"):
+        regenerate(rows, output, None, {})  # type: ignore[arg-type]
+    if way != "itself":
+        with pytest.raises(DataError, match="the output is an input"):
+            prepare(PrepareOptions({str(rows): 1.0}), tmp_path)
+    assert rows.read_text().endswith("\n")

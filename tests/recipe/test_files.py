@@ -185,6 +185,15 @@ BAD = {
     "an int that is none": ("seed: !!int x", "cannot be read"),
     "a day that is none": ("seed: 2001-99-99", "cannot be read"),
     "a Python object": ("seed: !!python/object:os.system {}", "not a YAML file"),
+    "20,000 keys": ("".join(f"k{n}: 1\n" for n in range(20_000)), "unknown key"),
+    "a long key": (f"? {'k' * 100_000}\n: 1\n", "unknown key"),
+    "megabytes": ("# " + "x" * 3_000_000, "too long for a recipe"),
+    "a name of 300 characters": (SECTION.replace("name: t", f"name: {'n' * 300}"), "name: not a name"),
+    "control characters": (SECTION.replace("name: t", 'name: "a\\e[2Jb"'), "name: not a name"),
+    "an empty name": (SECTION.replace("name: t", 'name: ""'), "name: not a name"),
+    "an integer beyond 64 bits": (SECTION.replace("draft:", "train: {epochs: 9223372036854775808}\ndraft:"), "epochs"),
+    "no server": (SECTION.replace("draft:", "data: {servers: ['me:secret@host']}\ndraft:"), "data.servers: not the"),
+    "a thousand bases": (f"extends: [{','.join(['b.yaml'] * 1000)}]", "extends: too many files"),
     "half a surrogate pair": ('name: "\\ud800"', "name: wrong type or value"),
     "a NUL": ('name: "a\\0b"', "name: wrong type or value"),
     "no text": ("\x00\x01", "not a YAML file"),
@@ -209,6 +218,7 @@ def test_a_bad_file_is_one_short_line_at_once(name: str, tmp_path: Path) -> None
     assert words in line
     assert "\n" not in line
     assert len(line) < 1500
+    assert "secret" not in line
 
 
 def test_files_that_extend_one_another_are_each_read_once(tmp_path: Path) -> None:
@@ -218,10 +228,20 @@ def test_files_that_extend_one_another_are_each_read_once(tmp_path: Path) -> Non
     (tmp_path / "b12.yaml").write_text("name: t\n")
     with pytest.raises(RecipeError, match="algorithm: missing key"):
         load_recipe(tmp_path / "b0.yaml")
-    for number in range(300):
+    for number in range(1000):
         (tmp_path / f"b{number}.yaml").write_text(f"extends: b{number + 1}.yaml\n")
     with pytest.raises(RecipeError, match="too many files that extend one another"):
         load_recipe(tmp_path / "b0.yaml")
+
+
+def test_a_login_in_a_servers_url_is_used_and_not_recorded(project: Project, tmp_path: Path) -> None:
+    recipe = load_recipe(project.recipe, ["data.servers=['http://me:secret@a:1', 'http://b']"])
+    assert recipe.data.servers[0] == "http://me:secret@a:1"
+    recipe.save(tmp_path / "recipe.yaml")
+    for text in (recipe.to_yaml(), str(recipe.to_dict()), (tmp_path / "recipe.yaml").read_text()):
+        assert "secret" not in text
+    assert load_recipe(tmp_path / "recipe.yaml").data.servers == ("http://a:1", "http://b")
+    assert recipe.digest() == load_recipe(project.recipe, ["data.servers=['http://a:1', 'http://b']"]).digest()
 
 
 @pytest.mark.parametrize("text", [f"seed={'9' * 5000}", "draft=&a [*a]", "draft=[", "seed=!!int x", "draft=2001-99-99"])

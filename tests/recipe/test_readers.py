@@ -118,8 +118,9 @@ def test_every_key_is_read_by_a_command(folder: Path, world: World, monkeypatch:
     assert trainer.run(0)
     trainer.engine.close()
     monkeypatch.setattr("deepspec.targets.served.PAUSE", 0.0)
+    served = settings(folder, source="served", servers=["http://127.0.0.1:9"], server_storage=str(folder))
     with pytest.raises(TargetError, match="does not answer"):
-        run.prepare(load_recipe(settings(folder, source="served", servers=["http://127.0.0.1:9"])), world, False)
+        run.prepare(load_recipe(served), world, False)
     monkeypatch.setattr(sys, "argv", ["evaluate", "--recipe", str(online), "--draft", "d"])
     parse()
     assert KEYS - watch.read == set()

@@ -42,7 +42,8 @@ class Inputs:
     def of(self, source: str, file: str = "a", **changes: object) -> Recipe:
         """The recipe over one of the files."""
         data = {"cache": (str(self.folder / f"cache-{file}"),), "conversations": str(self.folder / f"{file}.jsonl")}
-        data |= {"source": source, "servers": (self.server.url,), **changes}
+        served = {"servers": (self.server.url,), "server_storage": str(self.server.folder)}
+        data |= {"source": source, **served, **changes}
         return dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, **data))
 
     def open(self, recipe: Recipe) -> FeatureSource:
@@ -164,10 +165,11 @@ def test_each_source_says_what_it_needs(inputs: Inputs) -> None:
 
 
 @pytest.mark.parametrize(
-    ("source", "missing"), [("online", "conversations"), ("served", "conversations"), ("served", "servers")]
+    ("source", "missing"),
+    [("online", "conversations"), ("served", "conversations"), ("served", "servers"), ("served", "server_storage")],
 )
 def test_a_key_that_a_source_needs_is_named(inputs: Inputs, source: str, missing: str) -> None:
-    empty = None if missing == "conversations" else ()
+    empty = () if missing == "servers" else None
     with pytest.raises(RecipeError, match=rf"data\.{missing}: data\.source {source} needs it"):
         source_class(inputs.of(source, **{missing: empty}))
 
@@ -183,7 +185,7 @@ def test_a_process_asks_a_server_of_its_own(inputs: Inputs, monkeypatch: pytest.
     class Seen(Exception):
         """Far enough."""
 
-    def note(url: str, *_: object) -> None:
+    def note(url: str, *_: object, **__: object) -> None:
         asked.append(url)
         raise Seen
 

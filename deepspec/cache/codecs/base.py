@@ -26,11 +26,11 @@ class RowCodec(ArrayBytesCodec):
         """The chunk's bytes."""
         raise NotImplementedError
 
-    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
-        """Decode rows ``start`` .. ``start + len(out)`` of a chunk into ``out`` [n, C].
+    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int, most: int) -> None:
+        """Decode rows ``start`` .. ``start + len(out)`` of a chunk of at most ``most`` rows into ``out`` [n, C].
 
         Raises:
-            ValueError: the bytes do not belong to this codec.
+            ValueError: the bytes do not belong to this codec, or state more rows: memory is taken for what they state.
         """
         raise NotImplementedError
 
@@ -53,7 +53,7 @@ class RowCodec(ArrayBytesCodec):
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
         out = np.empty(chunk_spec.shape, chunk_spec.dtype.to_native_dtype())
-        await asyncio.to_thread(self.decode_rows, chunk_bytes.as_numpy_array(), out, 0)
+        await asyncio.to_thread(self.decode_rows, chunk_bytes.as_numpy_array(), out, 0, len(out))
         return chunk_spec.prototype.nd_buffer.from_numpy_array(out)
 
     def compute_encoded_size(self, _input_byte_length: int, _chunk_spec: ArraySpec) -> int:
@@ -81,10 +81,20 @@ class RawCodec:
         """The chunk's bytes."""
         return np.ascontiguousarray(chunk).tobytes()
 
-    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int) -> None:
+    def decode_rows(self, data: NDArray[np.uint8], out: NDArray[Any], start: int, _most: int) -> None:
         """Rows ``start`` .. of the chunk into ``out``."""
         row = out[:1].nbytes
         out.view(np.uint8).reshape(-1)[:] = data[start * row : start * row + out.nbytes]
+
+
+def check_rows(rows: int, most: int) -> None:
+    """Refuse a chunk's header that states more rows than a chunk has.
+
+    Raises:
+        ValueError: it does.
+    """
+    if rows > most:
+        raise ValueError(f"its header states {rows} rows of at most {most}")
 
 
 def stored_rows(chunk: NDArray[Any]) -> int:

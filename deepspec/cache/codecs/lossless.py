@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.core.common import JSON
 
-from deepspec.cache.codecs.base import RowCodec, stored_rows
+from deepspec.cache.codecs.base import RowCodec, check_rows, stored_rows
 from deepspec.cache.codecs.bits import Bytes, Words, blocks, decode_table, encode_table, pack, scratch, unpack
 
 _HEADER = struct.Struct("<II")  # stored rows, bytes of the exponent frame
@@ -67,9 +67,10 @@ class LosslessCodec(RowCodec):
         length = _HEADER.size + rest.nbytes + len(frame)
         return b"".join((_HEADER.pack(rows, len(frame)), rest.data, frame, bytes(-(length + 4) % _ALIGN)))
 
-    def decode_rows(self, data: Bytes, out: NDArray[Any], start: int) -> None:
-        """Rows ``start`` .. of the chunk into ``out`` [n, C]."""
+    def decode_rows(self, data: Bytes, out: NDArray[Any], start: int, most: int) -> None:
+        """Rows ``start`` .. of the chunk of ``most`` rows into ``out`` [n, C]."""
         rows, frame_bytes = _HEADER.unpack_from(data.data)
+        check_rows(rows, most)
         channels = out.shape[1]
         even = rows + rows % 2 if out.dtype == np.uint16 else rows
         rest_bytes = even * channels * (out.dtype.itemsize - 1)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from zarr.core.common import JSON
 
-from deepspec.cache.codecs.base import RowCodec, stored_rows
+from deepspec.cache.codecs.base import RowCodec, check_rows, stored_rows
 from deepspec.cache.codecs.bits import Bytes, blocks, decode_table, encode_table, pack, scratch, unpack
 
 Floats = NDArray[np.float32]
@@ -97,9 +97,10 @@ class UniformCodec(RowCodec):
         header = _HEADER.pack(rows, len(places), len(frame), 0)
         return b"".join((header, places.tobytes(), exact.tobytes(), low, frame, bytes(-(length + 4) % _ALIGN)))
 
-    def decode_rows(self, data: Bytes, out: NDArray[Any], start: int) -> None:
-        """Rows ``start`` .. of the chunk into ``out`` [n, C]."""
+    def decode_rows(self, data: Bytes, out: NDArray[Any], start: int, most: int) -> None:
+        """Rows ``start`` .. of the chunk of ``most`` rows into ``out`` [n, C]."""
         rows, exact, frame_bytes, _ = _HEADER.unpack_from(data.data)
+        check_rows(rows, most)
         channels, half = out.shape[1], (rows + 1) // 2
         ends = np.cumsum([_HEADER.size, 4 * exact, out.itemsize * exact, half * channels * bool(self.low_bits)])
         if len(data) < ends[3] + frame_bytes:

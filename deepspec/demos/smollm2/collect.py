@@ -6,6 +6,7 @@ earlier gathering wrote.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def _evaluations(folders: Mapping[str, Path]) -> dict[str, Any]:
         if (folder / "results.json").exists():
             read = read_json(folder / "results.json")
             about = read["provenance"] | read["provenance"].get("settings", {})
-            command = " ".join(["python -m deepspec.evaluate", *about["command"][1:]])  # as a user types it
+            command = shlex.join(["python", "-m", "deepspec.evaluate", *about["command"][1:]])  # as a user types it
             found[name] = {
                 "summaries": [{key: row.get(key) for key in MEASURES} for row in read["summaries"]],
                 "provenance": {key: about.get(key) for key in PROVENANCE} | {"command": command},

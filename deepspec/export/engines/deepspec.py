@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -41,7 +42,7 @@ class DeepSpecEngine(ExportEngine):
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
         """How to measure it."""
-        return f"python -m deepspec.evaluate --target {target} --draft {folder}"
+        return shlex.join(["python", "-m", "deepspec.evaluate", "--target", target, "--draft", folder])
 
 
 DEEPSPEC = DeepSpecEngine()

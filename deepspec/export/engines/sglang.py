@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -76,9 +77,9 @@ class SGLangEngine(ExportEngine):
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
         """See :meth:`ExportEngine.command`, by the engine's documentation."""
         name, K = self.forms[draft.kind].name, draft.parsed.max_draft
-        options = f"--speculative-algorithm {name.upper()} --speculative-draft-model-path {folder}"
+        options = f"--speculative-algorithm {name.upper()} --speculative-draft-model-path {shlex.quote(folder)}"
         options = f"{options} {OPTIONS[name].format(K=K, K1=K + 1)}".rstrip()
-        return f"python -m sglang.launch_server --model-path {target} {options}"
+        return f"python -m sglang.launch_server --model-path {shlex.quote(target)} {options}"
 
 
 SGLANG = SGLangEngine()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from typing import ClassVar
 
 from deepspec.export.engines.base import ExportEngine
@@ -37,7 +38,8 @@ class VLLMEngine(ExportEngine):
     checked = "vLLM 0.32.0 on CPU: `make serve-check`"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
-        return f"vllm serve {target} --speculative-config '{json.dumps(self.speculative(draft, folder))}'"
+        config = json.dumps(self.speculative(draft, folder))
+        return shlex.join(["vllm", "serve", target, "--speculative-config", config])
 
     def speculative(self, draft: DraftCheckpoint, folder: str) -> dict[str, object]:
         """Its ``speculative_config`` of a draft of our layout that was exported to ``folder``."""
