@@ -298,15 +298,16 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         problem, remedy = "the run did not begin from a draft, or its copy is gone", "choose another output"
         raise CheckpointError(problem, file=folder, key="train.init.draft", found=section.draft, remedy=remedy)
     known: dict[str, Any] = read_json(folder / "provenance.json", DraftError)["init"]
-    now = {"draft": named(section.draft)}
     source = Path(section.draft)
-    if (source / "config.json").is_file():
-        now["weights"] = weights_sha256(source)
-    key = "weights" if "weights" in now and "checkpoint" not in known else "draft"
-    if now[key] != known[key]:
+    found, wanted = section.draft, known["draft"]
+    same = wanted in (found, os.path.abspath(found))  # also where it is gone: the run has its copy
+    if (source / "config.json").is_file() and "checkpoint" not in known:  # the same draft may lie elsewhere
+        now = weights_sha256(source)
+        same = now == known["weights"]
+        found, wanted = f"{found} ({shown(now)})", f"{wanted} ({shown(known['weights'])})"
+    if not same:
         raise CheckpointError(
-            "the run began from another draft", file=folder.parent, key="train.init.draft",
-            found=f"{section.draft} ({shown(now[key])})", wanted=f"{known['draft']} ({shown(known[key])})",
-            remedy="put it back, or choose another output",
+            "the run began from another draft", file=folder.parent, key="train.init.draft", found=found,
+            wanted=wanted, remedy="put it back, or choose another output",
         )  # fmt: skip
     return known

@@ -219,6 +219,7 @@ def test_a_run_does_not_go_on_from_another_draft(targets: Path, tmp_path: Path) 
     begun = from_draft.identity(recipe)
     assert (begun["draft"], begun["format"], begun["algorithm"]) == (str(ours), "deepspec", "dflash")
     moved = ours.rename(tmp_path / "moved")
+    assert from_draft.identity(recipe) == begun  # the source is gone, the run has its copy
     assert from_draft.identity(recipe_for(targets / "qwen3", tmp_path / "run", "dflash", moved)) == begun
     state = {name: tensor + 1 for name, tensor in read_weights(moved).items()}
     save_draft(ours, state, json.loads((moved / "config.json").read_text()), {})
