@@ -199,10 +199,10 @@ def _tokens(draft: DraftCheckpoint) -> Tensor:
 
 
 @torch.no_grad()
-def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart, notes: Sequence[str] = ()) -> None:
-    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report what was changed."""
+def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart, told: Sequence[str] = ()) -> None:
+    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report ``told`` and changes."""
     own = model.state_dict()
-    notes = [*notes, *(f"{key}: the draft's, not trained" for key in OWN if draft.config.get(key))]
+    notes = [*told, *(f"{key}: the draft's, not trained" for key in OWN if draft.config.get(key))]
     given = {name: tensor for name, tensor in draft.state.items() if name not in ("d2t", "t2d", *FROZEN)}
     given = _with_layers(given, kept_layers(section, draft.parsed.num_layers), len(model.layers), notes)
     _order_features(given, draft, model, notes)

@@ -190,7 +190,7 @@ def _first_weights(model: DraftModel, prepared: Prepared) -> None:
         if tokens is None:
             tokens = frequent_tokens(prepared.source, spec.vocab_size, recipe.draft)
         model.set_draft_vocab(tokens)
-    if draft is not None:
+    if draft is not None and isinstance(init, DraftStart):
         now = prepared.manifest
         start_from(model, draft, init, followed(now.init, now.target_digest, spec.path))
     elif init == "target":
