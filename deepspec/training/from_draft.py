@@ -200,7 +200,7 @@ def _tokens(draft: DraftCheckpoint) -> Tensor:
 
 @torch.no_grad()
 def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart, told: Sequence[str] = ()) -> None:
-    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report ``told`` and changes."""
+    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report the changes."""
     own = model.state_dict()
     notes = [*told, *(f"{key}: the draft's, not trained" for key in OWN if draft.config.get(key))]
     given = {name: tensor for name, tensor in draft.state.items() if name not in ("d2t", "t2d", *FROZEN)}
