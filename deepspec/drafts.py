@@ -40,6 +40,7 @@ from deepspec.targets.load import check_rope, family_of
 from deepspec.targets.stored import check_finite
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+OWN = ("own_embedding", "own_head")  # keys of a config.json whose draft trained these two for itself
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 SHARD_BYTES = 5 * 10**9
@@ -220,7 +221,7 @@ def load_draft(
     model.load_state_dict(state)
     stored = next(iter(state.values())).dtype
     model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else stored))
-    model.attach(*_frozen_weights(folder, config, frozen, target))
+    model.attach(*_frozen_weights(folder, config, frozen, target), None if target is None else target.head_weight)
     return model.eval()
 
 
@@ -275,7 +276,7 @@ def _frozen_weights(
         DraftError: there is none, or the folder's is not the target's.
     """
     chosen = []
-    for name, own in zip(FROZEN, (config.get("own_embedding"), config.get("own_head")), strict=True):
+    for name, own in zip(FROZEN, map(config.get, OWN), strict=True):
         weight = stored.get(name)
         if weight is None and (target is None or own):
             remedy = "give the target" if target is None and not own else "the config says that the draft has its own"

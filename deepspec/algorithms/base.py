@@ -64,6 +64,7 @@ class OwnField:
     attribute: str  # of the algorithm's config
     default: Any = REQUIRED  # of a file without the field
     training_only: bool = False  # no engine's layout has a field for it
+    learned: bool = False  # the weights have learned it: who starts from a draft keeps its value
 
 
 @dataclass(frozen=True)
@@ -169,8 +170,13 @@ class DraftModel(nn.Module):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
-    def attach(self, embed_weight: Tensor, head_weight: Tensor) -> None:
+    def attach(self, embed_weight: Tensor, head_weight: Tensor, target_head: Tensor | None = None) -> None:
         """Take the target's embedding [V, D] and head [V, D], without copying, as this draft's frozen head.
+
+        Args:
+            embed_weight: the target's, or one of the draft's own.
+            head_weight: the same of the head.
+            target_head: the target's head, for the loss, where the other is the draft's own.
 
         Raises:
             DraftError: their shape does not fit the draft.
@@ -181,7 +187,8 @@ class DraftModel(nn.Module):
                 remedy = "another target?"
                 raise DraftError("does not fit the draft", key=name, found=found, wanted=wanted, remedy=remedy)
         scale = self.family.embedding_scale(self.shape.hidden_size)
-        self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap)
+        teacher = None if target_head is None or target_head is head_weight else target_head.detach()
+        self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap, teacher)
 
     @property
     def frozen(self) -> FrozenHead:
@@ -273,6 +280,10 @@ class Algorithm(ABC):
     drafter_class: ClassVar[type[Drafter]]
     architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix comes first
     own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
+    starts_from: ClassVar[tuple[str, ...]] = ()  # other algorithms whose draft is one of this without `heads`
+    heads: ClassVar[tuple[str, ...]] = ()  # prefixes of weights that a draft to start from may lack or have else
+    neutral: ClassVar[tuple[str, ...]] = ()  # weights of new heads that start at zero: they then change no proposal
+    vocabulary_rows: ClassVar[tuple[str, ...]] = ()  # weights with a row for each token of the draft's vocabulary
     tiny_section: ClassVar[Mapping[str, Any]]  # a `draft:` section as small as it can be, for tests and examples
 
     def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Any:

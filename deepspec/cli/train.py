@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from deepspec.arguments import Parser
@@ -17,6 +18,7 @@ def train() -> int:
     """
     parser = Parser(description=train.__doc__)
     recipe_words(parser, required=True)
+    parser.add_argument("--init", metavar="DRAFT", help="start from this draft: a folder, checkpoint, run or hub id")
     parser.add_argument("--accept-changes", action="store_true", help="on resume, honour changed optimisation settings")
     parser.add_argument("--check", action="store_true", help="only look: exit code 0 where the run reached its end")
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
@@ -32,7 +34,8 @@ def train() -> int:
 
     from deepspec.training.run import train as run
 
-    return run(given.recipe, given.set, given.accept_changes, given.profile)
+    start = [] if given.init is None else [f"train.init={json.dumps({'draft': given.init})}"]
+    return run(given.recipe, [*start, *given.set], given.accept_changes, given.profile)
 
 
 def consolidate() -> None:
