@@ -45,6 +45,7 @@ class Manifest:
     versions: dict[str, str]
     identity: dict[str, Any] = field(default_factory=dict)  # `target` of an `identity_of`; {}: an older checkpoint
     score: float | None = None  # of the last validation, higher is better
+    stale: int = 0  # scored validations since the one with the best score
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes
     format: int = FORMAT
 
