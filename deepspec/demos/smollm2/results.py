@@ -166,9 +166,7 @@ def gains(drafts: Row, algorithm: str) -> list[str]:
     if any(map(math.isnan, (chat, *over.values()))):
         return []
     compared = ", ".join(f"{value:.2f}x ({STARTS[other]})" for other, value in over.items())
-    line = (
-        f"- {algorithm}: the accepted length of the fine-tuned draft on the domain over that of the others: {compared}"
-    )
+    line = f"- {algorithm}: accepted length of the fine-tuned draft on the domain over that of the others: {compared}"
     return [f"{line}; on chat {chat - 1:+.1%} of the general draft's."]
 
 
