@@ -44,6 +44,7 @@ class Manifest:
     dtype: str
     versions: dict[str, str]
     identity: dict[str, Any] = field(default_factory=dict)  # `target` of an `identity_of`; {}: an older checkpoint
+    init: dict[str, Any] = field(default_factory=dict)  # of the draft that the run started from; {}: from none
     score: float | None = None  # of the last validation, higher is better
     stale: int = 0  # scored validations since the one with the best score
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes
@@ -143,20 +144,36 @@ def _read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     if manifest.zero_stage == 0:
         return dict(torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"])
     if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-        return weights | read_buffers(folder)
+        return weights | read_untrained(folder, manifest)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):
         state = get_fp32_state_dict_from_zero_checkpoint(str(folder.parent), tag=folder.name)
-    return {name: tensor.clone() for name, tensor in state.items()} | read_buffers(folder)
+    return {name: tensor.clone() for name, tensor in state.items()} | read_untrained(folder, manifest)
 
 
-def read_buffers(folder: Path) -> dict[str, Tensor]:
-    """The module's buffers of a checkpoint in their own dtypes (DeepSpeed's tool turns them into fp32)."""
-    path = next(folder.glob("*mp_rank_00_model_states.pt"))
+def read_untrained(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The module's buffers and frozen weights of a checkpoint (ZeRO 1-3) in their own dtypes.
+
+    DeepSpeed's tool turns buffers into fp32 and leaves frozen weights of stage 1 out; stage 3 holds them in pieces.
+    """
+    paths = sorted(folder.glob("*mp_rank_00_model_states.pt"), key=lambda path: _rank(path.name))
     with known_types(folder):
-        states = torch.load(path, map_location="cpu")
-    return {name: states["module"][name].clone() for name in states.get("buffer_names") or ()}
+        states = [torch.load(path, map_location="cpu") for path in (paths if manifest.zero_stage == 3 else paths[:1])]
+    module = states[0]["module"]
+    found = {name: module[name].clone() for name in states[0].get("buffer_names") or ()}
+    if manifest.zero_stage == 3:
+        for name, shape in (states[0].get("frozen_param_shapes") or {}).items():
+            flat = torch.cat([state["frozen_param_fragments"][name].flatten() for state in states])
+            found[name] = flat[: shape.numel()].view(shape).clone()
+        return found
+    trained = {name for group in states[0]["param_shapes"] for name in group}
+    return found | {name: module[name].clone() for name in module if name not in trained}
+
+
+def _rank(name: str) -> int:
+    match = re.search(r"pp_rank_(\d+)_", name)
+    return int(match[1]) if match else 0
 
 
 def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:

@@ -159,11 +159,24 @@ class ValidationSection:
                 self.decode_every > 0 and self.decode_every % self.every == 0, "decode_every", self.decode_every, wanted
             )
 
-    def each(self) -> dict[str, ValidationSection]:
-        """Of every set its own section, by name; that of a lone `path` is named ""."""
-        if self.path is not None:
-            return {"": self}
-        return {name: replace(self, path=path, sets={}, weights={}) for name, path in self.sets.items()}
+
+@dataclass(frozen=True)
+class DraftStart:
+    """A draft that a training starts from (``train.init: {draft: ...}``)."""
+
+    draft: str  # a draft folder of any known format, a checkpoint, a run, or a hub id
+    format: str = "auto"  # an engine's name, or found by its config
+    keep_layers: tuple[int, ...] | None = None  # indices into its layers, for the recipe's first ones; None: all
+    vocabulary: Literal["draft", "data"] = "draft"  # of a reduced one: the draft's tokens where the size is the same
+
+    def __post_init__(self) -> None:
+        if self.format not in ("auto", *registry.ENGINES):
+            remedy = nearest(self.format, ("auto", *registry.ENGINES))
+            raise RecipeError("unknown format", key="format", found=self.format, remedy=remedy)
+        kept = self.keep_layers
+        if kept is not None:
+            _require(len(kept) > 0 and min(kept) >= 0, "keep_layers", list(kept), "layers of the draft, from 0")
+            _require(len(set(kept)) == len(kept), "keep_layers", list(kept), "each layer once", "layer named twice")
 
 
 _TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch")
@@ -179,7 +192,8 @@ class TrainSection:
     micro_batch: int = 1  # samples per process and forward, where `micro_tokens` is null
     micro_tokens: int | None = None  # tokens per process and forward, padding included; balanced over the processes
     global_batch: int = 512  # samples per optimizer step, whatever the number of processes
-    init: Literal["random", "target"] = "random"  # target: the layers start as copies of the target's last ones
+    init: Literal["random", "target"] | DraftStart = "random"  # target: copies of the target's last layers
+    freeze: tuple[str, ...] = ()  # patterns of weights that are not trained; `!` in front trains them; the last decides
     lr: float = 6.0e-4
     weight_decay: float = 0.0
     betas: tuple[float, ...] = (0.9, 0.999)
@@ -217,10 +231,6 @@ class TrainSection:
             raise RecipeError("keep_best needs train.validation", key="keep_best", found=True)
         if self.validation is not None and self.validation.patience is not None and not self.keep_best:
             raise RecipeError("patience needs train.keep_best: true", key="keep_best", found=False)
-
-    def validations(self) -> dict[str, ValidationSection]:
-        """The sets of `validation` by name; none where it is off."""
-        return {} if self.validation is None else self.validation.each()
 
 
 @dataclass(frozen=True)

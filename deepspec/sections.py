@@ -94,8 +94,9 @@ def _read_union(kind: Any, value: Any, where: str) -> Any:
     options = [option for option in typing.get_args(kind) if option is not type(None)]
     if value is None and len(options) < len(typing.get_args(kind)):
         return None
-    if len(options) == 1 and dataclasses.is_dataclass(options[0]):  # its own message names the inner key
-        return read_value(options[0], value, where)
+    sections = [option for option in options if dataclasses.is_dataclass(option)]
+    if len(sections) == 1 and (len(options) == 1 or isinstance(value, Mapping)):  # its own message names the inner key
+        return read_value(sections[0], value, where)
     for option in options:
         try:
             return read_value(option, value, where)

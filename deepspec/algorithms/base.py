@@ -64,6 +64,7 @@ class OwnField:
     attribute: str  # of the algorithm's config
     default: Any = REQUIRED  # of a file without the field
     training_only: bool = False  # no engine's layout has a field for it
+    learned: bool = False  # the weights have learned it: who starts from a draft keeps its value
 
 
 @dataclass(frozen=True)
@@ -273,6 +274,10 @@ class Algorithm(ABC):
     drafter_class: ClassVar[type[Drafter]]
     architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix comes first
     own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
+    starts_from: ClassVar[tuple[str, ...]] = ()  # other algorithms whose draft is one of this without `heads`
+    heads: ClassVar[tuple[str, ...]] = ()  # prefixes of weights that a draft to start from may lack or have else
+    neutral: ClassVar[tuple[str, ...]] = ()  # weights of new heads that start at zero: they then change no proposal
+    vocabulary_rows: ClassVar[tuple[str, ...]] = ()  # weights with a row for each token of the draft's vocabulary
     tiny_section: ClassVar[Mapping[str, Any]]  # a `draft:` section as small as it can be, for tests and examples
 
     def parse(self, section: Mapping[str, Any], target: TargetSpec | None) -> Any:

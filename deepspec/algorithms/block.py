@@ -284,11 +284,14 @@ class BlockAlgorithm(Algorithm):
     own_fields: ClassVar[tuple[OwnField, ...]] = (
         OwnField("block_size", "block_size"),
         OwnField("num_anchors", "num_anchors", training_only=True),
-        OwnField("mask_token_id", "mask_token_id"),
-        OwnField("sample_from_anchor", "sample_from_anchor", True),  # not in released drafts, which do
+        OwnField("mask_token_id", "mask_token_id", learned=True),
+        OwnField("sample_from_anchor", "sample_from_anchor", True, learned=True),  # not in released drafts, which do
         OwnField("markov_rank", "markov_rank"),
         OwnField("enable_confidence_head", "confidence_head"),
     )
+    heads = ("markov_head.", "confidence_head.")
+    neutral = ("markov_head.markov_w2.weight", "confidence_head.proj.weight", "confidence_head.proj.bias")
+    vocabulary_rows = ("markov_head.markov_w2.weight",)
     tiny_section: ClassVar[dict[str, Any]] = {
         "num_layers": 2, "block_size": 4, "num_anchors": 5, "mask_token_id": 3,
     }  # fmt: skip

@@ -82,6 +82,7 @@ class DSpark(DFlash):
         OwnField("confidence_head_with_markov", "confidence_with_markov", False),
     )
     has_heads = True
+    starts_from = (DFlash.name,)
     tiny_section: ClassVar[dict[str, Any]] = {**DFlash.tiny_section, "markov_rank": 6}
 
     def needs_last_hidden(self, config: Any) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from deepspec.arguments import Parser
 from deepspec.cli import rank_word, recipe_words
 
@@ -13,6 +15,7 @@ def train() -> int:
     """
     parser = Parser(description=train.__doc__)
     recipe_words(parser, required=True)
+    parser.add_argument("--init", metavar="DRAFT", help="start from this draft: a folder, checkpoint, run or hub id")
     parser.add_argument("--accept-changes", action="store_true", help="on resume, honour changed optimisation settings")
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
     rank_word(parser)
@@ -20,7 +23,8 @@ def train() -> int:
 
     from deepspec.training.run import train as run
 
-    return run(given.recipe, given.set, given.accept_changes, given.profile)
+    start = [] if given.init is None else [f"train.init={json.dumps({'draft': given.init})}"]
+    return run(given.recipe, [*start, *given.set], given.accept_changes, given.profile)
 
 
 def consolidate() -> None:

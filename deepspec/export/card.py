@@ -62,6 +62,9 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
     parts = ["## Training"]
     if "step" in provenance:
         parts.append(f"Step {provenance['step']:,} of {provenance['total_steps']:,}, seed {provenance['seed']}.")
+    if init := provenance.get("init"):
+        taken = f", checkpoint {init['checkpoint']}" if "checkpoint" in init else ""
+        parts.append(f"It started from the draft {init['draft']}{taken} (weights {init['weights']}).")
     sources = [
         (source["name"], f"{source['rows']:,}", source["sha256"])
         for cache in (provenance.get("data") or {}).get("caches", ())

@@ -79,6 +79,8 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
         "dtype": str(kind).removeprefix("torch."),
         "versions": manifest.versions,
     }
+    if manifest.init:
+        provenance["init"] = manifest.init
     config = registry.algorithm(recipe.algorithm).config_json(recipe.draft, spec, provenance["dtype"])
     save_draft(output, state, config, provenance, recipe.to_yaml(output))
     return folder

@@ -187,18 +187,23 @@ def import_draft(
     output, hints = Path(output), hints or ImportHints()
     with one_writer(output, "import", DraftError):
         _check_free(output)
-        folder = fetch_draft(source)
-        config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
-        engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
-        draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
-        if hints.target is not None and "num_target_layers" in draft.config:  # not all released drafts have it
-            check_target(draft.config, hints.target, draft.file)
-            hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
-        _checked(draft, folder)
-        provenance = _provenance(folder)
-        provenance["import"] = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
-        save_draft(output, draft.state, draft.config, provenance, _recipe(folder))
-    return draft, engine.name
+        draft, provenance = read_other(source, format_name, hints)
+        save_draft(output, draft.state, draft.config, provenance, _recipe(Path(draft.file or "").parent))
+    return draft, provenance["import"]["format"]
+
+
+def read_other(source: str | Path, format_name: str, hints: ImportHints) -> tuple[DraftCheckpoint, dict[str, Any]]:
+    """A draft of any format in our layout, and its provenance; arguments and errors of :func:`import_draft`."""
+    folder = fetch_draft(source)
+    config = read_json(folder / "config.json", DraftError, "name a folder with config.json and *.safetensors")
+    engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
+    draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
+    if hints.target is not None and "num_target_layers" in draft.config:  # not all released drafts have it
+        check_target(draft.config, hints.target, draft.file)
+        hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
+    _checked(draft, folder)
+    made = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
+    return draft, _provenance(folder) | {"import": made}
 
 
 def find_engine(config: Mapping[str, Any], folder: Path) -> ExportEngine:

@@ -133,11 +133,9 @@ class Engine:
             dist.barrier(group=self.control)
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write trainable weights and optimizer state to ``folder/tag`` (every rank calls this)."""
+        """Write the draft's weights, frozen ones too, and optimizer state to ``folder/tag`` (every rank calls this)."""
         info = {"universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION}}
-        self.engine.save_checkpoint(
-            str(folder), tag=tag, client_state=info, save_latest=False, exclude_frozen_parameters=True
-        )
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state=info, save_latest=False)
 
     def load(self, folder: Path, tag: str, steps: int) -> None:
         """Read what :meth:`save` wrote, after ``steps`` optimizer steps.
@@ -157,11 +155,14 @@ class Engine:
         self.engine.micro_steps = steps * self.accumulation
         self.engine.global_samples = steps * self.train.global_batch
 
-    def set_buffers(self, values: Mapping[str, Tensor]) -> None:
-        """Overwrite the module's buffers by name: a Universal Checkpoint holds none (a reduced vocabulary is one)."""
-        own = dict(self.model.named_buffers())
-        for name, value in values.items():
-            own[name].copy_(value)
+    def set_untrained(self, values: Mapping[str, Tensor]) -> None:
+        """Overwrite buffers (a reduced vocabulary is one) and frozen weights: a Universal Checkpoint holds neither."""
+        frozen = {name: weight for name, weight in self.model.named_parameters() if not weight.requires_grad}
+        own = dict(self.model.named_buffers()) | frozen
+        sharded = deepspeed.zero.GatheredParameters(list(frozen.values()), modifier_rank=0, enabled=self.stage == 3)
+        with torch.no_grad(), sharded:
+            for name in values.keys() & own.keys():
+                own[name].copy_(values[name])
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[None]:

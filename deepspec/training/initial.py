@@ -11,6 +11,8 @@ D hidden size, L target layers.
 
 from __future__ import annotations
 
+import fnmatch
+import logging
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -18,13 +20,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec import registry
 from deepspec.algorithms.base import DraftModel
-from deepspec.errors import TargetError
-from deepspec.recipe import TargetSection
+from deepspec.errors import RecipeError, TargetError
+from deepspec.recipe import Recipe, TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
 from deepspec.targets.stored import StoredTensor, open_stored
 
+log = logging.getLogger(__name__)
 NOISE = 0.1  # of the random weights that stay in the features' projection
 
 
@@ -38,6 +42,39 @@ def frequent_tokens(source: FeatureSource, vocab_size: int, config: Any) -> Tens
         counts += np.bincount(source.tokens(number)[source.loss_mask(number)], minlength=vocab_size)
     order = np.argsort(-counts, kind="stable")[: config.draft_vocab_size]
     return torch.from_numpy(np.sort(order))
+
+
+def frozen_weights(recipe: Recipe, spec: TargetSpec) -> frozenset[str]:
+    """The names of the draft's weights that ``train.freeze`` keeps as they start.
+
+    Each pattern is over names as in the draft's file (``layers.0.mlp.*``), ``!`` in front trains what it matches, and
+    the last pattern that matches a name decides.
+
+    Raises:
+        RecipeError: a pattern that matches no weight, or nothing is left to train.
+    """
+    patterns = recipe.train.freeze
+    if not patterns:
+        return frozenset()
+    with torch.device("meta"):
+        model = registry.algorithm(recipe.algorithm).build_model(recipe.draft, spec.shape, spec.family)
+    sizes = {name: weight.numel() for name, weight in model.named_parameters()}
+    frozen: set[str] = set()
+    for pattern in patterns:
+        names = fnmatch.filter(sizes, pattern.removeprefix("!"))
+        if not names:
+            parts = sorted({name.partition(".")[0] for name in sizes})
+            raise RecipeError(
+                "matches no weight of the draft", key="train.freeze", found=pattern,
+                wanted=f"a pattern over names such as {', '.join(f'{part}.*' for part in parts)}",
+            )  # fmt: skip
+        frozen = frozen.difference(names) if pattern.startswith("!") else frozen.union(names)
+    left = sum(size for name, size in sizes.items() if name not in frozen)
+    if not left:
+        remedy = "leave a part out of it, such as '!norm.*' at its end"
+        raise RecipeError("nothing is left to train", key="train.freeze", found=list(patterns), remedy=remedy)
+    log.info("%s parameters are trained, %s are frozen (train.freeze)", f"{left:,}", f"{sum(sizes.values()) - left:,}")
+    return frozenset(frozen)
 
 
 @torch.no_grad()

@@ -14,23 +14,25 @@ from pathlib import Path
 import torch
 
 from deepspec import registry
-from deepspec.checkpoints import read_buffers
+from deepspec.algorithms.base import DraftModel
+from deepspec.checkpoints import read_untrained
 from deepspec.distributed import World, on_all_ranks, on_rank0, pick_device
 from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
-from deepspec.recipe import Recipe, load_recipe
+from deepspec.recipe import DraftStart, Recipe, load_recipe
 from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.engine import Engine, loss_backend, to_universal, training_processes
-from deepspec.training.initial import frequent_tokens, warm_start
+from deepspec.training.from_draft import identity, keep_draft, kept_draft, kept_vocabulary, start_from
+from deepspec.training.initial import frequent_tokens, frozen_weights, warm_start
 from deepspec.training.loop import Trainer, exhausted
 from deepspec.training.plan import RunPlan
 from deepspec.training.prefetch import Prefetcher
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
-from deepspec.training.validation import open_validator
+from deepspec.training.validation import open_validator, sets_of
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
     """
     with training_processes() as world, ExitStack() as stack:
         recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
+        on_rank0(world, lambda: keep_draft(recipe))
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total or exhausted(prepared.recipe.train, start.stale):
@@ -95,6 +98,7 @@ class Prepared:
     plan: RunPlan
     manifest: store.Manifest
     start: Start
+    frozen: frozenset[str]  # names of the draft's weights that are not trained
 
 
 def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
@@ -114,30 +118,32 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
         micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=source.group_weights,
     )  # fmt: skip
     total = train.epochs * plan.steps_per_epoch
-    identity = {"target": target_fields(target.spec)}  # tokenizer and template are in the data's fingerprint
+    facts = {"target": target_fields(target.spec)}  # tokenizer and template are in the data's fingerprint
     manifest = store.Manifest(
         step=0,
         total_steps=total if train.max_steps is None else min(total, train.max_steps),
         recipe=recipe.to_dict(Path(recipe.output, "checkpoints", "step_0")),
         fingerprint=dict(source.fingerprint()),
-        identity=identity,
-        target_digest=identity["target"]["weights"],
+        identity=facts,
+        target_digest=facts["target"]["weights"],
         world_size=world.size,
         zero_stage=zero_stage(settings),
         dtype=str(model_dtype(settings)).removeprefix("torch."),
         versions=versions(),
+        init=identity(recipe),
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
     held_out = {
         name: kind.open(replace(recipe, train=replace(train, validation=section)), target, held_out=True)
-        for name, section in train.validations().items()
+        for name, section in sets_of(train).items()
     }
-    return Prepared(recipe, target, source, held_out, plan, replace(manifest, stale=start.stale), start)
+    manifest, frozen = replace(manifest, stale=start.stale), frozen_weights(recipe, target.spec)
+    return Prepared(recipe, target, source, held_out, plan, manifest, start, frozen)
 
 
 def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings:
     """The complete target where this process runs it (for the source, or in validations), else embedding and head."""
-    decodes = any(section.decode_every is not None for section in recipe.train.validations().values())
+    decodes = any(section.decode_every is not None for section in sets_of(recipe.train).values())
     load = load_target if decodes or source_class(recipe).needs_model else load_target_embeddings
     return load(recipe.target.path, getattr(torch, recipe.target.dtype), device, recipe.target.revision)
 
@@ -152,10 +158,10 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     model.attach(prepared.target.embed_weight, prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
     model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank))
-    if recipe.draft.draft_vocab_size is not None and start.folder is None:
-        model.set_draft_vocab(frequent_tokens(prepared.source, prepared.target.spec.vocab_size, recipe.draft))
-    if recipe.train.init == "target" and start.folder is None:
-        warm_start(model, prepared.target.spec, recipe.target)
+    if start.folder is None:
+        _first_weights(model, prepared)
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(name not in prepared.frozen)
     engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, saved)
     prefetcher = Prefetcher(
@@ -165,6 +171,22 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     trace = saved.run / "profile" if profile else None
     validator = open_validator(recipe, prepared.held_out, prepared.target)
     return Trainer(recipe, engine, prefetcher, saved, prepared.manifest, validator=validator, profile=trace)
+
+
+def _first_weights(model: DraftModel, prepared: Prepared) -> None:
+    """The weights of a run that begins: random, the target's, or a draft's; and the draft's vocabulary."""
+    recipe, spec = prepared.recipe, prepared.target.spec
+    init = recipe.train.init
+    draft = kept_draft(recipe) if isinstance(init, DraftStart) else None
+    if recipe.draft.draft_vocab_size is not None:
+        tokens = None if draft is None else kept_vocabulary(draft, recipe)
+        if tokens is None:
+            tokens = frequent_tokens(prepared.source, spec.vocab_size, recipe.draft)
+        model.set_draft_vocab(tokens)
+    if draft is not None:
+        start_from(model, draft, init)
+    elif init == "target":
+        warm_start(model, spec, recipe.target)
 
 
 def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: bool) -> Start:
@@ -213,7 +235,7 @@ def _resume(engine: Engine, start: Start, saved: store.Checkpoints) -> None:
         engine.barrier()
     engine.load(saved.folder, name, start.step)
     if start.universal:
-        engine.set_buffers(read_buffers(start.folder))
+        engine.set_untrained(read_untrained(start.folder, store.read_manifest(start.folder)))
     engine.barrier()
     if start.universal and engine.world.is_main:
         saved.clean()
@@ -228,6 +250,7 @@ def _start_folder(saved: store.Checkpoints, prepared: Prepared) -> None:
     recipe.save(saved.run / "recipe.yaml")
     about = {"seed": recipe.seed, "recipe_digest": recipe.digest(), "total_steps": manifest.total_steps}
     about |= {"target_digest": manifest.target_digest, "fingerprint": manifest.fingerprint}
+    about |= {"init": manifest.init, "frozen": sorted(prepared.frozen)}
     about |= {"world_size": manifest.world_size, "zero_stage": manifest.zero_stage, "dtype": manifest.dtype}
     write_json(saved.run / "run.json", about | {"versions": manifest.versions})
 

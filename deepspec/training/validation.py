@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
 from deepspec.errors import DataError
-from deepspec.recipe import Recipe, ValidationSection
+from deepspec.recipe import Recipe, TrainSection, ValidationSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
@@ -24,6 +25,16 @@ from deepspec.training.engine import Engine
 from deepspec.training.report import Meter
 
 log = logging.getLogger(__name__)
+
+
+def sets_of(train: TrainSection) -> dict[str, ValidationSection]:
+    """Of every set of ``train.validation`` its own section, by name; that of a lone `path` is named "". None: it is off."""
+    section = train.validation
+    if section is None:
+        return {}
+    if section.path is not None:
+        return {"": section}
+    return {name: replace(section, path=path, sets={}, weights={}) for name, path in section.sets.items()}
 
 
 class HeldOut:
@@ -160,7 +171,7 @@ def open_validator(
     recipe: Recipe, sources: Mapping[str, FeatureSource], target: TargetEmbeddings
 ) -> HeldOut | Sets | None:
     """What measures the sets of ``train.validation``, each with its source; None where there is none."""
-    validation, sections = recipe.train.validation, recipe.train.validations()
+    validation, sections = recipe.train.validation, sets_of(recipe.train)
     if validation is None or not sections:
         return None
     sets = {name: HeldOut(recipe, section, sources[name], target) for name, section in sections.items()}

@@ -16,6 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 from deepspec import registry
+from deepspec.distributed import on_rank0
 from deepspec.log import start_logging
 from deepspec.recipe import load_recipe
 from deepspec.training import run
@@ -24,7 +25,9 @@ from deepspec.training.engine import training_processes
 
 def train(job: dict, world) -> None:
     """One run; ``steps`` ends it early as a signal would."""
-    prepared = run.prepare(load_recipe(job["recipe"], job.get("set", [])), world, job.get("accept", False))
+    recipe = load_recipe(job["recipe"], job.get("set", []))
+    on_rank0(world, lambda: run.keep_draft(recipe))
+    prepared = run.prepare(recipe, world, job.get("accept", False))
     trainer = run.assemble(prepared, world, profile=False)
     if job.get("steps"):
         ask = trainer.prefetcher.steps

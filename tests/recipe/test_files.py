@@ -13,6 +13,7 @@ import yaml
 from deepspec.errors import RecipeError
 from deepspec.recipe import Recipe, load_recipe, recipe_at
 from deepspec.training.settings import deepspeed_settings
+from deepspec.training.validation import sets_of
 
 SMALL = {
     "name": "small",
@@ -109,7 +110,7 @@ def test_sets_of_validation_are_paths_too(project: Project, tmp_path: Path, monk
     monkeypatch.chdir(tmp_path)
     changed = SMALL | {"train": {"validation": {"sets": {"domain": "data/v.jsonl", "chat": "s3://bucket/c"}}}}
     project.recipe.write_text(yaml.safe_dump(changed))
-    sections = load_recipe(project.recipe).train.validations()
+    sections = sets_of(load_recipe(project.recipe).train)
     assert {name: one.path for name, one in sections.items()} == {
         "domain": str(project.root / "data" / "v.jsonl"), "chat": "s3://bucket/c",
     }  # fmt: skip

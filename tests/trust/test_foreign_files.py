@@ -14,7 +14,7 @@ from deepspec.cache.plan import CachePlan
 from deepspec.cache.reader import TargetCache
 from deepspec.cache.recode import recode_cache
 from deepspec.cache.store import open_store
-from deepspec.checkpoints import known_types, read_buffers
+from deepspec.checkpoints import known_types, read_manifest, read_untrained
 from deepspec.drafts import INDEX, WEIGHTS, read_weights
 from deepspec.errors import CacheError, CheckpointError, DeepSpecError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate
@@ -64,7 +64,7 @@ def test_consolidation_does_not_run_the_code_in_a_checkpoint(
 def test_a_resume_does_not_run_the_code_in_a_checkpoint(old: Path, tmp_path: Path) -> None:
     folder = poison(old / "run", tmp_path / "ran")
     with pytest.raises(CheckpointError, match="it was not loaded"):
-        read_buffers(folder)
+        read_untrained(folder, read_manifest(folder))
     path = next(folder.glob("**/*mp_rank_00_model_states.pt"))
     with pytest.raises(CheckpointError, match="it was not loaded"), known_types(folder):
         torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed's loader asks for it
