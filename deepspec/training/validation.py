@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def sets_of(train: TrainSection) -> dict[str, ValidationSection]:
-    """Of every set of ``train.validation`` its own section, by name; that of a lone `path` is named "". None: it is off."""
+    """Of every set of ``train.validation`` its own section, by name ("" of a lone `path`); none where it is off."""
     section = train.validation
     if section is None:
         return {}
