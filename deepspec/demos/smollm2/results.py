@@ -145,7 +145,7 @@ def finetuned_table(drafts: Row) -> str:
 def finetuned_text(found: Row) -> str:
     """The table of the fine-tuning, what was gained and lost at T=0, and the time it took."""
     steps = sorted({str(one["provenance"]["total_steps"]) for one in found["training"].values()})
-    parts = [f"{FINETUNED}; {', '.join(steps) or NOT_RUN} steps each.", finetuned_table(found["drafts"])]
+    parts = [f"{FINETUNED}{f'; {steps[0]} steps each' if steps else ''}.", finetuned_table(found["drafts"])]
     if lines := [line for name in ALGORITHMS for line in gains(found["drafts"], name)]:
         parts.append("\n".join(["At T=0:", "", *lines]))
     if found["stages"]:
