@@ -6,13 +6,14 @@ READY := .venv/.ready
 SCALE ?= full
 TASKS ?= ../shared/eval
 
-.PHONY: help quickstart serve-check real ablate results test test-slow test-mpi lint house format clean clean-all
+.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi lint house format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
 	@echo "make real        three drafts for SmolLM2-135M-Instruct, two hours; make real SCALE=smoke  minutes"
+	@echo "make finetune    the drafts of make real fine-tuned on a narrow domain, half an hour; SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
-	@echo "make results     docs/results.md from what real and ablate have measured"
+	@echo "make results     docs/results.md from what real, finetune and ablate have measured"
 	@echo "make serve-check the quickstart's drafts in a real engine (vLLM on CPU), compared with our decoding"
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
@@ -34,6 +35,9 @@ quickstart: $(READY)
 
 real: $(READY)
 	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS)
+
+finetune: $(READY)
+	@$(BIN)/python tools/finetune.py --scale $(SCALE)
 
 ablate: quickstart
 	@$(BIN)/python tools/ablate.py

@@ -47,6 +47,7 @@ class Manifest:
     identity: dict[str, Any] = field(default_factory=dict)  # `target` of an `identity_of`; {}: an older checkpoint
     init: dict[str, Any] = field(default_factory=dict)  # of the draft that the run started from; {}: from none
     score: float | None = None  # of the last validation, higher is better
+    stale: int = 0  # scored validations since the one with the best score
     files: dict[str, int] = field(default_factory=dict)  # name -> bytes
     sha256: dict[str, str] = field(default_factory=dict)  # name -> digest; {}: an older checkpoint
     format: int = FORMAT

@@ -8,6 +8,7 @@ Whatever a recipe produces carries the resolved recipe beside it.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -33,6 +34,12 @@ RETIRED = {  # keys of earlier releases, and why they mean nothing today
 def _require(condition: bool, key: str, found: object, wanted: str, problem: str = "value out of range") -> None:
     if not condition:
         raise RecipeError(problem, key=key, found=found, wanted=wanted)
+
+
+def _check_weights(key: str, weights: tuple[float, ...] | None, count: int, of: str) -> None:
+    if weights is not None:
+        _require(len(weights) == count, key, list(weights), f"{count} weights, one per {of}")
+        _require(min(weights) > 0, key, list(weights), "weights above 0")
 
 
 @dataclass(frozen=True)
@@ -62,7 +69,8 @@ class DataSection:
     source: str = "cache"  # a row of deepspec.registry.SOURCES
     prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
     held_out: float = 0.05  # share of the prompts held out of training
-    conversations: str | None = None  # JSONL of prompts with the target's answers
+    conversations: str | tuple[str, ...] | None = None  # JSONL of prompts with the target's answers; one or several
+    conversation_weights: tuple[float, ...] | None = None  # as cache_weights, of each file where no cache is read
     cache: tuple[str, ...] = ()  # folders or URLs
     cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
     max_length: int = 4096  # tokens; longer conversations are cut
@@ -81,10 +89,14 @@ class DataSection:
             raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
         for url in self.servers:
             check_url(url, "servers", RecipeError)
-        if self.cache_weights is not None:
-            wanted = f"{len(self.cache)} weights, one per cache"
-            _require(len(self.cache_weights) == len(self.cache), "cache_weights", list(self.cache_weights), wanted)
-            _require(min(self.cache_weights) > 0, "cache_weights", list(self.cache_weights), "weights above 0")
+        _check_weights("cache_weights", self.cache_weights, len(self.cache), "cache")
+        _check_weights("conversation_weights", self.conversation_weights, len(self.files), "file of conversations")
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The files of `conversations`."""
+        given = self.conversations
+        return (given,) if isinstance(given, str) else given or ()
 
 
 @dataclass(frozen=True)
@@ -124,16 +136,26 @@ class CacheSection:
 
 @dataclass(frozen=True)
 class ValidationSection:
-    """Validation on held-out samples while training."""
+    """Validation on held-out samples while training; off where neither `path` nor `sets` names any."""
 
-    path: str  # a cache of held-out conversations (source cache) or their JSONL (source online)
+    path: str | None = None  # a cache of held-out conversations (source cache) or their JSONL (other sources)
+    sets: dict[str, str] = field(default_factory=dict)  # instead of `path`: several of them by name
+    weights: dict[str, float] = field(default_factory=dict)  # of sets in the score; 1 where a set has none
     every: int = 500  # optimizer steps
     samples: int = 128  # the first this many
     decode_every: int | None = None  # optimizer steps between real decodings; None: never
     decode_prompts: int = 8
     max_new_tokens: int = 64
+    patience: int | None = None  # scored validations in a row without a better score that end the run; None: never
 
     def __post_init__(self) -> None:
+        _require(self.path is None or not self.sets, "sets", self.sets, "no `path` beside them", "two places named")
+        for name in self.sets:
+            _require(re.fullmatch(r"[\w.-]+", name) is not None, "sets", name, "names of letters, digits, _, . and -")
+        for name, weight in self.weights.items():
+            _require(name in self.sets, "weights", name, f"one of the sets: {', '.join(self.sets) or 'none'}", "no set")
+            _require(weight > 0, f"weights.{name}", weight, "above 0")
+        _require(self.patience is None or self.patience > 0, "patience", self.patience, "1 or more, or null")
         for name in ("every", "samples", "decode_prompts", "max_new_tokens"):
             _require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
         if self.decode_every is not None:
@@ -212,6 +234,8 @@ class TrainSection:
             raise RecipeError("global batch not divisible", key="global_batch", found=self.global_batch, wanted=wanted)
         if self.keep_best and self.validation is None:
             raise RecipeError("keep_best needs train.validation", key="keep_best", found=True)
+        if self.validation is not None and self.validation.patience is not None and not self.keep_best:
+            raise RecipeError("patience needs train.keep_best: true", key="keep_best", found=False)
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from deepspec.sections import relocate
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
 MARKS = ("deepspeed_configs", ".git")  # what the root of a project holds
 CHECKOUT = Path(__file__).parents[1]  # of deepspec itself, whose deepspeed_configs any recipe may name
-INPUTS = ("data.conversations", "data.cache", "data.server_storage", "train.deepspeed", "train.validation.path")
+INPUTS = ("data.conversations", "data.cache", "data.server_storage", "train.deepspeed", "train.validation.path",
+          "train.validation.sets")  # fmt: skip
 NAMES = ("target.path", "data.prompts", "evaluate.tasks", "train.init.draft")  # a path where one is, else a name
 OUTPUT = "output"
 MOST_CHARACTERS = 1 << 18  # of a file: what is parsed takes a thousand times its memory
@@ -120,6 +121,8 @@ def _with_paths(values: dict[str, Any], change: Callable[[str, str], str]) -> di
                 inner[last] = change(key, given)
             elif isinstance(given, list):
                 inner[last] = [change(key, one) if isinstance(one, str) else one for one in given]
+            elif isinstance(given, dict):
+                inner[last] = {name: change(key, one) if isinstance(one, str) else one for name, one in given.items()}
     return changed
 
 

@@ -76,8 +76,11 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
             return (read_value(inner, value, where),)
     elif dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else parse_section(kind, value, where)  # type: ignore[arg-type]
-    elif kind is Any or (dict in (kind, origin) and isinstance(value, Mapping)):
+    elif kind is Any or (kind in (dict, dict[str, Any]) and isinstance(value, Mapping)):
         return value
+    elif origin is dict and isinstance(value, Mapping):
+        inner = typing.get_args(kind)[1]
+        return {read_value(str, key, where): read_value(inner, one, _join(where, key)) for key, one in value.items()}
     elif kind is float:
         number = _float(value)
         if number is not None:

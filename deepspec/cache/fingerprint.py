@@ -85,11 +85,9 @@ def require_fingerprint(cache: Any, recipe: Recipe, fingerprint: Mapping[str, An
     Raises:
         CacheError: they differ; all differing fields are listed.
     """
-    conversations = recipe.data.conversations
-    sources = []
     sole = list(recipe.data.cache) == [cache.path]
-    if sole and conversations is not None and Path(conversations).exists():
-        sources = [{"name": Path(conversations).name, "sha256": sha256_file(conversations)}]
+    files = [Path(name) for name in recipe.data.files if sole and Path(name).exists()]
+    sources = [{"name": file.name, "sha256": sha256_file(file)} for file in files]
     lines = mismatches(cache.fingerprint, {**fingerprint, "sources": sources}, cache.path)
     if lines:
         raise CacheError(

@@ -27,6 +27,7 @@ VERBS = {  # verb -> (function, what it does)
     "serve-check": ("deepspec.cli.demos:serve_check", "drafts in a real engine, compared with our decoding"),
     "quickstart": ("deepspec.cli.demos:quickstart", "the whole pipeline on a tiny target"),
     "real": ("deepspec.cli.demos:real", "three drafts for a small released model, with their tables"),
+    "finetune": ("deepspec.cli.demos:finetune", "the real run's drafts fine-tuned on a domain"),
     "ablate": ("deepspec.cli.demos:ablate", "what each choice of a draft changes"),
     "results": ("deepspec.cli.demos:results", "docs/results.md from what was measured"),
 }

@@ -247,10 +247,11 @@ def _recipe(given: argparse.Namespace) -> Recipe:
 def _read(given: argparse.Namespace) -> tuple[Recipe, str]:
     """The recipe, and the conversations of the command line or else of the recipe."""
     recipe = _recipe(given)
-    data = given.data or recipe.data.conversations
-    if data is None:
-        raise DataError("no conversations named", key="data.conversations", remedy="give --data")
-    return recipe, data
+    files = [given.data] if given.data else recipe.data.files
+    if len(files) != 1:
+        remedy = "give --data, one file at a time; the cache appends it"
+        raise DataError("one file of conversations is needed", key="data.conversations", found=files, remedy=remedy)
+    return recipe, files[0]
 
 
 def _summary(output: str, manifest: CacheManifest) -> str:

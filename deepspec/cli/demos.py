@@ -37,6 +37,21 @@ def real() -> None:
     run(given.scale, given.tasks, given.cores)
 
 
+def finetune() -> None:
+    """The real run's drafts fine-tuned on a narrow domain, against fresh starts: ``make finetune`` after ``make real``.
+
+    Run it in the checkout's root; its output is under build/finetune. Run again, it continues where it stopped.
+    """
+    parser = Parser(description=finetune.__doc__)
+    parser.add_argument("--scale", default="full", help="full (half an hour) or smoke (minutes: shows that it works)")
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
+    given = parser.parse_args()
+
+    from deepspec.demos.smollm2.finetune import finetune as run
+
+    run(given.scale, given.cores)
+
+
 def ablate() -> None:
     """What each choice of a draft changes, on the quickstart's target: ``make ablate`` after the quickstart.
 

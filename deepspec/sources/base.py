@@ -29,7 +29,8 @@ class FeatureSource(ABC):
     reads_ahead: ClassVar[bool] = True  # whether several threads may call `batch`, ahead of the step
 
     lengths: np.ndarray  # [N] int64, tokens of each sample
-    group_sizes: tuple[int, ...]  # samples of each group (a cache); sums to N
+    group_sizes: tuple[int, ...]  # samples of each group (a cache, or a file of conversations); sums to N
+    group_weights: tuple[float, ...] | None = None  # share of each group in an epoch; None: by its size
 
     @classmethod
     @abstractmethod

@@ -55,7 +55,9 @@ class CacheSource(FeatureSource):
         fingerprint = fingerprint_of(recipe, target.spec, tokenizer, [])
         for cache in caches:
             require_fingerprint(cache, recipe, fingerprint)
-        return cls(caches, registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft))
+        source = cls(caches, registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft))
+        source.group_weights = None if held_out else recipe.data.cache_weights
+        return source
 
     def _locate(self, number: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
@@ -14,8 +15,8 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.batch import Batch
 from deepspec.cache.fingerprint import fingerprint_of
-from deepspec.cache.plan import read_rows, scan
-from deepspec.data.chat import load_renderer, render_row
+from deepspec.cache.plan import Source, read_rows, scan
+from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.data.refusals import RenderCounts
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
@@ -27,18 +28,19 @@ log = logging.getLogger(__name__)
 
 
 class OnlineSource(FeatureSource):
-    """Samples of one conversations file, rendered at the start; hidden states are computed when a step needs them.
+    """Samples of conversation files, rendered at the start; hidden states are computed when a step needs them.
 
-    Tokens and masks of all conversations stay in memory (5 bytes a token). Numbers, sample ids and rejections are those
-    of the cache that would be built from the same file, so a run draws the same batches from either.
+    Tokens and masks of all conversations stay in memory (5 bytes a token). Each file is a group. Numbers, sample ids
+    and rejections are those of the caches that would be built from the same files, so a run draws the same batches from
+    either.
 
     Args:
         recipe: names layers and rendering.
         target: the frozen target, on this process's device.
-        path: JSONL of prompts with the target's answers.
+        files: JSONL of prompts with the target's answers.
 
     Raises:
-        DataError: no such file, or no usable conversation in it.
+        DataError: no such file, or no usable conversation in one.
     """
 
     name = "online"
@@ -46,17 +48,24 @@ class OnlineSource(FeatureSource):
     needs_model = True
     reads_ahead = False  # the target runs on the training's own device and thread
 
-    def __init__(self, recipe: Recipe, target: Target | ServedTarget, path: str | Path) -> None:
+    def __init__(self, recipe: Recipe, target: Target | ServedTarget, *files: str | Path) -> None:
         self.target, self.layers, self.size = target, recipe.target.layers, recipe.train.online_micro_batch
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
         self._announced: list[int] = []
         self._ready: dict[int, tuple[Tensor, Tensor]] = {}
         renderer = load_renderer(recipe, target.spec)
-        found = scan(path)
         self._ids: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._sample_ids: list[int] = []
-        counts = RenderCounts()
+        self.rejected: Counter[str] = Counter()  # reason -> conversations of all files
+        found = [scan(path) for path in files]
+        self.group_sizes = tuple(self._read(group, one, renderer, recipe) for group, one in enumerate(found))
+        self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
+        self._fingerprints = [fingerprint_of(recipe, target.spec, renderer.tokenizer, [one.entry()]) for one in found]
+
+    def _read(self, group: int, found: Source, renderer: Renderer, recipe: Recipe) -> int:
+        """Render the rows of one file; returns how many samples they are."""
+        counts, before = RenderCounts(), len(self._ids)
         for number, row in read_rows(found.path, 0, 0, found.rows):
             rendered = render_row(renderer, row, recipe.data.min_supervised)
             if isinstance(rendered, str):
@@ -64,25 +73,27 @@ class OnlineSource(FeatureSource):
                 continue
             self._ids.append(np.array(rendered.input_ids, dtype=np.int32))
             self._masks.append(np.array(rendered.loss_mask, dtype=bool))
-            self._sample_ids.append(number)
-        if not self._ids:
-            raise DataError("no usable conversation in the file", file=path, found=counts.dropped)
-        self.rejected = counts.dropped
+            self._sample_ids.append(number + (group << 40))
+        made = len(self._ids) - before
+        if not made:
+            raise DataError("no usable conversation in the file", file=found.path, found=counts.dropped)
+        self.rejected.update(counts.dropped)
         if counts.dropped:
-            log.info("\n  ".join([f"{path}: {len(self._ids):,} samples", *counts.lines()]))
-        self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
-        self.group_sizes = (len(self._ids),)
-        self._fingerprint = fingerprint_of(recipe, target.spec, renderer.tokenizer, [found.entry()])
+            log.info("\n  ".join([f"{found.path}: {made:,} samples", *counts.lines()]))
+        return made
 
     @classmethod
     def open(cls, recipe: Recipe, target: TargetEmbeddings, held_out: bool = False) -> OnlineSource:
         """See :meth:`FeatureSource.open`."""
         validation = recipe.train.validation
-        path = validation.path if held_out and validation is not None else recipe.data.conversations
-        return cls(recipe, target, str(path))  # type: ignore[arg-type]  # complete: needs_model is set
+        if held_out and validation is not None:
+            return cls(recipe, target, str(validation.path))  # type: ignore[arg-type]  # complete: needs_model is set
+        source = cls(recipe, target, *recipe.data.files)  # type: ignore[arg-type]
+        source.group_weights = recipe.data.conversation_weights
+        return source
 
     def sample_id(self, number: int) -> int:
-        """The row's number in the file, as in a cache of it."""
+        """The row's number in its file, as in a cache of it, made distinct over several files."""
         return self._sample_ids[number]
 
     def loss_mask(self, number: int) -> np.ndarray:
@@ -126,5 +137,5 @@ class OnlineSource(FeatureSource):
         return [(made.features[row, :s], made.last_hidden[row, :s]) for row, s in enumerate(lengths.tolist())]
 
     def fingerprint(self) -> dict[str, object]:
-        """What the hidden states depend on: that of a lossless cache of the same file."""
-        return {"source": self.name, "caches": [self._fingerprint]}
+        """What the hidden states depend on: those of lossless caches of the same files, in order."""
+        return {"source": self.name, "caches": self._fingerprints}

@@ -24,11 +24,11 @@ class ServedSource(OnlineSource):
     Args:
         recipe: names servers, layers and rendering.
         target: not used: the servers have it.
-        path: JSONL of prompts with the target's answers.
+        files: JSONL of prompts with the target's answers.
 
     Raises:
         TargetError: a server that does not answer.
-        DataError: no such file, or no usable conversation in it.
+        DataError: no such file, or no usable conversation in one.
     """
 
     name = "served"
@@ -36,12 +36,12 @@ class ServedSource(OnlineSource):
     needs_model = False
     reads_ahead = True
 
-    def __init__(self, recipe: Recipe, target: TargetEmbeddings, path: str | Path) -> None:
+    def __init__(self, recipe: Recipe, target: TargetEmbeddings, *files: str | Path) -> None:
         section, data = recipe.target, recipe.data
         url = data.servers[world_from_environment().rank % len(data.servers)]
         dtype = getattr(torch, section.dtype)
         served = ServedTarget(url, section.path, section.layers, dtype, section.revision, storage=data.server_storage)
-        super().__init__(recipe, served, path)
+        super().__init__(recipe, served, *files)
 
     def announce(self, numbers: Sequence[int]) -> None:
         """Nothing: several threads read at once."""

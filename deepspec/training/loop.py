@@ -13,14 +13,14 @@ from typing import Any
 import torch
 
 from deepspec.errors import CheckpointError, system_error
-from deepspec.recipe import Recipe
+from deepspec.recipe import Recipe, TrainSection
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
 from deepspec.training.plan import lr_factor
 from deepspec.training.prefetch import Prefetcher, TrainStep
 from deepspec.training.report import Meter, Reporter
 from deepspec.training.signals import StopSignal
-from deepspec.training.validation import HeldOut
+from deepspec.training.validation import HeldOut, Sets
 
 log = logging.getLogger(__name__)
 PROFILED_STEPS = (3, 6)  # steps left to warm up, steps recorded
@@ -34,6 +34,12 @@ def save_error(problem: OSError | RuntimeError, folder: Path) -> CheckpointError
     return CheckpointError(
         f"the checkpoint cannot be written ({line}); earlier ones are complete", file=folder, remedy=remedy
     )
+
+
+def exhausted(train: TrainSection, stale: int) -> bool:
+    """Whether a run with ``stale`` validations since its best one ends early, by ``train.validation.patience``."""
+    patience = None if train.validation is None else train.validation.patience
+    return patience is not None and stale >= patience
 
 
 class Trainer:
@@ -51,7 +57,7 @@ class Trainer:
 
     def __init__(
         self, recipe: Recipe, engine: Engine, prefetcher: Prefetcher, checkpoints: Checkpoints, manifest: Manifest, *,
-        validator: HeldOut | None = None, profile: Path | None = None,
+        validator: HeldOut | Sets | None = None, profile: Path | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.train, self.engine, self.prefetcher = recipe, recipe.train, engine, prefetcher
         self.checkpoints, self.manifest, self.total_steps = checkpoints, manifest, manifest.total_steps
@@ -59,12 +65,13 @@ class Trainer:
         self.meter = Meter(engine.sum)
         self.reporter: Reporter | None = None
         self.saved: int | None = None
+        self.stale = manifest.stale
 
     def run(self, start: int) -> bool:
         """Train from step ``start`` (steps done so far) to the end.
 
         Returns:
-            Whether the end was reached; False when a signal ended the run earlier (it is saved).
+            Whether the end was reached, or patience ended; False when a signal ended the run. In all cases it is saved.
 
         Raises:
             NonFiniteLoss: the loss is not a number; nothing is saved from then on.
@@ -84,7 +91,10 @@ class Trainer:
                     self._after(step.number + 1)
                     if profiler is not None:
                         profiler.step()
-            self.checkpoints.wait()
+                    if exhausted(self.train, self.stale):
+                        log.info("ends at step %d: %d validations without a better score", step.number + 1, self.stale)
+                        break
+            self._finish()
             return True
         finally:
             if self.reporter is not None:
@@ -113,7 +123,9 @@ class Trainer:
             self._log(done)
         begun = time.perf_counter()
         score, best = self._validate(done) if validate else (None, False)
-        if save or best:
+        if score is not None:
+            self.stale = 0 if best else self.stale + 1
+        if save or best or exhausted(self.train, self.stale):
             self._save(done, score)
         if self.reporter is not None:
             self.reporter.exclude(time.perf_counter() - begun)
@@ -155,8 +167,14 @@ class Trainer:
             raise save_error(problem, self.checkpoints.folder / f"step_{done}") from problem
         self.engine.barrier()
         if self.engine.world.is_main:
-            self.checkpoints.commit(replace(self.manifest, step=done, score=score))
+            self.checkpoints.commit(replace(self.manifest, step=done, score=score, stale=self.stale))
         self.saved = done
+
+    def _finish(self) -> None:
+        self.checkpoints.wait()
+        best = self.checkpoints.best() if self.engine.world.is_main and self.train.keep_best else None
+        if best is not None:
+            log.info("best validation: %.4f, %s", best[1], self.checkpoints.folder / f"step_{best[0]}")
 
     def _stop(self, done: int) -> None:
         self.meter.check_finite()

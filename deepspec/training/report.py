@@ -179,7 +179,9 @@ class Reporter:
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
         """The result of a validation."""
-        shown = {name: value for name, value in values.items() if name not in ("samples", "tokens", "padding")}
+        shown = {
+            name: value for name, value in values.items() if name.split("/")[-1] not in ("samples", "tokens", "padding")
+        }
         self._write("validation", step, shown)
         log.info(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]))
 

@@ -7,7 +7,7 @@ import logging
 import platform
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -36,11 +36,11 @@ from deepspec.training.from_draft import (
     start_from,
 )
 from deepspec.training.initial import frequent_tokens, frozen_weights, warm_start
-from deepspec.training.loop import Trainer
+from deepspec.training.loop import Trainer, exhausted
 from deepspec.training.plan import RunPlan
 from deepspec.training.prefetch import Prefetcher
 from deepspec.training.settings import deepspeed_settings, model_dtype, zero_stage
-from deepspec.training.validation import HeldOut
+from deepspec.training.validation import open_validator, sets_of
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         on_rank0(world, lambda: keep_draft(recipe))
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
-        if start.step == total:
+        if start.step == total or exhausted(prepared.recipe.train, start.stale):
             log.info("already finished: %s", start.folder)
             return 0
         if start.folder is not None:
@@ -91,6 +91,7 @@ class Start:
     step: int = 0
     folder: Path | None = None  # of the checkpoint; None: from the beginning
     universal: bool = False  # whether it must be converted first
+    stale: int = 0  # of its manifest
     changes: tuple[str, ...] = ()  # optimisation settings that were changed, and are honoured
 
 
@@ -101,7 +102,7 @@ class Prepared:
     recipe: Recipe
     target: TargetEmbeddings
     source: FeatureSource
-    held_out: FeatureSource | None
+    held_out: dict[str, FeatureSource]  # of every set of `train.validation`
     plan: RunPlan
     manifest: store.Manifest
     start: Start
@@ -122,7 +123,7 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     train = recipe.train
     plan = RunPlan(
         source.lengths, source.group_sizes, seed=recipe.seed, global_batch=train.global_batch,
-        micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=recipe.data.cache_weights,
+        micro_batch=train.micro_batch, micro_tokens=train.micro_tokens, group_weights=source.group_weights,
     )  # fmt: skip
     total = train.epochs * plan.steps_per_epoch
     facts = {"target": target_fields(target.spec)}  # tokenizer and template are in the data's fingerprint
@@ -142,15 +143,17 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
     if start.folder is not None and start.step < manifest.total_steps:
         check_files(start.folder, store.read_manifest(start.folder), world.rank, world.size)
-    held_out = None if recipe.train.validation is None else kind.open(recipe, target, held_out=True)
-    frozen = frozen_weights(recipe, target.spec)
+    held_out = {
+        name: kind.open(replace(recipe, train=replace(train, validation=section)), target, held_out=True)
+        for name, section in sets_of(train).items()
+    }
+    manifest, frozen = replace(manifest, stale=start.stale), frozen_weights(recipe, target.spec)
     return Prepared(recipe, target, source, held_out, plan, manifest, start, frozen)
 
 
 def frozen_target(recipe: Recipe, device: torch.device) -> TargetEmbeddings:
     """The complete target where this process runs it (for the source, or in validations), else embedding and head."""
-    validation = recipe.train.validation
-    decodes = validation is not None and validation.decode_every is not None
+    decodes = any(section.decode_every is not None for section in sets_of(recipe.train).values())
     load = load_target if decodes or source_class(recipe).needs_model else load_target_embeddings
     return load(recipe.target.path, getattr(torch, recipe.target.dtype), device, recipe.target.revision)
 
@@ -176,9 +179,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
         workers=recipe.train.workers,
     )  # fmt: skip
     trace = saved.run / "profile" if profile else None
-    validator, section = None, recipe.train.validation
-    if section is not None and prepared.held_out is not None:
-        validator = HeldOut(recipe, section, prepared.held_out, prepared.target)
+    validator = open_validator(recipe, prepared.held_out, prepared.target)
     return Trainer(recipe, engine, prefetcher, saved, prepared.manifest, validator=validator, profile=trace)
 
 
@@ -226,7 +227,7 @@ def find_start(run: Path, recipe: Recipe, now: store.Manifest, accept_changes: b
             wanted=f"stage {old.zero_stage}", remedy="only stages 1 and 2 can follow each other",
         )  # fmt: skip
     moved = old.world_size != now.world_size or len(stages) > 1
-    return Start(old.step, folder, universal=moved and old.zero_stage > 0, changes=tuple(changes))
+    return Start(old.step, folder, moved and old.zero_stage > 0, old.stale, tuple(changes))
 
 
 def _resume(engine: Engine, start: Start, saved: store.Checkpoints) -> None:
@@ -255,6 +256,8 @@ def _start_folder(saved: store.Checkpoints, prepared: Prepared) -> None:
     """The run's folder with the resolved recipe and what it runs on."""
     saved.clean()
     recipe, manifest = prepared.recipe, prepared.manifest
+    if recipe.train.validation is not None and not prepared.held_out:
+        log.info("no validation, and no best checkpoint: train.validation names no held-out data (path or sets)")
     recipe.save(saved.run / "recipe.yaml")
     about = {"seed": recipe.seed, "recipe_digest": recipe.digest(), "total_steps": manifest.total_steps}
     about |= {"target_digest": manifest.target_digest, "fingerprint": manifest.fingerprint}

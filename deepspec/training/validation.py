@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,7 +17,7 @@ from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.distributed import World
 from deepspec.errors import DataError
-from deepspec.recipe import Recipe, ValidationSection
+from deepspec.recipe import Recipe, TrainSection, ValidationSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
@@ -25,6 +26,16 @@ from deepspec.training.from_draft import frozen_pair
 from deepspec.training.report import Meter
 
 log = logging.getLogger(__name__)
+
+
+def sets_of(train: TrainSection) -> dict[str, ValidationSection]:
+    """Of every set of ``train.validation`` its own section, by name ("" of a lone `path`); none where it is off."""
+    section = train.validation
+    if section is None:
+        return {}
+    if section.path is not None:
+        return {"": section}
+    return {name: replace(section, path=path, sets={}, weights={}) for name, path in section.sets.items()}
 
 
 class HeldOut:
@@ -131,3 +142,38 @@ class HeldOut:
             counts = torch.tensor([sum(lengths), len(lengths)], dtype=torch.float64)
         committed, rounds = engine.sum(counts).tolist()
         return committed, rounds
+
+
+class Sets:
+    """Several sets of held-out samples, measured one after the other.
+
+    Args:
+        sets: by name.
+        weights: of a set in the score; 1 where it has none.
+    """
+
+    def __init__(self, sets: Mapping[str, HeldOut], weights: Mapping[str, float]) -> None:
+        self.sets, self.weights = sets, weights
+
+    def run(self, engine: Engine, step: int) -> tuple[dict[str, Any], float | None]:
+        """Each set's measures as ``set/measure``, and the weighted mean of their scores; see :meth:`HeldOut.run`."""
+        values: dict[str, Any] = {}
+        total = weight = 0.0
+        for name, held_out in self.sets.items():
+            measured, score = held_out.run(engine, step)
+            values |= {f"{name}/{key}": value for key, value in measured.items()}
+            share = self.weights.get(name, 1.0)
+            total, weight = total + share * (math.nan if score is None else score), weight + share
+        score = total / weight
+        return (values, None) if math.isnan(score) else (values | {"score": score}, score)
+
+
+def open_validator(
+    recipe: Recipe, sources: Mapping[str, FeatureSource], target: TargetEmbeddings
+) -> HeldOut | Sets | None:
+    """What measures the sets of ``train.validation``, each with its source; None where there is none."""
+    validation, sections = recipe.train.validation, sets_of(recipe.train)
+    if validation is None or not sections:
+        return None
+    sets = {name: HeldOut(recipe, section, sources[name], target) for name, section in sections.items()}
+    return sets[""] if validation.path is not None else Sets(sets, validation.weights)

@@ -13,6 +13,7 @@ import yaml
 from deepspec.errors import RecipeError
 from deepspec.recipe import Recipe, load_recipe, recipe_at
 from deepspec.training.settings import deepspeed_settings
+from deepspec.training.validation import sets_of
 
 SMALL = {
     "name": "small",
@@ -103,6 +104,16 @@ def test_the_default_deepspeed_file_is_found_from_anywhere(tmp_path: Path, monke
     monkeypatch.chdir(tmp_path)
     train = load_recipe(tmp_path / "r.yaml").train
     assert deepspeed_settings(train, 1)["bf16"]["enabled"]
+
+
+def test_sets_of_validation_are_paths_too(project: Project, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changed = SMALL | {"train": {"validation": {"sets": {"domain": "data/v.jsonl", "chat": "s3://bucket/c"}}}}
+    project.recipe.write_text(yaml.safe_dump(changed))
+    sections = sets_of(load_recipe(project.recipe).train)
+    assert {name: one.path for name, one in sections.items()} == {
+        "domain": str(project.root / "data" / "v.jsonl"), "chat": "s3://bucket/c",
+    }  # fmt: skip
 
 
 def test_a_path_on_the_command_line_is_the_working_directorys(project: Project, monkeypatch) -> None:

@@ -71,8 +71,8 @@ def _by_a_command(frame: Any) -> bool:
 
 def settings(folder: Path, **data: Any) -> Path:
     """A recipe of the tiny target with all optional sections."""
-    held = str(folder / ("held.jsonl" if "source" in data else "held"))
-    validation = {"path": held, "every": 1, "decode_every": 1, "decode_prompts": 1, "max_new_tokens": 2, "samples": 2}
+    held = {"sets": {"held": str(folder / "held.jsonl")}} if "source" in data else {"path": str(folder / "held")}
+    validation = held | {"every": 1, "decode_every": 1, "decode_prompts": 1, "max_new_tokens": 2, "samples": 2}
     section = {"max_length": 96, "min_supervised": 4, "conversations": str(folder / "train.jsonl")} | data
     place = folder / data.get("source", "cache")
     train = {"max_steps": 1, "wandb_project": "drafts", "keep_best": True, "validation": validation}

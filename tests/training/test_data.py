@@ -105,6 +105,13 @@ def test_several_caches_are_mixed_by_weight(tmp_path: Path, inputs: Inputs, worl
     swapped = both | {"cache": both["cache"][::-1]}
     with pytest.raises(CheckpointError, match="data are not the run's"):
         run.prepare(load_recipe(inputs.recipe(tmp_path, data=swapped, max_steps=20, micro_batch=2)), world, False)
+    files = {"source": "online", "conversations": [str(path) for path in inputs.conversations]}
+    online = files | {"conversation_weights": [1, 3]}
+    prepared = run.prepare(load_recipe(inputs.recipe(tmp_path / "o", data=online, max_steps=20)), world, False)
+    for step in range(epoch):
+        assert np.array_equal(prepared.plan.step(step).samples, trainer.prefetcher.plan.step(step).samples)
+    ids = [prepared.source.sample_id(number) for number in range(total)]
+    assert ids == [trainer.prefetcher.source.sample_id(number) for number in range(total)]
     reweighted = both | {"cache_weights": [1, 1]}
     with pytest.raises(CheckpointError, match=r"data\.cache_weights: a run cannot change this"):
         run.prepare(load_recipe(inputs.recipe(tmp_path, data=reweighted, max_steps=20, micro_batch=2)), world, False)

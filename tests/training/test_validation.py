@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -177,6 +178,60 @@ def test_a_score_belongs_to_its_own_step_alone(tmp_path: Path, inputs: dict[str,
     finish(trainer)
     scores = {step: read_manifest(path).score for step, path in steps_of(tmp_path / "run").items()}
     assert scores == {2: 1.5, 3: None, 6: 1.7, 8: None}
+
+
+def test_several_sets_are_measured_by_name_and_scored_by_weight(
+    tmp_path: Path, inputs: dict[str, Path], world: World
+) -> None:
+    trainer = assembled(recipe_of(tmp_path / "alone", inputs, max_steps=4), world)
+    alone, score = trainer.validator.run(trainer.engine, 4)  # type: ignore[union-attr]
+    trainer.engine.close()
+    sets = {"domain": str(inputs["train"]), "held": str(inputs["held"])}
+    validation = DECODING | {"sets": sets, "weights": {"domain": 3.0}}
+    recipe = tools.write_recipe(
+        tmp_path / "sets", inputs["target"], data=RENDERING | {"cache": [str(inputs["train"])]}, validation=validation,
+        max_steps=4, keep_best=True,
+    )  # fmt: skip
+    trainer = assembled(recipe, world)
+    values, weighted = trainer.validator.run(trainer.engine, 4)  # type: ignore[union-attr]
+    assert {name: values[f"held/{name}"] for name in alone} == alone
+    assert weighted == pytest.approx((3 * values["domain/accepted_length"] + score) / 4)
+    assert values["domain/loss"] != values["held/loss"]
+    assert trainer.validator.run(trainer.engine, 2)[1] is None  # type: ignore[union-attr]  # nothing is decoded
+    row = finish(trainer)[-1]
+    assert row["score"] == read_manifest(tmp_path / "sets" / "run" / "checkpoints" / "step_4").score
+    assert "held/tau" in row
+
+
+def test_a_validation_that_names_no_data_is_off(
+    tmp_path: Path, inputs: dict[str, Path], world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = RENDERING | {"cache": [str(inputs["train"])]}
+    recipe = tools.write_recipe(tmp_path, inputs["target"], data=data, validation=DECODING, keep_best=True)
+    trainer = assembled(recipe, world)
+    trainer.engine.close()
+    assert trainer.validator is None
+    assert "train.validation names no held-out data" in capsys.readouterr().out
+
+
+def test_a_run_ends_where_validations_no_longer_improve_and_goes_on_with_more_patience(
+    tmp_path: Path, inputs: dict[str, Path], world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def recipe(patience: int) -> Path:
+        patient = {"validation": {"every": 2, "patience": patience}}
+        return recipe_of(tmp_path, inputs, max_steps=12, save_every=3, keep_best=True, keep_last=12, **patient)
+
+    trainer = assembled(recipe(2), world)
+    trainer.validator = Scripted({2: 1.5, 4: None, 6: 1.4, 8: 1.5})
+    finish(trainer)
+    saved = {step: read_manifest(path).stale for step, path in steps_of(tmp_path / "run").items()}
+    assert saved == {2: 0, 3: 0, 6: 1, 8: 2}
+    monkeypatch.setattr(run, "assemble", lambda *_: pytest.fail("it is finished"))
+    monkeypatch.setattr(run, "training_processes", lambda: contextlib.nullcontext(world))
+    assert run.train(recipe(2)) == 0
+    prepared = run.prepare(load_recipe(recipe(3)), world, False)
+    assert not run.exhausted(prepared.recipe.train, prepared.start.stale)
+    assert prepared.manifest.stale == 2
 
 
 SLOW = pytest.mark.slow

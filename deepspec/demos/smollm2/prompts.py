@@ -12,7 +12,7 @@ from pathlib import Path
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.prepare import PrepareOptions, prepare
 from deepspec.demos.quickstart.text import distinct
-from deepspec.demos.smollm2.text import chat_prompts, function_prompts, passage_prompts
+from deepspec.demos.smollm2.text import DOMAIN, chat_prompts, function_prompts, passage_prompts
 from deepspec.errors import DataError
 from deepspec.files import write_text
 
@@ -52,6 +52,19 @@ def write_prompts(folder: Path, shards: int, each: int, held_out: int, tasks: Se
         write_conversations(folder / f"train-{shard}.jsonl", rows, about | {"shard": shard, "shards": shards})
     log.info("\n".join(report.lines()))
     (folder / "all" / DONE).replace(folder / DONE)
+
+
+def write_domain(folder: Path, train: int, held_out: int, seed: int = 1) -> None:
+    """Write ``domain.jsonl`` of ``held_out`` prompts of the fine-tuning's domain, then ``train.jsonl`` of others."""
+    found: dict[str, None] = {}
+    for prompt in chat_prompts(seed, DOMAIN):
+        found.setdefault(prompt)
+        if len(found) == train + held_out:
+            break
+    rows = [{"id": f"domain-{number}", "turns": [prompt]} for number, prompt in enumerate(found)]
+    write_text(folder / "domain.jsonl", "".join(json.dumps(row) + "\n" for row in rows[:held_out]))
+    trained = ({"id": row["id"], "messages": [{"role": "user", "content": row["turns"][0]}]} for row in rows[held_out:])
+    write_conversations(folder / "train.jsonl", trained, {"made_by": "deepspec.demos.smollm2", "seed": seed})
 
 
 def _write_sources(folder: Path, wanted: int, seed: int) -> dict[str, float]:

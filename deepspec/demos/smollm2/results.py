@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deepspec.demos.measured import NOT_RUN, Row, equality, length, pick, speed_up
-from deepspec.demos.smollm2 import ablation
+from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.collect import gather
 from deepspec.demos.smollm2.plan import EVALUATIONS, recipe_of
 from deepspec.errors import DeepSpecError
@@ -19,6 +20,12 @@ from deepspec.tables import Table
 PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
 README, MARKS = Path("README.md"), ("<!-- results: written by make results -->", "<!-- end of results -->")
 LENGTH = "accepted length, T=0"
+FINETUNED = "One record of a sentence as JSON: the general draft fine-tuned on domain and general answers mixed"
+FINETUNED += ", against as many steps on the domain alone from a fresh start"
+STARTS = {
+    finetune.GENERAL: "the general draft", finetune.TUNED: "fine-tuned", "target": "from the target's layers",
+    "random": "from random weights",
+}  # fmt: skip
 
 
 def write_results() -> tuple[Path, ...]:
@@ -31,6 +38,8 @@ def write_results() -> tuple[Path, ...]:
         f'bootstrap over prompts. What has no run yet says "{NOT_RUN}".',
         "## SmolLM2-135M-Instruct: three drafts on two CPU cores (`make real`)",
         real_text(measured["real"]),
+        "## Fine-tuned: one narrow domain (`make finetune`)",
+        finetuned_text(measured["finetuned"]),
         "## What each choice costs or brings, on the quickstart's target (`make ablate`)",
         ablation_text(measured["ablations"]),
         "## Where the figures come from",
@@ -38,12 +47,12 @@ def write_results() -> tuple[Path, ...]:
     ]
     write_text(PAGE, "\n\n".join(parts) + "\n")
     if README.exists():
-        write_text(README, with_results(README.read_text(encoding="utf-8"), measured["real"]))
+        write_text(README, with_results(README.read_text(encoding="utf-8"), measured))
     return PAGE, MEASURED, README
 
 
-def with_results(readme: str, real: Row) -> str:
-    """The README with the real run's accepted lengths and speeds between its two marks.
+def with_results(readme: str, measured: Row) -> str:
+    """The README with the accepted lengths and speeds of the real run and the fine-tuning between its two marks.
 
     Raises:
         DeepSpecError: it has no such marks.
@@ -51,6 +60,7 @@ def with_results(readme: str, real: Row) -> str:
     begin, end = (readme.find(mark) for mark in MARKS)
     if not 0 <= begin < end:
         raise DeepSpecError("no place for the results", file=README, wanted=" ... ".join(MARKS))
+    real, tuned = measured["real"], measured.get("finetuned", {}).get("drafts", {})
     sampled = ", ".join(f"{name} {length(pick(real['chat'].get(name), 1.0))}" for name in ALGORITHMS)
     own = [
         MARKS[0],
@@ -58,6 +68,7 @@ def with_results(readme: str, real: Row) -> str:
         f"At T=1 on held-out chat: {sampled}.",
         speeds(real.get("speed", {})),
         exactness(real["exact"]),
+        *([f"{FINETUNED} ([docs/finetune.md](docs/finetune.md)):", finetuned_table(tuned)] if tuned else []),
         f"Every task at T=1, acceptance by position, seconds and commands: [{PAGE.name}]({PAGE}), as JSON "
         f"[{MEASURED.name}]({MEASURED}).",
     ]
@@ -116,6 +127,47 @@ def exactness(exact: Mapping[str, Row]) -> str:
     """Why greedy outputs differ in bfloat16, and how many do not in float32."""
     shares = "; ".join(f"{name} {equality(pick(exact.get(name), 0.0))}" for name in ALGORITHMS)
     return f"Greedy output in float32 (bfloat16 rounds a check of many tokens otherwise than of one) equal: {shares}."
+
+
+def finetuned_table(drafts: Row) -> str:
+    """A row a draft, a column a set of prompts and a temperature."""
+    rows = []
+    for algorithm in ALGORITHMS:
+        for start, about in STARTS.items():
+            found = drafts.get(f"{algorithm} {start}")
+            if found is not None:
+                cells = [length(pick(found, t, task)) for task in finetune.TASKS for t in (0.0, 1.0)]
+                rows.append([f"{algorithm}, {about}", *cells])
+    heads = [f"{task}, T={t:g}" for task in finetune.TASKS for t in (0.0, 1.0)]
+    return Table(["accepted length", *heads], rows or [[NOT_RUN] * 5]).markdown()
+
+
+def finetuned_text(found: Row) -> str:
+    """The table of the fine-tuning, what was gained and lost at T=0, and the time it took."""
+    steps = sorted({str(one["provenance"]["total_steps"]) for one in found["training"].values()})
+    parts = [f"{FINETUNED}{f'; {steps[0]} steps each' if steps else ''}.", finetuned_table(found["drafts"])]
+    if lines := [line for name in ALGORITHMS for line in gains(found["drafts"], name)]:
+        parts.append("\n".join(["At T=0:", "", *lines]))
+    if found["stages"]:
+        parts.append(f"All stages together: {sum(found['stages'].values()):,.0f} s, on one process or two.")
+    return "\n\n".join(parts)
+
+
+def gains(drafts: Row, algorithm: str) -> list[str]:
+    """A line with the fine-tuned draft's accepted length over that of the others; none where one is not measured."""
+
+    def ratio(task: str, other: str) -> float:
+        rows = (pick(drafts.get(f"{algorithm} {name}"), 0.0, task) for name in (finetune.TUNED, other))
+        tuned, compared = ((row or {}).get("accepted_length") for row in rows)
+        return tuned / compared if tuned and compared else math.nan
+
+    over = {other: ratio("domain", other) for other in STARTS if other != finetune.TUNED}
+    chat = ratio("chat", finetune.GENERAL)
+    if any(map(math.isnan, (chat, *over.values()))):
+        return []
+    compared = ", ".join(f"{value:.2f}x ({STARTS[other]})" for other, value in over.items())
+    line = f"- {algorithm}: accepted length of the fine-tuned draft on the domain over that of the others: {compared}"
+    return [f"{line}; on chat {chat - 1:+.1%} of the general draft's."]
 
 
 def ablation_text(found: Row) -> str:
@@ -187,7 +239,7 @@ def scheduler(study: Row | None) -> str:
 def provenance_text(measured: Row) -> str:
     """A line for every evaluation: when it ended, with which seed, versions and command."""
     rows = []
-    for section, key in (*(("real", kind) for kind in EVALUATIONS), ("ablations", "ablation")):
+    for section, key in (*(("real", kind) for kind in EVALUATIONS), ("finetuned", "drafts"), ("ablations", "ablation")):
         trained = measured[section].get("training", {})
         for name, one in measured[section].get(key, {}).items():
             about = one["provenance"]
@@ -196,7 +248,7 @@ def provenance_text(measured: Row) -> str:
             seeds = f"{NOT_RUN if origin is None else origin['provenance']['seed']} / {about['seed']}"
             rows.append([f"{key} {name}", about["finished"], seeds, versions, f"`{about['command']}`"])
     lines = [f"Recipes: {', '.join(f'`{recipe_of(name)}`' for name in ALGORITHMS)}; ablations: `{ablation.RECIPE}`."]
-    for section, title in (("real", "The real run"), ("ablations", "The ablations")):
+    for section, title in (("real", "The real run"), ("finetuned", "The fine-tuning"), ("ablations", "The ablations")):
         spent = measured[section].get("stages", {})
         if spent:
             lines.append(f"{title}: {sum(spent.values()) / 3600:.2f} hours of stages, on one process or two.")

@@ -15,20 +15,22 @@ from typing import Any
 
 import yaml
 
-TEXTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+Texts = dict[str, Any]
+TEXTS: Texts = yaml.safe_load(Path(__file__).with_name("prompts.yaml").read_text(encoding="utf-8"))
+DOMAIN: Texts = yaml.safe_load(Path(__file__).with_name("finetune.yaml").read_text(encoding="utf-8"))
 QUOTED = (20, 200)  # characters of a line of documentation that an ask may quote
 PASSAGE_WORDS = (25, 70)  # shortest and longest passage
 _GAP = re.compile(r"\{(\w+)\}")
 
 
-def chat_prompts(seed: int) -> Iterator[str]:
+def chat_prompts(seed: int, texts: Texts = TEXTS) -> Iterator[str]:
     """Endless prompts: the requests in shuffled rounds, their gaps filled at random."""
     rng = random.Random(f"deepspec real chat {seed}")
-    asks = list(TEXTS["asks"])
+    asks = list(texts["asks"])
     while True:
         rng.shuffle(asks)
         for ask in asks:
-            yield _GAP.sub(lambda gap: str(rng.choice(TEXTS["tables"][gap[1]])), ask)
+            yield _GAP.sub(lambda gap: str(rng.choice(texts["tables"][gap[1]])), ask)
 
 
 def function_prompts(seed: int) -> list[str]:

@@ -7,16 +7,17 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.smollm2 import ablation
+from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.plan import SCALES, plan, real, recipe_of
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.errors import DataError, DeepSpecError
-from deepspec.recipe import load_recipe
+from deepspec.recipe import Recipe, load_recipe
 from deepspec.registry import ALGORITHMS
 
 
@@ -25,7 +26,10 @@ def _checkout(monkeypatch) -> None:
     monkeypatch.chdir(Path(__file__).resolve().parents[3])
 
 
-@pytest.mark.parametrize("stages", [*(plan(scale, [Path("t.jsonl")], 2) for scale in SCALES.values()), ablation.plan()])
+PLANS = [plan(scale, [Path("t.jsonl")], 2) for scale in SCALES.values()]
+
+
+@pytest.mark.parametrize("stages", [*PLANS, ablation.plan(), *(finetune.plan(scale, 2) for scale in finetune.SCALES)])
 def test_needs_come_before_and_no_artefact_is_made_twice(stages: list[Stage]) -> None:
     before: set[str] = set()
     for stage in stages:
@@ -64,6 +68,25 @@ def test_without_tasks_only_the_chat_prompts_are_decoded() -> None:
     assert [name for name in names if name.startswith("chat")]
 
 
+def test_a_fine_tuning_starts_from_the_real_runs_draft_and_mixes_its_data() -> None:
+    for scale, sizes in finetune.SCALES.items():
+        for stage in (one for one in finetune.plan(scale, 2) if one.name.startswith("train")):
+            recipe, start = _recipe_of_stage(stage), stage.name.split()[-1]
+            fresh, caches = start != finetune.TUNED, [sizes.root / "cache", SCALES[scale].caches()[0]]
+            assert [Path(path) for path in recipe.data.cache] == caches[: 1 if fresh else 2]
+            assert (recipe.data.cache_weights is None) == fresh
+            draft = getattr(recipe.train.init, "draft", None)
+            assert draft == (None if fresh else str(finetune.general_draft(scale, recipe.algorithm)))
+            assert recipe.draft == load_recipe(recipe_of(recipe.algorithm)).draft
+            assert stage.artefact.parts[-2] == f"step_{recipe.train.max_steps}"
+
+
+def _recipe_of_stage(stage: Stage) -> Recipe:
+    words = stage.command
+    overrides = [after for before, after in pairwise(words) if before == "--set"]
+    return load_recipe(words[words.index("--recipe") + 1], overrides)
+
+
 def test_every_variant_changes_one_thing() -> None:
     base = load_recipe(ablation.RECIPE).to_dict()
     for name, variant in ablation.VARIANTS.items():
@@ -76,6 +99,11 @@ def test_every_variant_changes_one_thing() -> None:
 def test_bad_starts_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(DataError, match="did you mean 'smoke'"):
         real("smok", tmp_path, 1)
+    with pytest.raises(DataError, match="did you mean 'smoke'"):
+        finetune.finetune("smok", 1)
+    monkeypatch.setattr(finetune, "general_draft", lambda *_: tmp_path)
+    with pytest.raises(DataError, match="make real SCALE=smoke"):
+        finetune.finetune("smoke", 1)
     monkeypatch.setattr(ablation, "QUICKSTART", tmp_path)
     with pytest.raises(DataError, match="make quickstart"):
         ablation.ablate(1)

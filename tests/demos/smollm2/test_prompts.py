@@ -10,15 +10,24 @@ import pytest
 
 from deepspec.data.conversations import read_conversations
 from deepspec.data.prepare import Contamination, user_text
-from deepspec.demos.smollm2.prompts import write_prompts
-from deepspec.demos.smollm2.text import PASSAGE_WORDS, TEXTS, chat_prompts, function_prompts, passage_prompts
+from deepspec.demos.smollm2.prompts import write_domain, write_prompts
+from deepspec.demos.smollm2.text import (
+    DOMAIN,
+    PASSAGE_WORDS,
+    TEXTS,
+    Texts,
+    chat_prompts,
+    function_prompts,
+    passage_prompts,
+)
 from deepspec.errors import DataError
 
 EVAL = Path(__file__).resolve().parents[3].parent / "shared" / "eval"
 
 
-def test_every_gap_has_a_table_and_every_table_a_gap() -> None:
-    asks, tables = TEXTS["asks"], TEXTS["tables"]
+@pytest.mark.parametrize("texts", [TEXTS, DOMAIN], ids=["chat", "domain"])
+def test_every_gap_has_a_table_and_every_table_a_gap(texts: Texts) -> None:
+    asks, tables = texts["asks"], texts["tables"]
     used = {gap.split("}")[0] for ask in asks for gap in ask.split("{")[1:]}
     assert used == set(tables)
     assert len(set(asks)) == len(asks)
@@ -32,6 +41,14 @@ def test_prompts_are_many_whole_and_the_same_for_a_seed() -> None:
     assert len(set(first)) > 1500
     assert not any("{" in prompt or "}" in prompt for prompt in first)
     assert function_prompts(1) == function_prompts(1) != function_prompts(2)
+
+
+def test_the_domains_held_out_prompts_are_no_training_prompts(tmp_path: Path) -> None:
+    write_domain(tmp_path, train=40, held_out=6)
+    held_out = [json.loads(line)["turns"][0] for line in (tmp_path / "domain.jsonl").read_text().splitlines()]
+    trained = [row["messages"][0]["content"] for row in read_conversations(tmp_path / "train.jsonl")]
+    assert (len(held_out), len(trained), len({*held_out, *trained})) == (6, 40, 46)
+    assert all('JSON object with the keys "name"' in prompt for prompt in (*held_out, *trained))
 
 
 def test_the_library_gives_functions_and_prose() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from deepspec.demos.smollm2 import ablation, results
+from deepspec.demos.smollm2 import ablation, finetune, results
 from deepspec.demos.smollm2.plan import SCALES
 from deepspec.errors import DeepSpecError
 from deepspec.evaluate.measure import PromptResult, summarise
@@ -64,6 +65,30 @@ def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
 
 
 @pytest.mark.usefixtures("_folder")
+def test_the_fine_tuning_has_its_table_and_its_gains() -> None:
+    Path("README.md").write_text(f"# A\n\n{results.MARKS[0]}\n{results.MARKS[1]}\n")
+    lengths = {"general": (2, 4), "tuned": (5, 3), "target": (4, 1)}
+    for start, (domain, chat) in lengths.items():
+        evaluation(finetune.results_of("full", "dspark", start), (0.0, 1.0), domain, "domain")
+        path = finetune.results_of("full", "dspark", start) / "results.json"
+        first = json.loads(path.read_text())
+        evaluation(path.parent, (0.0, 1.0), chat, "chat")
+        both = json.loads(path.read_text())
+        write_json(path, both | {"summaries": first["summaries"] + both["summaries"]})
+    results.write_results()
+    text = Path("docs/results.md").read_text()
+    row = "| dspark, fine-tuned | 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | 3.00 (3.00-3.00) | 3.00 (3.00-3.00) |"
+    assert row in text
+    assert row in Path("README.md").read_text()
+    assert "At T=0:" not in text  # one start has not run
+    shutil.copytree(path.parent, finetune.results_of("full", "dspark", "random"))
+    results.write_results()
+    text = Path("docs/results.md").read_text()
+    gains = "2.50x (the general draft), 1.25x (from the target's layers), 1.25x (from random weights); on chat -25.0%"
+    assert gains in text
+
+
+@pytest.mark.usefixtures("_folder")
 def test_what_was_gathered_before_outlives_its_folder() -> None:
     place = SCALES["full"].root / "dspark-chat"
     evaluation(place, (0.0, 1.0), 3)
@@ -97,6 +122,6 @@ def test_the_readme_gets_its_table_and_keeps_the_rest() -> None:
 
 def test_the_committed_readme_shows_the_committed_results() -> None:
     root = Path(__file__).parents[3]
-    real = json.loads((root / results.MEASURED).read_text())["real"]
+    measured = json.loads((root / results.MEASURED).read_text())
     readme = (root / results.README).read_text()
-    assert results.with_results(readme, real) == readme
+    assert results.with_results(readme, measured) == readme
