@@ -64,6 +64,7 @@ def flip_every_kind(artefact: Artefact, n: int, place: Place, seed: int = 0) -> 
     shutil.rmtree(copy.parent, ignore_errors=True)
     shutil.copytree(artefact.folder, copy)
     files = sorted({path for one in artefact.files for path in copy.glob(one) if path.is_file()})
+    random.Random(seed).shuffle(files)
     intact = artefact.read(copy)
 
     def flip(number: int) -> dict[str, str]:
@@ -205,7 +206,7 @@ def read_text(folder: Path) -> Any:
 def read_draft(folder: Path) -> Any:
     """The loaded draft, and what an evaluation takes from its recipe."""
     model = drafts.load_draft(folder)
-    tensors = dict(model.state_dict()) | {"embedding": model.embed_weight, "head": model.head_weight}
+    tensors = dict(model.state_dict()) | {"embedding": model.frozen.embed_VD, "head": model.frozen.head_VD}
     return digest(tensors), repr(model.config), repr(model.shape), recipe_of(folder), trained_to_think(folder)
 
 

@@ -59,7 +59,7 @@ def _once(stage: Stage, work: Path, dice: random.Random, usual: float, wanted: M
         if not running.alive():
             running.wait(PATIENCE)
             continue
-        victims = {"all": running.group, "one": running.ranks, "launcher": lambda: [running.pid]}[whom]()
+        victims = running.ranks() if whom == "one" else [running.pid] if whom == "launcher" else running.group()
         if not victims:  # the launcher has not started them yet
             victims, whom = running.group(), "all"
         running.signal(number, [dice.choice(victims)] if whom == "one" else victims)

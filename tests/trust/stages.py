@@ -287,6 +287,7 @@ def both_sides(out: Path) -> str | None:
 def _cache_stages(place: Place) -> Iterator[Stage]:
     given, tool = place.given, "deepspec.cli.cache:cache"
     claim = ("c/manifest.json", ("c/parts/*", "c/samples-*"))
+
     def copy(out: Path) -> None:
         shutil.copytree(given / "cache", out / "c")
 
