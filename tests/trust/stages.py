@@ -162,8 +162,10 @@ def contents(folder: Path) -> dict[str, str]:
 # -- the inputs --------------------------------------------------------------------------------------------------------
 
 
-def make_place(root: Path, conversations: int = 20) -> Place:
+def make_place(root: Path, trained: bool = True) -> Place:
     """Make the inputs of all stages by the commands themselves, in forks of this process.
+
+    Without ``trained``: those of conversations and caches alone, for the quick tests.
 
     Raises:
         RuntimeError: a command failed.
@@ -173,13 +175,15 @@ def make_place(root: Path, conversations: int = 20) -> Place:
     given = place.given
     given.mkdir(parents=True)
     cache_tools.make_target(given / "target", torch.float32)
-    cache_tools.write_conversations(given / "data.jsonl", cache_tools.conversation_rows(conversations), {})
+    cache_tools.write_conversations(given / "data.jsonl", cache_tools.conversation_rows(20), {})
     cache_tools.write_conversations(given / "more.jsonl", cache_tools.conversation_rows(12, seed=1), {})
     write_task(given / "tasks" / "short.jsonl", [["What is one?"], ["What is two?"]])
     place.recipe.write_text(yaml.safe_dump(recipe(given)))
     words = ["--source", given / "data.jsonl", "--held-out", "0.4", "--output", given / "made"]
     run(place, "made", "deepspec.cli.data:prepare", *words)
     run(place, "cache", "deepspec.cli.cache:build", *building(place, given / "cache"))
+    if not trained:
+        return place
     for zero in ZERO:
         run(place, "run", "deepspec.cli.train:train", *training(place, given / zero, zero))
     run(place, "draft", "deepspec.cli.train:consolidate", given / "zero1_fp32", given / "draft")
