@@ -25,7 +25,7 @@ from stages import Place
 from deepspec.data import regenerate as regeneration
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.data.server import ServerOptions
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, as_os_error
 from deepspec.recipe import load_recipe
 from deepspec.targets import load_target, served
 
@@ -112,7 +112,10 @@ def _measured(work: Callable[[], dict[str, str]]) -> dict[str, str]:
     except DeepSpecError as error:
         found = {"verdict": "lost", "note": f"it cost the job: {str(error)[:200]}"}
     except Exception as problem:
-        found = {"verdict": "traceback", "note": f"{type(problem).__name__}: {str(problem)[:200]}"}
+        found = {
+            "verdict": "refused" if as_os_error(problem) else "traceback",
+            "note": f"{type(problem).__name__}: {str(problem)[:200]}",
+        }
     grown = _peak() - before
     return {"verdict": "lost", "note": f"{grown} MB of memory"} if grown > MEGABYTES else found
 

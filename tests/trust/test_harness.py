@@ -30,8 +30,8 @@ def faults(row: counts.Row) -> set[str]:
     return {one for one in FAULTS if row.ends[one]}
 
 
-def planted(name: str, *more: object) -> Stage:
-    return Stage(name, f"planted:{name}", lambda out: [out, *more])
+def planted(name: str) -> Stage:
+    return Stage(name, f"planted:{name}", lambda out: [out])
 
 
 @pytest.mark.parametrize(("name", "found"), [("whole", set()), ("torn", {"lost"}), ("leaves", {"left"})])
@@ -42,10 +42,12 @@ def test_a_kill_finds_what_a_stage_loses_or_leaves(tmp_path: Path, name: str, fo
 
 
 def test_a_kill_finds_what_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stage = planted("deaf", 30)
+    stage = planted("deaf")
     stage.prepare(tmp_path / "w")
     running = stage.start(tmp_path / "w")
-    time.sleep(0.1)
+    while not (tmp_path / "w" / "out" / "deaf").exists():
+        assert running.alive()
+        time.sleep(0.01)
     running.signal(signal.SIGTERM, running.group())
     assert running.wait(0.3).hung
     assert not running.alive()
@@ -66,9 +68,7 @@ def test_ranks_that_outlive_their_launcher_are_found_and_ended(tmp_path: Path) -
     assert len(ranks) == 2
     running.signal(signal.SIGKILL, [running.pid])
     assert running.wait(0.5).hung
-    assert not [
-        pid for pid in ranks if Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_text()
-    ]
+    assert not running.group()
 
 
 def read_unchecked(folder: Path) -> str:
@@ -90,14 +90,19 @@ def read_carelessly(folder: Path) -> str:
 
 def read_fatally(folder: Path) -> str:
     if (folder / "data").read_bytes() != b"x" * 99:
-        os.abort()
+        os.kill(os.getpid(), signal.SIGKILL)
     return "x"
 
 
 @pytest.mark.parametrize(
     ("read", "found"),
-    [(read_unchecked, {"lost"}), (read_checked, set()), (read_carelessly, {"traceback"}), (read_fatally, {"traceback"})],
-)  # fmt: skip
+    [
+        (read_unchecked, {"lost"}),
+        (read_checked, set()),
+        (read_carelessly, {"traceback"}),
+        (read_fatally, {"traceback"}),
+    ],
+)
 def test_a_flip_finds_what_a_reader_does_not_see(tmp_path: Path, read: object, found: set[str]) -> None:
     folder = tmp_path / "artefact"
     folder.mkdir()
