@@ -43,15 +43,19 @@ def main() -> int:
     from stages import make_place, preload
 
     found = counts.Counts(given.share)
+
+    def add(row: counts.Row) -> None:
+        found.add(row)
+        if given.json is not None:
+            write_json(given.json, found.to_json())  # after every row: what was measured stays
+
     preload()
     with tempfile.TemporaryDirectory(prefix="deepspec-trust-") as folder, polite_server() as url:
         place = make_place(Path(folder) / "place")
         for kind in given.only or KINDS:
-            try_kind(kind, place, url, given, found.add)
+            try_kind(kind, place, url, given, add)
     value = found.to_json()
     print(counts.table(value))
-    if given.json is not None:
-        write_json(given.json, value)
     if given.page is not None:
         counts.write_table(given.page, value)
     return int(not all(bar["holds"] for bar in value["bars"].values()))
@@ -73,7 +77,8 @@ def try_kind(kind: str, place: object, server: str, given: argparse.Namespace, a
     chosen = [stage for name, stage in table.items() if name in given.stage or not given.stage]
     if kind == "kill":
         for stage in chosen:
-            add(kills.kill_anywhere(stage, some(GROUPED if stage.launcher else FORKED), place, given.seed))
+            number = some(GROUPED if stage.launcher else FORKED)
+            add(kills.kill_anywhere(stage, number, place, given.seed))
     elif kind == "flip":
         for artefact in flips.artefacts(place):
             add(flips.flip_every_kind(artefact, some(artefact.flips), place, given.seed))

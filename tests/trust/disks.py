@@ -53,7 +53,13 @@ def full_disk(stage: Stage, place: Place) -> Row:
     Returns:
         The counts.
     """
-    row, (wanted, needed) = Row("disk", f"full: {stage.name}"), _usual(stage, place)
+    row, work = Row("disk", f"full: {stage.name}"), place.work("disk")
+    stage.prepare(work)
+    ended = stage.start(work).wait(PATIENCE)
+    if ended.code:
+        row.add({"lost": f"with room: {ended.last_words}"})
+        return row
+    wanted, needed = contents(work / "out"), _bytes(work / "out")
     for share in SHARES:
         row.add(_full(stage, place, max(4096, int(share * needed)), wanted, needed))
     return row
@@ -86,15 +92,10 @@ def read_only(stage: Stage, place: Place) -> Row:
     return row
 
 
-def _usual(stage: Stage, place: Place) -> tuple[dict[str, str], int]:
-    """The contents of the output of an undisturbed run, and its bytes on a disk of pages."""
-    work = place.work("disk")
-    stage.prepare(work)
-    ended = stage.start(work).wait(PATIENCE)
-    if ended.code:
-        raise RuntimeError(f"{stage.name}: {ended.last_words}")
-    sizes = [path.stat().st_size for path in (work / "out").rglob("*") if path.is_file()]
-    return contents(work / "out"), sum(-(-size // 4096) * 4096 for size in sizes)
+def _bytes(folder: Path) -> int:
+    """Of all files of a folder on a disk of pages."""
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    return sum(-(-size // 4096) * 4096 for size in sizes)
 
 
 def _fill(stage: Stage, out: Path) -> dict[str, str]:
@@ -110,8 +111,7 @@ def _full(stage: Stage, place: Place, size: int, wanted: dict[str, str], needed:
     try:
         with mounted(out, 4 * needed + (1 << 20)):
             before = _fill(stage, out)
-            used = sum(-(-path.stat().st_size // 4096) * 4096 for path in out.rglob("*") if path.is_file())
-            remount(out, f"size={used + size}")
+            remount(out, f"size={_bytes(out) + size}")
             ended = stage.start(work).wait(PATIENCE)
             verdicts = _judge(ended, contents(out), before, wanted)
             remount(out, f"size={4 * needed + (1 << 20)}")

@@ -65,7 +65,11 @@ def flip_every_kind(artefact: Artefact, n: int, place: Place, seed: int = 0) -> 
     shutil.copytree(artefact.folder, copy)
     files = sorted({path for one in artefact.files for path in copy.glob(one) if path.is_file()})
     random.Random(seed).shuffle(files)
-    intact = artefact.read(copy)
+    try:
+        intact = artefact.read(copy)
+    except Exception as problem:
+        row.add({"lost": f"intact: {type(problem).__name__}: {str(problem)[:300]}"})
+        return row
 
     def flip(number: int) -> dict[str, str]:
         dice = random.Random(f"{artefact.name} {seed} {number}")
