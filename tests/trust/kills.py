@@ -17,7 +17,7 @@ from stages import Place, Stage, contents
 
 PATIENCE = 60.0  # seconds in which a group ends after one of its ranks died, and a command after SIGTERM
 START = {True: 0.45, False: 0.02}  # share of the usual time before the first kill; a launched group imports until then
-AGAIN = 5  # starts until a kill comes before the end
+EARLIER = (1.0, 0.7, 0.5, 0.3, 0.0)  # factors of the moment, start after start, until a kill comes before the end
 
 
 def kill_anywhere(stage: Stage, n: int, place: Place, seed: int = 0) -> Row:
@@ -49,10 +49,10 @@ def kill_anywhere(stage: Stage, n: int, place: Place, seed: int = 0) -> Row:
 
 def _once(stage: Stage, work: Path, dice: random.Random, usual: float, wanted: Mapping[str, str]) -> dict[str, str]:
     """The verdicts of one kill."""
-    for attempt in range(AGAIN):
+    for attempt in range(len(EARLIER)):
         stage.prepare(work)
         running = stage.start(work)
-        share = dice.uniform(START[bool(stage.launcher)], 1.0) * 0.7**attempt
+        share = dice.uniform(START[bool(stage.launcher)], 1.0) * EARLIER[attempt]
         time.sleep(share * usual)
         number = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         whom = dice.choice(("one", "one", "all", "launcher")) if stage.launcher else "all"
@@ -66,7 +66,7 @@ def _once(stage: Stage, work: Path, dice: random.Random, usual: float, wanted: M
         first = running.wait(PATIENCE)
         where = f"{number.name} to {whom} at {share:.2f} of {usual:.1f} s"
         return _judge(stage, work, first, usual, wanted, number, where)
-    return {"lost": f"no kill came before the end in {AGAIN} starts"}
+    return {"lost": f"no kill came before the end in {len(EARLIER)} starts"}
 
 
 def _judge(

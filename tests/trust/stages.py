@@ -23,13 +23,15 @@ import yaml
 from evaluate_tools import write_task
 from processes import ROOT, Ended, Running, fork, launch
 
-from deepspec.errors import run_main
+from deepspec.data.conversations import read_conversations
+from deepspec.errors import DeepSpecError, run_main
 from deepspec.registry import lookup
 
 # keys of what no two runs share: times, and what the machine said
-UNTIMED = re.compile(r".*seconds.*|.*_per_second|speed_up.*|phases|steps|finished|command|memory_gb|data_wait")
+UNTIMED = re.compile(r".*seconds.*|.*_per_second|speed_up.*|phases|steps|finished|command|memory_gb|data_wait|seal_.*")
 FOREIGN = ("torchelastic_*", "torchinductor_*", "pymp-*", "triton*", "hsperfdata*")  # that launchers and torch leave
 HALF = ("--set", "target.dtype=bfloat16")  # the release's raw caches hold no other numbers
+SIDES = ("train", "held_out")  # the files of prompts
 ZERO = ("zero0_fp32", "zero1_fp32", "zero2_fp32", "zero3_fp32")
 
 
@@ -132,8 +134,10 @@ def content(path: Path) -> str:
     if path.suffix in (".html", ".md"):
         return "a page"  # of figures with times in them
     if path.suffix in (".json", ".jsonl"):
-        rows = data.splitlines() if path.suffix == ".jsonl" else [data]
-        data = json.dumps([untimed(json.loads(row)) for row in rows if row.strip()], sort_keys=True).encode()
+        rows = [untimed(json.loads(row)) for row in (data.splitlines() if path.suffix == ".jsonl" else [data]) if row]
+        if path.name == "results.json":
+            rows[0].pop("sha256", None)  # of rows with times in them
+        data = json.dumps(rows, sort_keys=True).encode()
     return hashlib.sha256(data).hexdigest()
 
 
@@ -280,12 +284,12 @@ def _data_stages(place: Place, server: str | None) -> Iterator[Stage]:
 
 
 def both_sides(out: Path) -> str | None:
-    """A prompt that is on both sides of the split, where both sides have their manifests."""
-    sides = [out / "made" / f"{name}.jsonl" for name in ("train", "held_out")]
-    if not all(Path(f"{side}.manifest.json").exists() and side.exists() for side in sides):
+    """A prompt that is on both sides of the split, where a reader takes both files."""
+    try:
+        sides = [{row["id"] for row in read_conversations(out / "made" / f"{one}.jsonl")} for one in SIDES]
+    except DeepSpecError:
         return None
-    ids = [{json.loads(line)["id"] for line in side.read_text().splitlines()} for side in sides]
-    return f"{len(ids[0] & ids[1])} prompts on both sides" if ids[0] & ids[1] else None
+    return f"{len(sides[0] & sides[1])} prompts on both sides" if sides[0] & sides[1] else None
 
 
 def _cache_stages(place: Place) -> Iterator[Stage]:
