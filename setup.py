@@ -26,6 +26,7 @@ CORE = [
     "regex>=2024.11.6",
     "httpx2>=2,<3",
 ]
+LLAMACPP = ["gguf>=0.19,<0.20", "xllamacpp>=2026.10"]  # drafts as GGUF; a whole llama.cpp server
 DEV = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -35,12 +36,14 @@ DEV = [
     "import-linter>=2.3,<3",
     "types-PyYAML>=6,<7",
     "pre-commit>=4,<5",
+    *LLAMACPP,
 ]
 
 setup(
     install_requires=CORE,
     extras_require={
         "dev": DEV,
+        "llamacpp": LLAMACPP,
         "mpi": ["mpich>=5,<6"],
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.19"],

@@ -23,9 +23,13 @@ ENGINES = {  # an import without a format tries them in this order: the more spe
     "zlab": "deepspec.export.engines.zlab:ZLAB",
     "vllm": "deepspec.export.engines.vllm:VLLM",
     "sglang": "deepspec.export.engines.sglang:SGLANG",
+    "gguf": "deepspec.export.engines.gguf:GGUF",
 }
 
-SERVERS = {"vllm": "deepspec.serving.vllm:VLLMServer"}  # engines that run here, for the serve check
+SERVERS = {  # engines that run here, for the serve check
+    "vllm": "deepspec.serving.vllm:VLLMServer",
+    "llamacpp": "deepspec.serving.llamacpp:LlamaCppServer",
+}
 
 FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",

@@ -76,16 +76,18 @@ def results() -> None:
 
 
 def serve_check() -> int:
-    """Serve the quickstart's drafts with vLLM on CPU and compare with our own decoding: ``make serve-check``.
+    """Serve the quickstart's drafts with vLLM and llama.cpp on CPU, compare with our decoding: ``make serve-check``.
 
-    Needs a finished quickstart (``make quickstart``). The engine gets an environment of its own (``--engine``, or
-    DEEPSPEC_VLLM; made where missing). Kinds that need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default
-    ../shared/vllm_cpu/shim) are without it reported as not run, with what the engine answered.
+    Needs a finished quickstart (``make quickstart``). Each engine gets an environment of its own (``--engine``, or
+    DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP; made where missing). Kinds that need the CPU shim (``--shim``, or
+    DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim) are without it reported as not run, with what the engine
+    answered.
     Exit code 1 when a kind failed.
     """
     parser = Parser(description=serve_check.__doc__)
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
+    parser.add_argument("--server", choices=registry.SERVERS, help="only this engine")
     parser.add_argument("--engine", type=Path, help="folder of the engine's environment")
     parser.add_argument("--shim", help="folder of the CPU shim")
     parser.add_argument("--prompts", type=COUNT, default=12)
@@ -98,14 +100,16 @@ def serve_check() -> int:
     from deepspec.files import write_json
     from deepspec.serving.check import CheckOptions, ServeCheck, table, to_json
 
-    name = next(iter(registry.SERVERS))  # the one engine that runs here
-    kind = registry.lookup("server", registry.SERVERS, name)
-    folder, shim = given.engine or kind.default_folder(), kind.find_shim(given.shim)
-    server = kind(given.work, folder, shim, given.timeout)
     options = CheckOptions(given.quickstart, given.prompts, given.max_tokens, tuple(given.kind))
-    check = ServeCheck(options, server)
-    rows = check.run()
-    print(table(rows, server.version))
+    found, failed = {}, False
+    for name in (given.server,) if given.server else registry.SERVERS:
+        kind = registry.lookup("server", registry.SERVERS, name)
+        folder, shim = given.engine or kind.default_folder(), kind.find_shim(given.shim)
+        check = ServeCheck(options, kind(given.work / name, folder, shim, given.timeout))
+        rows = check.run()
+        print(table(rows, check.server.version))
+        found[name] = to_json(rows, check)
+        failed = failed or any(row.status == "FAILED" for row in rows)
     if given.json:
-        write_json(given.json, to_json(rows, check))
-    return int(any(row.status == "FAILED" for row in rows))
+        write_json(given.json, found)
+    return int(failed)

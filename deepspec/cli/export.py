@@ -10,7 +10,7 @@ from deepspec.log import say
 def export() -> int:
     """Export a draft for an engine, or import one from elsewhere.
 
-        python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab
+        python tools/export.py DRAFT OUT --format deepspec|vllm|sglang|speculators|zlab|gguf
         python tools/export.py FOREIGN OUT --from auto|vllm|sglang|speculators|zlab --target TARGET
 
     DRAFT is a draft folder, a checkpoint or a run. An import checks every weight, and refuses a draft whose slot
@@ -23,8 +23,13 @@ def export() -> int:
     way.add_argument("--format", choices=registry.ENGINES, help="export to this")
     way.add_argument("--from", choices=("auto", *registry.ENGINES), dest="origin", help="import from this")
     parser.add_argument("--target", help="the target: a folder or hub id; default: what the draft names")
+    parser.add_argument("--tokenizer-from", help="the target's own file, for a format that holds the tokenizer")
     parser.add_argument("--without-embeddings", action="store_true", help="leave the target's embedding and head out")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"), help="of a checkpoint's weights; default: as trained")
+    parser.add_argument(
+        "--dtype",
+        choices=("bf16", "fp32", "q8_0"),
+        help="of the weights; default: as trained",
+    )
     parser.add_argument("--shard-gb", type=POSITIVE, default=5.0, help="no file of weights is larger")
     parser.add_argument("--results", help="results.json of an evaluation, for the model card")
     parser.add_argument("--target-layers", type=layers, help="import: layers whose OUTPUT is read, such as 1,9,17")
@@ -44,6 +49,7 @@ def export() -> int:
             dtype=given.dtype,
             shard_bytes=int(given.shard_gb * 1e9),
             results=given.results,
+            tokenizer=given.tokenizer_from,
         )
         draft = export_draft(given.source, given.output, options)
         say(f"{given.source} ({draft.algorithm.name}) -> {given.output} ({given.format}); its README.md: how to serve")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from deepspec.drafts import (
     read_provenance,
     read_weights,
     save_draft,
-    weights_sha256,
 )
 from deepspec.errors import DraftError
 from deepspec.export.card import model_card
@@ -46,9 +45,10 @@ class ExportOptions:
     format: str = "deepspec"  # an engine's name
     embeddings: bool = True  # the target's embedding and head too, so that the folder loads without the target
     target: str | None = None  # where they are read from; None: the target in the draft's config
-    dtype: str | None = None  # of a checkpoint's weights, "bf16" or "fp32"
+    dtype: str | None = None  # of a checkpoint's weights, or of the engine's container: one of its `types`
     shard_bytes: int = SHARD_BYTES
     results: str | None = None  # results.json of an evaluation, for the model card
+    tokenizer: str | None = None  # the target's GGUF, for a container that holds the tokenizer
 
 
 def read_draft(folder: Path) -> DraftCheckpoint:
@@ -78,8 +78,11 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
         DraftError: the format cannot carry this draft, ``output`` holds one already, or the source is broken.
         CheckpointError: a checkpoint that cannot be put together.
     """
-    engine = registry.engine(options.format)
+    engine: ExportEngine = registry.engine(options.format)
     source, output = Path(source), Path(output)
+    if options.dtype not in (None, *engine.types):
+        problem, wanted = f"not a type of the {engine.name} format", f"one of {', '.join(engine.types)}"
+        raise DraftError(problem, key="--dtype", found=options.dtype, wanted=wanted)
     with whole_folder(output, "export", DraftError) as inside:
         if (source / "config.json").is_file():
             return _export(source, inside, output.name, engine, options)
@@ -87,7 +90,8 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
             wanted = "a draft folder (config.json), a checkpoint (manifest.json) or a run (checkpoints/)"
             raise DraftError("nothing to export", file=source, wanted=wanted)
         draft = inside / ".consolidated"
-        consolidate(source, draft, options.dtype, embeddings=False)
+        dtype = options.dtype if options.dtype in ExportEngine.types else None
+        consolidate(source, draft, dtype, embeddings=False)
         try:
             return _export(draft, inside, output.name, engine, options)
         finally:
@@ -106,7 +110,8 @@ def _export(source: Path, output: Path, name: str, engine: ExportEngine, options
     provenance["export"] = {"format": engine.name, "embeddings": options.embeddings, "source": str(source)}
     recipe, results = _recipe(source), _results(source, options.results)
     write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, name))
-    engine.save(output, written, provenance, recipe, options.shard_bytes)
+    target = options.tokenizer or options.target
+    engine.save(output, written, provenance, recipe, options.shard_bytes, options.dtype, target)
     return draft
 
 
@@ -136,7 +141,8 @@ def _with_frozen(draft: DraftCheckpoint, engine: ExportEngine, options: ExportOp
     if not lacking and options.target is not None:  # nothing is taken from it, but the user named it as the draft's
         load_spec(options.target)  # refuses what is no target
         _check_weights(options.target, None, provenance, folder)
-    if not lacking or not (options.embeddings or (engine.cuts_head and "d2t" in draft.state)):
+    wanted = (options.embeddings and engine.holds_frozen) or (engine.cuts_head and "d2t" in draft.state)
+    if not lacking or not wanted:
         return draft
     path = options.target or draft.config.get("target_model_name_or_path")
     if path is None:
@@ -195,30 +201,33 @@ def import_draft(
 def read_other(source: str | Path, format_name: str, hints: ImportHints) -> tuple[DraftCheckpoint, dict[str, Any]]:
     """A draft of any format in our layout, and its provenance; arguments and errors of :func:`import_draft`."""
     folder = fetch_draft(source)
-    config = read_config(folder, "name a folder with config.json and *.safetensors")
-    engine = find_engine(config, folder) if format_name == "auto" else registry.engine(format_name)
-    draft = engine.read(DraftCheckpoint(config, read_weights(folder), folder / "config.json"), hints)
+    engine, foreign = find_engine(folder, registry.ENGINES if format_name == "auto" else (format_name,))
+    draft = engine.read(foreign, hints)
     if hints.target is not None and "num_target_layers" in draft.config:  # not all released drafts have it
         check_target(draft.config, hints.target, draft.file)
         hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
     _checked(draft, folder)
-    made = {"format": engine.name, "source": str(source), "weights": weights_sha256(folder)}
+    made = {"format": engine.name, "source": str(source), "weights": engine.sha256(folder)}
     return draft, read_provenance(folder) | {"import": made}
 
 
-def find_engine(config: Mapping[str, Any], folder: Path) -> ExportEngine:
-    """The engine whose config.json this is.
+def find_engine(folder: Path, names: Iterable[str]) -> tuple[ExportEngine, DraftCheckpoint]:
+    """The engine whose container and config a folder holds, and what it holds; a single name is taken at its word.
 
     Raises:
-        DraftError: no known format.
+        DraftError: no known container or format, or weights that cannot be read.
     """
-    for name in registry.ENGINES:
-        engine: ExportEngine = registry.engine(name)
-        if engine.matches(config):
-            return engine
+    engines: list[ExportEngine] = [registry.engine(name) for name in names]
+    found: Any = None
+    for engine in engines:
+        config = engine.config(folder)
+        if config is not None and (len(engines) == 1 or engine.matches(config)):
+            return engine, DraftCheckpoint(config, engine.state(folder), folder / "config.json")
+        found = found if config is None else config.get("architectures")
     raise DraftError(
-        "no format that we know", file=folder / "config.json", key="architectures", found=config.get("architectures"),
-        wanted=f"one of {', '.join(registry.ENGINES)}", remedy="name it (--from)",
+        "no format that we know", file=folder, key="architectures", found=found,
+        wanted=f"one of {', '.join(registry.ENGINES)}",
+        remedy="name a folder with config.json and *.safetensors, and its format (--from)",
     )  # fmt: skip
 
 

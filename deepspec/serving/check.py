@@ -132,7 +132,7 @@ class ServeCheck:
         for number, kind in enumerate(chosen, 1):
             log.info("[%d/%d] %s (%s)", number, len(chosen), kind.name, kind.format)
             rows.append(self.check(kind))
-        if not wanted or HIDDEN_STATES in wanted:
+        if self.server.hands_out_states and (not wanted or HIDDEN_STATES in wanted):
             rows.append(self.check_hidden_states())
         return rows
 

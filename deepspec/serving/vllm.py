@@ -51,6 +51,7 @@ class VLLMServer:
     timeout: float = 1800.0
     environment: Mapping[str, str] = field(default_factory=dict)
     formats: ClassVar[tuple[str, ...]] = ("vllm", "speculators")  # that it serves
+    hands_out_states: ClassVar[bool] = True  # hidden states of the target, for training
 
     @staticmethod
     def default_folder() -> Path:

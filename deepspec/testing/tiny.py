@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
@@ -39,6 +47,16 @@ def tiny_target(family: str, **changes: Any) -> Target:
     """:func:`tiny_model` as a target."""
     model = tiny_model(family, **changes)
     return Target(model, spec_from_config(model.config, f"tiny-{family}"))
+
+
+def tiny_folder(target: Target, folder: Path) -> Path:
+    """A tiny target on disk, with a byte-level tokenizer that has a sign for every token."""
+    vocabulary = {chr(33 + number): number for number in range(target.spec.vocab_size)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    cast(PreTrainedModel, target.model).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    return folder
 
 
 def tiny_section(algorithm: str, **changes: Any) -> dict[str, Any]:

@@ -9,18 +9,22 @@ from pathlib import Path
 
 import pytest
 
-from deepspec.registry import ENGINES
+from deepspec.registry import ENGINES, SERVERS
 
 ROOT = Path(__file__).resolve().parents[2]
 OURS = "deepspec"  # the release layout has the package's name
-NAMES = re.compile("|".join(name for name in ENGINES if name != OURS), re.IGNORECASE)
+SERVED = re.compile("|".join(SERVERS))
+NAMES = re.compile("|".join(name for name in {*ENGINES, *SERVERS} if name != OURS), re.IGNORECASE)
 ROOMS = ("deepspec/export/engines/", "deepspec/export/forms/", "deepspec/registry.py")
+CONTAINERS = ("deepspec/export/gguf_file.py", "deepspec/demos/smollm2/target.py")  # the file format, not its engine
 
 
 def in_its_own_room(path: Path) -> bool:
     """Whether a file is an engine's: a table of forms, a layout, or what starts it."""
     name = path.relative_to(ROOT).as_posix()
-    return name.startswith(ROOMS) or (name.startswith("deepspec/serving/") and bool(NAMES.match(path.stem)))
+    return name.startswith((*ROOMS, *CONTAINERS)) or (
+        name.startswith("deepspec/serving/") and bool(SERVED.match(path.stem))
+    )
 
 
 def documentation(tree: ast.AST) -> Iterator[ast.AST]:

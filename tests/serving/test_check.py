@@ -217,11 +217,12 @@ def test_the_real_engine_serves_every_kind(tmp_path: Path) -> None:
     if not (quickstart / "results.json").exists():
         pytest.skip("no finished quickstart in build/quickstart (make quickstart)")
     engine = Path(os.environ.get("DEEPSPEC_VLLM", ROOT / ".venv-vllm"))
-    command = [sys.executable, "tools/serve_check.py", "--engine", str(engine), "--prompts", "4", "--max-tokens", "32"]
+    command = [sys.executable, "tools/serve_check.py", "--server", "vllm", "--engine", str(engine)]
+    command += ["--prompts", "4", "--max-tokens", "32"]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    result = json.loads((tmp_path / "result.json").read_text())
+    result = json.loads((tmp_path / "result.json").read_text())["vllm"]
     allowed = {"equal"} if result["shim"] else {"equal", "not run"}
     assert {row["status"] for row in result["rows"]} <= allowed
     assert torch.tensor([row["status"] == "equal" for row in result["rows"]]).any()

@@ -7,10 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deepspec.drafts import SHARD_BYTES, save_draft
+from torch import Tensor
+
+from deepspec.drafts import SHARD_BYTES, read_weights, save_draft, weights_sha256
 from deepspec.errors import DraftError
 from deepspec.export.forms.base import Form, Requirement
-from deepspec.export.parts import DraftCheckpoint, ImportHints, Reason
+from deepspec.export.parts import HEAD, DraftCheckpoint, ImportHints, Reason
+from deepspec.files import read_json
 
 
 class ExportEngine(ABC):
@@ -22,6 +25,10 @@ class ExportEngine(ABC):
     no_form: ClassVar[str] = "it has no class for such a draft"  # the reason for every other kind
     requires: ClassVar[tuple[Requirement, ...]] = ()  # of every draft, whatever its form
     cuts_head: ClassVar[bool] = True  # its file holds the head's rows of a reduced vocabulary
+    holds_frozen: ClassVar[bool] = True  # its file can hold the target's embedding and head
+    head: ClassVar[str] = HEAD  # its name of the head
+    absolute_ids: ClassVar[bool] = False  # d2t holds the target's ids, not what to add to the draft's
+    types: ClassVar[tuple[str, ...]] = ("fp32", "bf16")  # in which it can hold the weights
     checked: ClassVar[str] = ""  # what the engine was seen to do with such folders, for the model card
 
     def reason(self, draft: DraftCheckpoint) -> Reason | None:
@@ -73,9 +80,32 @@ class ExportEngine(ABC):
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
         """How a draft of our layout is served from the exported ``folder`` beside ``target``."""
 
+    def config(self, folder: Path) -> dict[str, Any] | None:
+        """The config of a folder in the engine's container; None where the folder holds no such container."""
+        file = folder / "config.json"
+        return dict(read_json(file, DraftError)) if file.is_file() else None
+
+    def state(self, folder: Path) -> dict[str, Tensor]:
+        """The tensors of a folder that has a :meth:`config`."""
+        return read_weights(folder)
+
+    def sha256(self, folder: Path) -> str:
+        """Of the weights in the engine's container."""
+        return weights_sha256(folder)
+
     def save(
         self, folder: Path, written: DraftCheckpoint, provenance: Mapping[str, Any], recipe_text: str | None = None,
-        shard_bytes: int = SHARD_BYTES,
+        shard_bytes: int = SHARD_BYTES, dtype: str | None = None, target: str | None = None,
     ) -> None:  # fmt: skip
-        """Write what :meth:`write` gave in the engine's container: config.json and safetensors files."""
+        """Write what :meth:`write` gave in the engine's container: config.json and safetensors files.
+
+        Args:
+            folder: created where missing.
+            written: config and tensors.
+            provenance: where they came from.
+            recipe_text: the resolved recipe.
+            shard_bytes: no file of weights is larger.
+            dtype: one of :attr:`types`, where the container has types of its own; None: the tensors'.
+            target: the target that the user named, or its GGUF: its tokenizer is taken by a container that needs it.
+        """
         save_draft(folder, written.state, written.config, provenance, recipe_text, shard_bytes)

@@ -1,0 +1,225 @@
+"""llama.cpp's models of a draft, ``dflash`` (DSpark too) and ``eagle3``: GGUF keys as the config, tensors by its names.
+
+Its layer ids are one higher than ours; ``d2t`` holds the target's ids themselves. Embedding and head stay out of the
+file, but for the head's rows of a reduced vocabulary: the engine takes the target's. Our own config stands whole under
+one key, so that a file of ours is read back as it was.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from deepspec.errors import DraftError
+from deepspec.export.forms.base import Form, Requirement, one_layer, with_head_rows
+from deepspec.export.forms.block import MARKOV, vanilla_head, zero_markov
+from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints, Reason
+
+ARCHITECTURE, OURS = "general.architecture", "deepspec.config"
+LAYER = {  # of a layer: our name -> the engine's
+    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "hidden_norm": "attn_norm_2",
+    "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+}  # fmt: skip
+TOP = {"fc": "fc", "norm": "output_norm", "hidden_norm": "enc.output_norm", "lm_head": "output",
+       "markov_head.markov_w1": "markov_w1", "markov_head.markov_w2": "markov_w2",
+       "confidence_head.proj": "conf_proj"}  # fmt: skip
+Change = Callable[[Tensor], Tensor]
+
+
+def plain_rope(draft: DraftCheckpoint) -> Reason | None:
+    """Where a scaling of the positions has no keys of ours in the file."""
+    kind = (draft.config.get("rope_parameters") or {}).get("rope_type", "default")
+    return None if kind == "default" else Reason("scaled positions were not tried there", "rope_parameters", kind)
+
+
+def no_bias(draft: DraftCheckpoint) -> Reason | None:
+    """Where projections have no bias."""
+    key = next((key for key in ("attention_bias", "mlp_bias") if draft.config.get(key)), None)
+    return Reason("its projections have no bias", key, True) if key else None
+
+
+def targets_own(draft: DraftCheckpoint) -> Reason | None:
+    """Where embedding and head are always the target's."""
+    key = next((key for key in ("own_embedding", "own_head") if draft.config.get(key)), None)
+    return Reason("it takes the target's embedding and head", key, True) if key else None
+
+
+def no_last_layer(draft: DraftCheckpoint) -> Reason | None:
+    """Where the state after the last layer is not handed out: the engine's process aborts at the first request."""
+    last = draft.config["num_target_layers"] - 1
+    if last not in draft.parsed.target_layers:
+        return None
+    return Reason("the target's last layer is not handed out", "target_layer_ids", last, "train with other layers")
+
+
+def no_embedding(draft: DraftCheckpoint) -> Reason | None:
+    """Where the features are outputs of layers alone."""
+    if -1 not in draft.parsed.target_layers:
+        return None
+    return Reason("the embedding is not handed out", "target_layer_ids", -1, "train with other layers")
+
+
+def markov_confidence(draft: DraftCheckpoint) -> Reason | None:
+    """Where a confidence head always reads the Markov state too."""
+    if not draft.config.get("enable_confidence_head") or draft.config.get("confidence_head_with_markov"):
+        return None
+    return Reason("its confidence head reads the Markov state", "confidence_head_with_markov", False)
+
+
+def three_layers(draft: DraftCheckpoint) -> Reason | None:
+    """Where the features are those of exactly three layers."""
+    layers = draft.parsed.target_layers
+    return None if len(layers) == 3 else Reason("exactly three target layers", "target_layer_ids", list(layers))
+
+
+COMMON: tuple[Requirement, ...] = (plain_rope, no_bias, targets_own, no_embedding)
+
+
+@dataclass(frozen=True, eq=False)
+class GGUFForm(Form):
+    """What both architectures share; ``classes`` maps a family to the architecture."""
+
+    key: ClassVar[str] = ARCHITECTURE
+
+    def label(self, config: Mapping[str, Any]) -> Any:
+        return config.get(ARCHITECTURE)
+
+    @abstractmethod
+    def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
+        """Keys of this architecture, without its name before them."""
+
+    def rotated(self, draft: DraftCheckpoint) -> dict[str, int]:
+        """Matrices whose rows the engine wants in another order, by our name: their number of heads."""
+        return {}
+
+    def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
+        name, shape, config = self.classes[draft.family.name], draft.shape, draft.config
+        theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
+        keys = {
+            "block_count": draft.parsed.num_layers, "context_length": config["max_position_embeddings"],
+            "embedding_length": shape.hidden_size, "feed_forward_length": config["intermediate_size"],
+            "attention.head_count": shape.num_heads, "attention.head_count_kv": shape.num_kv_heads,
+            "attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim,
+            "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
+            "rope.freq_base": float(theta), "rope.dimension_count": shape.head_dim,
+            "target_layers": [layer + 1 for layer in draft.parsed.target_layers],
+        }  # fmt: skip
+        named = {f"{name}.{key}": value for key, value in (keys | self.own_keys(draft)).items()}
+        state = {their: change(tensor) for their, change, tensor in self._tensors(draft)}
+        ours = {OURS: json.dumps(config, sort_keys=True)}
+        return DraftCheckpoint({ARCHITECTURE: name, **named, **ours}, state, draft.file)
+
+    def _state(self, draft: DraftCheckpoint) -> dict[str, Tensor]:
+        """The draft's tensors that the file holds, by our names."""
+        frozen = {EMBED} if "d2t" in draft.state else {EMBED, HEAD}
+        return {name: tensor for name, tensor in with_head_rows(draft).items() if name not in {*frozen, "t2d"}}
+
+    def _tensors(self, draft: DraftCheckpoint) -> Iterator[tuple[str, Change, Tensor]]:
+        heads = self.rotated(draft)
+        for name, tensor in self._state(draft).items():
+            if name == "d2t":
+                yield "d2t", lambda offsets: offsets.long() + torch.arange(len(offsets)), tensor
+            elif name in heads:
+                yield their_name(name), lambda rows, count=heads[name]: interleaved(rows, count), tensor  # type: ignore[misc]
+            else:
+                yield their_name(name), lambda same: same, tensor
+
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        """See :meth:`Form.read`; only files of ours: others do not say how the draft was trained."""
+        if OURS not in draft.config:
+            remedy = "import the draft that it was made from"
+            raise DraftError("a GGUF that is not ours", file=draft.file, key=OURS, found=None, remedy=remedy)
+        config = json.loads(draft.config[OURS])
+        made = DraftCheckpoint(config, {}, draft.file)
+        state, heads = {}, self.rotated(made)
+        for their, tensor in draft.state.items():
+            name = our_name(their)
+            state[name] = halves(tensor, heads[name]) if name in heads else tensor
+        if "d2t" in state:
+            tokens = state["d2t"].long()
+            state["t2d"] = torch.zeros(made.shape.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
+            state["d2t"] = tokens - torch.arange(len(tokens))
+            state.pop(HEAD, None)  # some rows of the target's
+        if not config.get("markov_rank"):
+            for name in MARKOV:
+                state.pop(name, None)
+        return DraftCheckpoint(config, state, draft.file)
+
+
+@dataclass(frozen=True, eq=False)
+class BlockGGUF(GGUFForm):
+    """DSpark and DFlash; where the anchor's slot drafts too and there is no Markov head, one that adds nothing.
+
+    The engine starts a draft with a Markov head as DSpark, and lets the anchor's slot draft only there.
+    """
+
+    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, vanilla_head, markov_confidence)
+    zero_head: bool = False
+
+    def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
+        parsed = draft.parsed
+        return {
+            "block_size": parsed.block_size, "sample_from_anchor": bool(parsed.sample_from_anchor),
+            "has_confidence_head": bool(draft.config.get("enable_confidence_head")),
+        }  # fmt: skip
+
+    def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
+        written = super().write(draft)
+        mask = {"tokenizer.ggml.mask_token_id": draft.parsed.mask_token_id}
+        return DraftCheckpoint(written.config | mask, written.state, written.file)
+
+    def _state(self, draft: DraftCheckpoint) -> dict[str, Tensor]:
+        state = super()._state(draft)
+        return state if draft.config.get("markov_rank") or not self.zero_head else state | zero_markov(draft)
+
+
+@dataclass(frozen=True, eq=False)
+class Eagle3GGUF(GGUFForm):
+    """Eagle3: one layer without norms on the heads; queries and keys rotate neighbours, not halves."""
+
+    requires: tuple[Requirement, ...] = (*COMMON, one_layer, three_layers)
+
+    def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
+        return {"target_hidden_size": draft.shape.hidden_size, "vocab_size": draft.shape.vocab_size}
+
+    def rotated(self, draft: DraftCheckpoint) -> dict[str, int]:
+        shape = draft.shape
+        counts = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}
+        return {f"layers.0.self_attn.{name}.weight": count for name, count in counts.items()}
+
+
+def their_name(name: str) -> str:
+    """The engine's name of a tensor of ours."""
+    stem, _, end = name.rpartition(".")
+    if match := re.fullmatch(r"layers\.(\d+)\.(.+)", stem):
+        return f"blk.{match[1]}.{LAYER[match[2]]}.{end}"
+    return f"{TOP[stem]}.{end}" if stem in TOP else name
+
+
+def our_name(name: str) -> str:
+    """Our name of a tensor of the engine's; one that is unknown stays as it is."""
+    stem, _, end = name.rpartition(".")
+    if match := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
+        known = {their: our for our, their in LAYER.items()}
+        return f"layers.{match[1]}.{known[match[2]]}.{end}" if match[2] in known else name
+    known = {their: our for our, their in TOP.items()}
+    return f"{known[stem]}.{end}" if stem in known else name
+
+
+def interleaved(rows: Tensor, heads: int) -> Tensor:
+    """Rows [heads * D, in] from halves to neighbours: row i and row i + D/2 of a head stand side by side."""
+    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
+
+
+def halves(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of :func:`interleaved`."""
+    return rows.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2).contiguous()

@@ -1,0 +1,167 @@
+"""llama.cpp on CPU (the package xllamacpp, a whole server): a target as GGUF, runs over prompts in own processes."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from deepspec import registry
+from deepspec.errors import DraftError
+from deepspec.export.forms.gguf import interleaved
+from deepspec.export.gguf_file import package, tokenizer_keys, write_file
+from deepspec.export.parts import DraftCheckpoint
+from deepspec.files import read_json, write_json
+from deepspec.serving.process import run
+from deepspec.targets import TargetSpec, load_spec, load_target
+
+log = logging.getLogger(__name__)
+CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = "xllamacpp>=2026.10"
+FAMILIES = ("qwen3", "llama")  # of the targets that are written here
+ROUND = re.compile(r"task (\d+) \| accepted +(\d+)/ *(\d+) draft tokens\s*$")
+ENDS = ("eos", "eot", "eom")  # the engine's names of tokens that end an answer
+
+
+@dataclass(frozen=True)
+class LlamaCppServer:
+    """The engine as processes.
+
+    Args:
+        work: folder of jobs, logs and the target's file.
+        folder: its environment, made where this interpreter's has no such package and it is missing.
+        shim: none is needed.
+        timeout: seconds of one run.
+        environment: added to that of every run.
+    """
+
+    work: Path
+    folder: Path
+    shim: Path | None = None
+    timeout: float = 600.0
+    environment: Mapping[str, str] = field(default_factory=dict)
+    formats: ClassVar[tuple[str, ...]] = ("gguf",)  # that it serves
+    hands_out_states: ClassVar[bool] = False
+
+    @staticmethod
+    def default_folder() -> Path:
+        """Where its environment is, unless the user names another."""
+        return Path(os.environ.get("DEEPSPEC_LLAMACPP", ".venv-llamacpp"))
+
+    @staticmethod
+    def find_shim(named: str | None) -> Path | None:
+        """It needs none."""
+        return None
+
+    @property
+    def python(self) -> str:
+        """The interpreter that has the package: this one, or that of its environment."""
+        return sys.executable if importlib.util.find_spec("xllamacpp") else str(self.folder / "bin" / "python")
+
+    @property
+    def version(self) -> str:
+        """Of the engine, from the last run."""
+        last = max(self.work.glob("*.out.json"), key=lambda path: path.stat().st_mtime, default=None)
+        return str(read_json(last)["version"]) if last else "xllamacpp"
+
+    def check_target(self, spec: TargetSpec) -> None:
+        """Refuse a target that is not written here.
+
+        Raises:
+            DraftError: another family.
+        """
+        if spec.family.name not in FAMILIES:
+            problem, wanted = "this target is not written as GGUF here", f"one of {', '.join(FAMILIES)}"
+            raise DraftError(problem, file=spec.path, key="model_type", found=spec.model_type, wanted=wanted)
+
+    def prepare(self) -> None:
+        """Make its environment where it is missing.
+
+        Raises:
+            DeepSpecError: pip failed; its last error is named.
+        """
+        if not Path(self.python).exists():
+            log.info("installing %s into %s (once)", PACKAGE, self.folder)
+            run([sys.executable, "-m", "venv", str(self.folder)], self.work / "install.log")
+            run([self.python, "-m", "pip", "install", "-q", PACKAGE], self.work / "install.log")
+
+    def lacks_shim(self, form: str) -> bool:
+        """It never does."""
+        return False
+
+    def speculative(self, format_name: str, draft: DraftCheckpoint, folder: Path) -> dict[str, Any]:
+        """How it runs a draft that was exported to ``folder``."""
+        return dict(registry.engine(format_name).speculative(draft, str(folder.resolve())))
+
+    def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
+        """One run in its own process of what :mod:`deepspec.serving.llamacpp_run` takes, ``target`` being a folder.
+
+        Raises:
+            DeepSpecError: it failed; ``found`` is the last error in its log.
+        """
+        question, answer, output = (self.work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
+        target = self.work / "target.gguf"
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not target.is_file():
+            write_target(Path(job["target"]), target, job["stop_token_ids"])
+        write_json(question, {**job, "target": str(target.resolve())})
+        answer.unlink(missing_ok=True)
+        command = [self.python, "-m", "deepspec.serving.llamacpp_run", str(question), str(answer)]
+        environment = {"PYTHONPATH": str(CHECKOUT), "LLAMA_TRACE": "1", **self.environment}
+        run(command, output, environment, self.timeout)
+        result = dict(read_json(answer))
+        rounds = rounds_of(output.read_text(errors="replace")) if job["speculative_config"] else []
+        for number, row in enumerate(result["rows"]):
+            row["rounds"] = rounds[number] if number < len(rounds) else []
+        return result
+
+
+def rounds_of(text: str) -> list[list[tuple[int, int]]]:
+    """(drafted, accepted) of every round of every request, in the order of the trace in a server's log."""
+    tasks: dict[int, list[tuple[int, int]]] = {}
+    for line in text.splitlines():
+        if match := ROUND.search(line):
+            tasks.setdefault(int(match[1]), []).append((int(match[3]), int(match[2])))
+    return [tasks[number] for number in sorted(tasks)]
+
+
+def write_target(folder: Path, output: Path, stop_token_ids: Sequence[int] = (), dtype: str = "fp32") -> None:
+    """Write a Qwen3 or Llama target as GGUF, for tests: the engine's own converter is what users take.
+
+    Args:
+        folder: of the target.
+        output: the file.
+        stop_token_ids: at which the engine ends an answer, at most three.
+        dtype: of the matrices; see :mod:`deepspec.export.gguf_file`.
+    """
+    import torch
+
+    spec = load_spec(str(folder))
+    config, shape, arch = spec.config, spec.shape, spec.family.name
+    named = {
+        "block_count": spec.num_layers, "context_length": config["max_position_embeddings"],
+        "embedding_length": shape.hidden_size, "feed_forward_length": config["intermediate_size"],
+        "attention.head_count": shape.num_heads, "attention.head_count_kv": shape.num_kv_heads,
+        "attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]), "vocab_size": spec.vocab_size,
+        "rope.freq_base": float((config.get("rope_parameters") or config)["rope_theta"]),
+        "rope.dimension_count": shape.head_dim,
+    }  # fmt: skip
+    keys = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in named.items()}
+    keys |= tokenizer_keys(str(folder), spec.model_type, spec.vocab_size)
+    keys |= {f"tokenizer.ggml.{end}_token_id": int(t) for end, t in zip(ENDS, stop_token_ids, strict=False)}
+    gguf = package()
+    names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), spec.num_layers)
+    state = {}
+    for name, tensor in load_target(str(folder), torch.float32).model.state_dict().items():
+        if arch == "llama" and name.endswith(("q_proj.weight", "k_proj.weight")):
+            tensor = interleaved(tensor, shape.num_heads if "q_proj" in name else shape.num_kv_heads)
+        if name != "lm_head.weight" or not config.get("tie_word_embeddings"):
+            state[names.get_name(name, try_suffixes=(".weight", ".bias"))] = tensor
+    write_file(output, keys, state, dtype)
