@@ -5,7 +5,7 @@
 Everything happens in one fresh process, with a random target of SmolLM2's widths and few layers: a cache is built, a
 training starts from it and saves a checkpoint, and a second start resumes from that. The clock is the CPU time of all
 threads; that of the digests is taken inside them, so that a busy machine does not disturb the shares. A start counts
-from the process's own beginning (imports) to the first step; "resumed" digests the checkpoint's files too. The digest of
+from the process's own beginning (imports) to the first step; "resumed" digests the checkpoint too. The digest of
 the target's weights is remembered beforehand, as it is on a machine that has used the target once.
 """
 

@@ -16,6 +16,7 @@ from deepspec.drafts import (
     FROZEN,
     SHARD_BYTES,
     build_draft,
+    check_files,
     check_target,
     check_weights,
     read_config,
@@ -219,6 +220,7 @@ def find_engine(folder: Path, names: Iterable[str]) -> tuple[ExportEngine, Draft
     """
     engines: list[ExportEngine] = [registry.engine(name) for name in names]
     found: Any = None
+    check_files(folder)
     for engine in engines:
         config = engine.config(folder)
         if config is not None and (len(engines) == 1 or engine.matches(config)):

@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deepspec.drafts import SHARD_BYTES
+from deepspec.drafts import PROVENANCE, SHARD_BYTES
 from deepspec.errors import DraftError
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.gguf import BlockGGUF, Eagle3GGUF
 from deepspec.export.gguf_file import read_keys, read_tensors, tokenizer_keys, tokenizer_keys_of, write_file
 from deepspec.export.parts import DraftCheckpoint
-from deepspec.files import sha256_file, undone_on_error, write_json, write_text
+from deepspec.files import digests_of, sealed, sha256_file, write_json, write_text
 
 FILE = "draft.gguf"
 HEADS = "its block drafters norm every head"
@@ -64,13 +64,12 @@ class GGUFEngine(ExportEngine):
             DraftError: the tokenizer cannot be had.
         """
         ours = json.loads(written.config["deepspec.config"])
-        with undone_on_error(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            keys = written.config | {"deepspec.provenance": json.dumps(dict(provenance), sort_keys=True)}
-            write_file(folder / FILE, keys | _tokenizer(ours, target), written.state, dtype or _stored(written))
-            if recipe_text is not None:
-                write_text(folder / "recipe.yaml", recipe_text)
-            write_json(folder / "provenance.json", dict(provenance))
+        folder.mkdir(parents=True, exist_ok=True)
+        keys = written.config | {"deepspec.provenance": json.dumps(dict(provenance), sort_keys=True)}
+        write_file(folder / FILE, keys | _tokenizer(ours, target), written.state, dtype or _stored(written))
+        if recipe_text is not None:
+            write_text(folder / "recipe.yaml", recipe_text)
+        write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, [FILE])}))
 
 
 def _stored(written: DraftCheckpoint) -> str:
