@@ -62,7 +62,12 @@ def ended(
     return end.value.code, [line for line in lines if line.startswith(("error:", "Traceback"))]
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+SLOW = ("consolidation", "export of a draft")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in COMMANDS]
+)
 def test_what_the_system_refuses_is_one_line_and_nothing_is_left(
     name: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
