@@ -21,6 +21,7 @@ from deepspec.files import read_json, safe_join
 from deepspec.identity import as_recorded, differences
 
 FORMAT = 1
+KEPT = "init"  # a run's folder with the draft that it started from
 # What DeepSpeed's files hold beside tensors and plain values; loading one builds nothing else, so it runs no code.
 TYPES = (
     "deepspeed.utils.tensor_fragment:fragment_address",

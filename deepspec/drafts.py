@@ -36,6 +36,7 @@ from deepspec.targets import Target, TargetSpec
 from deepspec.targets.load import check_rope, family_of
 
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
+OWN = ("own_embedding", "own_head")  # keys of a config.json whose draft trained these two for itself
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 IMPORT = "import it first: python tools/export.py FOLDER OUT --from auto"
@@ -173,7 +174,7 @@ def load_draft(
     model.load_state_dict(state)
     stored = next(iter(state.values())).dtype
     model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else stored))
-    model.attach(*_frozen_weights(folder, config, frozen, target))
+    model.attach(*_frozen_weights(folder, config, frozen, target), None if target is None else target.head_weight)
     return model.eval()
 
 
@@ -228,7 +229,7 @@ def _frozen_weights(
         DraftError: there is none, or the folder's is not the target's.
     """
     chosen = []
-    for name, own in zip(FROZEN, (config.get("own_embedding"), config.get("own_head")), strict=True):
+    for name, own in zip(FROZEN, map(config.get, OWN), strict=True):
         weight = stored.get(name)
         if weight is None and (target is None or own):
             remedy = "give the target" if target is None and not own else "the config says that the draft has its own"

@@ -170,8 +170,13 @@ class DraftModel(nn.Module):
             self.register_buffer("d2t", torch.zeros(config.draft_vocab_size, dtype=torch.int64))
             self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
-    def attach(self, embed_weight: Tensor, head_weight: Tensor) -> None:
+    def attach(self, embed_weight: Tensor, head_weight: Tensor, target_head: Tensor | None = None) -> None:
         """Take the target's embedding [V, D] and head [V, D], without copying, as this draft's frozen head.
+
+        Args:
+            embed_weight: the target's, or one of the draft's own.
+            head_weight: the same of the head.
+            target_head: the target's head, for the loss, where the other is the draft's own.
 
         Raises:
             DraftError: their shape does not fit the draft.
@@ -182,7 +187,8 @@ class DraftModel(nn.Module):
                 remedy = "another target?"
                 raise DraftError("does not fit the draft", key=name, found=found, wanted=wanted, remedy=remedy)
         scale = self.family.embedding_scale(self.shape.hidden_size)
-        self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap)
+        teacher = None if target_head is None or target_head is head_weight else target_head.detach()
+        self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap, teacher)
 
     @property
     def frozen(self) -> FrozenHead:

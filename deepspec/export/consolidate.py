@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from deepspec import registry
-from deepspec.checkpoints import Manifest, read_manifest, read_weights, steps_of, target_differences
-from deepspec.drafts import FROZEN, save_draft
+from deepspec.checkpoints import KEPT, Manifest, read_manifest, read_weights, steps_of, target_differences
+from deepspec.drafts import FROZEN, OWN, save_draft
+from deepspec.drafts import read_weights as read_draft_weights
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
@@ -66,6 +68,8 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     if embeddings:  # as exact as the target's files have them, not as training rounded them
         target = load_target_embeddings(spec.path, kind, "cpu", spec.revision)
         state |= dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
+    own = _own_weights(manifest, folder)
+    state |= {name: tensor.to(kind) for name, tensor in own.items()}
     provenance: dict[str, Any] = {
         "checkpoint": str(folder),
         "step": manifest.step,
@@ -82,8 +86,16 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     if manifest.init:
         provenance["init"] = manifest.init
     config = registry.algorithm(recipe.algorithm).config_json(recipe.draft, spec, provenance["dtype"])
+    config |= {key: True for key, name in zip(OWN, FROZEN, strict=True) if name in own}
     save_draft(output, state, config, provenance, recipe.to_yaml(output))
     return folder
+
+
+def _own_weights(manifest: Manifest, folder: Path) -> dict[str, Tensor]:
+    """Embedding and head of a fine-tuned draft that has its own; the run keeps them beside its checkpoints."""
+    own = {name for key, name in zip(OWN, FROZEN, strict=True) if key in manifest.init.get("own", ())}
+    kept = read_draft_weights(folder.parents[1] / KEPT) if own else {}
+    return {name: kept[name] for name in own}
 
 
 def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings: bool) -> None:

@@ -26,12 +26,19 @@ class FrozenHead:
         head_VD: the output head.
         embed_scale: factor between a row and its token's embedding (Gemma: sqrt(D)).
         softcap: c of the final logits c * tanh(x / c), or None.
+        target_VD: the target's output head where ``head_VD`` is one that the draft trained for itself.
     """
 
     embed_VD: Tensor
     head_VD: Tensor
     embed_scale: float = 1.0
     softcap: float | None = None
+    target_VD: Tensor | None = None
+
+    @property
+    def teacher_VD(self) -> Tensor:
+        """The head of the distribution that the draft is compared with."""
+        return self.head_VD if self.target_VD is None else self.target_VD
 
     def embed(self, tokens: Tensor) -> Tensor:
         """[..] int64 -> [.., D], scaled as the target scales."""
@@ -40,11 +47,16 @@ class FrozenHead:
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FrozenHead:
         """The same head on ``device`` in ``dtype``; shares storage where nothing changes."""
-        return replace(self, embed_VD=self.embed_VD.to(device, dtype), head_VD=self.head_VD.to(device, dtype))
+        teacher = None if self.target_VD is None else self.target_VD.to(device, dtype)
+        embed, head = self.embed_VD.to(device, dtype), self.head_VD.to(device, dtype)
+        return replace(self, embed_VD=embed, head_VD=head, target_VD=teacher)
 
     def reduced(self, draft_vocab: Tensor | None) -> FrozenHead:
         """The head over the tokens ``draft_vocab`` [V'] int64; itself where it is None."""
-        return self if draft_vocab is None else replace(self, head_VD=self.head_VD[draft_vocab])
+        if draft_vocab is None:
+            return self
+        teacher = None if self.target_VD is None else self.target_VD[draft_vocab]
+        return replace(self, head_VD=self.head_VD[draft_vocab], target_VD=teacher)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[.., D] -> softcapped logits [.., V]."""

@@ -111,7 +111,7 @@ def compute_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None)
         logits_rV = logits_rV + (bias if markov.per_row else bias[chunk.local_r])
     target_pV = None
     if inputs.target_PD is not None:
-        target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), head.T)
+        target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), inputs.frozen.teacher_VD.T)
         target_pV = target_pV if cap is None else cap * (target_pV / cap).tanh()
     rows = (chunk.local_r, chunk.label_r, chunk.weight_r)
     terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, *rows, inputs.weights, gradients is not None)

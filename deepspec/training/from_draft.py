@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
-from deepspec.checkpoints import steps_of
-from deepspec.drafts import FROZEN, read_weights, save_draft, weights_sha256
+from deepspec.checkpoints import KEPT, steps_of
+from deepspec.drafts import FROZEN, OWN, read_weights, save_draft, weights_sha256
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import read_other
@@ -31,11 +32,10 @@ from deepspec.families.base import Shape
 from deepspec.files import read_json, remove
 from deepspec.identity import shown
 from deepspec.recipe import DraftStart, Recipe
-from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
+from deepspec.targets import TargetEmbeddings, TargetSpec, load_spec, load_target_embeddings
+from deepspec.targets.digests import COMPLETE
 
 log = logging.getLogger(__name__)
-OWN = ("own_embedding", "own_head")
-KEPT = "init"  # the draft's folder in the run's
 IMPORT = "import it with what it does not state: python tools/export.py DRAFT OUT --from auto, and start from OUT"
 
 
@@ -54,14 +54,12 @@ def keep_draft(recipe: Recipe) -> None:
     draft, provenance = _read(section, spec, recipe.draft.max_draft)
     check_fit(draft, recipe, spec)
     own = _own_weights(draft, recipe)
-    for name, key in zip(FROZEN, OWN, strict=True):
-        if name in own:
-            remedy = "train one that shares the target's"
-            _refuse(draft, key, True, "the target's own", remedy)
-        draft.config.pop(key, None)
-    remove(folder)
+    config = {key: value for key, value in draft.config.items() if key not in OWN}
+    config |= {key: True for key, name in zip(OWN, FROZEN, strict=True) if name in own}
+    provenance["init"]["own"] = [key for key in OWN if key in config]
     state = {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}
-    save_draft(folder, state, draft.config, provenance)
+    remove(folder)
+    save_draft(folder, state | own, config, provenance)
 
 
 def _read(section: DraftStart, spec: TargetSpec, max_draft: int) -> tuple[DraftCheckpoint, dict[str, Any]]:
@@ -81,7 +79,8 @@ def _read(section: DraftStart, spec: TargetSpec, max_draft: int) -> tuple[DraftC
                 raise
             stated = {"file": error.file, "key": error.key, "wanted": error.wanted}
             raise DraftError(error.problem, **stated, remedy=IMPORT) from None
-    made_by = provenance.pop("import")
+    made_by, trained_for = provenance.pop("import"), provenance.get("target") or {}
+    about["target"] = {key: trained_for.get(key) for key in ("path", "weights")}
     about |= {"format": made_by["format"], "weights": made_by["weights"], "algorithm": draft.algorithm.name}
     return draft, provenance | {"init": about}
 
@@ -104,12 +103,12 @@ def check_fit(draft: DraftCheckpoint, recipe: Recipe, spec: TargetSpec) -> None:
     theirs, ours = draft.algorithm.name, owner.name
     if theirs not in (ours, *owner.starts_from):
         _refuse(draft, "algorithm", theirs, f"{' or '.join((ours, *owner.starts_from))}", f"set algorithm: {theirs}")
+    if draft.family != spec.family:
+        _refuse(draft, "model_type", draft.family.name, f"layers of {spec.family.name}", "name a draft for this target")
     for field in fields(Shape):
         found, wanted = getattr(draft.shape, field.name), getattr(spec.shape, field.name)
         if found != wanted and field.name != "max_positions":  # no weight depends on it
             _refuse(draft, field.name, found, f"{wanted} as in {spec.path}", "name a draft for this target")
-    if draft.family != spec.family:
-        _refuse(draft, "model_type", draft.family.name, f"layers of {spec.family.name}", "name a draft for this target")
     layers, wanted_layers = list(draft.parsed.target_layers), list(recipe.target.layers)
     if sorted(layers) != sorted(wanted_layers):
         _refuse(draft, "target_layer_ids", layers, f"target.layers {wanted_layers}", f"set target.layers: {layers}")
@@ -122,18 +121,22 @@ def check_fit(draft: DraftCheckpoint, recipe: Recipe, spec: TargetSpec) -> None:
 
 
 def _own_weights(draft: DraftCheckpoint, recipe: Recipe) -> dict[str, Tensor]:
-    """Embedding and head that the draft trained for itself; a copy of the target's, as bfloat16 sees it, is none."""
-    own = {name: key for name, key in zip(FROZEN, OWN, strict=True) if draft.config.get(key) and name in draft.state}
-    if not own:
+    """Embedding and head that the draft trained for itself; a copy of the target's, as bfloat16 sees it, is none.
+
+    A head over a reduced vocabulary has the target's rows for all other tokens.
+    """
+    named_own = {name for name, key in zip(FROZEN, OWN, strict=True) if draft.config.get(key) and name in draft.state}
+    if not named_own:
         return {}
-    target = load_target_embeddings(recipe.target.path, torch.bfloat16, "cpu", recipe.target.revision)
+    target = load_target_embeddings(recipe.target.path, torch.float32, "cpu", recipe.target.revision)
     theirs = dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
-    rows = {FROZEN[0]: slice(None), FROZEN[1]: _tokens(draft)}
-    same = [
-        name for name in own
-        if torch.equal(draft.state[name][rows[name]].bfloat16(), theirs[name][rows[name]])
-    ]  # fmt: skip
-    return {name: draft.state[name] for name in own if name not in same}
+    own = {}
+    for name in named_own:
+        rows = _tokens(draft) if name == FROZEN[1] else torch.arange(draft.shape.vocab_size)
+        if not torch.equal(draft.state[name][rows].bfloat16(), theirs[name][rows].bfloat16()):
+            given = draft.state[name]
+            own[name] = theirs[name].to(given.dtype).index_copy(0, rows, given[rows])
+    return own
 
 
 def _check_layers(draft: DraftCheckpoint, recipe: Recipe) -> None:
@@ -169,6 +172,17 @@ def kept_draft(recipe: Recipe) -> DraftCheckpoint:
     return DraftCheckpoint(config, read_weights(folder), folder / "config.json")
 
 
+def frozen_pair(recipe: Recipe, target: TargetEmbeddings) -> tuple[Tensor, Tensor]:
+    """The draft's embedding and head: the target's, or those that the draft it started from trained for itself."""
+    own: dict[str, Tensor] = {}
+    if isinstance(recipe.train.init, DraftStart):
+        config = read_json(Path(recipe.output, KEPT, "config.json"), DraftError)
+        own = kept_draft(recipe).state if any(config.get(key) for key in OWN) else {}
+    like = target.embed_weight
+    embed, head = (own[name].to(like.device, like.dtype) if name in own else None for name in FROZEN)
+    return like if embed is None else embed, target.head_weight if head is None else head
+
+
 def kept_vocabulary(draft: DraftCheckpoint, recipe: Recipe) -> Tensor | None:
     """The draft's own reduced vocabulary [V'] where the recipe's draft keeps it; None: it is chosen by the data."""
     section, size = cast(DraftStart, recipe.train.init), recipe.draft.draft_vocab_size
@@ -185,10 +199,11 @@ def _tokens(draft: DraftCheckpoint) -> Tensor:
 
 
 @torch.no_grad()
-def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart) -> None:
-    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report what was changed."""
-    own, notes = model.state_dict(), list[str]()
-    given = {name: tensor for name, tensor in draft.state.items() if name not in ("d2t", "t2d")}
+def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart, told: Sequence[str] = ()) -> None:
+    """Overwrite the fresh weights of ``model``, whose vocabulary is set, by the draft's; report the changes."""
+    own = model.state_dict()
+    notes = [*told, *(f"{key}: the draft's, not trained" for key in OWN if draft.config.get(key))]
+    given = {name: tensor for name, tensor in draft.state.items() if name not in ("d2t", "t2d", *FROZEN)}
     given = _with_layers(given, kept_layers(section, draft.parsed.num_layers), len(model.layers), notes)
     _order_features(given, draft, model, notes)
     _move_rows(given, own, draft, model, notes)
@@ -200,6 +215,14 @@ def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart) -
         if found != now:
             notes.append(f"{key} {found!r} -> {now!r}")
     log.info("starting from %s%s", draft.file and draft.file.parent, "".join(f"\n  {note}" for note in notes))
+
+
+def followed(about: Mapping[str, Any], weights: str, path: str) -> list[str]:
+    """A line where the draft was trained for another target than the run's, whose ``weights`` are given by digest."""
+    known = about["target"].get("weights")
+    if known is None or weights == known or not (known.startswith(COMPLETE) and weights.startswith(COMPLETE)):
+        return []
+    return [f"target: trained for {about['target']['path']} ({shown(known)}), now for {path} ({shown(weights)})"]
 
 
 def _with_layers(given: dict[str, Tensor], kept: tuple[int, ...], count: int, notes: list[str]) -> dict[str, Tensor]:
@@ -275,15 +298,16 @@ def identity(recipe: Recipe) -> dict[str, Any]:
         problem, remedy = "the run did not begin from a draft, or its copy is gone", "choose another output"
         raise CheckpointError(problem, file=folder, key="train.init.draft", found=section.draft, remedy=remedy)
     known: dict[str, Any] = read_json(folder / "provenance.json", DraftError)["init"]
-    now = {"draft": named(section.draft)}
     source = Path(section.draft)
-    if (source / "config.json").is_file():
-        now["weights"] = weights_sha256(source)
-    key = "weights" if "weights" in now and "checkpoint" not in known else "draft"
-    if now[key] != known[key]:
+    found, wanted = section.draft, known["draft"]
+    same = wanted in (found, os.path.abspath(found))  # also where it is gone: the run has its copy
+    if (source / "config.json").is_file() and "checkpoint" not in known:  # the same draft may lie elsewhere
+        now = weights_sha256(source)
+        same = now == known["weights"]
+        found, wanted = f"{found} ({shown(now)})", f"{wanted} ({shown(known['weights'])})"
+    if not same:
         raise CheckpointError(
-            "the run began from another draft", file=folder.parent, key="train.init.draft",
-            found=f"{section.draft} ({shown(now[key])})", wanted=f"{known['draft']} ({shown(known[key])})",
-            remedy="put it back, or choose another output",
+            "the run began from another draft", file=folder.parent, key="train.init.draft", found=found,
+            wanted=wanted, remedy="put it back, or choose another output",
         )  # fmt: skip
     return known

@@ -26,7 +26,15 @@ from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
 from deepspec.training import checkpoints as store
 from deepspec.training.engine import Engine, loss_backend, to_universal, training_processes
-from deepspec.training.from_draft import identity, keep_draft, kept_draft, kept_vocabulary, start_from
+from deepspec.training.from_draft import (
+    followed,
+    frozen_pair,
+    identity,
+    keep_draft,
+    kept_draft,
+    kept_vocabulary,
+    start_from,
+)
 from deepspec.training.initial import frequent_tokens, frozen_weights, warm_start
 from deepspec.training.loop import Trainer, exhausted
 from deepspec.training.plan import RunPlan
@@ -155,7 +163,7 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     on_rank0(world, lambda: _start_folder(saved, prepared))
     algorithm = registry.algorithm(recipe.algorithm)
     model = algorithm.build(recipe.draft, prepared.target.spec, recipe.seed)
-    model.attach(prepared.target.embed_weight, prepared.target.head_weight)
+    model.attach(*frozen_pair(recipe, prepared.target), prepared.target.head_weight)
     model.activation_checkpointing = recipe.train.activation_checkpointing
     model.loss = loss_backend(recipe.train.compile, pick_device(world.local_rank))
     if start.folder is None:
@@ -183,8 +191,9 @@ def _first_weights(model: DraftModel, prepared: Prepared) -> None:
         if tokens is None:
             tokens = frequent_tokens(prepared.source, spec.vocab_size, recipe.draft)
         model.set_draft_vocab(tokens)
-    if draft is not None:
-        start_from(model, draft, init)
+    if draft is not None and isinstance(init, DraftStart):
+        now = prepared.manifest
+        start_from(model, draft, init, followed(now.init, now.target_digest, spec.path))
     elif init == "target":
         warm_start(model, spec, recipe.target)
 

@@ -22,6 +22,7 @@ from deepspec.sources.base import FeatureSource
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.positions import fitting
 from deepspec.training.engine import Engine
+from deepspec.training.from_draft import frozen_pair
 from deepspec.training.report import Meter
 
 log = logging.getLogger(__name__)
@@ -129,7 +130,7 @@ class HeldOut:
         model = self.algorithm.build_model(draft, target.spec.shape, target.spec.family)
         model.load_state_dict(weights)
         model = model.to(target.device, target.dtype).eval()
-        model.attach(target.embed_weight, target.head_weight)
+        model.attach(*frozen_pair(self.recipe, target))
         counts = torch.zeros(2, dtype=torch.float64)
         prompts = self.prompts[engine.world.rank :: engine.world.size]
         if prompts:

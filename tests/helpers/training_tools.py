@@ -19,8 +19,9 @@ from safetensors.torch import load_file, save_file
 
 from deepspec import registry
 from deepspec.batch import Batch
+from deepspec.drafts import save_draft
 from deepspec.sources.base import FeatureSource, pad
-from deepspec.targets import load_target
+from deepspec.targets import load_spec, load_target
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [0, 1, 2]
@@ -60,6 +61,15 @@ def make_talking_target(folder: Path) -> Path:
     weights = load_file(path)
     weights["model.embed_tokens.weight"] *= 20
     save_file(weights, path, metadata={"format": "pt"})
+    return folder
+
+
+def make_draft(folder: Path, target: Path, algorithm: str = "dspark", seed: int = 9) -> Path:
+    """A random draft for :func:`make_target`'s target, in our layout."""
+    spec = load_spec(str(target))
+    owner = registry.algorithm(algorithm)
+    config = owner.parse({**DRAFTS[algorithm], "target_layers": LAYERS}, spec)
+    save_draft(folder, owner.build(config, spec, seed).state_dict(), owner.config_json(config, spec), {})
     return folder
 
 

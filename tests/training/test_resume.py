@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 import training_tools as tools
+from safetensors.torch import load_file
 
 from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.distributed import free_port
@@ -43,17 +44,26 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-class Runs:
-    """For each configuration: an undisturbed run, one stopped and resumed, and one that changes its processes 2-1-2."""
+FREEZE = ["*", "!markov_head.*", "!confidence_head.*", "!layers.0.mlp.*"]
 
-    def __init__(self, folder: Path, configurations: list[tuple[str, str]]) -> None:
+
+class Runs:
+    """For each configuration: an undisturbed run, one stopped and resumed, and one that changes its processes 2-1-2.
+
+    Those of ``tuned`` are fine-tunings of the draft in ``folder/draft`` with frozen parts.
+    """
+
+    def __init__(self, folder: Path, configurations: list[tuple[str, str]], tuned: Sequence[str] = ()) -> None:
         self.folder = folder
         target = tools.make_target(folder / "target")
+        if tuned:
+            tools.make_draft(folder / "draft", target)
         first, second, third = [], [], []
         for algorithm, zero in configurations:
             for kind in ("whole", "stopped", "elastic"):
                 place = folder / f"{algorithm}_{zero}_{kind}"
-                recipe = str(tools.write_recipe(place, target, algorithm, zero, max_steps=STEPS))
+                tune = {"init": {"draft": str(folder / "draft")}, "freeze": FREEZE} if zero in tuned else {}
+                recipe = str(tools.write_recipe(place, target, algorithm, zero, max_steps=STEPS, **tune))
                 if kind == "whole":
                     first.append({"recipe": recipe})
                     continue
@@ -71,12 +81,19 @@ class Runs:
 
 
 QUICK = [("dspark", "zero1_fp32")]
+TUNED = ("dspark", "zero3_bf16")
+ALL_TUNED = [f"zero{stage}_{precision}" for stage in range(4) for precision in ("fp32", "bf16")]
 ALL = [(a, f"zero{s}_{p}") for a in ("dspark", "dflash", "eagle3") for s in range(4) for p in ("fp32", "bf16")]
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("resume"), QUICK)
+    return Runs(tmp_path_factory.mktemp("resume"), [*QUICK, TUNED], [TUNED[1]])
+
+
+@pytest.fixture(scope="module")
+def all_tuned(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("resume_tuned"), [("dspark", zero) for zero in ALL_TUNED], ALL_TUNED)
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +116,32 @@ def check_other_processes(runs: Runs, algorithm: str, zero: str) -> None:
     assert max(abs(found[step] - wanted[step]) / max(1.0, wanted[step]) for step in wanted) <= limit
     for buffer in ("d2t", "t2d"):  # DeepSpeed's conversion for another number of processes drops them
         assert torch.equal(weights(elastic)[buffer], weights(whole)[buffer])
+
+
+def check_tuned(runs: Runs, zero: str, output: Path) -> None:
+    """Resume, other processes and consolidation of a fine-tuning: its frozen weights stay the draft's to the bit."""
+    check_same_processes(runs, "dspark", zero)
+    check_other_processes(runs, "dspark", zero)
+    start = load_file(runs.folder / "draft" / "model.safetensors")
+    consolidate(runs.place("dspark", zero, "elastic"), output, embeddings=False)
+    found = load_file(output / "model.safetensors")
+    assert found.keys() == start.keys() | {"d2t", "t2d"}
+    for name, wanted in start.items():
+        free = name.startswith(("markov_head.", "confidence_head.", "layers.0.mlp."))
+        if "markov_w2" not in name:  # its rows moved to another vocabulary
+            assert torch.equal(found[name], wanted.to(found[name].dtype)) != free, name
+    about = json.loads((output / "provenance.json").read_text())["init"]
+    assert about["draft"] == str(runs.folder / "draft")
+
+
+def test_a_fine_tuning_with_frozen_parts_resumes_and_consolidates(quick: Runs, tmp_path: Path) -> None:
+    check_tuned(quick, TUNED[1], tmp_path / "draft")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", ALL_TUNED)
+def test_every_stage_resumes_a_fine_tuning(all_tuned: Runs, zero: str, tmp_path: Path) -> None:
+    check_tuned(all_tuned, zero, tmp_path / "draft")
 
 
 def test_a_resumed_run_is_bit_equal(quick: Runs) -> None:

@@ -177,7 +177,7 @@ class TiledChunk:
             self.reference = draft.amax(dim=-1, keepdim=True) if span.start == 0 else self.reference
             draft.sub_(self.reference)
         if self.target is not None:
-            target = buffers.logits("target", self.target, head, span)
+            target = buffers.logits("target", self.target, frozen.teacher_VD[span], span)
             if cap is not None:
                 _softcap_(target, cap, None)
             shrink = self.target_exp.add_(target)
