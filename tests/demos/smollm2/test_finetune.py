@@ -15,16 +15,13 @@ import training_tools as tools
 import yaml
 from cache_tools import conversation_rows
 
-from deepspec import registry
 from deepspec.cache.build import build_cache
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.demos.smollm2 import finetune
 from deepspec.demos.stages import Stage
 from deepspec.distributed import World
-from deepspec.drafts import save_draft
 from deepspec.files import read_json
 from deepspec.recipe import load_recipe
-from deepspec.targets import load_spec
 from deepspec.training import run
 
 pytest_plugins = ["training_fixtures"]
@@ -41,13 +38,9 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World) -> Path:
         path = tools.write_recipe(tmp_path / name, target, name, data=data, init=init)
         values = yaml.safe_load(path.read_text()) | {"evaluate": {"temperature": [0.0, 1.0], "max_new_tokens": 8}}
         path.write_text(yaml.safe_dump(values))
-        spec = load_spec(str(target))
-        recipe, algorithm = load_recipe(path).for_target(spec), registry.algorithm(name)
-        model = algorithm.build(recipe.draft, spec, 1)
-        config = algorithm.config_json(recipe.draft, spec, "float32")
-        save_draft(general / f"{name}-draft", model.state_dict(), config, {"made by": "a test"})
+        tools.make_draft(general / f"{name}-draft", target, name)
     write_conversations(general / "answers.jsonl", conversation_rows(12, 0), {"made by": "a test"})
-    build_cache(recipe, general / "answers.jsonl", general / "cache-0")
+    build_cache(load_recipe(path), general / "answers.jsonl", general / "cache-0")
     (general / "prompts").mkdir()
     (general / "prompts" / "chat.jsonl").write_text('{"id": "a", "turns": ["the cache keeps"]}\n')
     monkeypatch.setattr(finetune, "recipe_of", lambda name: str(tmp_path / name / "recipe.yaml"))
