@@ -10,7 +10,16 @@ from pathlib import Path
 
 from deepspec.files import write_text
 
-PAUSE = 0.15  # seconds between the two halves of a write
+PAUSE = 0.15  # seconds that a start without a kill takes
+
+
+def _wait_for_the_kill() -> None:
+    """Stay for ever at a start that is killed: the fourth, and every other one after it (three measure the time)."""
+    starts = Path(sys.argv[1]).parents[1] / "starts"
+    with open(starts, "ab") as handle:
+        handle.write(b".")
+    number = starts.stat().st_size
+    time.sleep(60 if number > 3 and number % 2 == 0 else PAUSE)
 
 
 def whole() -> None:
@@ -22,19 +31,19 @@ def whole() -> None:
 def torn() -> None:
     """Writes in place, and takes what is there for complete."""
     path = Path(sys.argv[1]) / "result"
-    if path.exists():
-        return
-    with open(path, "w", buffering=1) as handle:
-        handle.write("half\n")
-        time.sleep(PAUSE)
-        handle.write("whole\n")
+    there = path.exists()
+    if not there:
+        path.write_text("half")
+    _wait_for_the_kill()
+    if not there:
+        path.write_text("half and half")
 
 
 def leaves() -> None:
     """Leaves its temporary file where it is killed."""
     path = Path(sys.argv[1]) / f".result.{os.getpid()}.tmp"
     path.write_text("complete")
-    time.sleep(PAUSE)
+    _wait_for_the_kill()
     path.rename(path.with_name("result"))
 
 
