@@ -221,7 +221,8 @@ def load_draft(
     model.load_state_dict(state)
     stored = next(iter(state.values())).dtype
     model = model.to(device or (target.device if target else "cpu"), dtype or (target.dtype if target else stored))
-    model.attach(*_frozen_weights(folder, config, frozen, target), None if target is None else target.head_weight)
+    embedding, head = _frozen_weights(folder, config, frozen, target)
+    model.attach(embedding, head, None if target is None else target.head_weight)
     return model.eval()
 
 

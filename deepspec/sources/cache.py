@@ -48,7 +48,7 @@ class CacheSource(FeatureSource):
         """See :meth:`FeatureSource.open`."""
         paths: Sequence[str] = recipe.data.cache
         if held_out and recipe.train.validation is not None:
-            paths = [recipe.train.validation.path]
+            paths = [recipe.train.validation.path or ""]  # each set has one
             recipe = replace(recipe, data=replace(recipe.data, conversations=None))  # it holds others than in training
         caches = [TargetCache.open(path) for path in paths]
         tokenizer = load_tokenizer(recipe.target.path, recipe.target.revision)

@@ -77,8 +77,8 @@ def _read(section: DraftStart, spec: TargetSpec, max_draft: int) -> tuple[DraftC
         except DraftError as error:
             if error.wanted is None or not str(error.wanted).endswith("stated"):
                 raise
-            stated = {"file": error.file, "key": error.key, "wanted": error.wanted}
-            raise DraftError(error.problem, **stated, remedy=IMPORT) from None
+            key, wanted = error.key, error.wanted
+            raise DraftError(error.problem, file=error.file, key=key, wanted=wanted, remedy=IMPORT) from None
     made_by, trained_for = provenance.pop("import"), provenance.get("target") or {}
     about["target"] = {key: trained_for.get(key) for key in ("path", "weights")}
     about |= {"format": made_by["format"], "weights": made_by["weights"], "algorithm": draft.algorithm.name}

@@ -78,7 +78,7 @@ def plan(scale: str, cores: int) -> list[Stage]:
     """All stages; those of the real run must be complete."""
     sizes, found = SCALES[scale], recipes(recipe_of)
     root, prompts, shared = sizes.root, sizes.root / "prompts", shared_recipe(found)
-    write = (PYTHON, "-m", "deepspec.demos.smollm2", "domain", "--train", str(sizes.prompts))
+    write: Names = (PYTHON, "-m", "deepspec.demos.smollm2", "domain", "--train", str(sizes.prompts))
     write += ("--held-out", str(sizes.held_out), "--output", str(prompts))
     asked, answered = prompts / "train.jsonl", root / "answers.jsonl"
     stages = [
