@@ -100,6 +100,8 @@ def serve_check() -> int:
     from deepspec.files import write_json
     from deepspec.serving.check import CheckOptions, ServeCheck, table, to_json
 
+    if given.engine and not given.server:
+        parser.error("--engine is the environment of one engine: name it (--server)")
     options = CheckOptions(given.quickstart, given.prompts, given.max_tokens, tuple(given.kind))
     found, failed = {}, False
     for name in (given.server,) if given.server else registry.SERVERS:
