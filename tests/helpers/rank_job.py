@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from deepspec import heartbeat
 from deepspec.distributed import World, barrier, process_group, world_from_environment
 from deepspec.errors import DataError, run_main
 
@@ -49,6 +50,17 @@ def main() -> int:
         act(does, world)
     print(f"rank {world.rank} is done")
     return 0
+
+
+def as_rank(words: list[str], environment: dict[str, str], said: str, grace: float, starting: int) -> None:
+    """Be one rank in a process of its own, its stdout and stderr in the file ``said``."""
+    handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(handle, 1), os.dup2(handle, 2)
+    sys.stdout = sys.stderr = open(handle, "w", buffering=1, closefd=False)  # noqa: SIM115
+    os.environ.update(environment)
+    heartbeat.GRACE, heartbeat.STARTING = grace, starting
+    sys.argv = ["rank_job.py", *words]
+    run_main(main)
 
 
 if __name__ == "__main__":
