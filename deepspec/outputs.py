@@ -50,7 +50,9 @@ def _undo(folder: Path) -> None:
     """Remove what was not moved up in order, and of a move that was cut what it had moved."""
     inside = folder / PARTIAL
     if (inside / MOVING).is_file():
-        for name in read_json(inside / MOVING):
-            remove(folder / Path(name).name)
+        moved = read_json(inside / MOVING)
+        for name in os.listdir(folder):  # names that are there, so that none leads out of the folder
+            if name != PARTIAL and name in moved:
+                remove(folder / name)
     if inside.is_dir():
         remove(inside)

@@ -60,6 +60,18 @@ def test_a_folder_with_somebody_s_files_is_refused_and_kept(tmp_path: Path) -> N
     assert names(tmp_path / "out") == ["mine"]
 
 
+def test_names_of_a_cut_move_never_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder, beside = tmp_path / "out", tmp_path / "mine"
+    (folder / ".deepspec.partial").mkdir(parents=True)
+    beside.write_text("mine")
+    names = ["..", "", ".", "../mine", str(beside), "moved"]
+    (folder / ".deepspec.partial" / ".moving.json").write_text(json.dumps(names))
+    (folder / "moved").write_text("half")
+    write_folder(folder)
+    assert beside.read_text() == "mine"
+    assert not (folder / "moved").exists()
+
+
 def test_a_killed_export_of_a_draft_is_simply_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ARTEFACTS, tmp_path / "build" / "old")
