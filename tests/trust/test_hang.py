@@ -27,7 +27,7 @@ from deepspec.cache import remote_lock
 from deepspec.cache.store import RemoteStore, build_lock
 from deepspec.cli.train import train
 from deepspec.distributed import free_port
-from deepspec.errors import CacheError, CheckpointError, DataError, run_main
+from deepspec.errors import CacheError, CheckpointError, DataError
 from deepspec.files import temporary_file
 from deepspec.locks import LOCK, one_writer
 
