@@ -22,6 +22,7 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.report import markdown, write_report
 from deepspec.evaluate.results import Results, paper_value
 from deepspec.evaluate.run import Evaluation
+from deepspec.files import read_json
 from deepspec.recipe import load_recipe
 from deepspec.targets import Target, load_target
 
@@ -49,7 +50,8 @@ def test_the_command_measures_and_reports(folders: Folders, tmp_path: Path) -> N
         assert row.speed_up is not None
         assert set(row.milliseconds_per_step) == {"draft", "verify", "head", "other", "total"}
         assert (row.speed_up_interval is not None) == (row.task == "short")  # the other task has one prompt
-    written = json.loads((output / "results.json").read_text())
+    written = read_json(output / "results.json")
+    assert sorted(written.pop("sha256")) == ["plain.jsonl", "results.jsonl"]
     assert written == json.loads(json.dumps(results.to_row()))  # nothing is lost between the class and the file
     for title in ("Acceptance length and speed", "Acceptance by position", "Where a round's time goes"):
         assert title in done.stdout

@@ -98,11 +98,11 @@ def test_the_sizes_of_a_manifest_are_checked_before_memory_is_taken(shape: tuple
 
 @pytest.fixture
 def few_files() -> Iterator[int]:
-    """As many open files as are open now and 24 more."""
+    """Room for a quarter of the limit, which the pool may take, and 18 more beside what is open now."""
     store._pool.shrink(0)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(map(int, os.listdir("/proc/self/fd")))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 24, hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest * 4 // 3 + 24, hard))
     yield highest
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
