@@ -8,16 +8,15 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deepspec import registry
 from deepspec.errors import DraftError
-from deepspec.export.forms.gguf import interleaved
+from deepspec.export.forms.gguf import interleaved, layer_keys
 from deepspec.export.gguf_file import package, tokenizer_keys, write_file
-from deepspec.export.parts import DraftCheckpoint
 from deepspec.files import read_json
+from deepspec.serving.base import EngineProcesses
 from deepspec.serving.process import run, run_job
 from deepspec.targets import TargetSpec, load_spec, load_target
 
@@ -30,22 +29,9 @@ ENDS = ("eos", "eot", "eom")  # the engine's names of tokens that end an answer
 
 
 @dataclass(frozen=True)
-class LlamaCppServer:
-    """The engine as processes.
+class LlamaCppServer(EngineProcesses):
+    """The engine as processes; it needs no shim, and an environment only where this interpreter has no such package."""
 
-    Args:
-        work: folder of jobs, logs and the target's file.
-        folder: its environment, made where this interpreter's has no such package and it is missing.
-        shim: none is needed.
-        timeout: seconds of one run.
-        environment: added to that of every run.
-    """
-
-    work: Path
-    folder: Path
-    shim: Path | None = None
-    timeout: float = 600.0
-    environment: Mapping[str, str] = field(default_factory=dict)
     formats: ClassVar[tuple[str, ...]] = ("gguf",)  # that it serves
     hands_out_states: ClassVar[bool] = False
 
@@ -95,10 +81,6 @@ class LlamaCppServer:
         """It never does."""
         return False
 
-    def speculative(self, format_name: str, draft: DraftCheckpoint, folder: Path) -> dict[str, Any]:
-        """How it runs a draft that was exported to ``folder``."""
-        return dict(registry.engine(format_name).speculative(draft, str(folder.resolve())))
-
     def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
         """One run in its own process of what :mod:`deepspec.serving.llamacpp_run` takes, ``target`` being a folder.
 
@@ -143,15 +125,7 @@ def write_target(folder: Path, output: Path, stop_token_ids: Sequence[int] = (),
 
     spec = load_spec(str(folder))
     config, shape, arch = spec.config, spec.shape, spec.family.name
-    named = {
-        "block_count": spec.num_layers, "context_length": config["max_position_embeddings"],
-        "embedding_length": shape.hidden_size, "feed_forward_length": config["intermediate_size"],
-        "attention.head_count": shape.num_heads, "attention.head_count_kv": shape.num_kv_heads,
-        "attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim,
-        "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]), "vocab_size": spec.vocab_size,
-        "rope.freq_base": float((config.get("rope_parameters") or config)["rope_theta"]),
-        "rope.dimension_count": shape.head_dim,
-    }  # fmt: skip
+    named = layer_keys(shape, spec.num_layers) | {"vocab_size": spec.vocab_size}
     keys = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in named.items()}
     keys |= tokenizer_keys(str(folder), spec.model_type, spec.vocab_size)
     keys |= {f"tokenizer.ggml.{end}_token_id": int(t) for end, t in zip(ENDS, stop_token_ids, strict=False)}

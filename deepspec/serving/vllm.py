@@ -8,13 +8,12 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from deepspec import registry
 from deepspec.errors import DraftError
-from deepspec.export.parts import DraftCheckpoint
+from deepspec.serving.base import EngineProcesses
 from deepspec.serving.process import CHECKOUT, run, run_job, serve
 from deepspec.serving.vllm_run import DEFAULTS
 from deepspec.targets import TargetSpec
@@ -32,22 +31,9 @@ CONNECTOR = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_pa
 
 
 @dataclass(frozen=True)
-class VLLMServer:
-    """The engine as processes.
+class VLLMServer(EngineProcesses):
+    """The engine as processes."""
 
-    Args:
-        work: folder of jobs and logs.
-        folder: its environment, made where missing.
-        shim: folder of the CPU shim, or None.
-        timeout: seconds of one run.
-        environment: added to that of every run.
-    """
-
-    work: Path
-    folder: Path
-    shim: Path | None = None
-    timeout: float = 1800.0
-    environment: Mapping[str, str] = field(default_factory=dict)
     formats: ClassVar[tuple[str, ...]] = ("vllm", "speculators")  # that it serves
     hands_out_states: ClassVar[bool] = True  # hidden states of the target, for training
 
@@ -111,10 +97,6 @@ class VLLMServer:
     def lacks_shim(self, form: str) -> bool:
         """Whether drafts of a form need the shim, and there is none."""
         return self.shim is None and form in SHIM_FORMS
-
-    def speculative(self, format_name: str, draft: DraftCheckpoint, folder: Path) -> dict[str, Any]:
-        """How it runs a draft that was exported to ``folder``."""
-        return dict(registry.engine(format_name).speculative(draft, str(folder.resolve())))
 
     def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
         """One run in its own process of what :mod:`deepspec.serving.vllm_run` takes; ``form`` is that of its draft.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from deepspec.errors import DraftError
 from deepspec.export.forms.base import Form, Requirement, one_layer, with_head_rows
 from deepspec.export.forms.block import MARKOV, vanilla_head, zero_markov
 from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints, Reason
+from deepspec.families.base import Shape
 
 ARCHITECTURE, OURS = "general.architecture", "deepspec.config"
 LAYER = {  # of a layer: our name -> the engine's
@@ -32,12 +33,11 @@ LAYER = {  # of a layer: our name -> the engine's
 TOP = {"fc": "fc", "norm": "output_norm", "hidden_norm": "enc.output_norm", "lm_head": "output",
        "markov_head.markov_w1": "markov_w1", "markov_head.markov_w2": "markov_w2",
        "confidence_head.proj": "conf_proj"}  # fmt: skip
-Change = Callable[[Tensor], Tensor]
 
 
 def plain_rope(draft: DraftCheckpoint) -> Reason | None:
     """Where a scaling of the positions has no keys of ours in the file."""
-    kind = (draft.config.get("rope_parameters") or {}).get("rope_type", "default")
+    kind = draft.shape.rope.kind
     return None if kind == "default" else Reason("scaled positions were not tried there", "rope_parameters", kind)
 
 
@@ -102,36 +102,26 @@ class GGUFForm(Form):
         return {}
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
-        name, shape, config = self.classes[draft.family.name], draft.shape, draft.config
-        theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 10000.0))
-        keys = {
-            "block_count": draft.parsed.num_layers, "context_length": config["max_position_embeddings"],
-            "embedding_length": shape.hidden_size, "feed_forward_length": config["intermediate_size"],
-            "attention.head_count": shape.num_heads, "attention.head_count_kv": shape.num_kv_heads,
-            "attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim,
-            "attention.layer_norm_rms_epsilon": float(config["rms_norm_eps"]),
-            "rope.freq_base": float(theta), "rope.dimension_count": shape.head_dim,
-            "target_layers": [layer + 1 for layer in draft.parsed.target_layers],
-        }  # fmt: skip
-        named = {f"{name}.{key}": value for key, value in (keys | self.own_keys(draft)).items()}
-        state = {their: change(tensor) for their, change, tensor in self._tensors(draft)}
-        ours = {OURS: json.dumps(config, sort_keys=True)}
-        return DraftCheckpoint({ARCHITECTURE: name, **named, **ours}, state, draft.file)
+        name = self.classes[draft.family.name]
+        keys = layer_keys(draft.shape, draft.parsed.num_layers) | self.own_keys(draft)
+        keys["target_layers"] = [layer + 1 for layer in draft.parsed.target_layers]
+        named = {f"{name}.{key}": value for key, value in keys.items()}
+        ours = {OURS: json.dumps(draft.config, sort_keys=True)}
+        return DraftCheckpoint({ARCHITECTURE: name, **named, **ours}, dict(self._tensors(draft)), draft.file)
 
     def _state(self, draft: DraftCheckpoint) -> dict[str, Tensor]:
         """The draft's tensors that the file holds, by our names."""
         frozen = {EMBED} if "d2t" in draft.state else {EMBED, HEAD}
         return {name: tensor for name, tensor in with_head_rows(draft).items() if name not in {*frozen, "t2d"}}
 
-    def _tensors(self, draft: DraftCheckpoint) -> Iterator[tuple[str, Change, Tensor]]:
+    def _tensors(self, draft: DraftCheckpoint) -> Iterator[tuple[str, Tensor]]:
+        """The file's tensors by the engine's names, as it wants them."""
         heads = self.rotated(draft)
         for name, tensor in self._state(draft).items():
             if name == "d2t":
-                yield "d2t", lambda offsets: offsets.long() + torch.arange(len(offsets)), tensor
-            elif name in heads:
-                yield their_name(name), lambda rows, count=heads[name]: interleaved(rows, count), tensor  # type: ignore[misc]
+                yield name, tensor.long() + torch.arange(len(tensor))
             else:
-                yield their_name(name), lambda same: same, tensor
+                yield their_name(name), interleaved(tensor, heads[name]) if name in heads else tensor
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         """See :meth:`Form.read`; only files of ours: others do not say how the draft was trained."""
@@ -195,6 +185,18 @@ class Eagle3GGUF(GGUFForm):
         shape = draft.shape
         counts = {"q_proj": shape.num_heads, "k_proj": shape.num_kv_heads}
         return {f"layers.0.self_attn.{name}.weight": count for name, count in counts.items()}
+
+
+def layer_keys(shape: Shape, count: int) -> dict[str, Any]:
+    """The keys of ``count`` layers, of a draft or of a target, without the architecture's name before them."""
+    return {
+        "block_count": count, "context_length": shape.max_positions,
+        "embedding_length": shape.hidden_size, "feed_forward_length": shape.intermediate_size,
+        "attention.head_count": shape.num_heads, "attention.head_count_kv": shape.num_kv_heads,
+        "attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim,
+        "attention.layer_norm_rms_epsilon": float(shape.norm_eps),
+        "rope.freq_base": float(shape.rope.theta), "rope.dimension_count": shape.head_dim,
+    }  # fmt: skip
 
 
 def their_name(name: str) -> str:
