@@ -61,3 +61,11 @@ def length_text(row: Mapping[str, Any]) -> str:
         return f"{row['accepted_length']:.2f} ({'one prompt' if alone else 'no interval'})"
     low, high = row["interval"]
     return f"{row['accepted_length']:.2f} ({low:.2f}-{high:.2f})"
+
+
+def equality_text(row: Mapping[str, Any]) -> str:
+    """Greedy outputs of a summary's row that equal the baseline's: ``100%``, ``6% (100% or tied within rounding)``."""
+    if row.get("equal_to_plain") is None:
+        return ""
+    equal, tied = f"{row['equal_to_plain']:.0%}", row.get("equal_or_tied")
+    return equal if tied is None or tied == row["equal_to_plain"] else f"{equal} ({tied:.0%} or tied within rounding)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.files import read_json
-from deepspec.metrics import length_text
+from deepspec.metrics import equality_text, length_text
 
 NOT_RUN = "not run"
 Row = Mapping[str, Any]
@@ -50,4 +50,4 @@ def equality(row: Row | None) -> str:
     """Share of the prompts whose greedy output is that of decoding without a draft; empty where none is greedy."""
     if row is None:
         return NOT_RUN
-    return "" if row["equal_to_plain"] is None else f"{row['equal_to_plain']:.0%} of {row['prompts']}"
+    return "" if row["equal_to_plain"] is None else f"{equality_text(row)} of {row['prompts']}"

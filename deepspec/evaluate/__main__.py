@@ -25,7 +25,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--target", help="target: a folder or hub id; default: the recipe's")
     parser.add_argument("--draft", required=True, help="draft folder, or owner/name on the hub")
-    parser.add_argument("--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all nine")
+    parser.add_argument(
+        "--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all of tasks.yaml"
+    )
     parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0])
     parser.add_argument("--batch-size", type=COUNT, default=1)
     parser.add_argument("--max-new-tokens", type=COUNT, default=2048)

@@ -48,6 +48,7 @@ class PromptResult:
     confidence: list[list[float]] = field(default_factory=list)  # logits of each round's slots
     tree_depth: int | None = None  # the longest path of a draft tree, all of whose nodes are verified; None: a chain
     equal_to_baseline: bool | None = None  # greedy output equal to the baseline's, token for token
+    difference: dict[str, Any] | None = None  # of a greedy output that is not equal: see deepspec.evaluate.ties
     finish: str = ""  # of the last turn: "stop", "length", or "positions" where the next turn would not fit the target
     output_sha: str = ""  # of the token ids of all turns
     steps: float = 0.0  # its share of the batch's rounds
@@ -93,6 +94,10 @@ class TaskSummary:
     without_rounds: int = 0  # prompts whose answer was their first token: they have no acceptance length
     cut_short: int = 0  # prompts whose later turns would not have fitted the target's positions
     too_long: int = 0  # prompts left out of the task: they do not fit the target's positions
+    equal_or_tied: float | None = (
+        None  # share whose greedy output is equal, or first differs within the target's rounding
+    )
+    beyond_rounding: list[int] = field(default_factory=list)  # prompts whose difference rounding does not explain
 
     @property
     def tokens_per_second(self) -> float:
@@ -158,9 +163,19 @@ def summarise(task: str, temperature: float, results: Sequence[PromptResult], se
         verified_length=sum(proposed) / len(proposed) if proposed else None,
         without_rounds=len(results) - len(with_rounds),
         cut_short=sum(result.finish == "positions" for result in results),
+        equal_or_tied=_equal_or_tied(results),
+        beyond_rounding=[one.index for one in results if one.difference is not None and not one.difference["tied"]],
     )
     _add_times(summary, results, seed)
     return summary
+
+
+def _equal_or_tied(results: Sequence[PromptResult]) -> float | None:
+    """Share of the greedy outputs; None without any, and where a difference has no explanation (older rows)."""
+    known = [result for result in results if result.equal_to_baseline is not None]
+    if not known or any(not one.equal_to_baseline and one.difference is None for one in known):
+        return None
+    return sum(one.difference is None or one.difference["tied"] for one in known) / len(known)
 
 
 def _add_times(summary: TaskSummary, results: Sequence[PromptResult], seed: int) -> None:
@@ -186,7 +201,7 @@ def _add_times(summary: TaskSummary, results: Sequence[PromptResult], seed: int)
 def macro_averages(summaries: Sequence[TaskSummary]) -> Iterator[TaskSummary]:
     """One summary ``macro`` per temperature: acceptance lengths averaged over tasks, counts and seconds added up."""
     sums = ("prompts", "rounds", "output_tokens", "seconds", "steps", "without_rounds", "cut_short", "too_long")
-    means = ("acceptance_length", "verify_rate", "equal_to_baseline", "verified_length")
+    means = ("acceptance_length", "verify_rate", "equal_to_baseline", "equal_or_tied", "verified_length")
     baseline = ("baseline_tokens", "baseline_seconds")
     for temperature in dict.fromkeys(summary.temperature for summary in summaries):
         group = [summary for summary in summaries if summary.temperature == temperature]

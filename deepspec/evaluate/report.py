@@ -25,12 +25,20 @@ def summary_table(rows: Rows) -> Table:
     """Acceptance length, verify rate and speed, a row a task and temperature."""
     with_paper = any(row.get("published") is not None for row in rows)
     header = ["task", "T", "acceptance length (95 %)", *(["paper"] if with_paper else []), "accepted/verified"]
-    header += ["tokens/s", "baseline tokens/s", "speed-up (95 %)", "greedy equal", "prompts"]
+    header += [
+        "tokens/s",
+        "baseline tokens/s",
+        "speed-up (95 %)",
+        "greedy equal",
+        "equal or tied within rounding",
+        "prompts",
+    ]
     cells = []
     for row in rows:
         own = [*_names(row), length_text(row), *([number(row.get("published"))] if with_paper else [])]
         own += [number(row["verify_rate"], ".0%"), number(row["tokens_per_second"], ",.0f")]
-        own += [number(row["plain_tokens_per_second"], ",.0f"), speed_up(row), number(row["equal_to_plain"], ".0%")]
+        own += [number(row["plain_tokens_per_second"], ",.0f"), speed_up(row)]
+        own += [number(row[key], ".0%") if key in row else "" for key in ("equal_to_plain", "equal_or_tied")]
         cells.append([*own, row["prompts"]])
     return Table(header, cells)
 
@@ -99,6 +107,11 @@ def remarks(rows: Rows) -> list[str]:
             texts.append(f"{count} {of_all} ended before a turn that did not fit the target's positions")
         if count := row.get("too_long"):
             texts.append(f"{count} prompts are left out: with the new tokens they do not fit the target's positions")
+        if row.get("beyond_rounding"):
+            which = ", ".join(map(str, row["beyond_rounding"]))
+            texts.append(
+                f"prompts {which} differ from the baseline by more than the target's rounding: a fault, report it"
+            )
         if differs := row.get("published_differs"):
             texts.append(f"the paper reports a figure, which is not comparable: {'; '.join(differs)}")
         for text in texts:

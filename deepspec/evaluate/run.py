@@ -33,6 +33,7 @@ from deepspec.evaluate.measure import PromptResult, TaskSummary, file_keys, macr
 from deepspec.evaluate.results import Key, Provenance, Results, environment, open_rows, paper_value, recipe_of
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
+from deepspec.evaluate.ties import first_difference
 from deepspec.files import read_json, sealed, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
@@ -295,6 +296,7 @@ class Evaluation:
                         "output_tokens": sum(len(one.output_ids) for one in generations),
                         "output_sha": _digest(generations),
                         "seconds": cost.seconds["total"],
+                        "output_ids": [one.output_ids for one in generations] if temperature == 0 else None,
                     }
                 )
         for index, generations, cost in self._decode(task, mine, temperature, with_draft=True):
@@ -369,6 +371,7 @@ class Evaluation:
     ) -> PromptResult:  # fmt: skip
         rounds = [one for generation in generations for one in generation.rounds]
         digest = _digest(generations)
+        equal = alone["output_sha"] == digest if alone is not None and temperature == 0 else None
         return PromptResult(
             task=task.name,
             index=index,
@@ -379,7 +382,8 @@ class Evaluation:
             accepted=[one.accepted for one in rounds],
             tree_depth=len(self.options.tree) or None,
             confidence=[[round(x, 4) for x in one.confidence] for one in rounds],
-            equal_to_baseline=alone["output_sha"] == digest if alone is not None and temperature == 0 else None,
+            equal_to_baseline=equal,
+            difference=self._difference(generations, alone) if equal is False else None,
             finish=generations[-1].finish,
             output_sha=digest,
             **cost.to_row(),
@@ -387,6 +391,15 @@ class Evaluation:
             baseline_seconds=None if alone is None else alone["seconds"],
             text=self.renderer.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
         )
+
+    def _difference(self, generations: list[Generation], alone: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Where a greedy output leaves the baseline's, and whether by rounding; None of a row without its tokens."""
+        if alone is None or alone.get("output_ids") is None:  # of an earlier version
+            return None
+        prompts = [generation.request.prompt_ids for generation in generations]
+        drafted = [generation.output_ids for generation in generations]
+        found = first_difference(self.target, prompts, alone["output_ids"], drafted)
+        return None if found is None else asdict(found)
 
     def _provenance(self, summaries: list[TaskSummary]) -> Provenance:
         own = ("target", "draft", "tasks", "draft_sha256", "draft_config", "target_digest", "target_dtype", "identity")

@@ -1,4 +1,4 @@
-"""Benchmark prompts: nine tasks of the hub, or any local JSONL of ``{"turns": [...]}``."""
+"""Benchmark prompts: the tasks of tasks.yaml, from the hub, or any local JSONL of ``{"turns": [...]}``."""
 
 from __future__ import annotations
 
@@ -181,6 +181,12 @@ def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
         return
     import datasets
 
+    if "parquet" in row:
+        from huggingface_hub import hf_hub_download
+
+        paths = [hf_hub_download(row["path"], file, repo_type="dataset") for file in row["parquet"]]
+        yield from datasets.load_dataset("parquet", data_files=paths, split="train")
+        return
     yield from datasets.load_dataset(row["path"], row.get("name"), split=row["split"])
 
 

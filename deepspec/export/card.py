@@ -10,7 +10,7 @@ import yaml
 
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.parts import DraftCheckpoint
-from deepspec.metrics import length_text
+from deepspec.metrics import equality_text, length_text
 from deepspec.tables import Table
 
 
@@ -83,7 +83,7 @@ def _training(provenance: Mapping[str, Any], recipe_text: str | None) -> str:
 def _measured(results: Mapping[str, Any]) -> str:
     rows = []
     for row in results["summaries"]:
-        equal = "" if row.get("equal_to_plain") is None else f"{row['equal_to_plain']:.0%}"
+        equal = equality_text(row)
         rate = "" if row["verify_rate"] is None else f"{row['verify_rate']:.0%}"
         rows.append((row["task"], f"{row['temperature']:g}", length_text(row), rate, equal, row["prompts"]))
     equal_text = "greedy text equal to the target's"

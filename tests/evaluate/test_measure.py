@@ -152,7 +152,7 @@ def test_tables_show_every_measure() -> None:
     summary.paper_value = 6.11
     rows = [summary.to_row()]
     assert (
-        "| t | 1 | 2.00 (2.00-2.00) | 6.11 | 25% | 10 | 5 | 2.00x (2.00-2.00) |  | 4 |"
+        "| t | 1 | 2.00 (2.00-2.00) | 6.11 | 25% | 10 | 5 | 2.00x (2.00-2.00) |  |  | 4 |"
         in summary_table(rows).markdown()
     )
     assert "| 1.000 / 1.000 | 0.000 / 0.000 | 0.000 / 0.000 |" in position_table(rows).markdown()

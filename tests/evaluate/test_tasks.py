@@ -6,12 +6,15 @@ import json
 import re
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from evaluate_tools import write_task
 
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.tasks import load_tasks, missing_tasks, registered_tasks, turns_of
 
+NOT_SHARED = {"alpaca", "aime24", "lbpp", "swe-bench"}  # no published file of theirs lies in shared/
 EVAL = Path(__file__).parents[2].parent / "shared" / "eval"
 KNOWN = registered_tasks()
 
@@ -64,14 +67,14 @@ def test_a_folder_of_benchmarks_says_what_it_lacks(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not EVAL.exists(), reason="the published task files are not there")
-def test_the_shared_folder_lacks_alpaca_alone() -> None:
-    assert list(missing_tasks([str(EVAL)])) == ["alpaca"]
+def test_the_shared_folder_says_what_it_lacks() -> None:
+    assert set(missing_tasks([str(EVAL)])) == NOT_SHARED
     sizes = {task.name: len(task.prompts) for task in load_tasks([str(EVAL)], None, 0)}
-    assert sizes == {name: row["samples"] for name, row in KNOWN.items() if name != "alpaca"}
+    assert sizes == {name: row["samples"] for name, row in KNOWN.items() if name not in NOT_SHARED}
 
 
 @pytest.mark.skipif(not EVAL.exists(), reason="the published task files are not there")
-@pytest.mark.parametrize("name", sorted(set(KNOWN) - {"alpaca"}))
+@pytest.mark.parametrize("name", sorted(set(KNOWN) - NOT_SHARED))
 def test_templates_give_the_published_files(name: str) -> None:
     """Every line of a published file comes out of the template again, from the columns read off it."""
     row = KNOWN[name]
@@ -87,6 +90,42 @@ def test_templates_give_the_published_files(name: str) -> None:
             if "ending" in row:
                 item.setdefault(row["ending"]["column"], "")
         assert list(turns_of(row, item)) == turns
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "turn"),
+    [
+        (
+            "aime24",
+            {"problem": "1+1?"},
+            "1+1?\nPlease reason step by step, and put your final answer within \\boxed{}.",
+        ),
+        ("lbpp", {"instruction": "Sort {x}."}, "Sort {x}."),
+        (
+            "swe-bench",
+            {"problem_statement": "It fails."},
+            "Problem Statement:\nIt fails.\nPlease fix the issue described above.",
+        ),
+    ],
+)
+def test_the_tasks_without_a_shared_file(name: str, item: dict[str, str], turn: str) -> None:
+    assert turns_of(KNOWN[name], item) == (turn,)
+
+
+def test_a_parquet_file_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows are read from the file that the row names, without a script."""
+    path = tmp_path / "test.parquet"
+    datasets.Dataset.from_list([{"instruction": "a"}, {"instruction": "b"}]).to_parquet(path)
+    asked: list[tuple[str, str, str]] = []
+
+    def download(repo: str, file: str, repo_type: str) -> str:
+        asked.append((repo, file, repo_type))
+        return str(path)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    task = load_tasks(["lbpp"], None, 0)[0]
+    assert task.prompts == {0: ("a",), 1: ("b",)}
+    assert asked == [("CohereLabs/lbpp", "python/test.parquet", "dataset")]
 
 
 def columns(template: str, text: str) -> dict[str, str] | None:

@@ -20,7 +20,8 @@ from deepspec.registry import ALGORITHMS
 
 FORMAT = "deepspec.measured/1"
 MEASURES = ("task", "temperature", "prompts", "rounds", "output_tokens", "accepted_length", "interval", "conditional",
-            "prefix", "verify_rate", "equal_to_plain", "speed_up", "seconds", "plain_seconds")  # fmt: skip
+            "prefix", "verify_rate", "equal_to_plain", "equal_or_tied", "speed_up", "seconds",
+            "plain_seconds")  # fmt: skip
 PROVENANCE = ("seed", "max_new_tokens", "batch_size", "versions", "threads", "target_dtype", "finished",
               "target_digest", "draft_sha256")  # fmt: skip
 
