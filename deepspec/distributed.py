@@ -44,6 +44,7 @@ _LAUNCHER_VARIABLES = (  # rank, size, local rank, local size of torchrun/deepsp
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
+_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
 def world_from_environment() -> World:
@@ -53,6 +54,17 @@ def world_from_environment() -> World:
         if rank is not None and size is not None:
             return World(int(rank), int(size), int(local_rank or rank), int(local_size or size))
     return World()
+
+
+def _refuse_left_over_ranks(world: World, error: type[DeepSpecError]) -> None:
+    """Under mpirun, RANK and WORLD_SIZE of a shell or a job around it would make every process a world of its own."""
+    for name in _MPI_SIZES:
+        if "WORLD_SIZE" in os.environ and int(os.environ.get(name, "1")) > world.size:
+            raise error(
+                "mpirun started more processes than RANK and WORLD_SIZE know of", key="WORLD_SIZE",
+                found=f"{world.size}, and {name} {os.environ[name]}",
+                remedy="unset RANK, WORLD_SIZE and LOCAL_RANK, which something else left, before mpirun",
+            )  # fmt: skip
 
 
 @contextmanager
@@ -77,12 +89,17 @@ def process_group(
         error: the class of the refusals.
 
     Raises:
-        error: the launcher gives no address to connect to, or they cannot connect.
+        error: the launcher gives no address to connect to, they cannot connect, or variables of another launcher hide
+            that there are several processes.
         RankLost: another rank is dead or failed; SystemExit (1) on all but the one that reports it.
     """
     import torch.distributed as dist
 
-    if dist.is_initialized() or (world.size == 1 and not even_alone):
+    if dist.is_initialized():
+        yield world
+        return
+    _refuse_left_over_ranks(world, error)
+    if world.size == 1 and not even_alone:
         yield world
         return
     device = pick_device(world.local_rank) if backend == "nccl" and world.size > 1 else None

@@ -8,13 +8,14 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluate_tools import Folders, make_folders, rows_of, untimed, write_task
 
-from deepspec.distributed import World, free_port, process_group
+from deepspec.distributed import World, free_port, process_group, world_from_environment
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.results import Results, open_rows
 
@@ -124,3 +125,21 @@ def test_ranks_that_do_not_know_each_other_s_address_are_told_how(monkeypatch: p
     with pytest.raises(EvaluationError, match="torchrun"), process_group(World(0, 2), error=EvaluationError):
         pass
     assert "MASTER_ADDR" not in os.environ
+
+
+@pytest.mark.parametrize("size", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE"])
+def test_ranks_of_mpirun_that_leftovers_of_another_launcher_hide(size: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """RANK=0 and WORLD_SIZE=1 around mpirun -n 2 would make two worlds of one process, both of them rank 0."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", size: "2"}.items():
+        monkeypatch.setenv(name, value)
+    wanted = f"WORLD_SIZE: .*found '?1, and {size} 2'?.*unset RANK"
+    with pytest.raises(EvaluationError, match=wanted), process_group(world_from_environment(), error=EvaluationError):
+        pass
+    monkeypatch.setenv("WORLD_SIZE", "16")  # torchrun of 8, started by mpirun on each of two hosts
+    monkeypatch.setattr("torch.distributed.init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr("deepspec.distributed._watched", lambda *_: nullcontext())
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with process_group(world_from_environment()) as world:
+        assert world.size == 16

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[2]
 LAYERS = [0, 2]
 HIDDEN = 32
 WORDS = ["the", "cache", "keeps", "what", "a", "target", "computes", "for", "every", "token", "and", "else", "0", "12"]
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,12 @@ def run_tool(*arguments: object, launcher: list[str] | None = None, **options: A
 
 
 def tool_environment() -> dict[str, str]:
-    """One thread per process: the sums of the target's forward then do not depend on the number of processes."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    """One thread per process: the sums of the target's forward then do not depend on the number of processes.
+
+    Without the variables of a process group that pytest may be in: under mpirun they would hide the other ranks.
+    """
+    own = {"OMP_NUM_THREADS": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    return {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES} | own
 
 
 def contents(folder: Path) -> dict[str, str]:

@@ -164,7 +164,7 @@ def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 def own_environment() -> dict[str, str]:
     """This environment for another process: one thread, no GPU, no place in the process group that pytest may be in."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+    for name in cache_tools.RANK_VARIABLES:
         environment.pop(name, None)
     return environment
 
