@@ -190,13 +190,13 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> Any:
     """The target's tokenizer.
 
     Raises:
-        TargetError: no tokenizer there.
+        TargetError: no tokenizer there, or one that cannot be read.
     """
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(path), revision=revision)
-    except (OSError, ValueError) as problem:
+    except Exception as problem:  # the tokenizers package has no class of its own for a file that is not one
         raise _unreadable(path, problem) from None
 
 
@@ -272,7 +272,7 @@ def _warn_untied(spec: TargetSpec, tied: bool) -> None:
 def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:
     if isinstance(problem, StrictDataclassError) and problem.__cause__ is not None:  # a config that contradicts itself
         problem = Exception(problem.__cause__)
-    first_line = str(problem).strip().splitlines()[0]
+    first_line = (str(problem).strip() or type(problem).__name__).splitlines()[0]
     return TargetError(
         f"cannot load the target ({first_line})",
         file=path,

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from deepspec.cache.build import build_cache
 from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.data.regenerate import RegenerationPlan
-from deepspec.errors import CacheError, DataError
+from deepspec.errors import CacheError, DataError, TargetError
 from deepspec.recipe import load_recipe
 from deepspec.sources.online import OnlineSource
 from deepspec.targets import load_spec, load_target, load_tokenizer
@@ -154,3 +154,16 @@ def test_a_prompt_with_a_token_beyond_the_embedding_is_refused(tmp_path: Path) -
 def test_of_a_family_alone_nothing_is_known_of_the_embedding() -> None:
     case = data_tools.small_case("chatml")
     assert Renderer(case.tokenizer, case.family).prompt([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize("key", ["vocab", "merges"])
+def test_a_tokenizer_that_lacks_a_key_is_named(key: str, tmp_path: Path) -> None:
+    """A flipped bit in a key's name makes the tokenizers package raise a bare Exception, or another error."""
+    folder = tmp_path / "target"
+    training_tools.cache_tools.make_target(folder)
+    path = folder / "tokenizer.json"
+    values = json.loads(path.read_text())
+    values["model"][key + "x"] = values["model"].pop(key)
+    path.write_text(json.dumps(values))
+    with pytest.raises(TargetError, match=r"cannot load the target \(.+\)"):
+        load_tokenizer(folder)
