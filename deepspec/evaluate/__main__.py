@@ -46,7 +46,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
-    parser.add_argument("--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time")
+    parser.add_argument(
+        "--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time"
+    )
     parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
     server = parser.add_argument_group("a running server instead of the target in this process")
     server.add_argument("--server", metavar="URL", help="http://host:port of one that drafts")

@@ -36,7 +36,8 @@ from deepspec.targets import load_spec, load_tokenizer
 from deepspec.targets.positions import room_for
 
 log = logging.getLogger(__name__)
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 WARM_UP_TOKENS = 4  # generated and thrown away first
 SEEDS = 2**31  # engines take seeds below
 
@@ -178,7 +179,8 @@ class ServerEvaluation:
             summaries.append(summary)
         if not most:
             log.warning("the server drafts nothing: no acceptance is measured")
-        rows.close(), plain.close()
+        rows.close()
+        plain.close()
         macro = list(macro_averages(summaries)) if len(self.tasks) > 1 else []
         results = Results(self._algorithm(), most, [*summaries, *macro], self._provenance(summaries, concurrency))
         for log_of in (rows, plain):

@@ -119,7 +119,7 @@ class EngineClient(ABC):
             remedy = "start the server, then run the same command again: prompts that are done stay done"
             raise EvaluationError(problem.problem, file=problem.file, remedy=remedy) from None
         if reply.status != 200:
-            raise self.bad("the server refuses", reply.summary, "status 200", "look at the server's log, then run again")
+            raise self.bad("the server refuses", reply.summary, "status 200", "look at its log, then run again")
         return reply
 
     def json(self, path: str, value: object = None, tokens: int = 0) -> dict[str, Any]:

@@ -10,12 +10,13 @@ may have been accepted beyond it: ``draft_n_accepted`` counts those, ``predicted
 with ``timings_per_token``: the totals change at the first token of a round, which gives every round by itself.
 
 A stream leaves out tokens whose bytes are not yet a whole character. Such an answer is asked for again, not streamed,
-for its tokens alone; a round that has no line of its own is found by the drafted tokens, which are as many in every round.
+for its tokens alone; rounds that have no line of their own are counted by the drafted tokens, as many in every round.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -126,8 +127,8 @@ def rounds_of(seen: Sequence[Totals], stopped: bool) -> list[Counted]:
         seen: totals at tokens, in order; the last are those of the whole answer.
         stopped: whether a stop token ended it.
     """
-    drafts = [later.drafted - one.drafted for one, later in zip(seen, seen[1:], strict=False)]
-    steps = [later.tokens - one.tokens for one, later in zip(seen, seen[1:], strict=False)]
+    drafts = [later.drafted - one.drafted for one, later in pairwise(seen)]
+    steps = [later.tokens - one.tokens for one, later in pairwise(seen)]
     alone = [drafted for drafted, step in zip(drafts, steps, strict=True) if step == 1]
     usual = max([one for one in alone if one] or [one for one in drafts if one] or [1])
     found, end, known = list[Counted](), 1, Totals(1, 0, 0)  # end: the last token of the rounds found

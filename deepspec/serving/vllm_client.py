@@ -1,8 +1,8 @@
 """A running vLLM server: `/v1/completions` with token ids, and rounds from the counters at `/metrics`.
 
 The counters are of the whole server, so nothing else may be asked of it meanwhile. Their difference gives how many
-rounds there were, and how many accepted at least 1, 2, ... tokens: so how many accepted exactly 0, 1, ..., though not in
-which order. Several prompts at a time share a difference: it goes to the one that ended, and only sums are exact.
+rounds there were, and how many accepted at least 1, 2, ... tokens: so how many accepted exactly 0, 1, ..., in no known
+order. Several prompts at a time share a difference: it goes to the one that ended, and only sums are exact.
 The last round of an answer counts what it verified, beyond a stop token or the limit too.
 """
 
