@@ -255,6 +255,9 @@ class ServerEvaluation:
                 wanted = f"an end at {sorted(stops)}"
                 remedy = "serve the target with its own stop tokens"
                 raise client.bad("the server answers beyond a stop token", sorted(beyond), wanted, remedy)
+            if answer.finish == "stop" and answer.tokens and answer.tokens[-1] not in stops:
+                log.warning("%s %d: the server ends at token %d, not a stop token of the target", task.name, index,
+                            answer.tokens[-1])  # fmt: skip
             one.answers.append(answer)
             one.finish = answer.finish
         return one
