@@ -74,6 +74,7 @@ class Conversation:
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0  # its share of the time of all
     finish: str = ""
+    counted: list[Counted] = field(default_factory=list)  # by the server's counters, since another prompt's end
 
 
 class Shares:
@@ -121,7 +122,7 @@ class ServerEvaluation:
             for task in tasks
         ]
         self.engine, self.client = find_client(options.engine, options.server, options.timeout)
-        self.baseline = None
+        self.baseline, self._counting = None, threading.Lock()
         if options.baseline_server:
             self.baseline = find_client(self.engine, options.baseline_server, options.timeout)[1]
         self.identity = self._identity(identity_of(spec, tokenizer, self.renderer.stop_token_ids, served=True))
@@ -215,7 +216,7 @@ class ServerEvaluation:
             self.client.since_last()
         for one in self._ask_all(self.client, task, todo, temperature, concurrency, drafted=True):
             known = plain.get((task.name, temperature, one.index)) if self.baseline is not None else None
-            rounds = [each for answer in one.answers for each in answer.rounds] + self.client.since_last()
+            rounds = [each for answer in one.answers for each in answer.rounds] + one.counted
             rows.append(self._result(task, temperature, one, rounds, known).to_row())
 
     def _ask_all(
@@ -260,6 +261,9 @@ class ServerEvaluation:
                             answer.tokens[-1])  # fmt: skip
             one.answers.append(answer)
             one.finish = answer.finish
+        if drafted:  # before this thread asks for the next prompt
+            with self._counting:
+                one.counted = client.since_last()
         return one
 
     def _prompt(self, task: Task, index: int, so_far: Sequence[Answer]) -> list[int]:

@@ -67,7 +67,7 @@ class Answer:
 
 
 class EngineClient(ABC):
-    """One server; its methods may be called from any thread, :meth:`since_last` from one.
+    """One server; its methods may be called from any thread, :meth:`since_last` by one at a time.
 
     Args:
         url: ``http://host:port``.
