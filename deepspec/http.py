@@ -11,6 +11,7 @@ import json
 import os
 import ssl
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -41,6 +42,8 @@ class Reply:
     status: int
     headers: Mapping[str, str]  # names in any case
     body: bytes
+    first: float = 0.0  # seconds from the call to the first part of the body
+    seconds: float = 0.0  # to its last
 
     @property
     def summary(self) -> str:
@@ -133,6 +136,7 @@ async def _exchange(
     address = httpx.URL(url)
     login: Any = (address.username, address.password) if address.userinfo else None
     content = None if value is None else json.dumps(value).encode()
+    start, first = time.monotonic(), 0.0
     kind = {} if content is None else {"Content-Type": "application/json"}
     sent = {"Accept-Encoding": "identity", **kind, **(headers or {})}
     address = address.copy_with(userinfo=b"")  # so that no log and no error of the library holds the password
@@ -148,10 +152,11 @@ async def _exchange(
         if stated.isdecimal() and int(stated) > max_bytes:
             raise too_long
         async for part in reply.aiter_raw():
+            first = first or time.monotonic() - start
             body += part
             if len(body) > max_bytes:
                 raise too_long
-        return Reply(reply.status_code, reply.headers, bytes(body))
+        return Reply(reply.status_code, reply.headers, bytes(body), first, time.monotonic() - start)
 
 
 def _is_refused(problem: BaseException | None) -> bool:

@@ -31,6 +31,11 @@ SERVERS = {  # engines that run here, for the serve check
     "llamacpp": "deepspec.serving.llamacpp:LlamaCppServer",
 }
 
+CLIENTS = {  # engines whose running server is asked; the first that knows a server is taken
+    "llamacpp": "deepspec.serving.llamacpp_client:LlamaCppClient",
+    "vllm": "deepspec.serving.vllm_client:VLLMClient",
+}
+
 FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
@@ -74,3 +79,8 @@ def family(name: str) -> Any:
 def source(name: str) -> Any:
     """The class of the :class:`deepspec.sources.base.FeatureSource` called ``name``."""
     return lookup("feature source", SOURCES, name)
+
+
+def client(name: str) -> Any:
+    """The class of the :class:`deepspec.serving.client.EngineClient` called ``name``."""
+    return lookup("engine", CLIENTS, name)

@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepspec.arguments import COUNT, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
+from deepspec.arguments import COUNT, POSITIVE, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
+from deepspec.registry import CLIENTS
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +25,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recipe", help="a recipe: target, thinking, system prompt and the `evaluate:` section")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--target", help="target: a folder or hub id; default: the recipe's")
-    parser.add_argument("--draft", required=True, help="draft folder, or owner/name on the hub")
+    parser.add_argument("--draft", help="draft folder, or owner/name on the hub; with --server only for its name")
     parser.add_argument(
         "--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all of tasks.yaml"
     )
@@ -45,8 +46,15 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
-    parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="of the study")
-    parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study")
+    parser.add_argument(
+        "--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time"
+    )
+    parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
+    server = parser.add_argument_group("a running server instead of the target in this process")
+    server.add_argument("--server", metavar="URL", help="http://host:port of one that drafts")
+    server.add_argument("--baseline-server", metavar="URL", help="one of the same target without a draft")
+    server.add_argument("--engine", choices=("auto", *CLIENTS), default="auto", help="which engine it is")
+    server.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds of one answer (default: 900)")
     parser.add_argument("--local_rank", type=RANK, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     parser.set_defaults(revision=None)
     given = parser.parse_args()
@@ -57,7 +65,28 @@ def parse() -> argparse.Namespace:
         raise EvaluationError("no recipe to change", key="--set", found=given.set, wanted="--recipe")
     if given.target is None:
         raise EvaluationError("no target named", wanted="--target or --recipe")
+    _check_server(given)
     return given
+
+
+def _check_server(given: argparse.Namespace) -> None:
+    """Refuse what a server cannot be asked for, and what only a server can."""
+    if not given.server:
+        if given.draft is None:
+            raise EvaluationError("no draft named", wanted="--draft")
+        if given.baseline_server or given.engine != "auto":
+            flag = "--baseline-server" if given.baseline_server else "--engine"
+            raise EvaluationError("without a server", key=flag, remedy="name the --server, or leave it out")
+        return
+    ours = {"--tree": given.tree, "--confidence-threshold": given.confidence_threshold, "--study": given.study,
+            "--no-plain": given.no_plain, "--dtype": given.dtype != "auto", "--batch-size": given.batch_size != 1
+            and not given.recipe}  # fmt: skip
+    for flag, value in ours.items():
+        if value:
+            remedy = "leave it out here and set it where the server is started"
+            raise EvaluationError("not of a server: its own options decide", key=flag, remedy=remedy)
+    if not (given.draft or given.output):
+        raise EvaluationError("no output named", wanted="--output, or --draft")
 
 
 def of_recipe(path: str, overrides: list[str], target: str | None) -> dict[str, Any]:
@@ -99,16 +128,43 @@ def main() -> int:
     from deepspec.evaluate.results import trained_to_think
     from deepspec.export.hub import fetch_draft
 
+    given.tasks = tuple(name for name in given.tasks.split(",") if name)
+    if given.draft is None:
+        return _serve(given)
     if not given.output and not Path(given.draft).is_dir():  # of the hub: results do not go into its download
         given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
     given.draft = str(fetch_draft(given.draft))
-    given.output = given.output or str(Path(given.draft) / ("study" if given.study else "evaluation"))
+    folder = "served" if given.server else "study" if given.study else "evaluation"
+    given.output = given.output or str(Path(given.draft) / folder)
     if given.thinking is None:
         given.thinking = trained_to_think(Path(given.draft))
         if given.thinking:
             log.info("thinking: on, as the draft was trained (--no-thinking turns it off)")
-    given.tasks = tuple(name for name in given.tasks.split(",") if name)
+    if given.server:
+        return _serve(given)
     return _study(given) if given.study else _evaluate(given)
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from deepspec.distributed import world_from_environment
+    from deepspec.evaluate.report import write_report
+    from deepspec.evaluate.server import ServerEvaluation, ServerOptions, load_table
+
+    if (size := world_from_environment().size) > 1:
+        raise EvaluationError("one process asks a server", found=f"{size} processes", remedy="start without torchrun")
+    more = {
+        "draft": given.draft or "",
+        "thinking": bool(given.thinking),
+        "temperatures": tuple(given.temperature),
+        "concurrency": tuple(given.concurrency or (1,)),
+    }
+    results = ServerEvaluation(ServerOptions(**_fields(ServerOptions, vars(given) | more))).run()
+    for concurrency, one in results.items():
+        folder = Path(given.output) / f"concurrency-{concurrency}"
+        write_report(one.to_row(), folder)
+        log.info("%s/results.json, %s/report.html", folder, folder)
+    print(load_table(results))
+    return 0
 
 
 def _evaluate(given: argparse.Namespace) -> int:
@@ -146,7 +202,7 @@ def _study(given: argparse.Namespace) -> int:
 
     more = {
         "temperature": given.temperature[0],
-        "concurrency": tuple(given.concurrency),
+        "concurrency": tuple(given.concurrency or (1, 4, 16, 64)),
         "threshold": given.confidence_threshold or StudyOptions.threshold,
         "device": str(pick_device()),
     }

@@ -53,6 +53,7 @@ class PromptResult:
     output_sha: str = ""  # of the token ids of all turns
     steps: float = 0.0  # its share of the batch's rounds
     seconds: dict[str, float] = field(default_factory=dict)  # its share of the time, a phase and "total"
+    latency: dict[str, Any] = field(default_factory=dict)  # of a server: seconds to the "first" token, of "each" after
     baseline_tokens: int | None = None  # of the same prompt decoded without a draft
     baseline_seconds: float | None = None
     text: str = ""  # the answer to the last turn
@@ -97,6 +98,7 @@ class TaskSummary:
     equal_or_tied: float | None = (
         None  # share whose greedy output is equal, or first differs within the target's rounding
     )
+    latency: dict[str, float] = field(default_factory=dict)  # of a server, means: "first_ms", "each_ms"
     beyond_rounding: list[int] = field(default_factory=list)  # prompts whose difference rounding does not explain
 
     @property
@@ -181,6 +183,9 @@ def _equal_or_tied(results: Sequence[PromptResult]) -> float | None:
 def _add_times(summary: TaskSummary, results: Sequence[PromptResult], seed: int) -> None:
     summary.steps = sum(result.steps for result in results)
     summary.seconds = sum(result.seconds.get("total", 0.0) for result in results)
+    for name in ("first", "each"):
+        if known := [one.latency[name] for one in results if one.latency.get(name) is not None]:
+            summary.latency[f"{name}_ms"] = 1000 * sum(known) / len(known)
     for phase in PHASES:
         summary.phases[phase] = sum(result.seconds.get(phase, 0.0) for result in results)
     baseline = [(r.baseline_tokens, r.baseline_seconds) for r in results if r.baseline_tokens is not None]

@@ -1,0 +1,121 @@
+"""A running vLLM server: `/v1/completions` with token ids, and rounds from the counters at `/metrics`.
+
+The counters are of the whole server, so nothing else may be asked of it meanwhile. Their difference gives how many
+rounds there were, and how many accepted at least 1, 2, ... tokens: so how many accepted exactly 0, 1, ..., in no known
+order. Several prompts at a time share a difference: it goes to the one that ended, and only sums are exact.
+The last round of an answer counts what it verified, beyond a stop token or the limit too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from deepspec.errors import shown
+from deepspec.serving.client import Answer, Counted, EngineClient, Question
+
+METRIC = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(\{[^}]*\})? ([0-9.eE+]+)$")
+POSITION = re.compile(r'position="(\d+)"')
+NEWER = "serve with vLLM 0.10.2 or newer, and a draft (--speculative-config)"
+
+
+class VLLMClient(EngineClient):
+    """See :class:`deepspec.serving.client.EngineClient`."""
+
+    def __init__(self, url: str, seconds: float) -> None:
+        super().__init__(url, seconds)
+        self._last: Counter[str] | None = None
+        self._model: dict[str, Any] | None = None
+
+    def knows(self) -> bool:
+        """Whether `/version` is as this engine's, and `/v1/models` lists a model."""
+        return "version" in (self.replies("/version") or {}) and "data" in (self.replies("/v1/models") or {})
+
+    def identity(self) -> dict[str, Any]:
+        """Name and folder of the model, positions, version. It does not tell which draft it has."""
+        card = self._card()
+        return {
+            "model": card["id"], "root": card.get("root"), "context": card.get("max_model_len"),
+            "build": self.json("/version").get("version"),
+        }  # fmt: skip
+
+    def _card(self) -> dict[str, Any]:
+        if self._model is None:
+            listed = self.json("/v1/models")
+            try:
+                self._model = dict(listed["data"][0])
+                self._model["id"] += ""
+            except (KeyError, IndexError, TypeError, ValueError):
+                raise self.bad("the server does not tell its model", shown(listed), "data[0].id") from None
+        return self._model
+
+    def ask(self, question: Question) -> Answer:
+        """See the base class; always streamed."""
+        body = {
+            "model": self._card()["id"], "prompt": list(question.prompt), "max_tokens": question.max_tokens,
+            "temperature": question.temperature, "seed": question.seed, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
+            "stop_token_ids": list(question.stop_token_ids), "stream": True, "return_token_ids": True,
+        }  # fmt: skip
+        reply = self.call("/v1/completions", body, question.max_tokens)
+        tokens, finish = list[int](), None
+        for event in self.events(reply):
+            choices = event.get("choices")
+            if not choices:
+                continue  # of usage alone
+            try:
+                told, finish = choices[0].get("token_ids"), choices[0].get("finish_reason") or finish
+            except (KeyError, TypeError, AttributeError):
+                raise self.bad("a stream of another form", shown(event), "choices[0]") from None
+            if told is None and choices[0].get("text"):
+                raise self.bad("no token ids in a reply", shown(event), "choices[0].token_ids", NEWER)
+            tokens += self.check_tokens(told or [])
+        if finish not in ("stop", "length") or not tokens:
+            raise self.bad("a stream without its end", shown(finish), "finish_reason stop or length")
+        return Answer(tokens, finish, reply.seconds, reply.first)
+
+    def since_last(self) -> list[Counted]:
+        """See the base class; the first call only reads the counters.
+
+        Raises:
+            EvaluationError: the server has no counters of drafts.
+        """
+        now = self._counters()
+        last, self._last = self._last, now
+        return [] if last is None else rounds_of(now - last)
+
+    def _counters(self) -> Counter[str]:
+        found = Counter[str]()
+        for line in self.call("/metrics").body.decode(errors="replace").splitlines():
+            if match := METRIC.match(line):
+                position = POSITION.search(match[2] or "")
+                try:
+                    found[match[1] + (f" {position[1]}" if position else "")] += int(float(match[3]))
+                except (ValueError, OverflowError):
+                    raise self.bad("a counter that is no number", line, "a number") from None
+        if "drafts" not in found:
+            raise self.bad("no counters of drafts", "none", "vllm:spec_decode_num_drafts_total at /metrics", NEWER)
+        return found
+
+
+def rounds_of(gained: Counter[str]) -> list[Counted]:
+    """Rounds by what the counters gained, the ones that accepted most first.
+
+    Args:
+        gained: ``drafts``, ``draft_tokens``, ``accepted_tokens``, ``accepted_tokens_per_pos 0`` and so on.
+    """
+    number, sent = gained["drafts"], gained["draft_tokens"]
+    positions = sum(key.startswith("accepted_tokens_per_pos ") for key in gained)
+    reached = [gained[f"accepted_tokens_per_pos {position}"] for position in range(positions)]
+    if sum(reached) != gained["accepted_tokens"]:  # a server without counters by position
+        reached, left = [], gained["accepted_tokens"]
+        while left and number:
+            reached.append(min(left, number))
+            left -= reached[-1]
+    found = []
+    for one in range(number):
+        accepted = sum(one < count for count in reached)
+        proposed = max(accepted, -(-sent // (number - one)))
+        found.append(Counted(min(proposed, sent), accepted, accepted + 1))
+        sent -= min(proposed, sent)
+    return found

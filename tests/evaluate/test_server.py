@@ -1,0 +1,368 @@
+"""The evaluator against running servers: the real llama.cpp, a stub of vLLM, and servers that reply badly."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cache_tools import train_tokenizer
+from evaluate_tools import make_folders, rows_of, write_task
+from llamacpp_server import running
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from deepspec import registry
+from deepspec.batch import Batch, Supervision
+from deepspec.data.chat import Renderer
+from deepspec.decoding.loop import generate
+from deepspec.decoding.records import DecodeSettings
+from deepspec.drafts import save_draft
+from deepspec.errors import EvaluationError
+from deepspec.evaluate.__main__ import parse
+from deepspec.evaluate.compare import main as compare
+from deepspec.evaluate.results import Results
+from deepspec.evaluate.run import Evaluation, Options
+from deepspec.evaluate.server import ServerEvaluation, ServerOptions, load_table
+from deepspec.export.convert import ExportOptions, export_draft, read_draft
+from deepspec.serving.client import Counted
+from deepspec.targets import load_target, load_tokenizer
+from deepspec.testing import tiny
+
+TOKENS = 40
+WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "the", "of", "and"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A target, its draft and the tasks in folders, and the URLs of two servers."""
+
+    options: ServerOptions
+    root: Path
+
+    def run(self, output: Path, **more: Any) -> dict[int, Results]:
+        return ServerEvaluation(replace(self.options, output=str(output), **more)).run()
+
+
+def teach(root: Path, prompts: list[list[int]], stops: tuple[int, ...]) -> None:
+    """A draft that has learned most of what the target answers."""
+    target = load_target(root / "target", torch.float32)
+    made = generate(target, None, prompts, DecodeSettings(0.0, TOKENS, stops), 4)
+    texts = [[*one.request.prompt_ids, *one.output_ids] for one in made]
+    lengths = torch.tensor([len(text) for text in texts])
+    tokens = torch.tensor([[*text, *[0] * (int(lengths.max()) - len(text))] for text in texts])
+    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
+    outputs = target.forward(tokens, (0, 1))
+    supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
+    batch = Batch(supervision, tokens, outputs.features, outputs.last_hidden)
+    owner = registry.algorithm("dspark")
+    config = owner.parse(tiny.tiny_section("dspark", target_layers=[0, 1]), target.spec)
+    model = owner.build(config, target.spec, 0)
+    model.attach(target.embed_weight, target.head_weight)
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=4e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(batch).loss())
+        optimizer.step()
+    save_draft(root / "draft", model.eval().state_dict(), owner.config_json(config, target.spec), {})
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    pytest.importorskip("xllamacpp", reason="the extra `llamacpp`")
+    from deepspec.serving.llamacpp import LlamaCppServer, write_target
+
+    root = tmp_path_factory.mktemp("served")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 3)
+    torch.manual_seed(3)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, initializer_range=0.15,
+    )  # fmt: skip
+    model = Qwen3ForCausalLM(config).float()
+    model.generation_config.eos_token_id = sorted(set(tokenizer.all_special_ids))  # the engine ends at all of them
+    model.save_pretrained(root / "target")
+    tokenizer.save_pretrained(root / "target")
+    write_task(root / "tasks" / "short.jsonl", [[f"{word} and two?"] for word in WORDS[:6]])
+    write_task(root / "tasks" / "talk.jsonl", [["one", "two"]])
+    target = load_target(root / "target", torch.float32)
+    renderer = Renderer(load_tokenizer(root / "target"), target.spec)
+    stops = tuple(renderer.stop_token_ids)
+    teach(root, [renderer.prompt([{"role": "user", "content": f"{word} and two?"}]) for word in WORDS[:6]], stops)
+    export_draft(root / "draft", root / "out", ExportOptions("gguf", target=str(root / "target")))
+    write_target(root / "target", root / "target.gguf", stops)
+    server = LlamaCppServer(root, root)
+    told = dict(server.speculative("gguf", read_draft(root / "draft"), root / "out"))
+    gguf = str(root / "target.gguf")
+    with (
+        running(root, "drafting", target=gguf, speculative_config=told) as url,
+        running(root, "alone", target=gguf) as alone,
+    ):
+        options = ServerOptions(
+            str(root / "target"), str(root / "draft"), "", (str(root / "tasks"),), server=url, baseline_server=alone,
+            temperatures=(0.0,), max_new_tokens=TOKENS, timeout=30.0,
+        )  # fmt: skip
+        yield Served(options, root)
+
+
+def here(served: Served, output: Path) -> Results:
+    """The same in this process."""
+    one = served.options
+    options = Options(one.target, one.draft, str(output), one.tasks, temperatures=(0.0,), max_new_tokens=TOKENS)
+    results = Evaluation(options).run()
+    assert results is not None
+    return results
+
+
+def test_the_server_accepts_as_the_evaluator_here_does(
+    served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ours = here(served, tmp_path / "here")
+    theirs = served.run(tmp_path / "there", concurrency=(1, 3))
+    for number, results in theirs.items():
+        folder = tmp_path / "there" / f"concurrency-{number}"
+        rows = {(row["task"], row["index"]): row for row in rows_of(folder)}
+        mine = {(row["task"], row["index"]): row for row in rows_of(tmp_path / "here")}
+        assert {key: row["output_sha"] for key, row in rows.items()} == {
+            key: row["output_sha"] for key, row in mine.items()
+        }
+        assert {row["finish"] for row in rows.values()} == {"stop", "length"}
+        for our, their in zip(ours.summaries, results.summaries, strict=True):
+            assert our.acceptance_length is not None
+            assert their.acceptance_length is not None
+            within = 0.01 if number == 1 else 0.05  # .97 and 2.8 % were seen; why more together is not known
+            assert their.acceptance_length == pytest.approx(our.acceptance_length, rel=within)
+            assert number > 1 or their.rounds == our.rounds
+            assert their.acceptance_length > 1.05
+            assert their.equal_to_baseline == 1.0
+            assert their.tokens_per_second > 0
+            assert their.speed_up is not None
+        assert results.summaries[0].latency["first_ms"] > 0
+        assert Results.load(folder) == results
+    assert "at a time" in load_table(theirs)
+    assert compare([str(tmp_path / "here"), str(tmp_path / "there" / "concurrency-3")]) == 0
+    assert "other prompts" not in capsys.readouterr().out
+
+
+def test_a_killed_run_goes_on_and_counts_each_prompt_once(served: Served, tmp_path: Path) -> None:
+    whole = served.run(tmp_path / "whole")[1]
+    cut = tmp_path / "cut"
+    served.run(cut)
+    folder = cut / "concurrency-1"
+    for name in ("results.json", "plain.jsonl"):
+        (folder / name).unlink()
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text("".join(lines[:3]) + lines[3][:20])  # as a kill leaves it
+    again = served.run(cut)[1]
+    rows = rows_of(folder)
+    assert [(row["task"], row["index"]) for row in rows] == [(row["task"], row["index"]) for row in rows_of(
+        tmp_path / "whole" / "concurrency-1")]  # fmt: skip
+    assert "".join(json.dumps(row, separators=(",", ":"), ensure_ascii=False) + "\n" for row in rows[:3]) == "".join(
+        lines[:3]
+    )
+    assert [one.acceptance_length for one in again.summaries] == [one.acceptance_length for one in whole.summaries]
+
+
+def test_another_model_or_setting_is_refused(served: Served, tmp_path: Path) -> None:
+    served.run(tmp_path, baseline_server=None)
+    other = tmp_path / "other.gguf"
+    other.symlink_to(served.root / "target.gguf")
+    message = r"holds another run.*server.model: run target.gguf, now other.gguf"
+    with running(tmp_path, "other", target=str(other)) as url, pytest.raises(EvaluationError, match=message):
+        served.run(tmp_path, server=url, baseline_server=None)
+    with pytest.raises(EvaluationError, match=r"settings.max_new_tokens: run 40, now 8"):
+        served.run(tmp_path, baseline_server=None, max_new_tokens=8)
+
+
+# -- stubs ------------------------------------------------------------------------------------------------------------
+
+Answering = Callable[[BaseHTTPRequestHandler, bytes], None]
+
+
+@contextmanager
+def stub(answer: Answering) -> Iterator[str]:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            answer(self, b"")
+
+        def do_POST(self) -> None:
+            answer(self, self.rfile.read(int(self.headers["Content-Length"])))
+
+        def log_message(self, *args: Any) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    http.daemon_threads = True
+    threading.Thread(target=http.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{http.server_port}"
+    finally:
+        http.shutdown()
+        http.server_close()
+
+
+def send(handler: BaseHTTPRequestHandler, value: object, status: int = 200) -> None:
+    data = value if isinstance(value, bytes) else json.dumps(value).encode()
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(len(data)))
+    handler.end_headers()
+    handler.wfile.write(data)
+
+
+class Counting:
+    """What vLLM replies: rounds of three drafted tokens that accept 0, 2 and 3, and one more token at the end."""
+
+    def __init__(self) -> None:
+        self.drafts, self.by_position = 7, [5, 4, 2]  # of earlier requests
+        self.asked: list[dict[str, Any]] = []
+
+    def __call__(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        if handler.path == "/version":
+            send(handler, {"version": "0.33.0"})
+        elif handler.path == "/v1/models":
+            send(handler, {"data": [{"id": "tiny", "root": "/models/tiny", "max_model_len": 512}]})
+        elif handler.path == "/metrics":
+            send(handler, self.metrics().encode())
+        elif handler.path == "/v1/completions":
+            self.complete(handler, json.loads(body))
+        else:
+            send(handler, {"detail": "Not Found"}, 404)
+
+    def metrics(self) -> str:
+        name, label = "vllm:spec_decode_num", 'engine="0",model_name="tiny"'
+        counts = {"drafts": self.drafts, "draft_tokens": 3 * self.drafts, "accepted_tokens": sum(self.by_position)}
+        lines = [f"# TYPE {name}_drafts_total counter", f"{name}_drafts_created{{{label}}} 1.7e+09"]
+        lines += [f"{name}_{key}_total{{{label}}} {float(value)}" for key, value in counts.items()]
+        lines += [
+            f'{name}_accepted_tokens_per_pos_total{{{label},position="{slot}"}} {float(value)}'
+            for slot, value in enumerate(self.by_position)
+        ]
+        return "\n".join(lines) + "\n"
+
+    def complete(self, handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        self.asked.append(asked)
+        assert all(type(one) is int for one in asked["prompt"])
+        assert asked["return_token_ids"]
+        for accepted in (0, 2, 3):
+            self.drafts += 1
+            self.by_position = [count + (accepted > slot) for slot, count in enumerate(self.by_position)]
+        parts: list[list[int]] = [[40], [41], [42, 43, 44], [45, 46, 47, 48]]
+        events = [{"choices": [{"text": "x", "token_ids": part, "finish_reason": None}]} for part in parts]
+        events[-1]["choices"][0]["finish_reason"] = "length"
+        text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+        send(handler, text.encode())
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> ServerOptions:
+    made = make_folders(tmp_path_factory.mktemp("folders"))
+    return ServerOptions(
+        str(made.target), "", "", (str(made.tasks / "short.jsonl"),), temperatures=(0.0,), max_new_tokens=9,
+        timeout=2.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("together", [1, 3])
+def test_counters_of_the_server_become_rounds(folders: ServerOptions, tmp_path: Path, together: int) -> None:
+    server = Counting()
+    with stub(server) as url:
+        options = replace(folders, server=f"{url}/v1", output=str(tmp_path), concurrency=(together,))
+        evaluation = ServerEvaluation(options)
+        summary = evaluation.run()[together].summaries[0]
+    assert evaluation.engine == "vllm"
+    assert (summary.rounds, summary.acceptance_length, summary.output_tokens) == (9, 8 / 3, 27)
+    assert summary.prefix == pytest.approx([2 / 3, 2 / 3, 1 / 3])
+    assert summary.verify_rate == pytest.approx(5 / 9)
+    rows = rows_of(tmp_path / f"concurrency-{together}")
+    if together == 1:
+        assert [row["accepted"] for row in rows] == [[3, 2, 0]] * 3
+    assert len(server.asked) == 4  # one to warm up
+
+
+def llamacpp(reply: Answering) -> Answering:
+    """Its server up to the first prompt, which ``reply`` answers."""
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        if handler.path == "/props":
+            settings = {"n_ctx": 512}
+            send(handler, {"total_slots": 1, "model_path": "/m.gguf", "build_info": "b1",
+                           "default_generation_settings": settings})  # fmt: skip
+        elif handler.path == "/v1/models":
+            send(handler, {"data": [{"meta": {"n_vocab": 1, "n_embd": 1, "n_params": 1, "size": 1}}]})
+        elif json.loads(body)["prompt"] == [0]:
+            send(handler, {"generation_settings": {"speculative.types": "draft-dspark"}})
+        else:
+            reply(handler, body)
+
+    return answer
+
+
+def endless(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    try:
+        while True:
+            handler.wfile.write(b"x" * (1 << 20))
+    except OSError:
+        pass
+
+
+def silent(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+    threading.Event().wait(4)
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        (lambda handler, body: send(handler, {"error": "no slot"}, 500), "the server refuses.*500 .*no slot"),
+        (lambda handler, body: send(handler, b'data: {"tokens": [1'), "a broken event in a stream"),
+        (lambda handler, body: send(handler, b'data: {"tokens": [1], "timings": {}}\n\n'), "a stream without its end"),
+        (lambda handler, body: send(handler, b'data: {"stop": true}\n\n'), "no timings in a reply"),
+        (lambda handler, body: send(handler, b""), "a stream without its end"),
+        (endless, "a reply of more than"),
+        (silent, "no complete reply within 2 s"),
+    ],
+)
+def test_a_bad_reply_is_one_line_that_names_the_server(
+    folders: ServerOptions, tmp_path: Path, reply: Answering, message: str
+) -> None:
+    with stub(llamacpp(reply)) as url, pytest.raises(EvaluationError, match=message) as caught:
+        ServerEvaluation(replace(folders, server=url, output=str(tmp_path))).run()
+    assert url in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_server_that_is_none_is_refused(folders: ServerOptions) -> None:
+    message = "not a server of this engine"
+    with stub(lambda handler, body: send(handler, {}, 404)) as url, pytest.raises(EvaluationError, match=message):
+        ServerEvaluation(replace(folders, server=url, output="never"))
+    with pytest.raises(EvaluationError, match="connection refused"):
+        ServerEvaluation(replace(folders, server=url, output="never"))
+
+
+@pytest.mark.parametrize(
+    "flags", [["--tree", "2,1"], ["--confidence-threshold", "0.5"], ["--study", "scheduler"], ["--no-plain"]]
+)
+def test_what_the_server_decides_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, flags: list[str]) -> None:
+    command = ["evaluate", "--target", "t", "--server", "http://127.0.0.1:1", "--output", "o", *flags]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(EvaluationError, match=flags[0]):
+        parse()
+
+
+def test_rounds_between_two_lines_of_a_stream() -> None:
+    from deepspec.serving.llamacpp_client import Totals, rounds_of
+
+    whole = [Totals(1, 0, 0), Totals(2, 4, 2), Totals(3, 4, 2), Totals(4, 4, 2), Totals(5, 8, 2), Totals(6, 12, 6)]
+    assert rounds_of(whole, stopped=False) == [Counted(4, 2, 3), Counted(4, 0, 1), Counted(4, 4, 5)]
+    assert rounds_of(whole, stopped=True)[-1] == Counted(1, 1, 1)  # what follows a drafted stop token was not verified
+    missing = [Totals(1, 0, 0), Totals(2, 4, 2), Totals(10, 12, 6)]  # the second round has no line
+    found = rounds_of(missing, stopped=False)
+    assert (len(found), sum(one.accepted for one in found), sum(one.proposed for one in found)) == (3, 6, 12)
+    assert rounds_of([Totals(1, 0, 0), Totals(2, 0, 0)], stopped=False) == [Counted(0, 0, 1)]
