@@ -18,7 +18,7 @@ from deepspec.http import MAX_BYTES, NoReply, Reply, check_url, request, without
 TOKEN_BYTES = 4096  # that a streamed reply may take for a token
 SHORT = 30.0  # seconds for a reply that generates nothing
 UNKNOWN = -1  # in place of a token that the server did not tell
-PERIOD = "the server must reply in its documented form: look at its log, or name another --engine"
+REMEDY = "the server must reply in its documented form: look at its log, or name another --engine"
 
 
 class Counted(NamedTuple):
@@ -161,7 +161,7 @@ class EngineClient(ABC):
                 raise self.bad("a broken event in a stream", found, "a JSON object")
             yield value
 
-    def bad(self, problem: str, found: object, wanted: str, remedy: str = PERIOD) -> EvaluationError:
+    def bad(self, problem: str, found: object, wanted: str, remedy: str = REMEDY) -> EvaluationError:
         """An error that names the server."""
         return EvaluationError(problem, file=without_password(self.url), found=found, wanted=wanted, remedy=remedy)
 
