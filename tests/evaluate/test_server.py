@@ -141,7 +141,6 @@ def test_the_server_accepts_as_the_evaluator_here_does(
                 assert their.rounds == our.rounds
             else:  # the engine accepts less where requests share a batch, by how they meet: 2.8 to 6 % were seen
                 assert their.acceptance_length < our.acceptance_length * 1.01
-                assert their.rounds >= our.rounds
             assert their.acceptance_length > 1.05
             assert their.equal_to_baseline == 1.0
             assert their.tokens_per_second > 0
