@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from deepspec.arguments import SEED, SHARE, Parser
+from deepspec.distributed import RANK_VARIABLES
 from deepspec.errors import run_main
 from deepspec.files import write_json
 
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="write the table between the marks of this page")
     given = parser.parse_args()
     for name in list(os.environ):  # of a launcher around us: the commands are alone, or have launchers of their own
-        if name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if name in RANK_VARIABLES:
             del os.environ[name]
     os.environ["OMP_NUM_THREADS"] = "1"
     sys.path[:0] = [str(ROOT / "tests" / name) for name in ("helpers", "trust")]

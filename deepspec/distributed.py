@@ -44,7 +44,9 @@ _LAUNCHER_VARIABLES = (  # rank, size, local rank, local size of torchrun/deepsp
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE"),
 )
-_MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+_MPI_SIZES = tuple(size for _, size, *_ in _LAUNCHER_VARIABLES[1:3])
+_ADDRESS = ("MASTER_ADDR", "MASTER_PORT")
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", *_ADDRESS)  # that a process group sets while it is open
 
 
 def world_from_environment() -> World:
@@ -58,8 +60,10 @@ def world_from_environment() -> World:
 
 def _refuse_left_over_ranks(world: World, error: type[DeepSpecError]) -> None:
     """Under mpirun, RANK and WORLD_SIZE of a shell or a job around it would make every process a world of its own."""
+    if "WORLD_SIZE" not in os.environ:
+        return
     for name in _MPI_SIZES:
-        if "WORLD_SIZE" in os.environ and int(os.environ.get(name, "1")) > world.size:
+        if int(os.environ.get(name, "1")) > world.size:
             raise error(
                 "mpirun started more processes than RANK and WORLD_SIZE know of", key="WORLD_SIZE",
                 found=f"{world.size}, and {name} {os.environ[name]}",
@@ -159,14 +163,13 @@ def _environment_of(world: World, error: type[DeepSpecError]) -> Iterator[None]:
             os.environ.setdefault(name, str(number))
         yield
     finally:
-        for name in {"MASTER_ADDR", "MASTER_PORT", *ranks} - given:
+        for name in set(RANK_VARIABLES) - given:
             os.environ.pop(name, None)
 
 
 def _set_address(world: World, error: type[DeepSpecError]) -> None:
     """Set MASTER_ADDR and MASTER_PORT where they are missing."""
-    names = ("MASTER_ADDR", "MASTER_PORT")
-    if all(name in os.environ for name in names):
+    if all(name in os.environ for name in _ADDRESS):
         return
     under_mpi = any(name in os.environ for name in ("PMI_RANK", "PMIX_RANK", "OMPI_COMM_WORLD_RANK"))
     address = LOCAL_ADDRESS
@@ -176,10 +179,10 @@ def _set_address(world: World, error: type[DeepSpecError]) -> None:
         address = _address_by_mpi(world) or LOCAL_ADDRESS
     elif "SLURM_PROCID" not in os.environ:
         raise error(
-            "the ranks have no address to connect to", key=", ".join(names),
+            "the ranks have no address to connect to", key=", ".join(_ADDRESS),
             remedy="start with torchrun or deepspeed, or set both",
         )  # fmt: skip
-    for name, value in zip(names, address, strict=True):
+    for name, value in zip(_ADDRESS, address, strict=True):
         os.environ.setdefault(name, value)
 
 

@@ -95,9 +95,7 @@ class TaskSummary:
     without_rounds: int = 0  # prompts whose answer was their first token: they have no acceptance length
     cut_short: int = 0  # prompts whose later turns would not have fitted the target's positions
     too_long: int = 0  # prompts left out of the task: they do not fit the target's positions
-    equal_or_tied: float | None = (
-        None  # share whose greedy output is equal, or first differs within the target's rounding
-    )
+    equal_or_tied: float | None = None  # share whose greedy output is equal, or differs within the target's rounding
     latency: dict[str, float] = field(default_factory=dict)  # of a server, means: "first_ms", "each_ms"
     beyond_rounding: list[int] = field(default_factory=list)  # prompts whose difference rounding does not explain
 

@@ -38,7 +38,7 @@ def summary_table(rows: Rows) -> Table:
         own = [*_names(row), length_text(row), *([number(row.get("published"))] if with_paper else [])]
         own += [number(row["verify_rate"], ".0%"), number(row["tokens_per_second"], ",.0f")]
         own += [number(row["plain_tokens_per_second"], ",.0f"), speed_up(row)]
-        own += [number(row[key], ".0%") if key in row else "" for key in ("equal_to_plain", "equal_or_tied")]
+        own += [number(row.get(key), ".0%") for key in ("equal_to_plain", "equal_or_tied")]
         cells.append([*own, row["prompts"]])
     return Table(header, cells)
 

@@ -6,7 +6,7 @@ import importlib.metadata
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,8 +16,8 @@ import yaml
 
 from deepspec.errors import EvaluationError, without_logins
 from deepspec.evaluate.measure import TaskSummary
-from deepspec.evaluate.tasks import registered_tasks
-from deepspec.files import check_digests, digests_of, read_json, sealed, sha256_file, write_json
+from deepspec.evaluate.tasks import Task, registered_tasks
+from deepspec.files import check_digests, digests_of, read_json, sealed, sha256_file, sha256_json, write_json
 from deepspec.rows import RowLog
 
 FORMAT = "deepspec.results/2"
@@ -42,6 +42,30 @@ def open_rows(folder: Path, name: str, rank: int = 0) -> RowLog[Key]:
         remedy = f"put it back, or remove {RESULTS} and the changed rows: evaluated again, they are made again"
         check_digests(folder, digests, EvaluationError, remedy)
     return RowLog(path, lambda row: (row["task"], row["temperature"], row["index"]), EvaluationError, rank=rank)
+
+
+def missing_prompts(task: Task, temperature: float, rows: Container[Key]) -> list[int]:
+    """The prompts of a task that have no row yet."""
+    return [index for index in task.prompts if (task.name, temperature, index) not in rows]
+
+
+def outputs_sha(outputs: Sequence[Sequence[int]]) -> str:
+    """Digest of the token ids of a prompt's turns."""
+    return sha256_json(outputs)[:16]
+
+
+def baseline_row(key: Key, outputs: Sequence[Sequence[int]], seconds: float) -> dict[str, Any]:
+    """A row of plain.jsonl: the token ids of a prompt's turns, kept where they are greedy, and their time."""
+    task, temperature, index = key
+    return {
+        "task": task,
+        "index": index,
+        "temperature": temperature,
+        "output_tokens": sum(map(len, outputs)),
+        "output_sha": outputs_sha(outputs),
+        "seconds": seconds,
+        "output_ids": outputs if temperature == 0 else None,
+    }
 
 
 @dataclass(frozen=True)

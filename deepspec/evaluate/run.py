@@ -30,7 +30,18 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.cost import Cost, CostMeter
 from deepspec.evaluate.measure import PromptResult, TaskSummary, file_keys, macro_averages, summarise
-from deepspec.evaluate.results import Key, Provenance, Results, environment, open_rows, paper_value, recipe_of
+from deepspec.evaluate.results import (
+    Key,
+    Provenance,
+    Results,
+    baseline_row,
+    environment,
+    missing_prompts,
+    open_rows,
+    outputs_sha,
+    paper_value,
+    recipe_of,
+)
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.evaluate.ties import first_difference
@@ -118,8 +129,7 @@ class Evaluation:
         draft: DraftModel | None = None,
     ) -> None:
         self.options, self.world = options, world or World()
-        tasks = load_tasks(options.tasks, options.samples, options.seed)
-        tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
+        tasks = load_tasks(options.tasks, options.samples, options.seed, options.first_turn)
         self.skipped = missing_tasks(options.tasks)
         self.target: Target = target or options.load_target()
         self.draft: DraftModel = draft or load_draft(options.draft, self.target)
@@ -183,7 +193,7 @@ class Evaluation:
             drafted, baseline = (open_rows(self.output, name, self.world.rank) for name in ("results", "plain"))
             barrier(self.world)  # every rank has read before any writes
             work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
-            if any(self._missing(*one, drafted) for one in work):
+            if any(missing_prompts(*one, drafted) for one in work):
                 self._warm_up()
             for task, temperature in work:
                 self._run_task(task, temperature, drafted, baseline)
@@ -200,7 +210,7 @@ class Evaluation:
         options, summaries = self.options, []
         for temperature in options.temperatures:
             for task in self.tasks:
-                if missing := self._missing(task, temperature, rows):
+                if missing := missing_prompts(task, temperature, rows):
                     raise EvaluationError(
                         "rows are missing", file=rows.own, key=task.name,
                         found=f"{len(missing)} of {len(task.prompts)}",
@@ -278,27 +288,14 @@ class Evaluation:
     def _drafter(self, longest: int) -> Drafter:
         return self.draft.algorithm.drafter(self.draft, self.rows, longest)
 
-    @staticmethod
-    def _missing(task: Task, temperature: float, rows: Rows) -> list[int]:
-        return [index for index in task.prompts if (task.name, temperature, index) not in rows]
-
     def _run_task(self, task: Task, temperature: float, drafted: Rows, baseline: Rows) -> None:
         """Decode this rank's share of the prompts that have no row yet."""
-        mine = self._missing(task, temperature, drafted)[self.world.rank :: self.world.size]
+        mine = missing_prompts(task, temperature, drafted)[self.world.rank :: self.world.size]
         if self.options.baseline:
             todo = [index for index in mine if (task.name, temperature, index) not in baseline]
             for index, generations, cost in self._decode(task, todo, temperature, with_draft=False):
-                baseline.append(
-                    {
-                        "task": task.name,
-                        "index": index,
-                        "temperature": temperature,
-                        "output_tokens": sum(len(one.output_ids) for one in generations),
-                        "output_sha": _digest(generations),
-                        "seconds": cost.seconds["total"],
-                        "output_ids": [one.output_ids for one in generations] if temperature == 0 else None,
-                    }
-                )
+                outputs = [one.output_ids for one in generations]
+                baseline.append(baseline_row((task.name, temperature, index), outputs, cost.seconds["total"]))
         for index, generations, cost in self._decode(task, mine, temperature, with_draft=True):
             alone = baseline.get((task.name, temperature, index))
             drafted.append(self._result(task, index, temperature, generations, cost, alone).to_row())
@@ -347,13 +344,10 @@ class Evaluation:
 
     def _request(self, task: Task, index: int, so_far: list[Generation]) -> DecodeRequest:
         """The next turn of a prompt, after the turns before it and their answers."""
-        messages: list[dict[str, Any]] = []
-        for turn, generation in zip(task.prompts[index], so_far, strict=False):
-            answer = self.renderer.tokenizer.decode(generation.output_ids, skip_special_tokens=True)
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
-        messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
+        answers = [self.renderer.tokenizer.decode(one.output_ids, skip_special_tokens=True) for one in so_far]
         number = sample_id(task.name, index, len(so_far))
-        return DecodeRequest(tuple(self.renderer.prompt(messages)), number, tag=(index, len(so_far)))
+        prompt = self.renderer.prompt(task.messages(index, answers))
+        return DecodeRequest(tuple(prompt), number, tag=(index, len(so_far)))
 
     def _following(self, task: Task, index: int, so_far: list[Generation]) -> DecodeRequest | None:
         """The next turn; None after the last one, and where the next would not fit the target's positions."""
@@ -370,7 +364,7 @@ class Evaluation:
         alone: dict[str, Any] | None,
     ) -> PromptResult:  # fmt: skip
         rounds = [one for generation in generations for one in generation.rounds]
-        digest = _digest(generations)
+        digest = outputs_sha([generation.output_ids for generation in generations])
         equal = alone["output_sha"] == digest if alone is not None and temperature == 0 else None
         return PromptResult(
             task=task.name,
@@ -422,10 +416,6 @@ class Evaluation:
 def sample_id(task: str, index: int, turn: int) -> int:
     """The key of one turn's random numbers: task, index of the prompt, turn; never the batch or the rank."""
     return int(sha256_json([task, index, turn])[:15], 16)
-
-
-def _digest(generations: list[Generation]) -> str:
-    return sha256_json([generation.output_ids for generation in generations])[:16]
 
 
 def _as_json(value: Any) -> Any:

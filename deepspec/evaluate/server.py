@@ -22,10 +22,19 @@ from deepspec.drafts import CONFIG, draft_algorithm, read_config, weights_sha256
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import PromptResult, TaskSummary, file_keys, macro_averages, summarise
 from deepspec.evaluate.report import number, speed_up
-from deepspec.evaluate.results import Provenance, Results, environment, open_rows, recipe_of
+from deepspec.evaluate.results import (
+    Provenance,
+    Results,
+    baseline_row,
+    environment,
+    missing_prompts,
+    open_rows,
+    outputs_sha,
+    recipe_of,
+)
 from deepspec.evaluate.run import Models, Rows, sample_id
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
-from deepspec.files import read_json, sealed, sha256_json, write_json
+from deepspec.files import read_json, sealed, write_json
 from deepspec.identity import differences, identity_of
 from deepspec.locks import one_writer
 from deepspec.metrics import length_text
@@ -76,6 +85,11 @@ class Conversation:
     finish: str = ""
     counted: list[Counted] = field(default_factory=list)  # by the server's counters, since another prompt's end
 
+    @property
+    def outputs(self) -> list[list[int]]:
+        """Token ids of each turn."""
+        return [answer.tokens for answer in self.answers]
+
 
 class Shares:
     """Splits the time between two events evenly over the requests that were in flight."""
@@ -114,8 +128,7 @@ class ServerEvaluation:
         spec = load_spec(options.target, options.revision)
         tokenizer = load_tokenizer(options.target, options.revision)
         self.renderer = Renderer(tokenizer, spec, options.system_prompt, options.thinking)
-        tasks = load_tasks(options.tasks, options.samples, options.seed)
-        tasks = [task.first_turns() for task in tasks] if options.first_turn else tasks
+        tasks = load_tasks(options.tasks, options.samples, options.seed, options.first_turn)
         self.room = room_for(spec.config, options.max_new_tokens)
         self.tasks = [
             leave_out(task, self.room, options.max_new_tokens, lambda task, index: len(self._prompt(task, index, [])))
@@ -167,7 +180,7 @@ class ServerEvaluation:
         folder.mkdir(exist_ok=True)
         rows, plain = (open_rows(folder, name) for name in ("results", "plain"))
         work = [(task, temperature) for temperature in self.options.temperatures for task in self.tasks]
-        if any(self._missing(*one, rows) for one in work):
+        if any(missing_prompts(*one, rows) for one in work):
             self._warm_up()
         for task, temperature in work:
             self._run_task(task, temperature, concurrency, rows, plain)
@@ -202,16 +215,12 @@ class ServerEvaluation:
             if client is not None:
                 client.ask(Question(prompt, WARM_UP_TOKENS, stop_token_ids=tuple(self.renderer.stop_token_ids)))
 
-    @staticmethod
-    def _missing(task: Task, temperature: float, rows: Rows) -> list[int]:
-        return [index for index in task.prompts if (task.name, temperature, index) not in rows]
-
     def _run_task(self, task: Task, temperature: float, concurrency: int, rows: Rows, plain: Rows) -> None:
-        todo = self._missing(task, temperature, rows)
+        todo = missing_prompts(task, temperature, rows)
         if self.baseline is not None:
             alone = [index for index in todo if (task.name, temperature, index) not in plain]
             for one in self._ask_all(self.baseline, task, alone, temperature, concurrency, drafted=False):
-                plain.append(_plain_row(task, temperature, one))
+                plain.append(baseline_row((task.name, temperature, one.index), one.outputs, one.seconds))
         if todo:
             self.client.since_last()
         for one in self._ask_all(self.client, task, todo, temperature, concurrency, drafted=True):
@@ -231,7 +240,7 @@ class ServerEvaluation:
         for one in together(lambda index: self._converse(client, task, index, temperature, drafted, shares), indices,
                             concurrency):  # fmt: skip
             yield one
-            progress.add(1, sum(len(answer.tokens) for answer in one.answers))
+            progress.add(1, sum(map(len, one.outputs)))
         progress.finish()
 
     def _converse(
@@ -267,11 +276,7 @@ class ServerEvaluation:
         return one
 
     def _prompt(self, task: Task, index: int, so_far: Sequence[Answer]) -> list[int]:
-        messages: list[dict[str, Any]] = []
-        for turn, answer in zip(task.prompts[index], so_far, strict=False):
-            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": self._text(answer)}]
-        messages.append({"role": "user", "content": task.prompts[index][len(so_far)]})
-        return self.renderer.prompt(messages)
+        return self.renderer.prompt(task.messages(index, [self._text(answer) for answer in so_far]))
 
     def _text(self, answer: Answer) -> str:
         known = [token for token in answer.tokens if token != UNKNOWN]
@@ -281,19 +286,20 @@ class ServerEvaluation:
         self, task: Task, temperature: float, one: Conversation, rounds: Sequence[Counted], alone: dict[str, Any] | None
     ) -> PromptResult:
         each = [answer.each for answer in one.answers if answer.each is not None]
-        complete = all(UNKNOWN not in answer.tokens for answer in one.answers)
-        equal = alone is not None and alone["output_sha"] == _digest(one)
+        complete = all(UNKNOWN not in tokens for tokens in one.outputs)
+        digest = outputs_sha(one.outputs)
+        equal = alone is not None and alone["output_sha"] == digest
         return PromptResult(
             task=task.name,
             index=one.index,
             temperature=temperature,
-            output_tokens=sum(len(answer.tokens) for answer in one.answers),
+            output_tokens=sum(map(len, one.outputs)),
             committed=[one.committed for one in rounds],
             proposed=[one.proposed for one in rounds],
             accepted=[one.accepted for one in rounds],
             equal_to_baseline=equal if alone is not None and temperature == 0 and complete else None,
             finish=one.finish,
-            output_sha=_digest(one),
+            output_sha=digest,
             seconds={"total": round(one.seconds, 7)},
             latency={
                 "first": sum(answer.first for answer in one.answers) / len(one.answers),
@@ -361,22 +367,6 @@ def together(work: Callable[[T], R], items: Sequence[T], number: int) -> Iterato
             yield result  # type: ignore[misc]
     finally:
         stopped.set()
-
-
-def _digest(one: Conversation) -> str:
-    return sha256_json([answer.tokens for answer in one.answers])[:16]
-
-
-def _plain_row(task: Task, temperature: float, one: Conversation) -> dict[str, Any]:
-    return {
-        "task": task.name,
-        "index": one.index,
-        "temperature": temperature,
-        "output_tokens": sum(len(answer.tokens) for answer in one.answers),
-        "output_sha": _digest(one),
-        "seconds": one.seconds,
-        "output_ids": [answer.tokens for answer in one.answers] if temperature == 0 else None,
-    }
 
 
 def load_table(results: dict[int, Results]) -> str:

@@ -47,6 +47,13 @@ class Task:
         """The most turns of a prompt."""
         return max(map(len, self.prompts.values()))
 
+    def messages(self, index: int, answers: Sequence[str]) -> list[dict[str, Any]]:
+        """The conversation of a prompt up to its next turn, after the turns before it and their answers."""
+        messages: list[dict[str, Any]] = []
+        for turn, answer in zip(self.prompts[index], answers, strict=False):
+            messages += [{"role": "user", "content": turn}, {"role": "assistant", "content": answer}]
+        return [*messages, {"role": "user", "content": self.prompts[index][len(answers)]}]
+
     def first_turns(self) -> Task:
         """The same prompts without their later turns."""
         return Task(self.name, {index: turns[:1] for index, turns in self.prompts.items()}, self.source)
@@ -77,13 +84,14 @@ def leave_out(task: Task, room: int | None, max_new_tokens: int, length: Callabl
     return Task(task.name, fitting, task.source, too_long=len(lengths) - len(fitting))
 
 
-def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Task]:
+def load_tasks(names: Sequence[str], samples: int | None, seed: int, first_turn: bool = False) -> list[Task]:
     """Load tasks by name, by file, or all files of a folder.
 
     Args:
         names: registered names, ``*.jsonl`` files, folders of such, or empty for all registered tasks.
         samples: at most so many prompts of each task; None takes the task's own count.
         seed: which prompts are taken where there are more.
+        first_turn: without their later turns.
 
     Raises:
         EvaluationError: samples below 1, an unknown name, a missing file, two tasks of one name, or a malformed line,
@@ -111,7 +119,7 @@ def load_tasks(names: Sequence[str], samples: int | None, seed: int) -> list[Tas
             found = f"{sources[task.name]} and {task.source}"
             raise EvaluationError("two tasks of one name", key=task.name, found=found, remedy="rename one file")
         sources[task.name] = task.source
-    return tasks
+    return [task.first_turns() for task in tasks] if first_turn else tasks
 
 
 def missing_tasks(names: Sequence[str]) -> dict[str, str]:
@@ -172,22 +180,20 @@ def _from_hub(name: str, samples: int | None, seed: int) -> Task:
 
 
 def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:
-    if "jsonl" in row:
-        from huggingface_hub import hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-        for file in row["jsonl"]:
-            path = hf_hub_download(row["path"], file, repo_type="dataset")
+    files = row.get("jsonl", row.get("parquet", ()))
+    paths = [hf_hub_download(row["path"], file, repo_type="dataset") for file in files]
+    if "jsonl" in row:
+        for path in paths:
             yield from (item for _, item in read_jsonl(path, EvaluationError))
         return
     import datasets
 
-    if "parquet" in row:
-        from huggingface_hub import hf_hub_download
-
-        paths = [hf_hub_download(row["path"], file, repo_type="dataset") for file in row["parquet"]]
+    if paths:
         yield from datasets.load_dataset("parquet", data_files=paths, split="train")
-        return
-    yield from datasets.load_dataset(row["path"], row.get("name"), split=row["split"])
+    else:
+        yield from datasets.load_dataset(row["path"], row.get("name"), split=row["split"])
 
 
 def turns_of(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, ...]:

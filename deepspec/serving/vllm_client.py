@@ -43,11 +43,11 @@ class VLLMClient(EngineClient):
     def _card(self) -> dict[str, Any]:
         if self._model is None:
             listed = self.json("/v1/models")
-            try:
-                self._model = dict(listed["data"][0])
-                self._model["id"] += ""
-            except (KeyError, IndexError, TypeError, ValueError):
-                raise self.bad("the server does not tell its model", shown(listed), "data[0].id") from None
+            models = listed.get("data")
+            first = models[0] if isinstance(models, list) and models else None
+            if not isinstance(first, dict) or not isinstance(first.get("id"), str):
+                raise self.bad("the server does not tell its model", shown(listed), "data[0].id")
+            self._model = first
         return self._model
 
     def ask(self, question: Question) -> Answer:

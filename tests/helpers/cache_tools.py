@@ -24,13 +24,13 @@ from deepspec.cache.reader import Sample, stored_view
 from deepspec.cache.store import FolderStore
 from deepspec.data.conversations import write_conversations
 from deepspec.demos.quickstart.tokenizer import train_tokenizer
+from deepspec.distributed import RANK_VARIABLES
 from deepspec.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 LAYERS = [0, 2]
 HIDDEN = 32
 WORDS = ["the", "cache", "keeps", "what", "a", "target", "computes", "for", "every", "token", "and", "else", "0", "12"]
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)

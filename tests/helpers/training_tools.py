@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from deepspec import registry
 from deepspec.batch import Batch
+from deepspec.distributed import RANK_VARIABLES
 from deepspec.drafts import save_draft
 from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import load_spec, load_target
@@ -164,7 +165,7 @@ def log_of(run: Path, kind: str = "train") -> list[dict[str, Any]]:
 def own_environment() -> dict[str, str]:
     """This environment for another process: one thread, no GPU, no place in the process group that pytest may be in."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    for name in cache_tools.RANK_VARIABLES:
+    for name in RANK_VARIABLES:
         environment.pop(name, None)
     return environment
 

@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.distributed import RANK_VARIABLES
+
 ROOT = Path(__file__).resolve().parents[2]
 TAG = "DEEPSPEC_TRUST"  # an environment variable that every process of a launched group inherits
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")
 OURS = re.compile(r'File "/.*/(deepspec|tools|launch|tests/trust)/')  # a line of a traceback
-UNSET = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OPENAI_API_KEY")
+UNSET = (*RANK_VARIABLES, "OPENAI_API_KEY")
 SET = {
     "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu",
     "PYTHONPATH": str(ROOT), "TOKENIZERS_PARALLELISM": "false",
