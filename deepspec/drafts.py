@@ -134,14 +134,19 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return values
 
 
-def check_files(folder: Path) -> None:
+def check_files(folder: Path, *, rewritten: bool = False) -> None:
     """Compare a draft's files with the digests of its ``provenance.json``; a foreign or older draft has none.
+
+    Args:
+        rewritten: config.json was rewritten in another format's form, so that only the other files are compared.
 
     Raises:
         DraftError: a file has changed since the draft was written.
     """
     remedy = f"put it back, or remove {PROVENANCE} where you changed the draft on purpose"
-    check_digests(folder, read_provenance(folder).get("sha256", {}), DraftError, remedy)
+    digests = read_provenance(folder).get("sha256", {})
+    compared = {name: digest for name, digest in digests.items() if not (rewritten and name == CONFIG)}
+    check_digests(folder, compared, DraftError, remedy)
 
 
 def read_config(folder: Path, remedy: str = "is this a draft folder?") -> dict[str, Any]:

@@ -209,28 +209,43 @@ def read_other(source: str | Path, format_name: str, hints: ImportHints) -> tupl
         hints.target.check_layers(draft.config["target_layer_ids"], draft.file, "target_layer_ids")
     _checked(draft, folder)
     made = {"format": engine.name, "source": str(source), "weights": engine.sha256(folder)}
-    return draft, read_provenance(folder) | {"import": made}
+    provenance = {key: value for key, value in read_provenance(folder).items() if key != "export"}  # ours again
+    return draft, provenance | {"import": made}
 
 
 def find_engine(folder: Path, names: Iterable[str]) -> tuple[ExportEngine, DraftCheckpoint]:
     """The engine whose container and config a folder holds, and what it holds; a single name is taken at its word.
 
     Raises:
-        DraftError: no known container or format, or weights that cannot be read.
+        DraftError: no known container or format, or weights that cannot be read or have changed.
     """
     engines: list[ExportEngine] = [registry.engine(name) for name in names]
     found: Any = None
-    check_files(folder)
     for engine in engines:
         config = engine.config(folder)
         if config is not None and (len(engines) == 1 or engine.matches(config)):
+            check_files(folder, rewritten=_is_rewritten(read_provenance(folder), engine, config, folder))
             return engine, DraftCheckpoint(config, engine.state(folder), folder / "config.json")
         found = found if config is None else config.get("architectures")
+    check_files(folder)
     raise DraftError(
         "no format that we know", file=folder, key="architectures", found=found,
         wanted=f"one of {', '.join(registry.ENGINES)}",
         remedy="name a folder with config.json and *.safetensors, and its format (--from)",
     )  # fmt: skip
+
+
+def _is_rewritten(provenance: Mapping[str, Any], taken: ExportEngine, config: Mapping[str, Any], folder: Path) -> bool:
+    """Whether config.json is in the form of ``taken``, and no longer in the form that ``provenance.json`` was for."""
+    exported = provenance.get("export")
+    written = registry.engine(str(exported.get("format")) if isinstance(exported, dict) else ExportOptions.format)
+    if not provenance or written.matches(config) or not taken.matches(config):
+        return False
+    log.warning(
+        "%s: in the %s form, its provenance.json in the %s form: the digest of config.json is not compared",
+        folder / "config.json", taken.name, written.name,
+    )  # fmt: skip
+    return True
 
 
 def _recipe(folder: Path) -> str | None:

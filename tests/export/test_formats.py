@@ -12,9 +12,10 @@ from algorithm_tools import random_batch, tiny_target
 from export_tools import KINDS, LAYERS, made
 from safetensors.torch import load_file, save_file
 
-from deepspec.drafts import load_draft, read_weights, save_draft
+from deepspec import registry
+from deepspec.drafts import load_draft, read_provenance, read_weights, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.convert import ExportOptions, export_draft, import_draft
+from deepspec.export.convert import ExportOptions, _is_rewritten, export_draft, import_draft
 from deepspec.export.parts import ImportHints
 
 # what a format cannot carry, and a word of the reason
@@ -115,6 +116,54 @@ def test_a_draft_with_a_head_of_its_own_uses_it(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(back), 2 * logits(model))
     with pytest.raises(DraftError, match="not a draft in the sglang format"):
         import_draft(ours, tmp_path / "again", "sglang")
+
+
+def test_a_config_rewritten_for_an_engine_is_imported_and_weights_are_still_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Our folder with another format's config.json: the digest of config.json says nothing there."""
+    target, model, ours = made(tmp_path, "eagle3", "llama")
+    config = json.loads((ours / "config.json").read_text())
+    layers = config.pop("target_layer_ids")
+    config |= {"architectures": ["Eagle3LlamaForCausalLM"], "eagle_aux_hidden_state_layer_ids": [i + 1 for i in layers]}
+    (ours / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DraftError, match=r"config\.json: the file has changed"):
+        load_draft(ours)  # as a draft of ours it is not the one that was written
+    for format_name in ("vllm", "auto"):
+        import_draft(ours, tmp_path / format_name, format_name, ImportHints(target.spec, max_draft=3))
+        assert "the digest of config.json is not compared" in caplog.text
+        torch.testing.assert_close(logits(load_draft(tmp_path / format_name, target)), logits(model), rtol=0, atol=0)
+    weights = ours / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x77")
+    with pytest.raises(DraftError, match=r"model\.safetensors: the file has changed"):
+        import_draft(ours, tmp_path / "broken", "vllm", ImportHints(target.spec, max_draft=3))
+
+
+EXPORTS = [
+    ("deepspec", "dspark"), ("vllm", "eagle3"), ("vllm", "dflash-k-1"), ("vllm", "dspark"), ("zlab", "dflash-k-1"),
+    ("sglang", "dspark"), ("speculators", "eagle3"), ("speculators", "dspark"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("format_name", "kind"), EXPORTS)
+def test_no_flipped_bit_makes_an_exported_config_another_formats(format_name: str, kind: str, tmp_path: Path) -> None:
+    """Every bit of the file: a flip is never taken for a config that was rewritten on purpose."""
+    _, _, ours = made(tmp_path, kind)
+    export_draft(ours, tmp_path / "out", ExportOptions(format_name))
+    content = bytearray((tmp_path / "out" / "config.json").read_bytes())
+    provenance, parsed = read_provenance(tmp_path / "out"), 0
+    engines = [registry.engine(name) for name in registry.ENGINES]
+    for bit in range(8 * len(content)):
+        content[bit // 8] ^= 1 << bit % 8
+        try:
+            config = json.loads(content)
+        except ValueError:
+            config = None
+        content[bit // 8] ^= 1 << bit % 8
+        if isinstance(config, dict):
+            parsed += 1
+            assert not [one.name for one in engines if _is_rewritten(provenance, one, config, tmp_path)]
+    assert parsed > 1000
 
 
 def test_names_and_shapes_of_engines(tmp_path: Path) -> None:
