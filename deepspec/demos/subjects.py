@@ -1,0 +1,221 @@
+"""What the serve check serves: the quickstart's drafts, and drafts of random small targets of other families.
+
+A random target needs no training: its drafts learn its own answers to the prompts by heart in seconds, so that rounds
+accept none, some and all of what they draft.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from deepspec import registry
+from deepspec.batch import Batch, Supervision
+from deepspec.data.chat import Renderer
+from deepspec.decoding.loop import generate
+from deepspec.decoding.records import DecodeSettings
+from deepspec.drafts import FROZEN, read_weights, save_draft
+from deepspec.errors import DraftError
+from deepspec.export.consolidate import consolidate
+from deepspec.files import read_json
+from deepspec.serving.check import Row, ServeCheck, Subject
+from deepspec.serving.process import CHECKOUT, run
+from deepspec.targets import Target, load_target, load_tokenizer
+from deepspec.targets.positions import check_room
+
+log = logging.getLogger(__name__)
+REDUCED, FILL_IN = "-reduced", "-k-1"  # of a kind's name: a vocabulary of its own, an anchor's slot that drafts nothing
+QUICKSTART = "quickstart"  # its subject's name
+QUICKSTART_KINDS = ("eagle3", "eagle3-reduced", "dflash", "dflash-reduced", "dflash-k-1",
+                    "dspark", "dspark-reduced", "dspark-k-1")  # fmt: skip
+SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024, "initializer_range": 0.15,
+         "tie_word_embeddings": False, "bos_token_id": None}  # fmt: skip
+STEPS, LR, ANCHORS = 80, 3e-3, 48  # of a draft that learns answers by heart
+
+
+@dataclass(frozen=True)
+class RandomTarget:
+    """A random target of another family than the quickstart's, and the kinds of drafts that it is served with."""
+
+    kinds: tuple[str, ...]
+    changes: Mapping[str, Any] = field(default_factory=dict)  # to SIZES
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1,
+           "mlp_only_layers": []}  # fmt: skip
+GEMMA4 = {**registry.family("gemma4").tiny_config, "global_head_dim": 64, "final_logit_softcapping": 30.0,
+          "vocab_size_per_layer_input": 128}  # fmt: skip
+RANDOM_TARGETS = {  # model type -> what is served of it
+    "llama": RandomTarget(("eagle3", "eagle3-reduced")),
+    "qwen3_moe": RandomTarget(("eagle3", "dflash", "dflash-k-1", "dspark"), EXPERTS),
+    "gemma4_text": RandomTarget(("dflash", "dspark"), GEMMA4),
+}
+
+
+def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
+    """A finished quickstart's target, the first ``count`` of its held-out prompts, and its drafts.
+
+    Raises:
+        DraftError: there is none, or a prompt that does not fit.
+    """
+    path = folder / "target"
+    if not (path / "config.json").is_file():
+        raise DraftError("no target to serve", file=path, remedy="run `make quickstart` first")
+    target = load_target(path, torch.float32)
+    renderer = Renderer(load_tokenizer(path), target.spec)
+    lines = (folder / "prompts" / "held_out.jsonl").read_text(encoding="utf-8").split("\n")
+    texts = [json.loads(line)["turns"][0] for line in lines[:count] if line.strip()]
+    prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
+    settings = DecodeSettings(0.0, max_tokens, renderer.stop_token_ids)
+    for number, prompt in enumerate(prompts):  # before an engine is made and drafts are trained
+        check_room(target.spec.config, len(prompt), max_tokens, f"prompt {number}")
+    draft = partial(_quickstart_draft, folder)
+    return Subject(QUICKSTART, path, target, prompts, settings, QUICKSTART_KINDS, draft, states=True)
+
+
+def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
+    """The draft folder of a kind, made in ``work`` where the quickstart has none of it."""
+    if not kind.endswith((REDUCED, FILL_IN)):
+        return folder / f"{kind}-draft"
+    made = work / f"{kind}-draft"
+    if not (made / "provenance.json").is_file():
+        if kind.endswith(REDUCED):
+            reduce_vocabulary(_quickstart_draft(folder, kind.removesuffix(REDUCED), work), made)
+        else:
+            _train_fill_in(kind, work, made)
+    return made
+
+
+def _train_fill_in(kind: str, work: Path, made: Path) -> None:
+    """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
+    algorithm, folder = kind.removesuffix(FILL_IN), work / kind
+    log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
+    settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}")
+    command = [sys.executable, str(CHECKOUT / "launch" / "train.py")]
+    command += ["--recipe", str(CHECKOUT / "recipes" / f"quickstart_{algorithm}.yaml")]
+    run([*command, *(part for one in settings for part in ("--set", one))], work / f"train-{kind}.log")
+    consolidate(folder, made)
+
+
+def reduce_vocabulary(source: Path, output: Path) -> None:
+    """The draft over seven of every eight tokens: enough missing ones that a wrong mapping shows."""
+    config, state = read_json(source / "config.json", DraftError), read_weights(source)
+    vocabulary = int(config["vocab_size"])
+    tokens = torch.tensor([token for token in range(vocabulary) if token % 8 != 3])
+    state = {name: tensor for name, tensor in state.items() if name not in FROZEN}
+    state["d2t"] = tokens - torch.arange(len(tokens))
+    state["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, tokens, True)
+    save_draft(output, state, config | {"draft_vocab_size": len(tokens)}, {"reduced_from": str(source)})
+
+
+def random_target(model_type: str, like: Subject, work: Path) -> Subject:
+    """A random target of ``model_type`` in ``work``, with the tokenizer and the prompts of ``like``."""
+    chosen, folder = RANDOM_TARGETS[model_type], work / model_type / "target"
+    if not (folder / "tokenizer.json").is_file():
+        shutil.rmtree(folder, ignore_errors=True)
+        own = like.target.spec.config
+        config = AutoConfig.for_model(
+            model_type, **{**SIZES, **chosen.changes}, vocab_size=own["vocab_size"],
+            eos_token_id=own["eos_token_id"], pad_token_id=own["pad_token_id"],
+        )  # fmt: skip
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+        load_tokenizer(like.folder).save_pretrained(folder)
+    target = load_target(folder, torch.float32)
+    draft = partial(_taught, target, _answered(target, like))
+    return Subject(model_type, folder, target, like.prompts, like.settings, chosen.kinds, draft)
+
+
+def _answered(target: Target, like: Subject) -> Callable[[], Batch]:
+    """The target's own answers to the prompts with its hidden states, made when they are first asked for."""
+    made: list[Batch] = []
+
+    def batch() -> Batch:
+        if not made:
+            answers = generate(target, None, like.prompts, like.settings, 4)
+            texts = [[*prompt, *one.output_ids] for prompt, one in zip(like.prompts, answers, strict=True)]
+            lengths, longest = torch.tensor([len(text) for text in texts]), max(map(len, texts))
+            tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+            outputs = target.forward(tokens, _layers(target))
+            inside = torch.arange(longest) < lengths[:, None]
+            supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
+            made.append(Batch(supervision, tokens, outputs.features, outputs.last_hidden))
+        return made[0]
+
+    return batch
+
+
+def _layers(target: Target) -> tuple[int, ...]:
+    return tuple(range(target.spec.num_layers - 1))
+
+
+def _taught(target: Target, answered: Callable[[], Batch], kind: str, work: Path) -> Path:
+    """A draft of a kind that has learnt the target's answers by heart."""
+    made = work / f"{kind}-draft"
+    if (made / "provenance.json").is_file():
+        return made
+    name = kind.removesuffix(REDUCED).removesuffix(FILL_IN)
+    algorithm, batch = registry.algorithm(name), answered()
+    section = {**algorithm.tiny_section, "target_layers": list(_layers(target))}
+    if "num_anchors" in section:
+        section["num_anchors"] = ANCHORS
+    if kind.endswith(FILL_IN):
+        section["sample_from_anchor"] = False
+    if kind.endswith(REDUCED):
+        section["draft_vocab_size"] = len(batch.input_ids.unique()) - 8
+    model = algorithm.build(algorithm.parse(section, target.spec), target.spec, 0)
+    model.attach(target.embed_weight, target.head_weight)
+    if kind.endswith(REDUCED):
+        model.set_draft_vocab(batch.input_ids.unique()[: model.config.draft_vocab_size])
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=LR)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(batch).loss())
+        optimizer.step()
+    config = algorithm.config_json(model.config, target.spec)
+    save_draft(made, model.state_dict(), config, {"taught": {"steps": STEPS, "lr": LR}})
+    return made
+
+
+def check_engines(
+    servers: Mapping[str, Callable[[Path], Any]], like: Subject, names: Sequence[str] | None, work: Path,
+    kinds: Sequence[str] = (),
+) -> list[Row]:  # fmt: skip
+    """Check every engine with every subject.
+
+    Args:
+        servers: engines by name, made with their folder.
+        like: the quickstart's subject.
+        names: of subjects; None: all.
+        work: folder of everything that is made.
+        kinds: of drafts; empty: all.
+
+    Raises:
+        DraftError: a name that is no subject's.
+    """
+    known = (QUICKSTART, *RANDOM_TARGETS)
+    if unknown := [name for name in names or () if name not in known]:
+        raise DraftError("no such target", key="--target", found=unknown[0], wanted=f"one of {', '.join(known)}")
+    chosen = [name for name in known if name in (names or known)]
+    subjects = [like if name == QUICKSTART else random_target(name, like, work / "targets") for name in chosen]
+    rows = []
+    for engine, make in servers.items():
+        for subject in subjects:
+            try:
+                check = ServeCheck(subject, make(work / engine / subject.name), kinds)
+            except DraftError as refusal:
+                rows.append(Row(subject.name, "", "", "refused", note=str(refusal), server=engine))
+                continue
+            rows += check.run()
+    return rows
