@@ -24,6 +24,7 @@ from deepspec.batch import Batch, Supervision
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
+from deepspec.demos.stages import native, settings
 from deepspec.drafts import FROZEN, read_weights, save_draft
 from deepspec.errors import DraftError
 from deepspec.export.consolidate import consolidate
@@ -77,11 +78,11 @@ def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
     lines = (folder / "prompts" / "held_out.jsonl").read_text(encoding="utf-8").split("\n")
     texts = [json.loads(line)["turns"][0] for line in lines[:count] if line.strip()]
     prompts = [renderer.prompt([{"role": "user", "content": text}]) for text in texts]
-    settings = DecodeSettings(0.0, max_tokens, renderer.stop_token_ids)
+    decoding = DecodeSettings(0.0, max_tokens, renderer.stop_token_ids)
     for number, prompt in enumerate(prompts):  # before an engine is made and drafts are trained
         check_room(target.spec.config, len(prompt), max_tokens, f"prompt {number}")
     draft = partial(_quickstart_draft, folder)
-    return Subject(QUICKSTART, path, target, prompts, settings, QUICKSTART_KINDS, draft, states=True)
+    return Subject(QUICKSTART, path, target, prompts, decoding, QUICKSTART_KINDS, draft, states=True)
 
 
 def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
@@ -93,18 +94,22 @@ def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
         if kind.endswith(REDUCED):
             reduce_vocabulary(_quickstart_draft(folder, kind.removesuffix(REDUCED), work), made)
         else:
-            _train_fill_in(kind, work, made)
+            _train_fill_in(folder, kind, work, made)
     return made
 
 
-def _train_fill_in(kind: str, work: Path, made: Path) -> None:
+def _train_fill_in(quickstart: Path, kind: str, work: Path, made: Path) -> None:
     """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
-    algorithm, folder = kind.removesuffix(FILL_IN), work / kind
+    algorithm, folder, root = kind.removesuffix(FILL_IN), work / kind, quickstart.resolve()
     log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
-    settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}")
-    command = [sys.executable, str(CHECKOUT / "launch" / "train.py")]
-    command += ["--recipe", str(CHECKOUT / "recipes" / f"quickstart_{algorithm}.yaml")]
-    run([*command, *(part for one in settings for part in ("--set", one))], work / f"train-{kind}.log")
+    recipe = str(CHECKOUT / "recipes" / f"quickstart_{algorithm}.yaml")
+    chosen = (
+        "draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}",
+        f"target.path={root / 'target'}", f"data.conversations={root / 'conversations.jsonl'}",
+        f"data.cache=[{root / 'cache'}]",
+    )  # fmt: skip
+    command = [sys.executable, str(CHECKOUT / "launch" / "train.py"), "--recipe", recipe]
+    run([*command, *settings(native(recipe, chosen))], work / f"train-{kind}.log")
     consolidate(folder, made)
 
 

@@ -129,6 +129,7 @@ class ServeCheck:
         for number, kind in enumerate(chosen, 1):
             log.info("[%d/%d] %s: %s (%s)", number, len(chosen), self.subject.name, kind.name, kind.format)
             rows.append(self.check(kind))
+            log.info("%s %s", rows[-1].status, rows[-1].note)
         if self.subject.states and self.server.hands_out_states and (not self.wanted or HIDDEN_STATES in self.wanted):
             rows.append(self.check_hidden_states())
         return [replace(row, server=self.server.version) for row in rows]

@@ -22,7 +22,7 @@ from deepspec.targets import TargetSpec, load_spec, load_target
 
 log = logging.getLogger(__name__)
 PACKAGE = "xllamacpp>=2026.10"
-FAMILIES = ("qwen3", "llama")  # of the targets that are written here
+MODEL_TYPES = ("qwen3", "llama")  # of the targets that are written here
 BEGUN = re.compile(r"launch_slot_: id +\d+ \| task (\d+) \| processing task")
 ROUND = re.compile(r"task (\d+) \| accepted +(\d+)/ *(\d+) draft tokens\s*$")
 ENDS = ("eos", "eot", "eom")  # the engine's names of tokens that end an answer
@@ -62,8 +62,8 @@ class LlamaCppServer(EngineProcesses):
         Raises:
             DraftError: another family.
         """
-        if spec.family.name not in FAMILIES:
-            problem, wanted = "this target is not written as GGUF here", f"one of {', '.join(FAMILIES)}"
+        if spec.model_type not in MODEL_TYPES:
+            problem, wanted = "this target is not written as GGUF here", f"one of {', '.join(MODEL_TYPES)}"
             raise DraftError(problem, file=spec.path, key="model_type", found=spec.model_type, wanted=wanted)
 
     def prepare(self) -> None:
