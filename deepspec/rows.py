@@ -168,6 +168,7 @@ class RowLog(Mapping[K, Row]):
         try:
             row, has_digest = _opened(line)
             key = None if is_header else self._key(row)
+            hash(key)
         except (ValueError, KeyError, TypeError, RecursionError):
             raise self._refusal("not a row of results, or one that changed", path, where) from None
         if key is None:

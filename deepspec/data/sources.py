@@ -100,7 +100,7 @@ def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
                         raise _too_long(path, number + 1)
                     number += part.num_rows
                     yield from part.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as problem:
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as problem:  # dates beyond Python's, too
         raise DataError(f"cannot read the Parquet file ({problem})", file=path) from None
 
 

@@ -76,6 +76,9 @@ def test_a_broken_line_is_named(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(sealed_row({"id": "a"}) + b"no json\n" + sealed_row({"id": "b"}))
     with pytest.raises(DataError, match=r"rows\.jsonl: line 2: not a row of results"):
         open_log(tmp_path)
+    (tmp_path / "rows.jsonl").write_bytes(sealed_row({"id": ["a"]}))  # of a list, which is no key
+    with pytest.raises(DataError, match=r"rows\.jsonl: line 1: not a row of results"):
+        open_log(tmp_path)
 
 
 def test_no_flipped_bit_of_a_row_is_gone_on_with(tmp_path: Path) -> None:

@@ -180,3 +180,14 @@ def test_a_row_of_a_hub_s_dataset_is_bounded_too(monkeypatch: pytest.MonkeyPatch
     assert next(found) == rows[0]
     with pytest.raises(DataError, match=r"acme/chats: row 2: a row too long"):
         next(found)
+
+
+def test_a_date_beyond_pythons_in_a_parquet_file_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "dates.parquet"
+    table = pyarrow.table({"prompt": ["a"], "day": pyarrow.array([2**31 - 1], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match=r"dates\.parquet: cannot read the Parquet file \(days="):
+        list(read_source(str(path)))
