@@ -1,9 +1,14 @@
-"""Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job continues where it stopped."""
+"""Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job continues where it stopped.
+
+Every line ends with the digest of its own bytes, under ``row_sha256``: a row that rotted is refused where it is read.
+"""
 
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -15,13 +20,39 @@ from deepspec.files import named, write_bytes
 
 K = TypeVar("K", bound=Hashable)
 Row = dict[str, Any]
+DIGEST = "row_sha256"
 _ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+_BEFORE, _AFTER = f',"{DIGEST}":"'.encode(), b'"}\n'
+log = logging.getLogger(__name__)
 
 
 def dump_row(row: Mapping[str, Any]) -> bytes:
     """One line of a file: compact UTF-8 JSON and a newline."""
     text = _ENCODER.encode(row)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
+
+
+def sealed_row(row: Mapping[str, Any]) -> bytes:
+    """The line of a row that is not empty, with the first 64 bits of the SHA-256 of all before as its last key."""
+    body = dump_row(row)[:-2]
+    return body + _BEFORE + _digest(body) + _AFTER
+
+
+def _digest(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest()[:16].encode()
+
+
+def _opened(line: bytes) -> tuple[Row, bool]:
+    """(row, whether the line has a digest).
+
+    Raises:
+        ValueError: no JSON, or other bytes than those of the digest.
+    """
+    body, mark, end = line.rpartition(_BEFORE)
+    if mark and end != _digest(body) + _AFTER:
+        raise ValueError("changed")
+    row: Row = json.loads(body + b"}" if mark else line)
+    return row, bool(mark)
 
 
 class RowLog(Mapping[K, Row]):
@@ -40,9 +71,11 @@ class RowLog(Mapping[K, Row]):
         rank: of this process.
         sync_seconds: a row that is appended is on the disk at the latest when the next one is appended after so many
             seconds; 0: when :meth:`append` returns. The operating system has it at once.
+        unsealed: whether rows without a digest count: their file has one of its own, or is a finished one of an
+            earlier version. Otherwise they are passed over, to be made again, and a warning says so.
 
     Raises:
-        DeepSpecError: of type ``error``: a line that is no row, or two rows of one key that differ.
+        DeepSpecError: of type ``error``: a line that is no row, that changed, or two rows of one key that differ.
     """
 
     def __init__(
@@ -54,9 +87,11 @@ class RowLog(Mapping[K, Row]):
         check: Callable[[Row], None] | None = None,
         rank: int = 0,
         sync_seconds: float = 0.0,
+        unsealed: bool = False,
     ) -> None:
         self.path, self.own = path, path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
         self._key, self._error, self._header, self._check = key, error, header, check
+        self._unsealed = unsealed
         self._sync_seconds, self._synced = sync_seconds, time.monotonic()
         self._handle: BinaryIO | None = None
         self._positions: dict[K, tuple[Path, int]] = {}  # file, and byte of the line
@@ -66,8 +101,10 @@ class RowLog(Mapping[K, Row]):
         path, position = self._positions[key]
         with open(path, "rb") as handle:
             handle.seek(position)
-            row: Row = json.loads(handle.readline())
-        return row
+            try:
+                return _opened(handle.readline())[0]
+            except ValueError:
+                raise self._refusal("a row that changed", path, f"byte {position}") from None
 
     def __contains__(self, key: object) -> bool:
         return key in self._positions
@@ -83,7 +120,7 @@ class RowLog(Mapping[K, Row]):
         with named(self.own):
             handle = self._handle = self._handle or self._open()
             position = handle.seek(0, os.SEEK_END)
-            handle.write(dump_row(row))
+            handle.write(sealed_row(row))
             handle.flush()
             if time.monotonic() - self._synced >= self._sync_seconds:
                 os.fsync(handle.fileno())
@@ -100,8 +137,8 @@ class RowLog(Mapping[K, Row]):
     def merge(self) -> None:
         """On one rank, when all have closed their files: write the rows of all of them, in order, into the first."""
         self._read()
-        lines = b"".join(dump_row(self[key]) for key in sorted(self))  # type: ignore[type-var]
-        write_bytes(self.path, (b"" if self._header is None else dump_row(self._header)) + lines)
+        lines = b"".join(sealed_row(self[key]) for key in sorted(self))  # type: ignore[type-var]
+        write_bytes(self.path, (b"" if self._header is None else sealed_row(self._header)) + lines)
         for path in self._rank_files():
             path.unlink()
         self._read()
@@ -116,38 +153,45 @@ class RowLog(Mapping[K, Row]):
                 self._read_file(path)
 
     def _read_file(self, path: Path) -> None:
-        position = 0
+        position = passed = 0
         with open(path, "rb") as handle:
             for number, line in enumerate(handle, 1):
                 if line.endswith(b"\n") and line.strip():
-                    self._read_line(line, number, path, position)
+                    passed += not self._read_line(line, number, path, position)
                 position += len(line)
+        if passed:
+            log.warning("%s: rows without a digest, of an earlier version: %d, made again", path, passed)
 
-    def _read_line(self, line: bytes, number: int, path: Path, position: int) -> None:
-        is_header = number == 1 and self._header is not None
+    def _read_line(self, line: bytes, number: int, path: Path, position: int) -> bool:
+        """Note where a row is; False: it does not count."""
+        is_header, where = number == 1 and self._header is not None, f"line {number}"
         try:
-            row = json.loads(line)
+            row, has_digest = _opened(line)
             key = None if is_header else self._key(row)
-        except (ValueError, KeyError, TypeError):
-            raise self._refusal("not a row of results", path, number) from None
+            hash(key)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._refusal("not a row of results, or one that changed", path, where) from None
         if key is None:
             if self._check is not None:
                 self._check(row)
+        elif not (has_digest or self._unsealed):
+            return False
         elif key not in self._positions:
             self._positions[key] = path, position
         elif self[key] != row:
-            raise self._refusal(f"another row for {key} than before", path, number)
+            raise self._refusal(f"another row for {key} than before", path, where)
+        return True
 
-    def _refusal(self, problem: str, path: Path, number: int) -> DeepSpecError:
+    def _refusal(self, problem: str, path: Path, where: str) -> DeepSpecError:
         remedy = "remove the line and start again: a row that is missing is made again"
-        return self._error(problem, file=path, key=f"line {number}", remedy=remedy)
+        return self._error(problem, file=path, key=where, remedy=remedy)
 
     def _open(self) -> BinaryIO:
         self.own.parent.mkdir(parents=True, exist_ok=True)
         handle = open(self.own, "a+b")  # noqa: SIM115 (closed by close)
         handle.truncate(_end_of_rows(handle))
         if handle.seek(0, os.SEEK_END) == 0 and self._header is not None:
-            handle.write(dump_row(self._header))
+            handle.write(sealed_row(self._header))
         return handle
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.data.conversations import ROLES, checked_lines
-from deepspec.data.lines import NotJSON, parse_json, value_problem
+from deepspec.data.lines import LINE_BYTES, NotJSON, parse_json, value_problem
 from deepspec.data.messages import (
     SYSTEM_COLUMNS,
     Message,
     Unusable,
     arguments_are_objects,
+    characters,
     normal_calls,
     normal_message,
     normal_tools,
@@ -37,6 +38,7 @@ _CHATS = ("messages", "conversations", "conversation")
 _PROMPTS = ("prompt", "instruction", "question")
 _TOOLS = ("tools", "functions")
 NOT_TEXT = "content other than text"
+_PARQUET_ROWS = 32  # read at a time: of the largest rows, half a gigabyte
 _KEPT = ("tool_calls", "tool_call_id", "name", "reasoning_content", "finish_reason", "weight")
 
 
@@ -45,7 +47,7 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
     read, the reason why.
 
     Raises:
-        DataError: no such file or dataset, or one that breaks off.
+        DataError: no such file or dataset, one that breaks off, or a row of more than LINE_BYTES.
     """
     path = Path(name)
     if path.suffix in (".jsonl", ".json", ".parquet"):
@@ -56,7 +58,12 @@ def read_source(name: str, split: str = "train") -> Iterator[Mapping[str, Any] |
     import datasets
 
     try:
-        yield from datasets.load_dataset(name, split=split, streaming=True)
+        for number, row in enumerate(datasets.load_dataset(name, split=split, streaming=True), 1):
+            if characters(row) > LINE_BYTES:
+                raise _too_long(name, number)
+            yield row
+    except DataError:
+        raise
     except Exception as problem:  # datasets raises many kinds, its own and those of the network below
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
         remedy = "check the id, the split and the network, or give a local JSONL or Parquet file"
@@ -73,16 +80,34 @@ def _read_jsonl(path: Path) -> Iterator[Mapping[str, Any] | Unusable]:
             yield row if isinstance(row, dict) else Unusable("not a JSON object", f"line {number}")
 
 
+def _too_long(name: str | Path, number: int) -> DataError:
+    wanted, remedy = f"at most {LINE_BYTES:,} bytes", "leave the row out, or cut it"
+    return DataError("a row too long", file=name, key=f"row {number}", wanted=wanted, remedy=remedy)
+
+
 def _read_parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as problem:
+            for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
+                encoded = any(pyarrow.types.is_dictionary(field.type) for field in batch.schema)  # values stand once
+                large = encoded or batch.nbytes > LINE_BYTES
+                for part in (batch.slice(row, 1) for row in range(batch.num_rows)) if large else (batch,):
+                    if large and _arrow_bytes(part) > LINE_BYTES:
+                        raise _too_long(path, number + 1)
+                    number += part.num_rows
+                    yield from part.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as problem:  # dates beyond Python's, too
         raise DataError(f"cannot read the Parquet file ({problem})", file=path) from None
+
+
+def _arrow_bytes(row: Any) -> int:
+    """Of a batch of one row, with the values of its dictionaries that it holds."""
+    columns = ((one, hasattr(one, "dictionary_decode")) for one in row.columns)
+    return sum((one.dictionary_decode() if encoded else one).nbytes for one, encoded in columns)
 
 
 def columns_read(row: Mapping[str, Any]) -> set[str]:

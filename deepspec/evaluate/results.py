@@ -30,9 +30,11 @@ Key = tuple[str, float, int]  # task, temperature, index of the prompt
 def open_rows(folder: Path, name: str, rank: int = 0) -> RowLog[Key]:
     """The rows of a results folder: ``name`` is ``results``, or ``plain`` for those of the baseline.
 
+    Rows of an unfinished run of an earlier version, which have no digests, are passed over with a warning.
+
     Raises:
-        EvaluationError: a line that is not a row, two rows of one prompt that differ, or rows of a finished run that
-            changed since then.
+        EvaluationError: a line that is not a row or changed, two rows of one prompt that differ, or rows of a finished
+            run that changed since then.
     """
     path, finished = folder / f"{name}.jsonl", folder / RESULTS
     if finished.is_file():
@@ -41,7 +43,11 @@ def open_rows(folder: Path, name: str, rank: int = 0) -> RowLog[Key]:
         digests = {path.name: known[path.name]} if path.name in known else {}
         remedy = f"put it back, or remove {RESULTS} and the changed rows: evaluated again, they are made again"
         check_digests(folder, digests, EvaluationError, remedy)
-    return RowLog(path, lambda row: (row["task"], row["temperature"], row["index"]), EvaluationError, rank=rank)
+    return RowLog(path, _key_of, EvaluationError, rank=rank, unsealed=finished.is_file())
+
+
+def _key_of(row: dict[str, Any]) -> Key:
+    return row["task"], row["temperature"], row["index"]
 
 
 def missing_prompts(task: Task, temperature: float, rows: Container[Key]) -> list[int]:

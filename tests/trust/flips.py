@@ -135,6 +135,8 @@ def artefacts(place: Place) -> Iterator[Artefact]:
     yield Artefact("conversations", given / "made", ("*",), read_text, 120)
     yield Artefact("draft", given / "draft", ("*",), read_draft, 160)
     yield Artefact("results", given / "results", ("*.json*",), read_results, 90)
+    unfinished = partial(read_unfinished, given / "results")
+    yield Artefact("rows of an unfinished evaluation", given / "results", ("*.jsonl",), unfinished, 60)
     yield Artefact("target, by a training", given / "target", ("*",), partial(read_target, place), 90)
     for zero, flips in (("zero0", 30), ("zero1", 40), ("zero2", 40), ("zero3", 40)):
         reader = partial(consolidated, place)
@@ -220,6 +222,18 @@ def read_results(folder: Path) -> Any:
     if any(key not in run.rows for key in plain):
         raise EvaluationError("plain rows of other prompts", file=folder)
     return run.results.to_row(), {key: run.rows[key] for key in run.rows}, {key: plain[key] for key in plain}
+
+
+def read_unfinished(intact: Path, folder: Path) -> Any:
+    """The rows that a resumed evaluation goes on with and that are not the intact ones; those it misses it makes."""
+    copy = folder.parent / "unfinished"
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.mkdir()
+    for path in folder.glob("*.jsonl"):
+        shutil.copy(path, copy)
+    found = {name: (open_rows(intact, name), open_rows(copy, name)) for name in ("results", "plain")}
+    return {(name, key): rows[key] for name, (whole, rows) in found.items() for key in rows
+            if key not in whole or rows[key] != whole[key]}  # fmt: skip
 
 
 def read_target(place: Place, folder: Path) -> Any:

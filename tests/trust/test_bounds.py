@@ -22,10 +22,11 @@ from deepspec.cache.codecs.lossless import LosslessCodec
 from deepspec.cache.codecs.uniform import UniformCodec
 from deepspec.cache.format import ArrayInfo
 from deepspec.cache.reader import TargetCache
-from deepspec.data import lines
+from deepspec.data import lines, sources
 from deepspec.data.chat import CUT_CHARACTERS, Renderer, render_row
 from deepspec.data.conversations import read_conversations
 from deepspec.data.refusals import TOO_LONG
+from deepspec.data.sources import read_source
 from deepspec.errors import CacheError, DataError
 
 
@@ -129,3 +130,64 @@ def test_a_cache_made_again_at_the_same_place_is_read_from_its_new_files(tmp_pat
     make_cache(tmp_path / "c", samples=2, seed=1)
     after = TargetCache.open(tmp_path / "c").sample(0).features
     assert before.shape != after.shape or not torch.equal(before, after)
+
+
+def write_parquet(path: Path, texts: list[str], categories: bool) -> Path:
+    """Prompts; with categories every text stands once in the file's dictionary, which Arrow keeps in memory."""
+    import pyarrow
+    import pyarrow.parquet
+
+    column = pyarrow.array(texts)
+    table = pyarrow.table({"prompt": column.dictionary_encode() if categories else column})
+    pyarrow.parquet.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("categories", [False, True])
+def test_a_row_of_parquet_is_bounded_as_a_line_is(
+    categories: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "LINE_BYTES", 1000)
+    texts = ["x" * 900 + str(number) for number in range(70)]  # together more than a row may have
+    found = read_source(str(write_parquet(tmp_path / "within.parquet", texts, categories)))
+    assert [row["prompt"] for row in found] == texts  # type: ignore[index]
+    texts[41] = "x" * 1001
+    found = read_source(str(write_parquet(tmp_path / "one.parquet", texts, categories)))
+    with pytest.raises(DataError, match=r"one\.parquet: row 42: a row too long; wanted at most 1,000 bytes; leave"):
+        assert [next(found)["prompt"] for _ in range(70)]  # type: ignore[index]
+
+
+def test_nested_rows_of_parquet_count_with_all_they_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    monkeypatch.setattr(sources, "LINE_BYTES", 3000)
+    rows = [chat("a" * 100), chat("a" * 100), chat("a" * 3000), chat("a")]
+    pyarrow.parquet.write_table(pyarrow.table({"messages": rows}), tmp_path / "chats.parquet")
+    found = read_source(str(tmp_path / "chats.parquet"))
+    assert [next(found), next(found)] == [{"messages": one} for one in rows[:2]]
+    with pytest.raises(DataError, match=r"row 3: a row too long"):
+        next(found)
+
+
+def test_a_row_of_a_hub_s_dataset_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(sources, "LINE_BYTES", 1000)
+    rows = [{"messages": chat("a")}, {"messages": chat("a" * 1000)}]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: iter(rows))
+    found = read_source("acme/chats")
+    assert next(found) == rows[0]
+    with pytest.raises(DataError, match=r"acme/chats: row 2: a row too long"):
+        next(found)
+
+
+def test_a_date_beyond_pythons_in_a_parquet_file_is_one_line(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "dates.parquet"
+    table = pyarrow.table({"prompt": ["a"], "day": pyarrow.array([2**31 - 1], pyarrow.date32())})
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError, match=r"dates\.parquet: cannot read the Parquet file \(days="):
+        list(read_source(str(path)))

@@ -95,6 +95,10 @@ def test_a_pipe_is_no_file_of_weights(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / WEIGHTS)
     with pytest.raises(DraftError, match="not a regular file"):
         read_weights(tmp_path)
+    (tmp_path / WEIGHTS).rename(tmp_path / "pipe.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"fc.weight": "pipe.safetensors"}}))
+    with pytest.raises(DraftError, match="not a regular file"):
+        read_weights(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../victim.safetensors", "/victim.safetensors"])
@@ -115,6 +119,7 @@ def test_an_index_names_files_beside_it(old: Path, tmp_path: Path, name: str) ->
 def test_a_part_is_called_by_digits_alone(old: Path, tmp_path: Path, name: str) -> None:
     victim = tmp_path / "victim"
     victim.mkdir()
+    (tmp_path / "recoded" / "parts").mkdir(parents=True)  # as a killed recode leaves it, so that ".." can be followed
     plan = json.loads((old / "cache" / "plan.json").read_text())
     plan["parts"][0]["name"] = name
     (old / "cache" / "plan.json").write_text(json.dumps(plan))

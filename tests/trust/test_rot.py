@@ -47,6 +47,7 @@ from deepspec.export.convert import ExportOptions, export_draft, import_draft
 from deepspec.export.hub import push_draft
 from deepspec.files import SEAL, read_json, write_json
 from deepspec.recipe import load_recipe
+from deepspec.rows import DIGEST, sealed_row
 from deepspec.targets import load_target, load_target_embeddings
 from deepspec.targets.digests import weights_digest
 from deepspec.training.checkpoints import Checkpoints
@@ -397,13 +398,27 @@ def test_no_flip_in_results_is_compared_or_resumed(evaluated: Folders, tmp_path:
         Evaluation(evaluated.options(run)).run()
 
 
+def test_a_changed_row_of_an_unfinished_evaluation_never_reaches_results_json(
+    evaluated: Folders, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(evaluated.tasks.parent / "run", run)
+    (run / "results.json").unlink()
+    rows = (run / "results.jsonl").read_text()
+    (run / "results.jsonl").write_text(rows.replace('"output_tokens":12', '"output_tokens":13', 1))
+    with pytest.raises(EvaluationError, match=r"results\.jsonl: line \d+: not a row of results, or one that changed"):
+        Evaluation(evaluated.options(run)).run()
+    assert not (run / "results.json").exists()
+
+
 def test_rows_of_one_prompt_that_disagree_are_refused(evaluated: Folders, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(evaluated.tasks.parent / "run", run)
     (run / "results.json").unlink()
     first = json.loads((run / "results.jsonl").read_text().splitlines()[0])
-    with open(run / "results.jsonl", "a") as file:
-        file.write(json.dumps(first | {"output_tokens": 99}) + "\n")
+    del first[DIGEST]
+    with open(run / "results.jsonl", "ab") as file:
+        file.write(sealed_row(first | {"output_tokens": 99}))
     with pytest.raises(EvaluationError, match="another row for"):
         Evaluation(evaluated.options(run)).run()
 
