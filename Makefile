@@ -53,7 +53,7 @@ test: $(READY)
 	@$(BIN)/python -m pytest
 
 test-slow: $(READY)
-	@$(BIN)/python -m pytest -m slow
+	@$(BIN)/python -m pytest -m "slow and not mpi"
 
 test-mpi: $(READY)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,mpi]'

@@ -135,12 +135,24 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
+def check_readable(path: str | Path, error: type[DeepSpecError]) -> None:
+    """Refuse what has no end or no content of its own: reading a pipe or a device may never return.
+
+    Raises:
+        error: the path is neither a file nor a folder.
+    """
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise error("not a regular file", file=path, found="a pipe or a device", wanted="a file")
+
+
 def read_json(path: str | Path, error: type[DeepSpecError] = DeepSpecError, remedy: str | None = None) -> Any:
     """Read a JSON file; of a sealed one (:func:`sealed`) the content without the seal.
 
     Raises:
         error: the file is missing or not JSON, or a sealed one has changed.
     """
+    check_readable(path, error)
     try:
         return unsealed(json.loads(Path(path).read_text(encoding="utf-8")), path, error)
     except FileNotFoundError:

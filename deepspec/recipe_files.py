@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from deepspec.errors import RecipeError, system_error
+from deepspec.files import check_readable
 from deepspec.sections import relocate
 
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
@@ -194,6 +195,7 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
         raise RecipeError("too many files that extend one another", file=path, wanted=f"at most {DEEPEST}")
     if real in known:
         return known[real]
+    check_readable(path, RecipeError)
     try:
         with open(path, encoding="utf-8") as handle:
             values = parse_yaml(handle.read(MOST_CHARACTERS + 1))

@@ -25,7 +25,7 @@ from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.demos.stages import native, settings
-from deepspec.drafts import FROZEN, read_weights, save_draft
+from deepspec.drafts import FROZEN, draft_algorithm, read_weights, save_draft
 from deepspec.errors import DraftError
 from deepspec.export.consolidate import consolidate
 from deepspec.files import read_json
@@ -119,6 +119,8 @@ def reduce_vocabulary(source: Path, output: Path) -> None:
     vocabulary = int(config["vocab_size"])
     tokens = torch.tensor([token for token in range(vocabulary) if token % 8 != 3])
     state = {name: tensor for name, tensor in state.items() if name not in FROZEN}
+    for name in {*draft_algorithm(config).vocabulary_rows} & {*state}:
+        state[name] = state[name][tokens].contiguous()
     state["d2t"] = tokens - torch.arange(len(tokens))
     state["t2d"] = torch.zeros(vocabulary, dtype=torch.bool).index_fill(0, tokens, True)
     save_draft(output, state, config | {"draft_vocab_size": len(tokens)}, {"reduced_from": str(source)})

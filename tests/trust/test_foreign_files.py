@@ -16,9 +16,11 @@ from deepspec.cache.recode import recode_cache
 from deepspec.cache.store import open_store
 from deepspec.checkpoints import known_types, read_manifest, read_untrained
 from deepspec.drafts import INDEX, WEIGHTS, read_weights
-from deepspec.errors import CacheError, CheckpointError, DeepSpecError, DraftError, TargetError
+from deepspec.errors import CacheError, CheckpointError, DeepSpecError, DraftError, RecipeError, TargetError
 from deepspec.export.consolidate import consolidate
+from deepspec.export.convert import read_draft
 from deepspec.files import safe_join
+from deepspec.recipe import load_recipe
 from deepspec.targets.stored import weight_files
 
 ARTEFACTS = Path(__file__).parents[1] / "house" / "artefacts"
@@ -140,3 +142,20 @@ def test_a_manifest_names_parts_and_table_as_ours_does(old: Path) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(CacheError, match="not the name of a part"):
         TargetCache.open(old / "cache")
+
+
+@pytest.mark.parametrize("special", ["pipe", "/dev/zero"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_is_refused(special: str, tmp_path: Path) -> None:
+    """Reading one may never return."""
+    path = Path(special)
+    if special == "pipe":
+        path = tmp_path / "pipe"
+        os.mkfifo(path)
+    with pytest.raises(RecipeError, match="not a regular file"):
+        load_recipe(path)
+    (tmp_path / "recipe.yaml").write_text(f"extends: {path}\n")
+    with pytest.raises(RecipeError, match="not a regular file"):
+        load_recipe(tmp_path / "recipe.yaml")
+    (tmp_path / "config.json").symlink_to(path)
+    with pytest.raises(DraftError, match=r"config\.json: not a regular file"):
+        read_draft(tmp_path)
