@@ -11,7 +11,7 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,18 +140,21 @@ def random_target(model_type: str, like: Subject, work: Path) -> Subject:
         AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
         load_tokenizer(like.folder).save_pretrained(folder)
     target = load_target(folder, torch.float32)
-    draft = partial(_taught, target, _answered(target, like))
-    return Subject(model_type, folder, target, like.prompts, like.settings, chosen.kinds, draft)
+    # a random target writes markers that no trained one would; llama.cpp ends there, whatever it is told
+    stops = (*like.settings.stop_token_ids, *load_tokenizer(folder).all_special_ids)
+    settings = replace(like.settings, stop_token_ids=tuple(dict.fromkeys(stops)))
+    draft = partial(_taught, target, _answered(target, like.prompts, settings))
+    return Subject(model_type, folder, target, like.prompts, settings, chosen.kinds, draft)
 
 
-def _answered(target: Target, like: Subject) -> Callable[[], Batch]:
+def _answered(target: Target, prompts: Sequence[Sequence[int]], settings: DecodeSettings) -> Callable[[], Batch]:
     """The target's own answers to the prompts with its hidden states, made when they are first asked for."""
     made: list[Batch] = []
 
     def batch() -> Batch:
         if not made:
-            answers = generate(target, None, like.prompts, like.settings, 4)
-            texts = [[*prompt, *one.output_ids] for prompt, one in zip(like.prompts, answers, strict=True)]
+            answers = generate(target, None, prompts, settings, 4)
+            texts = [[*prompt, *one.output_ids] for prompt, one in zip(prompts, answers, strict=True)]
             lengths, longest = torch.tensor([len(text) for text in texts]), max(map(len, texts))
             tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
             outputs = target.forward(tokens, _layers(target))

@@ -2,8 +2,8 @@
 
 Of every kind: greedy tokens equal to the engine's own without a draft, and the engine's acceptance length within
 ``TOLERANCE`` of ours on the same prompts, both in fp32. What we decode with is the export read back, the very weights
-that the engine has. A round that the output limit or a stop token cut is counted differently everywhere, so each
-prompt's last round is left out on both sides.
+that the engine has. Rounds that the output limit or a stop token cut are counted differently everywhere: of each prompt
+we compare as many rounds as both sides have, without each side's last.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from deepspec.targets.served import ServedTarget
 
 log = logging.getLogger(__name__)
 TOLERANCE = 0.01
+LEAST_SHARE = 0.8  # of our rounds must be there too, or another text was decoded
 HIDDEN_STATES, HIDDEN_TOLERANCE = "hidden states", 1e-4  # the name of the check, and the largest difference it allows
 
 
@@ -242,21 +243,23 @@ def compare(
     own = [[one.accepted for one in generation.rounds[:-1]] for generation in ours]
     theirs = [[accepted for _, accepted in row["rounds"][:-1]] for row in engine]
     pairs = [pair for mine, their in zip(own, theirs, strict=True) for pair in zip(mine, their, strict=False)]
-    row.lossless, row.ours, row.engine = f"{equal}/{len(baseline)}", _length(own), _length(theirs)
-    row.same_rounds = f"{sum(mine == their for mine, their in pairs)}/{sum(map(len, own))}"
+    row.lossless, row.ours, row.engine = f"{equal}/{len(baseline)}", _length(pairs, 0), _length(pairs, 1)
+    row.same_rounds = f"{sum(mine == their for mine, their in pairs)}/{len(pairs)}"
     reasons = []
     if equal != len(baseline):
         reasons.append("the tokens are not those of the engine without a draft")
     if row.difference is None:
         reasons.append("no rounds to compare: every answer ended in its first")
+    elif len(pairs) < LEAST_SHARE * sum(map(len, own)):
+        reasons.append(f"{len(pairs)} rounds there, {sum(map(len, own))} here: its answers ended early")
     elif abs(row.difference) > TOLERANCE:
         reasons.append(f"acceptance length differs by more than {TOLERANCE:.0%}")
     row.status, row.note = ("FAILED" if reasons else "equal"), "; ".join(reasons)
 
 
-def _length(accepted: Sequence[Sequence[int]]) -> float | None:
-    rounds = [count + 1 for prompt in accepted for count in prompt]
-    return sum(rounds) / len(rounds) if rounds else None
+def _length(pairs: Sequence[tuple[int, int]], side: int) -> float | None:
+    """Acceptance length: mean tokens a round, its bonus token included."""
+    return sum(pair[side] + 1 for pair in pairs) / len(pairs) if pairs else None
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -66,6 +66,15 @@ def test_one_per_cent_is_allowed(theirs: tuple[int, ...], status: str) -> None:
     assert row.status == status
 
 
+def test_as_many_rounds_are_compared_as_both_sides_have() -> None:
+    ours = [generation(3, 2, 6, 1, 2, 0)]
+    row = verdict(ours, [engine_row([5], 3, 2, 6, 1, 1)], [[5]])  # the limit cut its fifth, that with us was whole
+    assert (row.status, row.ours, row.engine, row.same_rounds) == ("equal", 4.0, 4.0, "4/4")
+    row = verdict(ours, [engine_row([5], 3, 2, 6)], [[5]])
+    assert row.status == "FAILED"
+    assert "2 rounds there, 5 here" in row.note
+
+
 def test_no_round_at_all_is_a_failure() -> None:
     assert verdict([generation(3)], [engine_row([5], 3)], [[5]]).status == "FAILED"
 
