@@ -47,7 +47,7 @@ results: $(READY)
 	@$(BIN)/python tools/results.py
 
 serve-check: quickstart
-	@$(BIN)/python tools/serve_check.py --json build/serve-check/result.json
+	@$(BIN)/python tools/serve_check.py --json build/serve-check/result.json --page docs/serving.md
 
 test: $(READY)
 	@$(BIN)/python -m pytest

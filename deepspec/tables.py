@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from deepspec.errors import printable
+from deepspec.errors import DeepSpecError, printable
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,19 @@ class Table:
 
     def _cells(self) -> list[list[str]]:
         return [["" if cell is None else printable(str(cell)) for cell in row] for row in (self.header, *self.rows)]
+
+
+def fill_page(text: str, name: str, inside: str) -> str:
+    """A Markdown page with ``inside`` between the comments ``<!-- NAME: ... -->`` and ``<!-- end of NAME -->``.
+
+    Raises:
+        DeepSpecError: it has no such marks.
+    """
+    pattern = rf"(<!-- {name}: [^\n]* -->)\n.*(<!-- end of {name} -->)"
+    filled, number = re.subn(pattern, lambda found: f"{found[1]}\n\n{inside}\n\n{found[2]}", text, flags=re.DOTALL)
+    if number != 1:
+        raise DeepSpecError(f"no place for the {name}", wanted=f"<!-- {name}: ... --> ... <!-- end of {name} --> once")
+    return filled
 
 
 def _html_row(kind: str, cells: Iterable[str]) -> str:

@@ -99,11 +99,13 @@ def serve_check() -> int:
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
     parser.add_argument("--kind", action="append", default=[], help="only this kind; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results here too")
+    parser.add_argument("--page", type=Path, help="put the table into its place on this page, such as docs/serving.md")
     given = parser.parse_args()
 
     from deepspec.demos.subjects import check_engines, quickstart_subject
-    from deepspec.files import write_json
+    from deepspec.files import write_json, write_text
     from deepspec.serving.check import table, to_json
+    from deepspec.tables import fill_page
 
     if given.engine and not given.server:
         parser.error("--engine is the environment of one engine: name it (--server)")
@@ -117,4 +119,6 @@ def serve_check() -> int:
     print(table(rows))
     if given.json:
         write_json(given.json, {"rows": to_json(rows)})
+    if given.page:
+        write_text(given.page, fill_page(given.page.read_text(encoding="utf-8"), "serve-check", table(rows)))
     return int(any(row.status == "FAILED" for row in rows))

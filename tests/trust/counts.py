@@ -13,14 +13,13 @@ from typing import Any
 from bars import Bars, at_least, at_most
 
 from deepspec.progress import clock
-from deepspec.tables import Table
+from deepspec.tables import Table, fill_page
 
 WANTED = {"kill": 300, "flip": 1000, "hostile": 60, "disk": 18, "fuzz": 500}  # tried, at least
 VERDICTS = ("right", "refused", "lost", "traceback", "hang", "left")
 FAULTS = VERDICTS[2:]
 SECONDS = 3600
 EXAMPLES = 5  # of what went wrong, kept of each row
-BEGIN, END = "<!-- counts: written by make trust -->", "<!-- end of counts -->"
 
 
 @dataclass
@@ -103,14 +102,6 @@ def table(value: Mapping[str, Any]) -> str:
 
 
 def write_table(page: Path, value: Mapping[str, Any]) -> None:
-    """Put the table between the marks of a page, with the seconds it took.
-
-    Raises:
-        ValueError: the page has no marks.
-    """
-    before, mark, rest = page.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not mark or not end:
-        raise ValueError(f"{page} has no marks for the table")
+    """Put the table into its place on a page, with the seconds it took."""
     seconds = clock(value["bars"]["seconds"]["value"])
-    page.write_text(f"{before}{BEGIN}\n\n{table(value)}\n\nMeasured in {seconds}.\n\n{END}{after}")
+    page.write_text(fill_page(page.read_text(), "counts", f"{table(value)}\n\nMeasured in {seconds}."))

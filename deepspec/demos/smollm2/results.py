@@ -10,15 +10,14 @@ from deepspec.demos.measured import NOT_RUN, Row, equality, length, pick, speed_
 from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.collect import gather
 from deepspec.demos.smollm2.plan import EVALUATIONS, recipe_of
-from deepspec.errors import DeepSpecError
 from deepspec.evaluate.calibration import mean_ece
 from deepspec.evaluate.study import sentence
 from deepspec.files import write_text
 from deepspec.registry import ALGORITHMS
-from deepspec.tables import Table
+from deepspec.tables import Table, fill_page
 
 PAGE, MEASURED = Path("docs/results.md"), Path("docs/results.json")
-README, MARKS = Path("README.md"), ("<!-- results: written by make results -->", "<!-- end of results -->")
+README = Path("README.md")
 LENGTH = "accepted length, T=0"
 FINETUNED = "One record of a sentence as JSON: the general draft fine-tuned on domain and general answers mixed"
 FINETUNED += ", against as many steps on the domain alone from a fresh start"
@@ -57,13 +56,9 @@ def with_results(readme: str, measured: Row) -> str:
     Raises:
         DeepSpecError: it has no such marks.
     """
-    begin, end = (readme.find(mark) for mark in MARKS)
-    if not 0 <= begin < end:
-        raise DeepSpecError("no place for the results", file=README, wanted=" ... ".join(MARKS))
     real, tuned = measured["real"], measured.get("finetuned", {}).get("drafts", {})
     sampled = ", ".join(f"{name} {length(pick(real['chat'].get(name), 1.0))}" for name in ALGORITHMS)
     own = [
-        MARKS[0],
         accepted_lengths(real, 0.0),
         f"At T=1 on held-out chat: {sampled}.",
         speeds(real.get("speed", {})),
@@ -72,7 +67,7 @@ def with_results(readme: str, measured: Row) -> str:
         f"Every task at T=1, acceptance by position, seconds and commands: [{PAGE.name}]({PAGE}), as JSON "
         f"[{MEASURED.name}]({MEASURED}).",
     ]
-    return readme[:begin] + "\n\n".join(own) + "\n\n" + readme[end:]
+    return fill_page(readme, "results", "\n\n".join(own))
 
 
 def real_text(real: Row) -> str:

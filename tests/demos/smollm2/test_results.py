@@ -64,9 +64,12 @@ def test_measured_figures_stand_in_their_cells_and_in_the_json() -> None:
     assert kept["real"]["chat"]["dspark"]["provenance"]["seed"] == 5
 
 
+BEGIN, END = "<!-- results: written by make results -->", "<!-- end of results -->"
+
+
 @pytest.mark.usefixtures("_folder")
 def test_the_fine_tuning_has_its_table_and_its_gains() -> None:
-    Path("README.md").write_text(f"# A\n\n{results.MARKS[0]}\n{results.MARKS[1]}\n")
+    Path("README.md").write_text(f"# A\n\n{BEGIN}\n{END}\n")
     lengths = {"general": (2, 4), "tuned": (5, 3), "target": (4, 1)}
     for start, (domain, chat) in lengths.items():
         evaluation(finetune.results_of("full", "dspark", start), (0.0, 1.0), domain, "domain")
@@ -104,14 +107,14 @@ def test_what_was_gathered_before_outlives_its_folder() -> None:
 
 @pytest.mark.usefixtures("_folder")
 def test_the_readme_gets_its_table_and_keeps_the_rest() -> None:
-    before = f"# A\n\n{results.MARKS[0]}\nold\n{results.MARKS[1]}\n\n## B\n"
+    before = f"# A\n\n{BEGIN}\nold\n{END}\n\n## B\n"
     Path("README.md").write_text(before)
     evaluation(SCALES["full"].root / "dspark-chat", (0.0, 1.0), 3)
     results.write_results()
     once = Path("README.md").read_text()
     assert "| held-out chat | not run | not run | 3.00 (3.00-3.00) |" in once
     assert once.startswith("# A\n")
-    assert once.endswith(f"{results.MARKS[1]}\n\n## B\n")
+    assert once.endswith(f"{END}\n\n## B\n")
     assert "old" not in once
     results.write_results()
     assert Path("README.md").read_text() == once
