@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -35,6 +38,7 @@ from deepspec.serving.client import Counted
 from deepspec.targets import load_target, load_tokenizer
 from deepspec.testing import tiny
 
+ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 40
 WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "seven", "the", "of", "and"]
 
@@ -169,6 +173,32 @@ def test_a_killed_run_goes_on_and_counts_each_prompt_once(served: Served, tmp_pa
         lines[:3]
     )
     assert [one.acceptance_length for one in again.summaries] == [one.acceptance_length for one in whole.summaries]
+
+
+def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Path) -> None:
+    """SIGKILL in the middle of a real run; the same command then makes what is missing and leaves the rest."""
+    one, folder = served.options, tmp_path / "out" / "concurrency-1"
+    command = [sys.executable, "-m", "deepspec.evaluate", "--server", one.server, "--target", one.target]
+    command += ["--draft", one.draft, "--tasks", one.tasks[0], "--temperature", "0", "--output", str(tmp_path / "out")]
+    command += ["--max-new-tokens", str(TOKENS)]
+    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    rows = folder / "results.jsonl"
+    while not (rows.exists() and rows.read_bytes().count(b"\n") > 1):
+        assert job.poll() is None
+        time.sleep(0.002)
+    job.kill()
+    job.wait()
+    kept = rows.read_text().rpartition("\n")[0].split("\n")
+    assert not (folder / "results.json").exists()
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = rows_of(folder)
+    assert sorted((row["task"], row["index"]) for row in found) == [("short", i) for i in range(6)] + [("talk", 0)]
+    assert rows.read_text().split("\n")[: len(kept)] == kept
+    whole = served.run(tmp_path / "whole")[1]
+    assert [row.acceptance_length for row in Results.load(folder).summaries] == [
+        row.acceptance_length for row in whole.summaries
+    ]
 
 
 def test_another_model_or_setting_is_refused(served: Served, tmp_path: Path) -> None:
