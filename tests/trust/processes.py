@@ -166,7 +166,10 @@ def _become(logs: Path, temporary: Path, max_file: int | None) -> None:
     os.chdir(ROOT)
     import tempfile
 
+    from tqdm import tqdm
+
     tempfile.tempdir = None  # asked for again, under the new TMPDIR
+    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: a killed one may hold it for ever
     if max_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, as Python has it by default
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
