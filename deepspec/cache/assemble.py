@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import tempfile
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
-from pathlib import Path
 
 import numpy as np
 import zarr
@@ -32,9 +31,8 @@ from deepspec.cache.format import (
 )
 from deepspec.cache.plan import CachePlan
 from deepspec.cache.shard import ShardWriter
-from deepspec.cache.store import Store, scratch
+from deepspec.cache.store import Store, local_folder
 from deepspec.errors import CacheError
-from deepspec.processes import temporary_prefix
 
 TABLE_CHUNK = 256
 GROUPS, GROUP = ("zarr.json", f"{PARTS}/zarr.json"), b'{"attributes": {}, "zarr_format": 3, "node_type": "group"}\n'
@@ -109,12 +107,18 @@ def _write_changed(store: Store, name: str, data: bytes) -> None:
 
 def _write_table(store: Store, name: str, table: NDArray[np.int64]) -> ArrayInfo:
     """The sample table as a Zarr array of the store."""
-    place = tempfile.TemporaryDirectory(prefix=temporary_prefix("table"), dir=scratch())
-    with place as folder, ThreadPoolExecutor(1) as pool:
-        zarr.create_group(LocalStore(folder), zarr_format=3)
-        writer = ShardWriter(Path(folder), name, table.shape[1:], "int64", TABLE_CHUNK, RawCodec.calibrate, pool)
-        writer.append(table)
-        info = writer.finish("raw")
+    for old in store.names(""):
+        if old.startswith("samples-"):
+            store.sweep(old)
+    folder = local_folder("table")
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            zarr.create_group(LocalStore(folder), zarr_format=3)
+            writer = ShardWriter(folder, name, table.shape[1:], "int64", TABLE_CHUNK, RawCodec.calibrate, pool)
+            writer.append(table)
+            info = writer.finish("raw")
         for file in (array_file(name, 2), f"{name}/zarr.json"):
-            _write_changed(store, file, Path(folder, file).read_bytes())
+            _write_changed(store, file, (folder / file).read_bytes())
+    finally:
+        shutil.rmtree(folder)
     return info

@@ -152,6 +152,11 @@ class FolderStore:
         """Write completely or not at all."""
         files.write_bytes(self.path / name, data)
 
+    def sweep(self, name: str) -> None:
+        """Remove what killed processes left in a folder, and in those in it, under temporary names."""
+        for folder, _, _ in os.walk(self.path / name):
+            sweep(Path(folder))
+
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Take over the finished folder ``local`` as ``name``, by a rename in the same file system, synced to disk."""
         for folder, _, found in os.walk(local, topdown=False):
@@ -289,6 +294,9 @@ class RemoteStore:
                 raise
             return False
         return True
+
+    def sweep(self, name: str) -> None:
+        """An object is there whole or not at all: there is nothing to remove."""
 
     def commit(self, local: Path, name: str, marker: str) -> None:
         """Upload a finished local folder, the marker last, and delete the local one."""

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 from cache_tools import make_cache
 from kill_tools import exit_code, killed_before, start
 
+from deepspec.cache.assemble import finish_cache
+from deepspec.cache.plan import CachePlan
 from deepspec.cache.raw_cache import RawCache, export_raw_cache
-from deepspec.cache.store import SCRATCH, local_folder
+from deepspec.cache.store import SCRATCH, FolderStore, local_folder
 from deepspec.data.conversations import manifest_path, read_conversations
 from deepspec.data.prepare import PrepareOptions, prepare
 from deepspec.drafts import save_draft
@@ -156,6 +159,27 @@ def test_parts_of_a_killed_remote_build_go_from_the_folder_that_the_user_chose(
     assert local_folder("cache-00002").parent == tmp_path / "big"
     assert mine.exists()
     assert len(os.listdir(tmp_path / "big")) == 2
+
+
+def test_a_kill_while_a_cache_is_finished_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All parts are there, so that the next run writes table and manifest alone."""
+    monkeypatch.setenv(SCRATCH, str(tmp_path / "scratch"))
+    make_cache(tmp_path / "whole")
+    wanted, cut = names(tmp_path / "whole"), tmp_path / "cut"
+    for number in count(1):
+        shutil.copytree(tmp_path / "whole", cut)
+        (cut / "manifest.json").unlink()
+        shutil.rmtree(next(cut.glob("samples-*")))
+        store = FolderStore(cut)
+        killed = killed_before(number, partial(finish_cache, store, CachePlan.load(store)))
+        with one_writer(cut, "build"):
+            finish_cache(store, CachePlan.load(store))
+        assert sorted({*names(cut)} - {LOCK}) == wanted, number
+        assert os.listdir(tmp_path / "scratch") == []
+        shutil.rmtree(cut)
+        if not killed:
+            break
+    assert number > 6
 
 
 def test_a_draft_has_the_mode_of_the_umask(tmp_path: Path) -> None:
