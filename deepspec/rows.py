@@ -1,6 +1,7 @@
 """Rows of an unfinished job: a JSONL file that is only appended to, so that a killed job continues where it stopped.
 
-Every line ends with the digest of its own bytes, under ``row_sha256``: a row that rotted is refused where it is read.
+Every line ends with a digest of its own bytes and of the file's name, under ``row_sha256``: a row that rotted, or that
+is another file's, is refused where it is read.
 """
 
 from __future__ import annotations
@@ -32,24 +33,24 @@ def dump_row(row: Mapping[str, Any]) -> bytes:
     return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate (in a server's error) stays JSON
 
 
-def sealed_row(row: Mapping[str, Any]) -> bytes:
-    """The line of a row that is not empty, with the first 64 bits of the SHA-256 of all before as its last key."""
+def sealed_row(row: Mapping[str, Any], name: str) -> bytes:
+    """The line of a row that is not empty, its last key 64 bits of the SHA-256 of ``name`` and all before."""
     body = dump_row(row)[:-2]
-    return body + _BEFORE + _digest(body) + _AFTER
+    return body + _BEFORE + _digest(body, name) + _AFTER
 
 
-def _digest(body: bytes) -> bytes:
-    return hashlib.sha256(body).hexdigest()[:16].encode()
+def _digest(body: bytes, name: str) -> bytes:
+    return hashlib.sha256(name.encode() + b"\n" + body).hexdigest()[:16].encode()
 
 
-def _opened(line: bytes) -> tuple[Row, bool]:
+def _opened(line: bytes, name: str) -> tuple[Row, bool]:
     """(row, whether the line has a digest).
 
     Raises:
-        ValueError: no JSON, or other bytes than those of the digest.
+        ValueError: no JSON, or another digest than that of ``name`` and these bytes.
     """
     body, mark, end = line.rpartition(_BEFORE)
-    if mark and end != _digest(body) + _AFTER:
+    if mark and end != _digest(body, name) + _AFTER:
         raise ValueError("changed")
     row: Row = json.loads(body + b"}" if mark else line)
     return row, bool(mark)
@@ -73,6 +74,7 @@ class RowLog(Mapping[K, Row]):
             seconds; 0: when :meth:`append` returns. The operating system has it at once.
         unsealed: whether rows without a digest count: their file has one of its own, or is a finished one of an
             earlier version. Otherwise they are passed over, to be made again, and a warning says so.
+        name: in the digests of the rows; None: that of ``path``.
 
     Raises:
         DeepSpecError: of type ``error``: a line that is no row, that changed, or two rows of one key that differ.
@@ -88,7 +90,9 @@ class RowLog(Mapping[K, Row]):
         rank: int = 0,
         sync_seconds: float = 0.0,
         unsealed: bool = False,
+        name: str | None = None,
     ) -> None:
+        self._name = name or path.name
         self.path, self.own = path, path.with_name(f"{path.stem}.rank{rank}{path.suffix}") if rank else path
         self._key, self._error, self._header, self._check = key, error, header, check
         self._unsealed = unsealed
@@ -102,7 +106,7 @@ class RowLog(Mapping[K, Row]):
         with open(path, "rb") as handle:
             handle.seek(position)
             try:
-                return _opened(handle.readline())[0]
+                return _opened(handle.readline(), self._name)[0]
             except ValueError:
                 raise self._refusal("a row that changed", path, f"byte {position}") from None
 
@@ -120,7 +124,7 @@ class RowLog(Mapping[K, Row]):
         with named(self.own):
             handle = self._handle = self._handle or self._open()
             position = handle.seek(0, os.SEEK_END)
-            handle.write(sealed_row(row))
+            handle.write(sealed_row(row, self._name))
             handle.flush()
             if time.monotonic() - self._synced >= self._sync_seconds:
                 os.fsync(handle.fileno())
@@ -137,8 +141,8 @@ class RowLog(Mapping[K, Row]):
     def merge(self) -> None:
         """On one rank, when all have closed their files: write the rows of all of them, in order, into the first."""
         self._read()
-        lines = b"".join(sealed_row(self[key]) for key in sorted(self))  # type: ignore[type-var]
-        write_bytes(self.path, (b"" if self._header is None else sealed_row(self._header)) + lines)
+        lines = b"".join(sealed_row(self[key], self._name) for key in sorted(self))  # type: ignore[type-var]
+        write_bytes(self.path, (b"" if self._header is None else sealed_row(self._header, self._name)) + lines)
         for path in self._rank_files():
             path.unlink()
         self._read()
@@ -166,7 +170,7 @@ class RowLog(Mapping[K, Row]):
         """Note where a row is; False: it does not count."""
         is_header, where = number == 1 and self._header is not None, f"line {number}"
         try:
-            row, has_digest = _opened(line)
+            row, has_digest = _opened(line, self._name)
             key = None if is_header else self._key(row)
             hash(key)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -191,7 +195,7 @@ class RowLog(Mapping[K, Row]):
         handle = open(self.own, "a+b")  # noqa: SIM115 (closed by close)
         handle.truncate(_end_of_rows(handle))
         if handle.seek(0, os.SEEK_END) == 0 and self._header is not None:
-            handle.write(sealed_row(self._header))
+            handle.write(sealed_row(self._header, self._name))
         return handle
 
 

@@ -11,8 +11,9 @@ import io
 import json
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -191,9 +192,10 @@ def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 
     with whole_folder(output, "export", CacheError) as folder, named(output):
         records, progress = np.zeros(len(cache), RECORD), Progress("export", len(cache), noun="samples")
         shards: list[dict[str, Any]] = []
-        for number, shard, file in _shards(cache, folder, shard_bytes, shards):
-            records[number] = _export_sample(cache, number, shard, file)
-            progress.add(1, int(records[number]["tokens"]))
+        with closing(_shards(cache, folder, shard_bytes, shards)) as samples:  # on a full disk its file fails here
+            for number, shard, file in samples:
+                records[number] = _export_sample(cache, number, shard, file)
+                progress.add(1, int(records[number]["tokens"]))
         write_bytes(folder / INDEX, records.tobytes())
         sample_ids = io.BytesIO()
         np.save(sample_ids, cache.sample_ids)
@@ -204,7 +206,7 @@ def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 
 
 def _shards(
     cache: TargetCache, folder: Path, limit: int, shards: list[dict[str, Any]]
-) -> Iterator[tuple[int, int, BinaryIO]]:
+) -> Generator[tuple[int, int, BinaryIO]]:
     """(sample, shard, open file) of each sample; a shard ends before it would grow beyond ``limit`` bytes."""
     hidden = int(cache.fingerprint["target"]["hidden_size"])
     token = 6 + 2 * hidden * (len(cache.fingerprint["layers"]) + 1)

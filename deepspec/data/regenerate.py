@@ -149,7 +149,8 @@ def _open_partial(path: Path, settings: Mapping[str, Any]) -> RowLog[str]:
             raise DataError(problem, file=path, remedy=remedy)
 
     header = {"format": PARTIAL_FORMAT, "settings": settings}
-    return RowLog(path, lambda row: str(row["id"]), DataError, header, check, sync_seconds=SYNC_SECONDS)
+    name = "answers"  # whatever the user calls the file
+    return RowLog(path, lambda row: str(row["id"]), DataError, header, check, sync_seconds=SYNC_SECONDS, name=name)
 
 
 def setting_differences(found: Mapping[str, Any], settings: Mapping[str, Any], file: Path) -> list[str]:

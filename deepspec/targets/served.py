@@ -159,6 +159,9 @@ class ServedTarget(TargetEmbeddings):
             remedy = f"start the server for the layers {sorted(self._index)} (its ids)"
             raise TargetError("hidden states of another shape", file=path, found=tuple(hidden.shape), wanted=wanted,
                               remedy=remedy)  # fmt: skip
+        if not (hidden.is_floating_point() and bool(hidden.isfinite().all())):
+            found_type = hidden.dtype if not hidden.is_floating_point() else "NaN or inf"
+            raise TargetError("hidden states must be finite floating-point numbers", file=path, found=found_type)
         return hidden
 
     def _ask(self, verb: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:

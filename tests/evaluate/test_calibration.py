@@ -73,7 +73,7 @@ def write_run(root: Path, threshold: float = 0.0) -> tuple[Path, Path]:
         own = slice(index * 500, index * 500 + 500)
         row = {"task": "t", "index": index, "temperature": 1.0, "confidence": rounds.logits[own].tolist()}
         lines.append(row | {"proposed": [3] * 500, "accepted": rounds.accepted[own].tolist()})
-    (results / "results.jsonl").write_bytes(b"".join(map(sealed_row, lines)))
+    (results / "results.jsonl").write_bytes(b"".join(sealed_row(line, "results.jsonl") for line in lines))
     return draft, results
 
 
@@ -130,7 +130,7 @@ def test_a_fit_that_makes_the_other_part_worse_writes_nothing_and_says_so(
         own = slice(index * 80, index * 80 + 80)
         row = {"task": "t", "index": index, "temperature": 1.0, "confidence": (rounds.logits[own] / SKEW).tolist()}
         lines.append(row | {"proposed": [3] * 80, "accepted": rounds.accepted[own].tolist()})
-    (results / "results.jsonl").write_bytes(b"".join(map(sealed_row, lines)))
+    (results / "results.jsonl").write_bytes(b"".join(sealed_row(line, "results.jsonl") for line in lines))
     report = tmp_path / "figures.json"
     command = ["calibration", "--draft", str(draft), "--results", str(results), "--report", str(report)]
     monkeypatch.setattr("sys.argv", command)

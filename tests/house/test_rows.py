@@ -48,7 +48,7 @@ def test_a_header_that_a_kill_cut_is_written_again(tmp_path: Path) -> None:
     log = open_log(tmp_path, header={"settings": 1})
     log.append({"id": "a"})
     log.close()
-    assert log.own.read_bytes() == sealed_row({"settings": 1}) + sealed_row({"id": "a"})
+    assert log.own.read_bytes() == sealed_row({"settings": 1}, "rows.jsonl") + sealed_row({"id": "a"}, "rows.jsonl")
 
 
 def test_ranks_read_each_other_and_are_merged_in_order(tmp_path: Path) -> None:
@@ -65,18 +65,20 @@ def test_ranks_read_each_other_and_are_merged_in_order(tmp_path: Path) -> None:
 
 def test_a_row_that_comes_twice_counts_once_unless_its_copies_differ(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(2 * sealed_row({"id": "a", "n": 1}))
+    path.write_bytes(2 * sealed_row({"id": "a", "n": 1}, "rows.jsonl"))
     assert len(open_log(tmp_path)) == 1
-    path.write_bytes(path.read_bytes() + sealed_row({"id": "a", "n": 2}))
+    path.write_bytes(path.read_bytes() + sealed_row({"id": "a", "n": 2}, "rows.jsonl"))
     with pytest.raises(DataError, match=r"rows\.jsonl: line 3: another row for a than before; remove the line"):
         open_log(tmp_path)
 
 
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(sealed_row({"id": "a"}) + b"no json\n" + sealed_row({"id": "b"}))
+    (tmp_path / "rows.jsonl").write_bytes(
+        sealed_row({"id": "a"}, "rows.jsonl") + b"no json\n" + sealed_row({"id": "b"}, "rows.jsonl")
+    )
     with pytest.raises(DataError, match=r"rows\.jsonl: line 2: not a row of results"):
         open_log(tmp_path)
-    (tmp_path / "rows.jsonl").write_bytes(sealed_row({"id": ["a"]}))  # of a list, which is no key
+    (tmp_path / "rows.jsonl").write_bytes(sealed_row({"id": ["a"]}, "rows.jsonl"))  # of a list, which is no key
     with pytest.raises(DataError, match=r"rows\.jsonl: line 1: not a row of results"):
         open_log(tmp_path)
 
@@ -125,3 +127,13 @@ def test_rows_of_an_earlier_version_are_made_again_with_a_word(
     log.merge()
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [2, 2]
     assert sorted(open_log(tmp_path)) == ["a", "b"]
+
+
+def test_rows_under_another_name_are_refused(tmp_path: Path) -> None:
+    """Rows of the draft and of the plain decoding have one form: swapped, they would be taken for each other."""
+    log = open_log(tmp_path)
+    log.append({"id": "a", "n": 1})
+    log.close()
+    (tmp_path / "rows.jsonl").rename(tmp_path / "plain.jsonl")
+    with pytest.raises(DataError, match=r"plain\.jsonl: line 1: .*one that changed"):
+        RowLog(tmp_path / "plain.jsonl", lambda row: row["id"], DataError)

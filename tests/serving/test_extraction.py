@@ -118,6 +118,23 @@ def victim_in(folder: Path, tokens: int = 0) -> Path:
     return folder / "victim.safetensors"
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "integers"])
+def test_hidden_states_that_are_no_numbers_are_refused(
+    value: str, qwen: tuple[Target, FakeServer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fake, path = qwen
+    remote = open_served(fake, path)
+    file = victim_in(fake.folder, tokens=3)
+    states = torch.zeros(3, len(LAYERS) + 1, 32)
+    states[1, 0, 5] = 1.0 if value == "integers" else float(value)
+    states = states.long() if value == "integers" else states
+    save_file({"hidden_states": states, "token_ids": torch.arange(4, 7)}, file)
+    spoil(fake, monkeypatch, str(file))
+    with pytest.raises(TargetError, match=r"victim\.safetensors: hidden states must be finite floating-point numbers"):
+        remote.forward(torch.tensor([[4, 5, 6]]), [0])
+    assert file.exists()
+
+
 def test_a_file_that_is_not_the_prompt_s_own_is_neither_used_nor_removed(
     qwen: tuple[Target, FakeServer, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

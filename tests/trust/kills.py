@@ -86,7 +86,8 @@ def _judge(
             verdicts["hang"] = f"{where}, {which} run"
     found = contents(work)
     other = sorted(name for name in wanted if found.get(name) != wanted[name])
-    if second.code != 0 or other:
+    finished = not other and "is not empty" in second.last_words  # it had ended before the kill: a word, no harm
+    if (second.code != 0 and not finished) or other:
         verdicts["lost"] = f"{where}: {second.last_words if second.code else f'other files: {other[:3]}'}"
     if extra := sorted(found.keys() - wanted.keys()):
         verdicts["left"] = f"{where}: {extra[:3]}"

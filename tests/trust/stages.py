@@ -29,7 +29,9 @@ from deepspec.errors import DeepSpecError, run_main
 from deepspec.registry import lookup
 
 # keys of what no two runs share: times, and what the machine said
-UNTIMED = re.compile(r".*seconds.*|.*_per_second|speed_up.*|phases|steps|finished|command|memory_gb|data_wait|seal_.*")
+UNTIMED = re.compile(
+    r".*seconds.*|.*_per_second|speed_up.*|phases|steps|finished|command|memory_gb|data_wait|seal_.*|row_sha256"
+)
 FOREIGN = ("torchelastic_*", "torchinductor_*", "pymp-*", "triton*", "hsperfdata*")  # that launchers and torch leave
 HALF = ("--set", "target.dtype=bfloat16")  # the release's raw caches hold no other numbers
 SIDES = ("train", "held_out")  # the files of prompts

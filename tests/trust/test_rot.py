@@ -418,7 +418,7 @@ def test_rows_of_one_prompt_that_disagree_are_refused(evaluated: Folders, tmp_pa
     first = json.loads((run / "results.jsonl").read_text().splitlines()[0])
     del first[DIGEST]
     with open(run / "results.jsonl", "ab") as file:
-        file.write(sealed_row(first | {"output_tokens": 99}))
+        file.write(sealed_row(first | {"output_tokens": 99}, "results.jsonl"))
     with pytest.raises(EvaluationError, match="another row for"):
         Evaluation(evaluated.options(run)).run()
 
