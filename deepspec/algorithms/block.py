@@ -35,6 +35,7 @@ from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
+from deepspec.nn.fused import norm_of
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.layer import RMSNorm
 from deepspec.nn.losses import HeadRows
@@ -213,6 +214,7 @@ class BlockDrafter(Drafter):
 
     def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
+        self._context_norm = norm_of(model.hidden_norm)
         self._slot_K = torch.arange(model.config.block_size, device=model.device)
 
     @torch.no_grad()
@@ -223,10 +225,11 @@ class BlockDrafter(Drafter):
         row_R = self._row_B[: len(features)] if rows is None else rows
         slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
         self._max_context_len = max_context_len
-        context, table = self.model.context(features), self.model.rotary(slots)
-        for layer, cache in zip(self.model.layers, self._cache, strict=True):
+        context = self._context_norm(self.model.fc.forward(features.to(self.model.dtype)))
+        table = self._rotary(slots, max_context_len + features.shape[1])
+        for layer, cache in zip(self._layers, self._cache, strict=True):
             cache.reserve(max_context_len + len(self._slot_K))
-            cache.write(layer.self_attn.keys_values(context, table), slots, row_R)
+            cache.write(layer.keys_values(context, table), slots, row_R)
         self._length_B[row_R] += counts
 
     @torch.no_grad()
@@ -261,17 +264,16 @@ class BlockDrafter(Drafter):
         first = block - self.max_draft
         length_R1 = self._length_B[:rows, None]
         slots, seen = length_R1 + self._slot_K, self._max_context_len + block
-        table = model.rotary(slots)
+        table = self._rotary(slots, seen)
         visible = torch.arange(seen, device=slots.device) < length_R1 + block
         bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
         hidden = model.block_inputs(last_token[:, None])[:, 0]
-        for layer, cache in zip(model.layers, self._cache, strict=True):
-            normed = layer.input_layernorm(hidden)
-            cache.write(layer.self_attn.keys_values(normed, table), slots, self._row_B[:rows])
-            queries = layer.self_attn.queries(normed, table)
-            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.self_attn.scale)
+        for layer, cache in zip(self._layers, self._cache, strict=True):
+            queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
+            cache.write((keys, values), slots, self._row_B[:rows])
+            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.scale)
             hidden = layer.finish(hidden, mixed)
-        return model.norm(hidden[:, first : first + count])
+        return self._norm(hidden[:, first : first + count])
 
 
 class BlockAlgorithm(Algorithm):

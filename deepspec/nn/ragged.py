@@ -34,7 +34,9 @@ class RaggedKV:
 
     def write(self, kv_RNGE: tuple[Tensor, Tensor], slots_RN: Tensor, rows_R: Tensor) -> None:
         """Write (keys, values) to ``slots`` of ``rows``."""
-        self.keys[rows_R[:, None], slots_RN], self.values[rows_R[:, None], slots_RN] = kv_RNGE
+        index = (slots_RN + rows_R[:, None] * self.keys.shape[1]).flatten()
+        for buffer, new in zip((self.keys, self.values), kv_RNGE, strict=True):
+            buffer.flatten(0, 1).index_copy_(0, index, new.flatten(0, 1))
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows ``source`` [n] over rows ``target`` [n]."""

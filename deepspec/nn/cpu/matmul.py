@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # multiplications: smaller products gain little, and MKL rounds them half as much
@@ -45,15 +46,21 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether ``x @ weight.T`` goes to oneDNN."""
+    if x.numel() * len(weight) < _MIN_MULTIPLICATIONS or x.numel() < _MIN_ROWS * x.shape[-1]:
+        return False
     fitting = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    enough = x.numel() * len(weight) >= _MIN_MULTIPLICATIONS and x.numel() >= _MIN_ROWS * x.shape[-1]
-    return fitting and enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
+    return fitting and bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
 def linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T`` [M, O]; oneDNN's operator has no gradient, so where one is wanted PyTorch multiplies."""
     differentiable = torch.is_grad_enabled() and (x_MI.requires_grad or weight_OI.requires_grad)
     return _onednn(x_MI, weight_OI) if uses_onednn(x_MI, weight_OI) and not differentiable else x_MI @ weight_OI.T
+
+
+def product(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` [.., O], without a gradient."""
+    return _onednn(x, weight_OI, bias) if uses_onednn(x, weight_OI) else F.linear(x, weight_OI, bias)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
