@@ -110,6 +110,12 @@ class Drafter(ABC):
         cos, sin = self._table
         return cos[slots], sin[slots]
 
+    def _reserve(self, num_slots: int, slots: Tensor, rows: Tensor) -> Tensor:
+        """Room for ``num_slots`` slots of every row in every layer; where ``slots`` [R, N] of ``rows`` [R] are there."""
+        for cache in self._cache:
+            cache.reserve(num_slots)
+        return self._cache[0].index(slots, rows)
+
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows`` [n] int64."""
         self._length_B[rows] = 0

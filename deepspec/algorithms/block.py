@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.algorithms.base import (
@@ -215,6 +216,8 @@ class BlockDrafter(Drafter):
     def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
         self._context_norm = norm_of(model.hidden_norm)
+        markov = model.markov_head
+        self._markov = () if markov is None else (markov.markov_w1.weight.detach(), markov.markov_w2.weight.detach())
         self._slot_K = torch.arange(model.config.block_size, device=model.device)
 
     @torch.no_grad()
@@ -227,28 +230,29 @@ class BlockDrafter(Drafter):
         self._max_context_len = max_context_len
         context = self._context_norm(self.model.fc.forward(features.to(self.model.dtype)))
         table = self._rotary(slots, max_context_len + features.shape[1])
+        index = self._reserve(max_context_len + len(self._slot_K), slots, row_R)
         for layer, cache in zip(self._layers, self._cache, strict=True):
-            cache.reserve(max_context_len + len(self._slot_K))
-            cache.write(layer.keys_values(context, table), slots, row_R)
+            cache.write(layer.keys_values(context, table), index)
         self._length_B[row_R] += counts
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """One parallel pass over the block, then the slots left to right through the sequential head."""
         count = min(max_draft or self.max_draft, self.max_draft)
-        model = self.model
+        model, markov = self.model, self.model.markov_head
         hidden = self._slots(last_token, count)
         logits = model.head.logits(hidden).float()  # [R, K, V']
+        reduced = model.config.draft_vocab_size is not None
         tokens, probs, embeddings = [], [], []
         previous, state = last_token, None
         for k in range(count):
             slot_logits = logits[:, k]
-            if model.markov_head is not None:
-                embedded = model.markov_head.markov_w1(previous)
-                latent, state = model.markov_head.step(embedded, hidden[:, k], state)
-                slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
+            if markov is not None:
+                embedded = F.embedding(previous, self._markov[0])
+                latent, state = markov.step(embedded, hidden[:, k], state)
+                slot_logits = slot_logits + F.linear(latent, self._markov[1]).float()
                 embeddings.append(embedded)
-            previous, prob = sample(model.expand_to_target_vocab(slot_logits), k)
+            previous, prob = sample(model.expand_to_target_vocab(slot_logits) if reduced else slot_logits, k)
             tokens.append(previous)
             if prob is not None:
                 probs.append(prob)
@@ -267,10 +271,10 @@ class BlockDrafter(Drafter):
         table = self._rotary(slots, seen)
         visible = torch.arange(seen, device=slots.device) < length_R1 + block
         bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
-        hidden = model.block_inputs(last_token[:, None])[:, 0]
+        hidden, index = model.block_inputs(last_token[:, None])[:, 0], self._reserve(seen, slots, self._row_B[:rows])
         for layer, cache in zip(self._layers, self._cache, strict=True):
             queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
-            cache.write((keys, values), slots, self._row_B[:rows])
+            cache.write((keys, values), index)
             mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.scale)
             hidden = layer.finish(hidden, mixed)
         return self._norm(hidden[:, first : first + count])

@@ -232,11 +232,11 @@ class Eagle3Drafter(Drafter):
         self._max_context_len = max_context_len
         hidden, embedded = model.start(features), model.frozen.embed(tokens)
         table = self._rotary(slots, max_context_len + N)
+        index = self._reserve(max_context_len + self.max_draft, slots, row_R)
         for depth, (layer, norm, cache) in enumerate(zip(self._layers, self._hidden_norms, self._cache, strict=True)):
-            cache.reserve(max_context_len + self.max_draft)
             joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
             queries, keys, values = layer.queries_keys_values(joined, table)
-            cache.write((keys, values), slots, row_R)
+            cache.write((keys, values), index)
             own = slots
             if depth == len(self._layers) - 1:  # beyond the last layer's keys only the newest position matters
                 own, newest = slots.gather(1, last), (self._row_B[:R, None], last)
@@ -275,8 +275,6 @@ class Eagle3Drafter(Drafter):
         R = len(last_token)
         root_R = self._length_B[:R] - 1
         seen = self._max_context_len + len(tree)
-        for cache in self._cache:
-            cache.reserve(seen)
         hidden = self._newest_BD[:R, None]
         tokens: list[Tensor] = []
         for depth, children in enumerate(tree.children, 1):
@@ -296,10 +294,11 @@ class Eagle3Drafter(Drafter):
         """
         R = len(tokens)
         embedded, table = self.model.frozen.embed(tokens), self._rotary(positions, visible.shape[-1])
+        index = self._reserve(visible.shape[-1], slots, self._row_B[:R])
         for layer, norm, cache in zip(self._layers, self._hidden_norms, self._cache, strict=True):
             joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
             queries, keys, values = layer.queries_keys_values(joined, table)
-            cache.write((keys, values), slots, self._row_B[:R])
+            cache.write((keys, values), index)
             hidden = self._attend(layer, cache, hidden, queries, visible, R)
         return hidden
 

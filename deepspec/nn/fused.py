@@ -16,8 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.nn.cpu.matmul import product
-
 Table = tuple[Tensor, Tensor]
 MOST_JOINED = 1 << 22  # weights of one product; larger ones are bound by reading them, and are not copied
 
@@ -37,19 +35,40 @@ class JoinedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[.., inputs] -> [.., outputs of all maps]."""
-        parts = [product(x, weight, bias) for weight, bias in self._pairs]
+        parts = [F.linear(x, weight, bias) for weight, bias in self._pairs]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def norm_of(module: Any) -> Callable[[Tensor], Tensor]:
-    """What an RMSNorm computes, in float32 by one operator."""
-    weight = module.weight
-    if weight is None or weight.dtype != torch.float32:  # where the weight is rounded is the module's own matter
+    """What an RMSNorm computes, in float32 in few operations; in other types, whose rounding is its own, the module."""
+    if module.weight is None or module.weight.dtype != torch.float32:
         forward: Callable[[Tensor], Tensor] = module.forward
         return forward
-    weight, size = weight.detach(), list(weight.shape)
-    eps = module.eps if hasattr(module, "eps") else module.variance_epsilon
-    return lambda x: torch.rms_norm(x, size, weight, eps)
+    return _fp32_norm(module.weight.detach(), _eps(module))
+
+
+def head_norm_of(modules: Sequence[Any], counts: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+    """Norms of heads [.., sum of counts, E], the first ``counts[0]`` by the first module and so on; None: no norms."""
+    if any(module is None for module in modules):
+        return None
+    if any(module.weight.dtype != torch.float32 for module in modules):
+        norms, sizes = [norm_of(module) for module in modules], list(counts)
+        return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, -2), strict=True)], -2)
+    rows = [module.weight.detach().expand(count, -1) for module, count in zip(modules, counts, strict=True)]
+    return _fp32_norm(torch.cat(rows), _eps(modules[0]))
+
+
+def _fp32_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    size = weight.shape[-1]
+    if weight.is_cuda:  # one kernel; on the CPU it is eight operations
+        return lambda x: torch.rms_norm(x, [size], None, eps).mul_(weight)
+    scaled, least = weight * size**0.5, torch.tensor((size * eps) ** 0.5)
+    # x / sqrt(mean(x^2) + eps) = sqrt(E) x / hypot(|x|, sqrt(E eps))
+    return lambda x: torch.div(x, torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), least)).mul_(scaled)
+
+
+def _eps(module: Any) -> float:
+    return float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
 
 
 def rotary_table(table: Table) -> Table:
@@ -82,10 +101,11 @@ class FusedLayer:
         self._qkv, self._kv = JoinedLinear([attention.q_proj, *keys_values]), JoinedLinear(keys_values)
         self._queries = attention.q_proj.out_features // self.head_dim  # H
         self._keys = attention.k_proj.out_features // self.head_dim  # G
-        self._head_norms = [
-            None if module is None else norm_of(module)
-            for module in (getattr(attention, name, None) for name in ("q_norm", "k_norm", "v_norm"))
-        ]
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._head_norm = head_norm_of(norms, (self._queries, self._keys))
+        self._key_norm = head_norm_of(norms[1:], (self._keys,))
+        value_norm = getattr(attention, "v_norm", None)
+        self._value_norm = None if value_norm is None else norm_of(value_norm)
         self.input_norm, self._after_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
         self._out, self._down = JoinedLinear([attention.o_proj]), JoinedLinear([mlp.down_proj])
         self._gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj])
@@ -99,21 +119,20 @@ class FusedLayer:
     def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`."""
         heads = self._qkv(x).unflatten(-1, (-1, self.head_dim))
-        queries, rest = heads.tensor_split((self._queries,), dim=-2)
-        if self._head_norms[0] is not None:
-            queries = self._head_norms[0](queries)
-        return rotate_pairs(queries, table), *self._key_value_heads(rest, table)
+        both = heads[..., : self._queries + self._keys, :]
+        rotated = rotate_pairs(both if self._head_norm is None else self._head_norm(both), table)
+        return rotated[..., : self._queries, :], rotated[..., self._queries :, :], self._values(heads)
 
     def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """The keys and values alone."""
-        return self._key_value_heads(self._kv(x).unflatten(-1, (-1, self.head_dim)), table)
-
-    def _key_value_heads(self, heads: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        heads = self._kv(x).unflatten(-1, (-1, self.head_dim))
         keys = heads[..., : self._keys, :]
-        values = heads[..., -self._keys :, :]  # the keys before their norm where there is no v_proj
-        _, key_norm, value_norm = self._head_norms
-        keys = rotate_pairs(keys if key_norm is None else key_norm(keys), table)
-        return keys, values if value_norm is None else value_norm(values)
+        keys = rotate_pairs(keys if self._key_norm is None else self._key_norm(keys), table)
+        return keys, self._values(heads)
+
+    def _values(self, heads: Tensor) -> Tensor:
+        values = heads[..., -self._keys :, :]  # where there is no v_proj: the keys before their norm
+        return values if self._value_norm is None else self._value_norm(values)
 
     def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
         """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""

@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 # multiplications: smaller products gain little, and MKL rounds them half as much
@@ -56,11 +55,6 @@ def linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:
     """``x @ weight.T`` [M, O]; oneDNN's operator has no gradient, so where one is wanted PyTorch multiplies."""
     differentiable = torch.is_grad_enabled() and (x_MI.requires_grad or weight_OI.requires_grad)
     return _onednn(x_MI, weight_OI) if uses_onednn(x_MI, weight_OI) and not differentiable else x_MI @ weight_OI.T
-
-
-def product(x: Tensor, weight_OI: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x @ weight.T + bias`` [.., O], without a gradient."""
-    return _onednn(x, weight_OI, bias) if uses_onednn(x, weight_OI) else F.linear(x, weight_OI, bias)
 
 
 def matmul_fp32(a: Tensor, b: Tensor) -> Tensor:
