@@ -111,7 +111,7 @@ class Drafter(ABC):
         return cos[slots], sin[slots]
 
     def _reserve(self, num_slots: int, slots: Tensor, rows: Tensor) -> Tensor:
-        """Room for ``num_slots`` slots of every row in every layer; where ``slots`` [R, N] of ``rows`` [R] are there."""
+        """Room for ``num_slots`` slots of every row in every layer; the index of ``slots`` [R, N] of ``rows`` [R]."""
         for cache in self._cache:
             cache.reserve(num_slots)
         return self._cache[0].index(slots, rows)

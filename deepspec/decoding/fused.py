@@ -72,5 +72,9 @@ class FusedDecoder:
 def _is_plain(module: nn.Module, decoder: nn.Module) -> bool:
     """Whether a module's call is its class's forward, and its class one of the model's own or of PyTorch."""
     kind = type(module)
-    known = kind in _OWN or kind.__module__ in (type(decoder).__module__, "transformers.activations", "torch.nn.modules.activation")
+    known = kind in _OWN or kind.__module__ in (
+        type(decoder).__module__,
+        "transformers.activations",
+        "torch.nn.modules.activation",
+    )
     return known and "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
