@@ -23,7 +23,7 @@ from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
-from deepspec.nn.fused import FusedLayer, Table, norm_of, rotary_table
+from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
@@ -97,18 +97,11 @@ class Drafter(ABC):
         self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
         self._layers = [FusedLayer(layer) for layer in model.layers]
         self._norm = norm_of(model.norm)
-        self._table: Table | None = None
+        self._rotary = RotaryRows(model.rotary)
         self._groups = shape.num_heads // shape.num_kv_heads
         self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self._row_B = torch.arange(batch_size, device=model.device)
         self._max_context_len = 0  # no row is longer
-
-    def _rotary(self, slots: Tensor, num_slots: int) -> Table:
-        """The rotary table of positions ``slots`` [..], all below ``num_slots``; they are computed once."""
-        if self._table is None or len(self._table[0]) < num_slots:
-            self._table = rotary_table(self.model.rotary(torch.arange(2 * num_slots, device=slots.device)))
-        cos, sin = self._table
-        return cos[slots], sin[slots]
 
     def _reserve(self, num_slots: int, slots: Tensor, rows: Tensor) -> Tensor:
         """Room for ``num_slots`` slots of every row in every layer; the index of ``slots`` [R, N] of ``rows`` [R]."""

@@ -229,7 +229,7 @@ class BlockDrafter(Drafter):
         slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
         self._max_context_len = max_context_len
         context = self._context_norm(self.model.fc.forward(features.to(self.model.dtype)))
-        table = self._rotary(slots, max_context_len + features.shape[1])
+        table = self._rotary.at(slots, max_context_len + features.shape[1])
         index = self._reserve(max_context_len + len(self._slot_K), slots, row_R)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             cache.write(layer.keys_values(context, table), index)
@@ -268,7 +268,7 @@ class BlockDrafter(Drafter):
         first = block - self.max_draft
         length_R1 = self._length_B[:rows, None]
         slots, seen = length_R1 + self._slot_K, self._max_context_len + block
-        table = self._rotary(slots, seen)
+        table = self._rotary.at(slots, seen)
         visible = torch.arange(seen, device=slots.device) < length_R1 + block
         bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
         hidden, index = model.block_inputs(last_token[:, None])[:, 0], self._reserve(seen, slots, self._row_B[:rows])

@@ -231,7 +231,7 @@ class Eagle3Drafter(Drafter):
         last = (counts - 1).clamp_min(0)[:, None]  # [R, 1], the newest of the new positions
         self._max_context_len = max_context_len
         hidden, embedded = model.start(features), model.frozen.embed(tokens)
-        table = self._rotary(slots, max_context_len + N)
+        table = self._rotary.at(slots, max_context_len + N)
         index = self._reserve(max_context_len + self.max_draft, slots, row_R)
         for depth, (layer, norm, cache) in enumerate(zip(self._layers, self._hidden_norms, self._cache, strict=True)):
             joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
@@ -293,7 +293,7 @@ class Eagle3Drafter(Drafter):
         ``visible`` [R, N, S]: which slots each of them sees.
         """
         R = len(tokens)
-        embedded, table = self.model.frozen.embed(tokens), self._rotary(positions, visible.shape[-1])
+        embedded, table = self.model.frozen.embed(tokens), self._rotary.at(positions, visible.shape[-1])
         index = self._reserve(visible.shape[-1], slots, self._row_B[:R])
         for layer, norm, cache in zip(self._layers, self._hidden_norms, self._cache, strict=True):
             joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.nn.fused import FusedLayer, Table, norm_of, rotary_table
+from deepspec.nn.fused import FusedLayer, RotaryRows, Table, norm_of
 from deepspec.targets.capture import EMBEDDING, TargetOutput
 from deepspec.targets.load import Target
 
@@ -32,8 +32,12 @@ class FusedDecoder:
         self._embedding: Tensor = decoder.embed_tokens.weight
         self._layers = [FusedLayer(layer) for layer in decoder.layers[: target.spec.num_layers]]
         self._norm = norm_of(decoder.norm)
-        self._rotary: Callable[[Tensor, Tensor], Table] = decoder.rotary_emb
-        self._table: Table | None = None
+        self._compute_rotary: Callable[[Tensor, Tensor], Table] = decoder.rotary_emb
+        self._rotary = RotaryRows(self._table)
+
+    def _table(self, positions: Tensor) -> Table:
+        cos, sin = self._compute_rotary(self._embedding, positions[None])
+        return cos[0], sin[0]
 
     @staticmethod
     def of(target: Target) -> FusedDecoder | None:
@@ -51,7 +55,7 @@ class FusedDecoder:
         No position is ``max_context_len`` or more.
         """
         hidden = F.embedding(input_ids, self._embedding)
-        table = self._table_at(positions, max_context_len)
+        table = self._rotary.at(positions, max_context_len)
         outputs = {EMBEDDING: hidden}
         for number, layer in enumerate(self._layers):
             queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
@@ -59,14 +63,6 @@ class FusedDecoder:
             outputs[number] = hidden
         features = torch.cat([outputs[layer] for layer in layers], dim=-1) if layers else hidden[..., :0]
         return TargetOutput(features, self._norm(hidden))
-
-    def _table_at(self, positions: Tensor, max_context_len: int) -> Table:
-        if self._table is None or len(self._table[0]) < max_context_len:
-            every = torch.arange(max(256, 2 * max_context_len), device=positions.device)
-            cos, sin = self._rotary(self._embedding, every[None])
-            self._table = rotary_table((cos[0], sin[0]))
-        cos, sin = self._table
-        return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 def _is_plain(module: nn.Module, decoder: nn.Module) -> bool:

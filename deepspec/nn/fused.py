@@ -78,6 +78,26 @@ def rotary_table(table: Table) -> Table:
     return cos.unsqueeze(-2), torch.cat((-first, second), dim=-1).unsqueeze(-2)
 
 
+class RotaryRows:
+    """Rows of a :func:`rotary_table` that is computed once, and again only for more positions.
+
+    Args:
+        compute: (cos, sin), [S, E] each, of positions [S].
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Table]) -> None:
+        self._compute = compute
+        self._table: Table | None = None
+
+    def at(self, positions: Tensor, num_positions: int) -> Table:
+        """The table of ``positions`` [..], all below ``num_positions``: [.., 1, E] each."""
+        if self._table is None or len(self._table[0]) < num_positions:
+            every = torch.arange(max(256, 2 * num_positions), device=positions.device)
+            self._table = rotary_table(self._compute(every))
+        cos, sin = self._table
+        return cos[positions], sin[positions]
+
+
 def rotate_pairs(x: Tensor, table: Table) -> Tensor:
     """Heads [.., H, E] rotated by a :func:`rotary_table`, in the dtype of the table."""
     cos, sin = table
