@@ -23,6 +23,7 @@ from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
+from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
@@ -79,6 +80,8 @@ class Proposal:
 class Drafter(ABC):
     """The decoding state of a draft: B rows, each with its own committed length, and every layer's keys and values.
 
+    It runs on the weights that the draft has when it is made.
+
     Args:
         model: the draft.
         batch_size: B.
@@ -92,10 +95,19 @@ class Drafter(ABC):
         shape, like = model.shape, model.fc.weight.detach()
         capacity = max_length + self.max_draft + 1
         self._cache = [RaggedKV(batch_size, capacity, shape.num_kv_heads, shape.head_dim, like) for _ in model.layers]
+        self._layers = [FusedLayer(layer) for layer in model.layers]
+        self._norm = norm_of(model.norm)
+        self._rotary = RotaryRows(model.rotary)
         self._groups = shape.num_heads // shape.num_kv_heads
         self._length_B = torch.zeros(batch_size, dtype=torch.int64, device=model.device)
         self._row_B = torch.arange(batch_size, device=model.device)
         self._max_context_len = 0  # no row is longer
+
+    def _reserve(self, num_slots: int, slots: Tensor, rows: Tensor) -> Tensor:
+        """Room for ``num_slots`` slots of every row in every layer; the index of ``slots`` [R, N] of ``rows`` [R]."""
+        for cache in self._cache:
+            cache.reserve(num_slots)
+        return self._cache[0].index(slots, rows)
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows`` [n] int64."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from deepspec.algorithms.base import (
@@ -35,6 +36,7 @@ from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
+from deepspec.nn.fused import norm_of
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.layer import RMSNorm
 from deepspec.nn.losses import HeadRows
@@ -213,6 +215,9 @@ class BlockDrafter(Drafter):
 
     def __init__(self, model: BlockDraft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
+        self._context_norm = norm_of(model.hidden_norm)
+        markov = model.markov_head
+        self._markov = () if markov is None else (markov.markov_w1.weight.detach(), markov.markov_w2.weight.detach())
         self._slot_K = torch.arange(model.config.block_size, device=model.device)
 
     @torch.no_grad()
@@ -223,29 +228,31 @@ class BlockDrafter(Drafter):
         row_R = self._row_B[: len(features)] if rows is None else rows
         slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
         self._max_context_len = max_context_len
-        context, table = self.model.context(features), self.model.rotary(slots)
-        for layer, cache in zip(self.model.layers, self._cache, strict=True):
-            cache.reserve(max_context_len + len(self._slot_K))
-            cache.write(layer.self_attn.keys_values(context, table), slots, row_R)
+        context = self._context_norm(self.model.fc.forward(features.to(self.model.dtype)))
+        table = self._rotary.at(slots, max_context_len + features.shape[1])
+        index = self._reserve(max_context_len + len(self._slot_K), slots, row_R)
+        for layer, cache in zip(self._layers, self._cache, strict=True):
+            cache.write(layer.keys_values(context, table), index)
         self._length_B[row_R] += counts
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
         """One parallel pass over the block, then the slots left to right through the sequential head."""
         count = min(max_draft or self.max_draft, self.max_draft)
-        model = self.model
+        model, markov = self.model, self.model.markov_head
         hidden = self._slots(last_token, count)
         logits = model.head.logits(hidden).float()  # [R, K, V']
+        reduced = model.config.draft_vocab_size is not None
         tokens, probs, embeddings = [], [], []
         previous, state = last_token, None
         for k in range(count):
             slot_logits = logits[:, k]
-            if model.markov_head is not None:
-                embedded = model.markov_head.markov_w1(previous)
-                latent, state = model.markov_head.step(embedded, hidden[:, k], state)
-                slot_logits = slot_logits + model.markov_head.markov_w2(latent).float()
+            if markov is not None:
+                embedded = F.embedding(previous, self._markov[0])
+                latent, state = markov.step(embedded, hidden[:, k], state)
+                slot_logits = slot_logits + F.linear(latent, self._markov[1]).float()
                 embeddings.append(embedded)
-            previous, prob = sample(model.expand_to_target_vocab(slot_logits), k)
+            previous, prob = sample(model.expand_to_target_vocab(slot_logits) if reduced else slot_logits, k)
             tokens.append(previous)
             if prob is not None:
                 probs.append(prob)
@@ -261,17 +268,16 @@ class BlockDrafter(Drafter):
         first = block - self.max_draft
         length_R1 = self._length_B[:rows, None]
         slots, seen = length_R1 + self._slot_K, self._max_context_len + block
-        table = model.rotary(slots)
+        table = self._rotary.at(slots, seen)
         visible = torch.arange(seen, device=slots.device) < length_R1 + block
         bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
-        hidden = model.block_inputs(last_token[:, None])[:, 0]
-        for layer, cache in zip(model.layers, self._cache, strict=True):
-            normed = layer.input_layernorm(hidden)
-            cache.write(layer.self_attn.keys_values(normed, table), slots, self._row_B[:rows])
-            queries = layer.self_attn.queries(normed, table)
-            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.self_attn.scale)
+        hidden, index = model.block_inputs(last_token[:, None])[:, 0], self._reserve(seen, slots, self._row_B[:rows])
+        for layer, cache in zip(self._layers, self._cache, strict=True):
+            queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
+            cache.write((keys, values), index)
+            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.scale)
             hidden = layer.finish(hidden, mixed)
-        return model.norm(hidden[:, first : first + count])
+        return self._norm(hidden[:, first : first + count])
 
 
 class BlockAlgorithm(Algorithm):

@@ -36,6 +36,7 @@ from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend
+from deepspec.nn.fused import FusedLayer, norm_of
 from deepspec.nn.layer import RMSNorm
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
@@ -210,6 +211,7 @@ class Eagle3Drafter(Drafter):
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
         self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
+        self._hidden_norms = [norm_of(layer.hidden_norm) for layer in model.layers]
         self._newest_BD = model.fc.weight.detach().new_zeros(batch_size, model.shape.hidden_size)
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
@@ -228,16 +230,17 @@ class Eagle3Drafter(Drafter):
         slots = self._length_B[row_R, None] + torch.arange(N, device=tokens.device)
         last = (counts - 1).clamp_min(0)[:, None]  # [R, 1], the newest of the new positions
         self._max_context_len = max_context_len
-        hidden, embedded, table = model.start(features), model.frozen.embed(tokens), model.rotary(slots)
-        for depth, (layer, cache) in enumerate(zip(model.layers, self._cache, strict=True)):
-            cache.reserve(max_context_len + self.max_draft)
-            joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
-            cache.write(layer.self_attn.keys_values(joined, table), slots, row_R)
+        hidden, embedded = model.start(features), model.frozen.embed(tokens)
+        table = self._rotary.at(slots, max_context_len + N)
+        index = self._reserve(max_context_len + self.max_draft, slots, row_R)
+        for depth, (layer, norm, cache) in enumerate(zip(self._layers, self._hidden_norms, self._cache, strict=True)):
+            joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
+            queries, keys, values = layer.queries_keys_values(joined, table)
+            cache.write((keys, values), index)
             own = slots
-            if depth == len(model.layers) - 1:  # beyond the last layer's keys only the newest position matters
-                own = slots.gather(1, last)
-                joined, hidden = (x.gather(1, last[..., None].expand(-1, -1, x.shape[-1])) for x in (joined, hidden))
-            queries = layer.self_attn.queries(joined, model.rotary(own))
+            if depth == len(self._layers) - 1:  # beyond the last layer's keys only the newest position matters
+                own, newest = slots.gather(1, last), (self._row_B[:R, None], last)
+                queries, hidden = queries[newest], hidden[newest]
             visible = torch.arange(max_context_len, device=own.device) <= own[..., None]
             hidden = self._attend(layer, cache, hidden, queries, visible, R if rows is None else rows)
         newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
@@ -272,8 +275,6 @@ class Eagle3Drafter(Drafter):
         R = len(last_token)
         root_R = self._length_B[:R] - 1
         seen = self._max_context_len + len(tree)
-        for cache in self._cache:
-            cache.reserve(seen)
         hidden = self._newest_BD[:R, None]
         tokens: list[Tensor] = []
         for depth, children in enumerate(tree.children, 1):
@@ -291,20 +292,21 @@ class Eagle3Drafter(Drafter):
 
         ``visible`` [R, N, S]: which slots each of them sees.
         """
-        model, R = self.model, len(tokens)
-        embedded, table = model.frozen.embed(tokens), model.rotary(positions)
-        for layer, cache in zip(model.layers, self._cache, strict=True):
-            joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
-            cache.write(layer.self_attn.keys_values(joined, table), slots, self._row_B[:R])
-            queries = layer.self_attn.queries(joined, table)
+        R = len(tokens)
+        embedded, table = self.model.frozen.embed(tokens), self._rotary.at(positions, visible.shape[-1])
+        index = self._reserve(visible.shape[-1], slots, self._row_B[:R])
+        for layer, norm, cache in zip(self._layers, self._hidden_norms, self._cache, strict=True):
+            joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
+            queries, keys, values = layer.queries_keys_values(joined, table)
+            cache.write((keys, values), index)
             hidden = self._attend(layer, cache, hidden, queries, visible, R)
         return hidden
 
     def _attend(
-        self, layer: Any, cache: RaggedKV, hidden: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
+        self, layer: FusedLayer, cache: RaggedKV, hidden: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
     ) -> Tensor:
         bias = score_bias(visible, self._groups, hidden.dtype)
-        mixed = attend_ragged(queries, cache.view(rows, visible.shape[-1]), bias, layer.self_attn.scale)
+        mixed = attend_ragged(queries, cache.view(rows, visible.shape[-1]), bias, layer.scale)
         return layer.finish(hidden, mixed)
 
 

@@ -9,7 +9,7 @@ Rolling back is lowering a row's length: what comes after it is overwritten by t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
+from deepspec.decoding.fused import FusedDecoder
 from deepspec.nn.ragged import attend_ragged, grown, score_bias
 from deepspec.nn.tree import Tree
 from deepspec.targets.capture import TargetOutput
@@ -63,6 +64,15 @@ class PackedBatch:
         if key not in self._folded:  # the mask is stored with it, so that no other object takes its id
             self._folded[key] = mask, score_bias(mask[:, 0], groups, dtype)
         return self._folded[key][1]
+
+    def attend(self, packed: Tensor, kv: tuple[Tensor, Tensor], mask: Tensor, scale: float | None) -> Tensor:
+        """Attention of packed queries [T, heads, D] over each row's own keys, [R, L, kv heads, D]; [T, heads, D]."""
+        R, Q = self.num_rows, self.queries
+        bias = self.bias(mask, packed.shape[1] // kv[0].shape[2], packed.dtype)
+        if not self.rectangular:
+            packed = packed.new_zeros(R * Q, *packed.shape[1:]).index_copy_(0, self.dense, packed)
+        mixed = attend_ragged(packed.reshape(R, Q, *packed.shape[1:]), kv, bias, scale).flatten(0, 1)
+        return mixed if self.rectangular else mixed.index_select(0, self.dense)
 
 
 @dataclass(frozen=True)
@@ -173,7 +183,12 @@ class RaggedCache(Cache):
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write the packed keys and values [1, H, T, D] and return those of the attending rows, [R, H, L, D]."""
-        return self._put(self._keys, layer_idx, key_states), self._put(self._values, layer_idx, value_states)
+        keys, values = self.write(layer_idx, key_states[0].transpose(0, 1), value_states[0].transpose(0, 1))
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def write(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Write the packed keys and values [T, H, D] and return those of the attending rows, [R, L, H, D]."""
+        return self._put(self._keys, layer, keys), self._put(self._values, layer, values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's committed positions."""
@@ -184,13 +199,12 @@ class RaggedCache(Cache):
         if batch is None:
             raise RuntimeError("RaggedCache.plan comes before the forward")
         if layer not in buffers:  # zeros: a masked key must be finite, or its zero weight still gives NaN
-            heads, width = states.shape[1], states.shape[3]
-            buffers[layer] = states.new_zeros(self.num_rows, self.capacity, heads, width)
+            buffers[layer] = states.new_zeros(self.num_rows, self.capacity, *states.shape[1:])
         buffer = buffers[layer]
-        buffer.flatten(0, 1).index_copy_(0, batch.writes, states[0].transpose(0, 1))
+        buffer.flatten(0, 1).index_copy_(0, batch.writes, states)
         if batch.rows is not None:
-            return buffer[:, : batch.max_context_len].index_select(0, batch.rows).transpose(1, 2)
-        return buffer[batch.first_row : batch.first_row + batch.num_rows, : batch.max_context_len].transpose(1, 2)
+            return buffer[:, : batch.max_context_len].index_select(0, batch.rows)
+        return buffer[batch.first_row : batch.first_row + batch.num_rows, : batch.max_context_len]
 
     def _reserve(self, max_context_len: int) -> None:
         for buffers in (self._keys, self._values):
@@ -212,15 +226,8 @@ def _ragged_attention(
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """Attention of packed queries over each row's own keys; returns [1, T, heads, D]."""
-    batch = _CURRENT[-1]
-    R, Q = batch.num_rows, batch.queries
-    packed = query[0].transpose(0, 1)  # [T, heads, D]
-    if not batch.rectangular:
-        packed = packed.new_zeros(R * Q, *packed.shape[1:]).index_copy_(0, batch.dense, packed)
-    bias = batch.bias(attention_mask, query.shape[1] // key.shape[1], query.dtype)
     kv = (key.transpose(1, 2), value.transpose(1, 2))
-    mixed = attend_ragged(packed.reshape(R, Q, *packed.shape[1:]), kv, bias, scaling).flatten(0, 1)
-    return (mixed if batch.rectangular else mixed.index_select(0, batch.dense))[None], None
+    return _CURRENT[-1].attend(query[0].transpose(0, 1), kv, attention_mask, scaling)[None], None
 
 
 AttentionInterface.register(NAME, _ragged_attention)
@@ -256,15 +263,28 @@ class PackedTarget:
         config = target.spec.config
         kinds = config.get("layer_types") or ()
         self._window = config.get("sliding_window") if "sliding_attention" in kinds else None
+        self._kinds = kinds or ("full_attention",) * target.spec.num_layers
+        self._fused = FusedDecoder.of(target)
 
     def forward(self, batch: PackedBatch, input_ids: Tensor) -> TargetOutput:
         """Run the packed tokens [T] of a planned batch: features [T, L*D] and last hidden states [T, D]."""
-        full = batch.mask(None)
-        masks: Tensor | dict[str, Tensor] = full
+        masks = {"full_attention": batch.mask(None)}
         if self._window is not None:
-            masks = {"full_attention": full, "sliding_attention": batch.mask(self._window)}
+            masks["sliding_attention"] = batch.mask(self._window)
+        if self._fused is not None:
+            return self._run_fused(self._fused, batch, input_ids, masks)
+        mask = masks["full_attention"] if self._window is None else masks
         with ragged_attention(self.target.decoder, batch):
             output = self.target.forward(
-                input_ids[None], self.layers, batch.positions[None], masks, past_key_values=self.cache
+                input_ids[None], self.layers, batch.positions[None], mask, past_key_values=self.cache
             )
         return TargetOutput(output.features[0], output.last_hidden[0])
+
+    def _run_fused(
+        self, fused: FusedDecoder, batch: PackedBatch, input_ids: Tensor, masks: Mapping[str, Tensor]
+    ) -> TargetOutput:
+        def attend(queries: Tensor, keys: Tensor, values: Tensor, layer: int, scale: float) -> Tensor:
+            kv = self.cache.write(layer, keys, values)
+            return batch.attend(queries, kv, masks[self._kinds[layer]], scale)
+
+        return fused.forward(input_ids, batch.positions, batch.max_context_len, self.layers, attend)

@@ -60,6 +60,7 @@ class Family:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     sandwich: bool = False  # norms also after attention and around the MLP, and a layer_scalar buffer
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    plain_layers: tuple[str, ...] = ()  # classes of transformers whose forward is that of a draft layer of this family
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
 
     def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:

@@ -10,4 +10,5 @@ LLAMA = Family(
     read_shape=read_flat_shape,
     draft_config=copy_config,
     thinking_keyword=None,
+    plain_layers=("LlamaDecoderLayer",),
 )

@@ -28,4 +28,5 @@ QWEN3 = Family(
     draft_config=draft_config,
     thinking_keyword="enable_thinking",
     head_norm=True,
+    plain_layers=("Qwen3DecoderLayer",),
 )

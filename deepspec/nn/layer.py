@@ -21,16 +21,22 @@ from deepspec.nn.cpu.matmul import Linear
 Table = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
 
 
+def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of ``x`` in its dtype, and the factor of each row in fp32."""
+    wide = x.float()
+    scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+    normed = wide * scale
+    return (normed if weight is None else normed.mul_(weight.float())).to(x.dtype), scale
+
+
 class _Normalise(torch.autograd.Function):
     """RMS norm in fp32 that keeps its input and one number a row for backward, not the fp32 copies autograd would."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-        wide = x.float()
-        scale = wide.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        normed, scale = _normalised(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
-        normed = wide * scale
-        return (normed if weight is None else normed.mul_(weight.float())).to(x.dtype)
+        return normed
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
@@ -54,6 +60,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Norm of ``x`` [.., size], in the dtype of ``x``."""
+        if not torch.is_grad_enabled():
+            return _normalised(x, self.weight, self.eps)[0]
         normed: Tensor = _Normalise.apply(x, self.weight, self.eps)
         return normed
 

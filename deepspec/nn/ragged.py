@@ -32,9 +32,14 @@ class RaggedKV:
         """Make room for ``num_slots`` slots of every row."""
         self.keys, self.values = grown(self.keys, num_slots), grown(self.values, num_slots)
 
-    def write(self, kv_RNGE: tuple[Tensor, Tensor], slots_RN: Tensor, rows_R: Tensor) -> None:
-        """Write (keys, values) to ``slots`` of ``rows``."""
-        self.keys[rows_R[:, None], slots_RN], self.values[rows_R[:, None], slots_RN] = kv_RNGE
+    def index(self, slots_RN: Tensor, rows_R: Tensor) -> Tensor:
+        """Where :meth:`write` finds ``slots`` of ``rows``, [R*N]; the same for all buffers of this capacity."""
+        return (slots_RN + rows_R[:, None] * self.keys.shape[1]).flatten()
+
+    def write(self, kv_RNGE: tuple[Tensor, Tensor], index: Tensor) -> None:
+        """Write (keys, values) where ``index`` says."""
+        for buffer, new in zip((self.keys, self.values), kv_RNGE, strict=True):
+            buffer.flatten(0, 1).index_copy_(0, index, new.flatten(0, 1))
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy rows ``source`` [n] over rows ``target`` [n]."""

@@ -45,9 +45,10 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def uses_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether ``x @ weight.T`` goes to oneDNN."""
+    if x.numel() * len(weight) < _MIN_MULTIPLICATIONS or x.numel() < _MIN_ROWS * x.shape[-1]:
+        return False
     fitting = x.dtype == weight.dtype == torch.float32 and x.device.type == weight.device.type == "cpu"
-    enough = x.numel() * len(weight) >= _MIN_MULTIPLICATIONS and x.numel() >= _MIN_ROWS * x.shape[-1]
-    return fitting and enough and bool(torch.backends.mkldnn.enabled) and _has_onednn()
+    return fitting and bool(torch.backends.mkldnn.enabled) and _has_onednn()
 
 
 def linear(x_MI: Tensor, weight_OI: Tensor) -> Tensor:

@@ -1,0 +1,169 @@
+"""A decoder layer as decoding runs it: one product for q, k and v, one for gate and up, and no module calls.
+
+A round of a small model is bound by the number of operations and calls, not by arithmetic. The weights are those of a
+:class:`deepspec.nn.layer.DraftLayer` or of a layer of transformers with the same parts, and each operation rounds as
+that layer does; in float32 the norms go through PyTorch's own operator.
+
+T tokens, D hidden size, I inner size of the MLP, H query heads, G key/value heads, E head size; [..] any leading shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Table = tuple[Tensor, Tensor]
+MOST_JOINED = 1 << 22  # weights of one product; larger ones are bound by reading them, and are not copied
+
+
+class JoinedLinear:
+    """Linear maps of the same input, one after the other in the output: one product where they are small.
+
+    The joined weight is a copy of what ``maps`` hold now.
+    """
+
+    def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        pairs = [(one.weight.detach(), None if one.bias is None else one.bias.detach()) for one in maps]
+        if len(pairs) > 1 and sum(weight.numel() for weight, _ in pairs) <= MOST_JOINED:
+            biases = [bias for _, bias in pairs if bias is not None]
+            pairs = [(torch.cat([weight for weight, _ in pairs]), torch.cat(biases) if biases else None)]
+        self._pairs = pairs
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[.., inputs] -> [.., outputs of all maps]."""
+        parts = [F.linear(x, weight, bias) for weight, bias in self._pairs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def norm_of(module: Any) -> Callable[[Tensor], Tensor]:
+    """What an RMSNorm computes, in float32 in few operations; in other types, whose rounding is its own, the module."""
+    if module.weight is None or module.weight.dtype != torch.float32:
+        forward: Callable[[Tensor], Tensor] = module.forward
+        return forward
+    return _fp32_norm(module.weight.detach(), _eps(module))
+
+
+def head_norm_of(modules: Sequence[Any], counts: Sequence[int]) -> Callable[[Tensor], Tensor] | None:
+    """Norms of heads [.., sum of counts, E], the first ``counts[0]`` by the first module and so on; None: no norms."""
+    if any(module is None for module in modules):
+        return None
+    if any(module.weight.dtype != torch.float32 for module in modules):
+        norms, sizes = [norm_of(module) for module in modules], list(counts)
+        return lambda x: torch.cat([norm(part) for norm, part in zip(norms, x.split(sizes, -2), strict=True)], -2)
+    rows = [module.weight.detach().expand(count, -1) for module, count in zip(modules, counts, strict=True)]
+    return _fp32_norm(torch.cat(rows), _eps(modules[0]))
+
+
+def _fp32_norm(weight: Tensor, eps: float) -> Callable[[Tensor], Tensor]:
+    size = weight.shape[-1]
+    if weight.is_cuda:  # one kernel; on the CPU it is eight operations
+        return lambda x: torch.rms_norm(x, [size], None, eps).mul_(weight)
+    scaled, least = weight * size**0.5, torch.tensor((size * eps) ** 0.5)
+    # x / sqrt(mean(x^2) + eps) = sqrt(E) x / hypot(|x|, sqrt(E eps))
+    return lambda x: torch.div(x, torch.hypot(torch.linalg.vector_norm(x, 2, -1, True), least)).mul_(scaled)
+
+
+def _eps(module: Any) -> float:
+    return float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
+
+
+def rotary_table(table: Table) -> Table:
+    """(cos, sin), [.., E] each, as :func:`rotate_pairs` takes them: the first half of sin negated, a heads axis."""
+    cos, sin = table
+    first, second = sin.chunk(2, dim=-1)
+    return cos.unsqueeze(-2), torch.cat((-first, second), dim=-1).unsqueeze(-2)
+
+
+class RotaryRows:
+    """Rows of a :func:`rotary_table` that is computed once, and again only for more positions.
+
+    Args:
+        compute: (cos, sin), [S, E] each, of positions [S].
+    """
+
+    def __init__(self, compute: Callable[[Tensor], Table]) -> None:
+        self._compute = compute
+        self._table: Table | None = None
+
+    def at(self, positions: Tensor, num_positions: int) -> Table:
+        """The table of ``positions`` [..], all below ``num_positions``: [.., 1, E] each."""
+        if self._table is None or len(self._table[0]) < num_positions:
+            every = torch.arange(max(256, 2 * num_positions), device=positions.device)
+            self._table = rotary_table(self._compute(every))
+        cos, sin = self._table
+        return cos[positions], sin[positions]
+
+
+def rotate_pairs(x: Tensor, table: Table) -> Tensor:
+    """Heads [.., H, E] rotated by a :func:`rotary_table`, in the dtype of the table."""
+    cos, sin = table
+    wide = x.to(cos.dtype)
+    return (wide * cos).add_(wide.roll(cos.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+class FusedLayer:
+    """The layer's weights and what is computed with them; a copy of the small ones, as they are now.
+
+    Args:
+        layer: ``self_attn`` with ``q_proj`` .. ``o_proj``, ``mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``,
+            ``input_layernorm`` and ``post_attention_layernorm``; of a ``DraftLayer`` also the sandwich of Gemma.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.head_dim = int(attention.head_dim)
+        self.scale = float(attention.scale if hasattr(attention, "scale") else attention.scaling)
+        keys_values = [one for one in (attention.k_proj, attention.v_proj) if one is not None]
+        self._qkv, self._kv = JoinedLinear([attention.q_proj, *keys_values]), JoinedLinear(keys_values)
+        self._queries = attention.q_proj.out_features // self.head_dim  # H
+        self._keys = attention.k_proj.out_features // self.head_dim  # G
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self._head_norm = head_norm_of(norms, (self._queries, self._keys))
+        self._key_norm = head_norm_of(norms[1:], (self._keys,))
+        value_norm = getattr(attention, "v_norm", None)
+        self._value_norm = None if value_norm is None else norm_of(value_norm)
+        self.input_norm, self._after_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
+        self._out, self._down = JoinedLinear([attention.o_proj]), JoinedLinear([mlp.down_proj])
+        self._gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj])
+        activation = mlp.act if hasattr(mlp, "act") else mlp.act_fn
+        self._act: Callable[[Tensor], Tensor] = activation.forward
+        self._sandwich: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor] | None = None
+        if getattr(layer, "sandwich", False):
+            norms = norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm)
+            self._sandwich = (*norms, layer.layer_scalar)
+
+    def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
+        """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`."""
+        heads = self._qkv(x).unflatten(-1, (-1, self.head_dim))
+        both = heads[..., : self._queries + self._keys, :]
+        rotated = rotate_pairs(both if self._head_norm is None else self._head_norm(both), table)
+        return rotated[..., : self._queries, :], rotated[..., self._queries :, :], self._values(heads)
+
+    def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+        """The keys and values alone."""
+        heads = self._kv(x).unflatten(-1, (-1, self.head_dim))
+        keys = heads[..., : self._keys, :]
+        keys = rotate_pairs(keys if self._key_norm is None else self._key_norm(keys), table)
+        return keys, self._values(heads)
+
+    def _values(self, heads: Tensor) -> Tensor:
+        values = heads[..., -self._keys :, :]  # where there is no v_proj: the keys before their norm
+        return values if self._value_norm is None else self._value_norm(values)
+
+    def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""
+        attended = self._out(mixed.flatten(-2))
+        if self._sandwich is None:
+            hidden = residual + attended
+            return hidden + self._mlp(self._after_norm(hidden))
+        before, after, scalar = self._sandwich
+        hidden = residual + self._after_norm(attended)
+        return (hidden + after(self._mlp(before(hidden)))) * scalar
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        gate, up = self._gate_up(x).chunk(2, dim=-1)
+        return self._down(self._act(gate) * up)
