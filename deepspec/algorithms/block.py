@@ -217,7 +217,9 @@ class BlockDrafter(Drafter):
         super().__init__(model, batch_size, max_length)
         self._context_norm = norm_of(model.hidden_norm)
         markov = model.markov_head
-        self._markov = () if markov is None else (markov.markov_w1.weight.detach(), markov.markov_w2.weight.detach())
+        self._markov: tuple[Tensor, ...] = ()
+        if markov is not None:
+            self._markov = markov.markov_w1.weight.detach(), markov.markov_w2.weight.detach()
         self._slot_K = torch.arange(model.config.block_size, device=model.device)
 
     @torch.no_grad()

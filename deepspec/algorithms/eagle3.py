@@ -239,8 +239,8 @@ class Eagle3Drafter(Drafter):
             cache.write((keys, values), index)
             own = slots
             if depth == len(self._layers) - 1:  # beyond the last layer's keys only the newest position matters
-                own, newest = slots.gather(1, last), (self._row_B[:R, None], last)
-                queries, hidden = queries[newest], hidden[newest]
+                row_R1, own = self._row_B[:R, None], slots.gather(1, last)
+                queries, hidden = queries[row_R1, last], hidden[row_R1, last]
             visible = torch.arange(max_context_len, device=own.device) <= own[..., None]
             hidden = self._attend(layer, cache, hidden, queries, visible, R if rows is None else rows)
         newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])

@@ -27,6 +27,7 @@ class JoinedLinear:
     """
 
     def __init__(self, maps: Sequence[nn.Linear]) -> None:
+        pairs: list[tuple[Tensor, Tensor | None]]
         pairs = [(one.weight.detach(), None if one.bias is None else one.bias.detach()) for one in maps]
         if len(pairs) > 1 and sum(weight.numel() for weight, _ in pairs) <= MOST_JOINED:
             biases = [bias for _, bias in pairs if bias is not None]
@@ -133,8 +134,8 @@ class FusedLayer:
         self._act: Callable[[Tensor], Tensor] = activation.forward
         self._sandwich: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor] | None = None
         if getattr(layer, "sandwich", False):
-            norms = norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm)
-            self._sandwich = (*norms, layer.layer_scalar)
+            before, after = norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm)
+            self._sandwich = (before, after, layer.layer_scalar)
 
     def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`."""
