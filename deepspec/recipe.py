@@ -343,7 +343,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, merge, override and validate a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe of deepspec's own.
         overrides: ``key.key=value`` texts, the value in YAML (``train.lr=3e-4``, ``data.cache=[a, b]``).
 
     Raises:

@@ -39,7 +39,6 @@ log = logging.getLogger(__name__)
 TOLERANCE = 0.05
 HIDDEN_STATES, HIDDEN_TOLERANCE = "hidden states", 1e-4  # the name of the check, and the largest difference it allows
 REDUCED, FILL_IN = "-reduced", "-k-1"  # of a kind's name: a vocabulary of its own, an anchor's slot that drafts nothing
-CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -225,8 +224,7 @@ class ServeCheck:
         algorithm, folder = name.removesuffix(FILL_IN), self.server.work / name
         log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
         settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}")
-        command = [sys.executable, str(CHECKOUT / "launch" / "train.py")]
-        command += ["--recipe", str(CHECKOUT / "recipes" / f"quickstart_{algorithm}.yaml")]
+        command = [sys.executable, "-m", "deepspec", "train", "--recipe", f"quickstart_{algorithm}"]
         run([*command, *(part for one in settings for part in ("--set", one))], self.server.work / f"train-{name}.log")
         consolidate(folder, made)
 

@@ -65,8 +65,8 @@ def finetune(scale: str, cores: int) -> None:
 
 
 def recipe_of(algorithm: str) -> str:
-    """The fine-tuning's recipe file of an algorithm, relative to the checkout."""
-    return f"recipes/finetune_{algorithm}_smollm2_135m.yaml"
+    """The name of the fine-tuning's recipe for an algorithm."""
+    return f"finetune_{algorithm}_smollm2_135m"
 
 
 def general_draft(scale: str, algorithm: str) -> Path:
