@@ -18,7 +18,7 @@ def completion() -> None:
     zsh: write it to a file _deepspec in a folder of $fpath.
     """
     parser = Parser(description=completion.__doc__, example="bash")
-    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell that reads it")
+    parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="who reads it: bash or zsh")
     shell = parser.parse_args().shell
 
     import shtab

@@ -96,7 +96,7 @@ def push() -> None:
 
     FOLDER is what ``deepspec export`` wrote.
     """
-    parser = Parser(description=push.__doc__, example="served/dspark_qwen3_4b owner/dspark-qwen3-4b")
+    parser = Parser(description=push.__doc__, example="served/dspark_qwen3_4b owner/my-draft")
     parser.add_argument("folder", help="an exported draft")
     parser.add_argument("repository", help="owner/name on the hub")
     parser.add_argument("--public", action="store_true", help="a new repository is open to all")

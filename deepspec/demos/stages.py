@@ -31,13 +31,14 @@ class Stage:
 
 
 def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
-    """Of every algorithm that has one of deepspec's own, its recipe: ``recipe_of`` gives the name by the algorithm's.
+    """Of every algorithm that has one, its recipe: ``recipe_of`` gives its name, or a path, by the algorithm's name.
 
     Raises:
         RecipeError: there is none at all.
     """
     known = own_recipes()
-    found = {name: recipe_of(name) for name in ALGORITHMS if recipe_of(name) in known}
+    found = {name: recipe_of(name) for name in ALGORITHMS}
+    found = {name: recipe for name, recipe in found.items() if recipe in known or Path(recipe).is_file()}
     if not found:
         raise RecipeError("no such recipe", key=recipe_of("*"), wanted="a file of that name among deepspec's recipes")
     return found

@@ -117,7 +117,7 @@ from deepspec.recipe_files import RECIPES
 assert RECIPES == Path(sys.argv[1]) / "deepspec" / "share" / "recipes", RECIPES
 for given in ("dspark_qwen3_4b", RECIPES / "dspark_qwen3_4b.yaml"):
     recipe = load_recipe(given)
-    print(os.path.abspath(recipe.output), os.path.abspath(recipe.data.cache[0]), os.path.abspath(recipe.train.deepspeed))
+    print(*map(os.path.abspath, (recipe.output, recipe.data.cache[0], recipe.train.deepspeed)))
 """
 
 

@@ -7,12 +7,13 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
 
 from deepspec import cli
-from deepspec.arguments import Parser, has_default, parser_of
+from deepspec.arguments import Parser, parser_of
 from deepspec.cli import VERBS, function_of
 from deepspec.cli.completion import whole_parser
 from deepspec.errors import DeepSpecError
@@ -36,14 +37,14 @@ def shown_help(action: argparse.Action, text: str) -> str:
     begin = re.search(rf"^  (-\w, )?{re.escape(name)}\b", text, flags=re.M)
     assert begin, name
     rest = text[begin.start() :].split("\n")
-    own = [rest[0]] + [line for line in iter(lambda lines=iter(rest[1:]): next(lines, ""), "") if line[:4] == "    "]
-    return " ".join(" ".join(own).split())
+    more = takewhile(lambda line: line.startswith("    "), rest[1:])
+    return " ".join(" ".join([rest[0], *more]).split())
 
 
 def test_the_verbs_are_those_of_the_documentation() -> None:
     assert set(VERBS) == WANTED
     page = (Path(__file__).parents[2] / "docs" / "commands.md").read_text()
-    assert [verb for verb in VERBS if f"`{verb}`" not in page] == []
+    assert [verb for verb, (_, text) in VERBS.items() if f"| `{verb}` | {text} |" not in page] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -55,8 +56,8 @@ def test_every_option_has_a_help_text_and_its_default_is_shown(verb: str) -> Non
         if action.help == argparse.SUPPRESS:
             continue
         shown = shown_help(action, text)
-        if has_default(action):
-            values = action.default if isinstance(action.default, list | tuple) else [action.default]
+        values = action.default if isinstance(action.default, list | tuple) else [action.default]
+        if any(value not in (None, False, "", argparse.SUPPRESS) or type(value) in (int, float) for value in values):
             assert f"(default: {' '.join(map(str, values))})" in shown
         if not isinstance(action, argparse._HelpAction | argparse._StoreTrueAction):
             assert len(shown.split()) > 2, shown
@@ -104,7 +105,6 @@ def test_the_rank_that_a_launcher_puts_before_the_verb_is_understood(monkeypatch
     ("words", "says"),
     [
         (("cache", "verfy"), "found 'cache verfy'; did you mean 'cache verify'"),
-        (("build-cache", "--recipe", "r"), "found 'build-cache'; did you mean 'cache"),
         (("trian", "x"), "found 'trian'; did you mean 'train'"),
         (("--quiet", "train"), "unrecognized arguments: train"),
     ],

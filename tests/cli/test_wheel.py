@@ -19,6 +19,7 @@ import yaml
 from cache_tools import conversation_rows
 
 from deepspec.data.conversations import write_conversations
+from deepspec.distributed import free_port
 
 PARTS = ("deepspec", "recipes", "deepspeed_configs", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
          "LICENSE", "NOTICE")  # fmt: skip
@@ -57,7 +58,7 @@ class Installed:
 
     def run(self, *words: object, **more: object) -> str:
         """What a command prints."""
-        program = ["-m", "deepspec"] if words[0] != "-c" else []
+        program = ["-m", "deepspec"] if not str(words[0]).startswith("-") else []
         names = ("PATH", "LANG")
         environment = {name: os.environ[name] for name in names if name in os.environ} | {
             "HOME": str(self.work), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
@@ -105,7 +106,9 @@ def installed() -> Iterator[Installed]:
 
 @pytest.mark.slow
 def test_the_package_is_the_wheels_and_the_user_cannot_write_it(installed: Installed) -> None:
-    where = "import deepspec, os; print(deepspec.__file__, os.getuid(), os.access(os.path.dirname(deepspec.__file__), 2))"
+    where = (
+        "import deepspec, os; print(deepspec.__file__, os.getuid(), os.access(os.path.dirname(deepspec.__file__), 2))"
+    )
     user = NOBODY if os.geteuid() == 0 else os.getuid()
     assert installed.run("-c", where).split() == [str(installed.site / "deepspec" / "__init__.py"), str(user), "False"]
     assert "dspark_qwen3_4b" in installed.run("recipes", "list")
@@ -137,7 +140,8 @@ def test_a_copied_recipe_trains_and_its_draft_is_measured_and_exported(installed
 
     installed.run("cache", "build", *recipe, "--output", "mine/caches/a")
     assert "complete" in installed.run("cache", "verify", "mine/caches/a")
-    installed.run("train", *recipe)
+    launcher = ("-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", free_port(), "--module")
+    installed.run(*launcher, "deepspec", "train", *recipe)
     assert "finished" in installed.run("train", *recipe, "--check")
     installed.run("consolidate", "mine/runs/own", "draft")
     installed.run("evaluate", *recipe, "--draft", "draft", "--tasks", "prompts.jsonl", "--dtype", "float32")
