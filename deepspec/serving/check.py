@@ -109,7 +109,7 @@ class ServeCheck:
         self.options, self.server = options, server
         target = options.quickstart / "target"
         if not (target / "config.json").is_file():
-            raise DraftError("no target to serve", file=target, remedy="run `make quickstart` first")
+            raise DraftError("no target to serve", file=target, remedy="run `deepspec quickstart` first")
         self.target: Target = load_target(target, torch.float32)
         server.check_target(self.target.spec)
         renderer = Renderer(load_tokenizer(target), self.target.spec)

@@ -144,7 +144,7 @@ def test_what_the_engine_answered_is_told(quickstart: Path, tmp_path: Path) -> N
 
 
 def test_bad_surroundings_are_named(quickstart: Path, tmp_path: Path) -> None:
-    with pytest.raises(DraftError, match=r"no target to serve.*make quickstart"):
+    with pytest.raises(DraftError, match=r"no target to serve.*deepspec quickstart"):
         ServeCheck(CheckOptions(tmp_path / "none"), VLLMServer(tmp_path, tmp_path))
     tiny_target("qwen3").model.save_pretrained(quickstart / "target")
     with pytest.raises(DraftError, match="refuse this head size; found 8"):

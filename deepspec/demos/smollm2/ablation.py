@@ -53,7 +53,9 @@ def ablate(cores: int) -> None:
     """
     made = QUICKSTART / "results.json"
     if not made.exists():
-        raise DataError("no finished quickstart", file=made, remedy="run `make quickstart` first: its target is used")
+        raise DataError(
+            "no finished quickstart", file=made, remedy="run `deepspec quickstart` first: its target is used"
+        )
     Runner(plan(), LOGS, cores).run()
 
 

@@ -59,7 +59,7 @@ def finetune(scale: str, cores: int) -> None:
     for algorithm in recipes(recipe_of):
         made = general_draft(scale, algorithm) / "provenance.json"
         if not made.exists():
-            remedy = f"run `make real SCALE={scale}` first: its drafts are fine-tuned"
+            remedy = f"run `deepspec demo real --scale {scale}` first: its drafts are fine-tuned"
             raise DataError("no draft to start from", file=made, remedy=remedy)
     Runner(plan(scale, cores), SCALES[scale].root / "logs", cores).run()
 
