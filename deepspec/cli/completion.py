@@ -47,7 +47,10 @@ def _name_values(action: argparse.Action) -> None:
 
     if action.dest == "recipe":
         names = " ".join(own_recipes())
-        bash = f'{RECIPE}() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}'
-        action.complete = {"bash": RECIPE, "zsh": f"({names})", "preamble": {"bash": bash}}  # type: ignore[attr-defined]
+        functions = {
+            "bash": f'{RECIPE}() {{ compgen -W "{names}" -- "$1"; compgen -f -- "$1"; }}',
+            "zsh": f"{RECIPE}() {{ _alternative 'names:name:({names})' 'files:file:_files' }}",
+        }
+        action.complete = dict.fromkeys(functions, RECIPE) | {"preamble": functions}  # type: ignore[attr-defined]
     elif action.choices is None and action.nargs != 0 and not isinstance(action.type, Range):
         action.complete = shtab.FILE  # type: ignore[attr-defined]
