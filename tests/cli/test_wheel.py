@@ -59,9 +59,9 @@ class Installed:
     def run(self, *words: object, **more: object) -> str:
         """What a command prints."""
         program = ["-m", "deepspec"] if not str(words[0]).startswith("-") else []
-        names = ("PATH", "LANG")
-        environment = {name: os.environ[name] for name in names if name in os.environ} | {
-            "HOME": str(self.work), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
+        environment = {  # nothing of this process's: its PATH leads into folders that are closed to the user
+            "PATH": f"{self.python.parent}:/usr/local/bin:/usr/bin:/bin", "HOME": str(self.work),
+            "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         done = subprocess.run(
             [self.python, *program, *map(str, words)], cwd=self.work, env=environment, capture_output=True, text=True,
