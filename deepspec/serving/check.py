@@ -223,7 +223,9 @@ class ServeCheck:
         """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
         algorithm, folder = name.removesuffix(FILL_IN), self.server.work / name
         log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
-        settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}")
+        own = self.options.quickstart.resolve()
+        settings = ("draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}",
+                    f"target.path={own / 'target'}", f"data.cache=[{own / 'cache'}]")  # fmt: skip
         command = [sys.executable, "-m", "deepspec", "train", "--recipe", f"quickstart_{algorithm}"]
         run([*command, *(part for one in settings for part in ("--set", one))], self.server.work / f"train-{name}.log")
         consolidate(folder, made)

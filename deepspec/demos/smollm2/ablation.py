@@ -53,9 +53,7 @@ def ablate(cores: int) -> None:
     """
     made = QUICKSTART / "results.json"
     if not made.exists():
-        raise DataError(
-            "no finished quickstart", file=made, remedy="run `deepspec quickstart` first: its target is used"
-        )
+        raise DataError("no finished quickstart", file=made, remedy="run `deepspec quickstart` first, for its target")
     Runner(plan(), LOGS, cores).run()
 
 
