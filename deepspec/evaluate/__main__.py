@@ -24,6 +24,7 @@ def parse() -> argparse.Namespace:
     example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --tasks gsm8k,humaneval --temperature 0 1"
     parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example)
     _model_words(parser, "DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0], help="of sampling; 0 is greedy")
     parser.add_argument("--batch-size", type=COUNT, default=1, help="prompts decoded together")
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
@@ -51,6 +52,8 @@ def parse_study() -> argparse.Namespace:
     _model_words(parser, "DRAFT/study")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs=1, default=[1.0], help="of sampling; 0 is greedy")
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="requests at a time")
+    text = "of the policy that verifies while the draft is confident"
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.5, help=text)
     absent = dict.fromkeys(("server", "baseline_server"))
     parser.set_defaults(study="scheduler", tree="", no_plain=False, batch_size=1, engine="auto", **absent)
     given = _read(parser)
@@ -63,7 +66,7 @@ def _model_words(parser: Parser, output: str) -> None:
     parser.add_argument("--recipe", help="a recipe: target, thinking, system prompt and the `evaluate:` section")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
     parser.add_argument("--target", help="a folder or hub id (default: the recipe's)")
-    parser.add_argument("--draft", help="draft folder, or owner/name on the hub; with --server only for its name")
+    parser.add_argument("--draft", help="draft folder, or owner/name on the hub; of a server's draft only its name")
     parser.add_argument(
         "--tasks", default="", help="comma-separated names, .jsonl files or folders (default: all of tasks.yaml)"
     )
@@ -76,7 +79,6 @@ def _model_words(parser: Parser, output: str) -> None:
         help="let the target think, by its template's own switch (default: as the draft was trained)",
     )
     parser.add_argument("--system-prompt", help="before every prompt (default: the recipe's)")
-    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of target and draft")
     parser.add_argument("--output", help=f"folder of the results (default: {output})")
     parser.add_argument("--local_rank", type=RANK, help=argparse.SUPPRESS)  # put there by the deepspeed launcher

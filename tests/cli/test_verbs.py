@@ -17,6 +17,7 @@ from deepspec.arguments import Parser, parser_of
 from deepspec.cli import VERBS, function_of
 from deepspec.cli.completion import whole_parser
 from deepspec.errors import DeepSpecError
+from deepspec.evaluate.study import StudyOptions
 
 WANTED = {
     *("prepare", "regenerate", "inspect", "estimate", "train", "finetune", "consolidate", "evaluate", "study"),
@@ -67,6 +68,9 @@ def test_a_default_that_is_a_list_is_shown_as_it_is_typed() -> None:
     text = " ".join(parser("study").format_help().split())
     assert "requests at a time (default: 1 4 16 64)" in text
     assert "of sampling; 0 is greedy (default: 1.0)" in text
+    made = parser("study")
+    assert made.get_default("confidence_threshold") == StudyOptions.threshold
+    assert tuple(made.get_default("concurrency")) == StudyOptions.concurrency
     assert "(default: False)" not in text
     assert "(default: None)" not in text
 
