@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+import shtab
 
 from deepspec import cli
 from deepspec.arguments import Parser, parser_of
@@ -145,7 +146,6 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the program prints for bash."""
-    pytest.importorskip("shtab")
     path: Path = tmp_path_factory.mktemp("completion") / "deepspec.sh"
     command = [sys.executable, "-m", "deepspec", "completion", "bash"]
     path.write_text(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -174,7 +174,6 @@ def test_bash_completes(typed: str, offered: set[str], script: Path, tmp_path: P
 
 
 def test_the_script_for_zsh_names_verbs_and_options() -> None:
-    shtab = pytest.importorskip("shtab")
     text = shtab.complete(whole_parser(), "zsh")
     assert text.startswith("#compdef deepspec")
     assert "serve-check" in text
