@@ -1,6 +1,7 @@
 """What deepspec needs; pyproject.toml says the rest. The version bounds are those that the tests ran with."""
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 CORE = [
     "torch>=2.9,<2.15",
@@ -25,6 +26,7 @@ CORE = [
     "psutil>=5.9,<8",
     "regex>=2024.11.6",
     "httpx2>=2,<3",
+    "shtab>=1.7,<2",
 ]
 LLAMACPP = ["gguf>=0.19,<0.20", "xllamacpp>=2026.10"]  # drafts as GGUF; a whole llama.cpp server
 DEV = [
@@ -39,7 +41,22 @@ DEV = [
     *LLAMACPP,
 ]
 
+SHARED = ("recipes", "deepspeed_configs")  # at the top of the checkout; deepspec/recipe_files.py finds them in both
+
+
+class BuildWithShared(build_py):
+    """Puts SHARED into the package as deepspec/share/; an editable install reads them where they are."""
+
+    def run(self) -> None:
+        """Copy the package, then SHARED."""
+        super().run()
+        if not self.editable_mode:
+            for name in SHARED:
+                self.copy_tree(name, f"{self.build_lib}/deepspec/share/{name}")
+
+
 setup(
+    cmdclass={"build_py": BuildWithShared},
     install_requires=CORE,
     extras_require={
         "dev": DEV,

@@ -10,6 +10,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -101,12 +102,68 @@ def program(module: str) -> str:
     return sys.argv[0] if sys.argv[0].startswith("deepspec ") else f"python -m {module}"
 
 
-class Parser(argparse.ArgumentParser):
-    """An argparse parser of a command: it starts logging, and refuses in one line as every other error is."""
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Descriptions keep their lines; a default stands behind the help of its option."""
 
-    def __init__(self, *, description: str | None = None, **kwargs: Any) -> None:
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text, default = action.help or "", action.default
+        if not has_default(action) or "(default" in text:
+            return text
+        shown = " ".join(map(str, default)) if isinstance(default, list | tuple) else str(default)
+        return f"{text} (default: {shown.replace('%', '%%')})"
+
+
+def has_default(action: argparse.Action) -> bool:
+    """Whether an option that is left out has a value worth naming: neither nothing nor a switch that is off."""
+    empty = action.default is None or action.default is False or action.default in ("", [], (), argparse.SUPPRESS)
+    return not empty and bool(action.option_strings or action.nargs in ("?", "*"))
+
+
+class _Parsed(Exception):
+    """A parser that is complete; see :func:`parser_of`."""
+
+    def __init__(self, parser: Parser) -> None:
+        self.parser = parser
+
+
+_only_parser: ContextVar[bool] = ContextVar("only_parser", default=False)
+
+
+def parser_of(command: Callable[[], object], program: str) -> Parser:
+    """The parser of a command, whose first act is to parse; nothing else of it is run.
+
+    Args:
+        command: without arguments, as :func:`deepspec.errors.run_main` takes it.
+        program: what its help calls it.
+    """
+    words, token = sys.argv, _only_parser.set(True)
+    sys.argv = [program]
+    try:
+        command()
+    except _Parsed as found:
+        return found.parser
+    finally:
+        sys.argv = words
+        _only_parser.reset(token)
+    raise TypeError(f"{program} does not parse a command line")
+
+
+class Parser(argparse.ArgumentParser):
+    """An argparse parser of a command: it starts logging, and refuses in one line as every other error is.
+
+    Args:
+        description: shown as it is written, without its indentation.
+        example: the words of a typical call, which ``--help`` shows behind the program's name.
+        kwargs: of argparse.
+    """
+
+    def __init__(self, *, description: str | None = None, example: str | None = None, **kwargs: Any) -> None:
         text = None if description is None else inspect.cleandoc(description)
-        super().__init__(description=text, **{"formatter_class": argparse.RawDescriptionHelpFormatter} | kwargs)
+        self.example = example
+        shown = None if example is None else f"example:\n  %(prog)s {example}".rstrip()
+        if sys.argv[0].endswith(".py"):
+            kwargs.setdefault("prog", f"python {sys.argv[0]}")
+        super().__init__(description=text, **{"formatter_class": _Help, "epilog": shown} | kwargs)
         reports = self.add_argument_group("reports")
         reports.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="only warnings and errors")
         reports.add_argument(
@@ -115,6 +172,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, then start logging as the command line asks."""
+        if _only_parser.get():
+            raise _Parsed(self)
         given = vars(super().parse_args(args, namespace))
         start_logging(given.pop("log_level", "info"), given.pop("quiet", False))
         return argparse.Namespace(**given)

@@ -10,6 +10,7 @@ import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import Enum, EnumType
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,14 @@ def check_finished(run: Path) -> Path:
     return folder
 
 
+def _member(kind: object, name: str) -> Enum:
+    """The member of an enum, which Python 3.11.0 to 3.11.3 write as ``getattr(kind, name)``; nothing else is read."""
+    if not isinstance(kind, EnumType) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"GLOBAL getattr of {kind!r}")
+    member: Enum = kind[name]
+    return member
+
+
 @contextlib.contextmanager
 def known_types(folder: Path) -> Iterator[None]:
     """For the block every ``torch.load``, DeepSpeed's too, builds tensors, plain values and ``TYPES`` alone.
@@ -138,6 +147,7 @@ def known_types(folder: Path) -> Iterator[None]:
     """
     places = (name.split(":") for name in TYPES)
     allowed: list[Any] = [getattr(importlib.import_module(module), attribute) for module, attribute in places]
+    allowed += [(_member, f"{module}.getattr") for module in ("builtins", "__builtin__")]
     before = os.environ.get(FORCED)
     os.environ[FORCED] = "1"
     try:

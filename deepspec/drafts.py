@@ -44,7 +44,7 @@ OWN = ("own_embedding", "own_head")  # keys of a config.json whose draft trained
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, PROVENANCE = "config.json", "provenance.json"
 SHARD_BYTES = 5 * 10**9
-IMPORT = "import it first: python tools/export.py FOLDER OUT --from auto"
+IMPORT = "import it first: deepspec import FOLDER OUT"
 
 
 def save_draft(

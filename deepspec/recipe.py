@@ -67,7 +67,7 @@ class DataSection:
     """Where training samples come from."""
 
     source: str = "cache"  # a row of deepspec.registry.SOURCES
-    prompts: str | None = None  # hub id or file of prompts, for tools/prepare_data.py
+    prompts: str | None = None  # hub id or file of prompts, for deepspec prepare
     held_out: float = 0.05  # share of the prompts held out of training
     conversations: str | tuple[str, ...] | None = None  # JSONL of prompts with the target's answers; one or several
     conversation_weights: tuple[float, ...] | None = None  # as cache_weights, of each file where no cache is read
@@ -343,7 +343,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
     """Read, merge, override and validate a recipe.
 
     Args:
-        path: the YAML file.
+        path: the YAML file, or the name of a recipe of deepspec's own.
         overrides: ``key.key=value`` texts, the value in YAML (``train.lr=3e-4``, ``data.cache=[a, b]``).
 
     Raises:

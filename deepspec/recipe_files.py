@@ -4,6 +4,10 @@ A path means the same from any working directory: a relative one is looked for b
 the folders above up to its project (the nearest folder that holds ``deepspeed_configs`` or ``.git``), then in the
 working directory. What a run makes (``output``) lies in the project. A path on the command line is the working
 directory's.
+
+deepspec's own recipes are at the top of its checkout, and in an installed package under ``deepspec/share``. One of them
+may be given by its name alone (``dspark_qwen3_4b``): it then belongs to no project, and what it makes lies in the
+working directory. That is so too for whatever is in ``deepspec/share``.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ from typing import Any
 
 import yaml
 
-from deepspec.errors import RecipeError, system_error
-from deepspec.files import check_readable
+from deepspec.errors import RecipeError, nearest, system_error
+from deepspec.files import check_readable, write_bytes
 from deepspec.sections import relocate
 
 DEEPSPEED = "deepspeed_configs/zero1_bf16.json"  # the default of train.deepspeed
 MARKS = ("deepspeed_configs", ".git")  # what the root of a project holds
-CHECKOUT = Path(__file__).parents[1]  # of deepspec itself, whose deepspeed_configs any recipe may name
+_PACKAGE = Path(__file__).parent
+SHARE = _PACKAGE / "share" if (_PACKAGE / "share").is_dir() else _PACKAGE.parent  # holds the two folders below
+RECIPES, CONFIGS = SHARE / "recipes", SHARE / "deepspeed_configs"  # of deepspec itself; any recipe may name a config
 INPUTS = ("data.conversations", "data.cache", "data.server_storage", "train.deepspeed", "train.validation.path",
           "train.validation.sets")  # fmt: skip
 NAMES = ("target.path", "data.prompts", "evaluate.tasks", "train.init.draft")  # a path where one is, else a name
@@ -35,25 +41,83 @@ DEEPEST = 20  # files that extend one another
 def read_files(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     """The recipe's values: files merged, ``key.key=value`` texts set, paths resolved, the two default paths filled in.
 
+    Args:
+        path: the YAML file, or the name of a recipe of deepspec's own; see :func:`recipe_file`.
+        overrides: in their order.
+
     Raises:
         RecipeError: a file that is missing or no mapping, values without end, or a text that is no override.
     """
-    folder = Path(os.path.abspath(path)).parent
-    values = dict(_read_file(Path(path), (), {}))
+    file = recipe_file(path)
+    folder, own = Path(os.path.abspath(file)).parent, file != Path(path)
+    values = dict(_read_file(file, (), {}, own))
     try:
         for text in overrides:
-            _override(values, text, folder)
+            _override(values, text, folder, own)
     except RecipeError as error:
         raise relocate(error, file=path) from None
     train = values.get("train")
     if train is None or (isinstance(train, Mapping) and train.get("deepspeed") is None):
-        values["train"] = {**(train or {}), "deepspeed": find("train.deepspeed", DEEPSPEED, folder)}
+        values["train"] = {**(train or {}), "deepspeed": find("train.deepspeed", DEEPSPEED, folder, own=own)}
     if values.get(OUTPUT) is None and isinstance(values.get("name"), str):
-        values[OUTPUT] = find(OUTPUT, f"runs/{values['name']}", folder)
+        values[OUTPUT] = find(OUTPUT, f"runs/{values['name']}", folder, own=own)
     return values
 
 
-def find(key: str, text: str, folder: Path, here: bool = True) -> str:
+def recipe_file(given: str | Path) -> Path:
+    """The file that ``given`` names: a path; or where none is there, the name of a recipe of deepspec's own.
+
+    Raises:
+        RecipeError: a name, no path, that is neither.
+    """
+    path = Path(given)
+    if path.suffix in (".yaml", ".yml") or len(path.parts) != 1 or path.is_file():
+        return path
+    names = own_recipes()
+    if path.name not in names:
+        remedy = f"name a YAML file, or one of deepspec's own: {nearest(path.name, names)}"
+        raise RecipeError("no such recipe file", file=given, remedy=remedy)
+    return RECIPES / f"{given}.yaml"
+
+
+def own_recipes() -> list[str]:
+    """The names of deepspec's own recipes."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def copy_recipe(name: str, folder: str | Path) -> list[Path]:
+    """Copy a recipe of deepspec's own and what it names (``extends``, ``train.deepspeed``) into ``folder``.
+
+    The copy means what the original means, and what it makes lies in ``folder``. A file that is there with the same
+    content stays.
+
+    Returns:
+        The recipe's file, then the other ones.
+
+    Raises:
+        RecipeError: no such recipe, or a file of other content is in the way; nothing is written then.
+    """
+    if name not in own_recipes():
+        raise RecipeError("no such recipe", key=name, remedy=nearest(name, own_recipes()))
+    known: dict[str, dict[str, Any]] = {}
+    file = RECIPES / f"{name}.yaml"
+    values = _read_file(file, (), known, own=True)
+    config = Path(values.get("train", {}).get("deepspeed") or SHARE / DEEPSPEED)
+    others = [Path(os.path.relpath(one, os.path.realpath(RECIPES))) for one in known if one != os.path.realpath(file)]
+    copies = {Path(folder) / file.name: file, **{Path(folder) / one: RECIPES / one for one in sorted(others)}}
+    copies[Path(folder) / CONFIGS.name / config.name] = config
+    for copy, original in copies.items():
+        if os.path.lexists(copy) and not (copy.is_file() and copy.read_bytes() == original.read_bytes()):
+            remedy = "name another folder, or move the file"
+            raise RecipeError("the file exists, and is another one", file=copy, remedy=remedy)
+    for copy, original in copies.items():
+        if not copy.exists():
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            write_bytes(copy, original.read_bytes())
+    return list(copies)
+
+
+def find(key: str, text: str, folder: Path, here: bool = True, own: bool = False) -> str:
     """Where the value ``text`` of the path key ``key`` points to, stated in a file of ``folder``.
 
     Args:
@@ -61,6 +125,7 @@ def find(key: str, text: str, folder: Path, here: bool = True) -> str:
         text: a path, a URL, or a name.
         folder: absolute.
         here: whether the working directory counts too.
+        own: a recipe of deepspec's own was named: files beside it belong to no project.
 
     Returns:
         ``text`` itself where it means the same from the working directory, or is no relative path; else an absolute
@@ -68,12 +133,14 @@ def find(key: str, text: str, folder: Path, here: bool = True) -> str:
     """
     if os.path.isabs(text) or "://" in text or not text:
         return text
-    root = project_of(folder)
+    ours = folder.is_relative_to(RECIPES)
+    root = None if own and ours else project_of(folder)
     candidates = [] if key == OUTPUT else [folder]
     if root is not None and key != OUTPUT:
         candidates += [one for one in folder.parents if one == root or root in one.parents]
     candidates += [Path.cwd()] if here and key != OUTPUT else []
-    candidates += [CHECKOUT] if key == "train.deepspeed" else []
+    if key == "train.deepspeed":
+        candidates.insert(1 if ours else len(candidates), SHARE)
     there = next((one for one in candidates if os.path.lexists(one / text)), None)
     if there is None and key in NAMES:
         return text
@@ -82,13 +149,18 @@ def find(key: str, text: str, folder: Path, here: bool = True) -> str:
 
 
 def project_of(folder: Path) -> Path | None:
-    """The nearest folder at or above ``folder`` that is the root of a project; None outside of one."""
+    """The nearest folder at or above ``folder`` that is the root of a project; None outside of one.
+
+    An installed package is none, whatever it is installed in.
+    """
+    if folder.is_relative_to(_PACKAGE):
+        return None
     return next((one for one in (folder, *folder.parents) if any((one / mark).exists() for mark in MARKS)), None)
 
 
-def locate(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """``values`` as a file in ``folder`` states them, relative paths resolved."""
-    return _with_paths(values, lambda key, text: find(key, text, folder))
+def locate(values: dict[str, Any], folder: Path, own: bool = False) -> dict[str, Any]:
+    """``values`` as a file in ``folder`` states them, relative paths resolved; ``own`` as in :func:`find`."""
+    return _with_paths(values, lambda key, text: find(key, text, folder, own=own))
 
 
 def portable(values: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -186,7 +258,7 @@ def _count(node: yaml.Node, counts: dict[int, int]) -> int:
     return total
 
 
-def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, Any]], own: bool) -> dict[str, Any]:
     """The file's mapping with its ``extends`` merged in; each file is read once."""
     real = os.path.realpath(path)
     if real in above:
@@ -213,9 +285,9 @@ def _read_file(path: Path, above: tuple[str, ...], known: dict[str, dict[str, An
     merged: dict[str, Any] = {}
     for base in _bases(values.pop("extends", []), path):
         near = path.parent / base
-        found = near if os.path.exists(near) else Path(find("extends", base, folder))
-        merged = _merge(merged, _read_file(found if os.path.exists(found) else near, (*above, real), known))
-    known[real] = _merge(merged, locate(values, folder))
+        found = near if os.path.exists(near) else Path(find("extends", base, folder, own=own))
+        merged = _merge(merged, _read_file(found if os.path.exists(found) else near, (*above, real), known, own))
+    known[real] = _merge(merged, locate(values, folder, own))
     return known[real]
 
 
@@ -237,7 +309,7 @@ def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _override(values: dict[str, Any], text: str, folder: Path) -> None:
+def _override(values: dict[str, Any], text: str, folder: Path, own: bool) -> None:
     """Apply one ``section.key=value``; sections are copied, for they may be shared with another file or key."""
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
@@ -256,15 +328,15 @@ def _override(values: dict[str, Any], text: str, folder: Path) -> None:
     nested: Any = {last: given}
     for name in reversed(sections):
         nested = {name: nested}
-    nested = _with_paths(nested, lambda key, path: _typed(key, path, folder))
+    nested = _with_paths(nested, lambda key, path: _typed(key, path, folder, own))
     for name in sections:
         nested = nested[name]
     values[last] = nested[last]
 
 
-def _typed(key: str, path: str, folder: Path) -> str:
+def _typed(key: str, path: str, folder: Path, own: bool) -> str:
     """A path from the command line: the working directory's, unless it is only found from the recipe's folder."""
     if key == OUTPUT or os.path.lexists(path):
         return path
-    found = find(key, path, folder)
+    found = find(key, path, folder, own=own)
     return found if os.path.lexists(found) else path

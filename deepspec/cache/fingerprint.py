@@ -17,7 +17,7 @@ from deepspec.recipe import Recipe
 from deepspec.targets import TargetSpec
 
 SIDES = ("cache", "recipe")
-APPEND = "add them with tools/build_cache.py --append"
+APPEND = "add them with deepspec cache append"
 
 
 def fingerprint_of(recipe: Recipe, spec: TargetSpec, tokenizer: Any, sources: list[dict[str, Any]]) -> dict[str, Any]:
@@ -93,5 +93,5 @@ def require_fingerprint(cache: Any, recipe: Recipe, fingerprint: Mapping[str, An
         raise CacheError(
             f"the cache is not the recipe's: {'; '.join(lines)}",
             file=cache.path,
-            remedy=remedy_for(lines, "build one with tools/build_cache.py, or fix the recipe or the target"),
+            remedy=remedy_for(lines, "build one with deepspec cache build, or fix the recipe or the target"),
         )

@@ -22,7 +22,7 @@ MANIFEST, PART_MANIFEST, PLAN, PARTS = "manifest.json", "part.json", "plan.json"
 REJECTED = "rejected.jsonl"
 HIDDEN_CHUNK = 64  # tokens of one inner chunk of features and last_hidden: what a random read must decode too much
 TOKEN_CHUNK = 1024  # tokens of one inner chunk of input_ids and loss_mask
-REBUILD = "tools/cache.py verify names all broken parts and has them rebuilt"
+REBUILD = "deepspec cache verify names all broken parts and has them rebuilt"
 SAMPLE_COLUMNS = ("sample_id", "part", "start", "length", "row_start", "rows")
 _ITEM_BYTES = {"uint8": 1, "uint16": 2, "int32": 4, "float32": 4, "int64": 8}
 STORED_DTYPES = {"bfloat16": "uint16", "float32": "float32"}  # Zarr has no bfloat16: its bits are kept
@@ -201,7 +201,7 @@ class CacheManifest:
             raise CacheError(
                 "the cache is not finished: it has no manifest.json" if begun else "no cache here: no manifest.json",
                 file=store.url,
-                remedy="run tools/build_cache.py again, it continues" if begun else "build one: tools/build_cache.py",
+                remedy="run deepspec cache build again, it continues" if begun else "build one: deepspec cache build",
             )
         values = _checked(from_json(store, MANIFEST), f"{store.url}/{MANIFEST}")
         values.pop("format")

@@ -7,52 +7,89 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from itertools import takewhile
+from typing import Any
 
 from deepspec.arguments import RANK, Parser
 from deepspec.errors import DeepSpecError, nearest, run_main
 from deepspec.registry import lookup
 
-VERBS = {  # verb -> (function, what it does)
+PROGRAM = "deepspec"
+VERBS = {  # verb, or verb of a group -> (function, what it does)
     "prepare": ("deepspec.cli.data:prepare", "prompts to train on, from hub datasets or local files"),
     "regenerate": ("deepspec.cli.data:regenerate", "answers to prompts by the target itself"),
     "inspect": ("deepspec.cli.data:inspect", "what a target is trained on, supervised tokens marked"),
-    "build-cache": ("deepspec.cli.cache:build", "a target cache from conversations"),
-    "cache": ("deepspec.cli.cache:cache", "estimate, inspect, verify, import, export or recode a cache"),
+    "estimate": ("deepspec.cli.cache:estimate", "tokens, bytes per level, files and hours of a cache"),
+    "cache build": ("deepspec.cli.cache:build", "a target cache from conversations"),
+    "cache append": ("deepspec.cli.cache:append", "more conversations into a cache"),
+    "cache estimate": ("deepspec.cli.cache:estimate", "the same as `deepspec estimate`"),
+    "cache inspect": ("deepspec.cli.cache:inspect", "what a cache holds"),
+    "cache verify": ("deepspec.cli.cache:verify", "check every byte; name broken parts, or build them again"),
+    "cache recode": ("deepspec.cli.cache:recode", "an exact cache at another level"),
+    "cache export": ("deepspec.cli.cache:export_raw", "ours as a raw-binary cache of the release"),
+    "cache import": ("deepspec.cli.cache:import_raw", "a raw-binary cache of the release into ours"),
     "train": ("deepspec.cli.train:train", "train a draft"),
+    "finetune": ("deepspec.cli.train:finetune", "train on from a finished draft"),
     "consolidate": ("deepspec.cli.train:consolidate", "a draft folder from a training checkpoint"),
-    "evaluate": ("deepspec.evaluate.__main__:main", "measure a draft; compare runs"),
+    "evaluate": ("deepspec.evaluate.__main__:main", "measure a draft"),
+    "study": ("deepspec.evaluate.__main__:study", "compare verification policies under load"),
     "calibrate": ("deepspec.evaluate.calibration:main", "fit the confidence head's temperatures"),
-    "export": ("deepspec.cli.export:export", "a draft in an engine's form, or somebody else's in ours"),
+    "compare": ("deepspec.evaluate.compare:main", "finished evaluations side by side"),
+    "export": ("deepspec.cli.export:export", "a draft in an engine's form"),
+    "import": ("deepspec.cli.export:import_foreign", "somebody else's draft in our form"),
     "push": ("deepspec.cli.export:push", "upload an exported draft to the hub"),
     "serve-check": ("deepspec.cli.demos:serve_check", "drafts in a real engine, compared with our decoding"),
+    "recipes list": ("deepspec.cli.recipes:list_recipes", "the recipes that deepspec brings along"),
+    "recipes show": ("deepspec.cli.recipes:show", "every key of a recipe with its value"),
+    "recipes copy": ("deepspec.cli.recipes:copy", "a recipe and its files into a folder, to change it"),
     "quickstart": ("deepspec.cli.demos:quickstart", "the whole pipeline on a tiny target"),
-    "real": ("deepspec.cli.demos:real", "three drafts for a small released model, with their tables"),
-    "finetune": ("deepspec.cli.demos:finetune", "the real run's drafts fine-tuned on a domain"),
-    "ablate": ("deepspec.cli.demos:ablate", "what each choice of a draft changes"),
-    "results": ("deepspec.cli.demos:results", "docs/results.md from what was measured"),
+    "demo real": ("deepspec.cli.demos:real", "three drafts for a small released model, with their tables"),
+    "demo finetune": ("deepspec.cli.demos:finetune", "the real run's drafts fine-tuned on a domain"),
+    "demo ablate": ("deepspec.cli.demos:ablate", "what each choice of a draft changes"),
+    "demo results": ("deepspec.cli.demos:results", "docs/results.md from what was measured"),
+    "completion": ("deepspec.cli.completion:completion", "a script that completes all this in a shell"),
 }
 
 
-def main() -> int | None:
+def main(group: str = "") -> int:
     """Run the verb that the command line names, with the words after it.
+
+    Args:
+        group: the first word of the verb where the program states it itself.
 
     Raises:
         DeepSpecError: no such verb.
     """
-    verb, *words = sys.argv[1:] or ["--help"]
-    if verb in VERBS:
-        sys.argv = [f"deepspec {verb}", *words]
-        command = lookup("verb", {verb: VERBS[verb][0]}, verb)
-        code: int | None = command()
-        return code
-    if not verb.startswith("-"):
-        raise DeepSpecError("no such verb", found=verb, remedy=nearest(verb, VERBS))
-    lines = (f"  {name:12s} {text}" for name, (_, text) in VERBS.items())
-    Parser(prog="deepspec", usage="deepspec VERB ...", epilog="\n".join(["verbs:", *lines])).parse_args([verb])
+    words = [*group.split(), *sys.argv[1:]]
+    if words and words[0].startswith("--local_rank"):  # of `deepspeed --module deepspec`, whose script has no verbs
+        words = [*words[1:], words[0]]
+    for count in (2, 1):
+        verb = " ".join(words[:count])
+        if verb in VERBS:
+            sys.argv = [f"{PROGRAM} {verb}", *words[count:]]
+            return function_of(verb)() or 0
+    named = list(takewhile(lambda word: not word.startswith("-"), words[:2]))
+    verbs = [verb for verb in VERBS if not named or verb.split()[0] == named[0]]
+    if not verbs or len(named) > 1:
+        found = " ".join(named[: 2 if verbs else 1])
+        raise DeepSpecError("no such verb", found=found, remedy=nearest(found, verbs or VERBS))
+    lines = ["verbs (each has its own --help):", *(f"  {verb:15s} {VERBS[verb][1]}" for verb in verbs)]
+    program = " ".join([PROGRAM, *named])
+    own = Parser(prog=program, usage=f"{program} VERB ...", epilog="\n".join(lines))
+    own.parse_args(words[len(named) :] or ["--help"])
     return 0
 
 
-def recipe_words(parser: argparse.ArgumentParser, required: bool = False, text: str = "YAML file of recipes/") -> None:
+def function_of(verb: str) -> Callable[[], Any]:
+    """The function of a verb, imported."""
+    found: Callable[[], Any] = lookup("verb", {verb: VERBS[verb][0]}, verb)
+    return found
+
+
+def recipe_words(
+    parser: argparse.ArgumentParser, required: bool = False, text: str = "a YAML file, or a name of `deepspec recipes`"
+) -> None:
     """``--recipe`` and ``--set``, as every command that reads a recipe takes them."""
     parser.add_argument("--recipe", required=required, help=text)
     parser.add_argument(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, SHARE, Parser
 from deepspec.cache.format import PLAN, CacheManifest
 from deepspec.cache.levels import LEVELS, warnings
-from deepspec.cli import rank_word, recipe_words
+from deepspec.cli import main, rank_word, recipe_words
 from deepspec.errors import CacheError, DataError
 from deepspec.files import RESTORE
 from deepspec.log import say
@@ -19,20 +18,32 @@ from deepspec.progress import clock
 from deepspec.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
+_RECIPE_AND_DATA = "--recipe dspark_qwen3_4b --data qwen3_4b.jsonl"
 
 
 def build() -> int:
     """Build a target cache from conversations, alone or under mpirun, deepspeed or torchrun.
 
-    Killed and started again it continues, with any number of processes.
-
-        python tools/build_cache.py --recipe recipes/dspark_qwen3_4b.yaml --data qwen3_4b.jsonl --output caches/qwen3_4b
-        mpirun -n 8 python tools/build_cache.py ...
+    Killed and started again it continues, with any number of processes: ``mpirun -n 8 deepspec cache build ...``, or
+    tools/build_cache.py with the same options.
     """
-    parser = Parser(description=build.__doc__)
+    parser = Parser(description=build.__doc__, example=f"{_RECIPE_AND_DATA} --output caches/qwen3_4b")
+    parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
+    return _build(parser)
+
+
+def append() -> int:
+    """Add conversations to a cache that is complete: ``deepspec cache build --append``."""
+    example = "--recipe dspark_qwen3_4b --data more.jsonl --output caches/qwen3_4b"
+    parser = Parser(description=append.__doc__, example=example)
+    parser.set_defaults(append=True)
+    return _build(parser)
+
+
+def _build(parser: Parser) -> int:
+    """Read the options that building and appending share, and build."""
     _recipe_and_data(parser, required=True)
     parser.add_argument("--output", required=True, help="folder or URL of the cache")
-    parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
     parser.add_argument("--server", help="URL of a server of the target that returns hidden states (docs/serving.md)")
     parser.add_argument(
         "--server-storage", help="the folder that it writes them to (default: the recipe's data.server_storage)"
@@ -60,81 +71,44 @@ def build() -> int:
 
 
 def cache() -> int:
-    """Work on target caches: estimate a build, inspect, verify (and drop broken parts), import, export, recode.
+    """The program tools/cache.py: the verbs of ``deepspec cache``."""
+    return main("cache")
 
-        python tools/cache.py estimate --recipe R --data conversations.jsonl [--measure 16] [--rate 40000]
-        python tools/cache.py inspect CACHE
-        python tools/cache.py verify CACHE [--rebuild --recipe R --data conversations.jsonl]
-        python tools/cache.py import RAW CACHE --recipe R
-        python tools/cache.py export CACHE RAW
-        python tools/cache.py recode CACHE OTHER --level near
-    Appending is building: tools/build_cache.py --append.
-    """
-    parser = Parser(description=cache.__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(run: Callable[[argparse.Namespace], int], name: str, text: str) -> argparse.ArgumentParser:
-        one = commands.add_parser(name, help=text, description=text)
-        one.set_defaults(run=run)
-        return one
-
-    one = command(_estimate, "estimate", "tokens, bytes per level, files and hours of a build")
-    _recipe_and_data(one)
-    one.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
-    one.add_argument("--measure", type=COUNT_OR_NONE, default=0,
-                     help="run so many through the target for its own ratios")  # fmt: skip
-    one.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
-    one.add_argument("--output", help="where the cache would go, for the free disk space")
-    one.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
-    one.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
-    one.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
-    one.add_argument("--hidden-size", type=COUNT, help="with --tokens: of the target")
-    one.add_argument("--layers", type=COUNT, default=5, help="with --tokens: target layers kept")
-    one.add_argument("--samples-per-part", type=COUNT, default=2048, help="with --tokens: as in the recipe")
-    one = command(_inspect, "inspect", "what a cache holds")
-    one.add_argument("cache")
-    one.add_argument("--sample", type=COUNT_OR_NONE, help="also decode this sample")
-    one = command(_verify, "verify", "check every byte; name broken parts")
-    _recipe_and_data(one)
-    one.add_argument("cache")
-    one.add_argument("--workers", type=COUNT, default=4, help="threads")
-    one.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
-    one = command(_import, "import", "a raw-binary cache of the release into ours")
-    _recipe_and_data(one)
-    one.add_argument("source")
-    one.add_argument("output")
-    one = command(_export, "export", "ours as a raw-binary cache of the release")
-    one.add_argument("source")
-    one.add_argument("output")
-    one = command(_recode, "recode", "an exact cache at another level")
-    one.add_argument("source")
-    one.add_argument("output")
-    one.add_argument("--level", default="near", choices=list(LEVELS))
-    one.add_argument("--features-level", choices=list(LEVELS))
-    one.add_argument("--last-hidden-level", choices=list(LEVELS))
+def estimate() -> int:
+    """Tokens, bytes per level, files and hours of a build: of a recipe and conversations, or of totals (--tokens)."""
+    parser = Parser(description=estimate.__doc__, example=f"{_RECIPE_AND_DATA} --rate 40000")
+    _recipe_and_data(parser)
+    parser.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
+    parser.add_argument("--measure", type=COUNT_OR_NONE, default=0,
+                        help="run so many through the target for its own ratios")  # fmt: skip
+    parser.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
+    parser.add_argument("--output", help="where the cache would go, for the free disk space")
+    parser.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
+    parser.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
+    parser.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
+    parser.add_argument("--hidden-size", type=COUNT, help="with --tokens: of the target")
+    parser.add_argument("--layers", type=COUNT, default=5, help="with --tokens: target layers kept")
+    parser.add_argument("--samples-per-part", type=COUNT, default=2048, help="with --tokens: as in the recipe")
     given = parser.parse_args()
-    code: int = given.run(given)
-    return code
 
-
-def _estimate(given: argparse.Namespace) -> int:
-    from deepspec.cache.estimate import Totals, estimate, estimate_recipe
+    from deepspec.cache import estimate as estimates
     from deepspec.cache.parts import Layout
 
     if given.tokens is not None:
         if given.hidden_size is None:
             raise CacheError("the width does not follow from totals", key="--hidden-size", remedy="give --hidden-size")
         rows = round(given.tokens / given.mean)
-        totals = Totals(rows, rows, round(given.tokens), round(given.tokens * given.supervised))
+        totals = estimates.Totals(rows, rows, round(given.tokens), round(given.tokens * given.supervised))
         layout = Layout(given.hidden_size * given.layers, given.hidden_size, "bfloat16", "raw", "raw")
-        estimates = estimate(totals, layout, given.samples_per_part)
+        found = estimates.estimate(totals, layout, given.samples_per_part)
     else:
-        totals, estimates = estimate_recipe(*_read(given), given.probe, given.measure)
+        totals, found = estimates.estimate_recipe(*_read(given), given.probe, given.measure)
     print(
         f"{totals.rows:,} conversations, {totals.samples:,} samples, {totals.tokens:,} tokens, "
         f"{totals.mean_tokens:,.0f} a sample, {totals.last_rows / max(totals.tokens, 1):.0%} supervised"
     )
-    for one in estimates:
+    for one in found:
         print(f"  {one.level:9s} {one.coded_bytes / 1e9:12,.3f} GB  {one.parts:7,} parts  {one.files:8,} files")
     if given.rate:
         print(f"{clock(totals.tokens / given.rate)} at {given.rate:,.0f} tokens/s")
@@ -145,7 +119,13 @@ def _estimate(given: argparse.Namespace) -> int:
     return 0
 
 
-def _inspect(given: argparse.Namespace) -> int:
+def inspect() -> None:
+    """What a cache holds: what it was made of, samples, tokens, lengths, bytes."""
+    parser = Parser(description=inspect.__doc__, example="caches/qwen3_4b --sample 0")
+    _cache_word(parser)
+    parser.add_argument("--sample", type=COUNT_OR_NONE, help="also decode this sample")
+    given = parser.parse_args()
+
     from deepspec.cache.reader import TargetCache
     from deepspec.identity import flatten
 
@@ -170,10 +150,17 @@ def _inspect(given: argparse.Namespace) -> int:
         spread = sample.features.float().std(dim=0)
         print(f"sample {sample.sample_id}: {len(sample.input_ids)} tokens, {int(sample.loss_mask.sum())} supervised")
         print(f"features: channel spread {spread.min():.3g} .. {spread.median():.3g} .. {spread.max():.3g}")
-    return 0
 
 
-def _verify(given: argparse.Namespace) -> int:
+def verify() -> int:
+    """Check every byte of a cache and name broken parts; exit code 1 where there are some."""
+    parser = Parser(description=verify.__doc__, example="caches/qwen3_4b")
+    _recipe_and_data(parser)
+    _cache_word(parser)
+    parser.add_argument("--workers", type=COUNT, default=4, help="threads")
+    parser.add_argument("--rebuild", action="store_true", help="build broken parts again (with --recipe and --data)")
+    given = parser.parse_args()
+
     from deepspec.cache.build import build_cache
     from deepspec.cache.verify import drop_parts, verify_cache
 
@@ -196,14 +183,21 @@ def _verify(given: argparse.Namespace) -> int:
     return 0
 
 
-def _import(given: argparse.Namespace) -> int:
+def import_raw() -> None:
+    """A raw-binary cache of the paper's release into ours; target and template are the recipe's."""
+    parser = Parser(description=import_raw.__doc__, example="raw caches/qwen3_4b --recipe dspark_qwen3_4b")
+    recipe_words(parser, required=True)
+    parser.add_argument("--data", help=argparse.SUPPRESS)  # of earlier releases, which did not read it either
+    _two_words(parser)
+    given = parser.parse_args()
+
     import torch
 
     from deepspec.cache.fingerprint import fingerprint_of
     from deepspec.cache.raw_cache import import_raw_cache
     from deepspec.targets import load_target_embeddings, load_tokenizer
 
-    recipe = _recipe(given)
+    recipe = load_recipe(given.recipe, given.set)
     target = recipe.target
     dtype = getattr(torch, target.dtype)
     spec = load_target_embeddings(target.path, dtype, revision=target.revision).spec  # fetches its files
@@ -211,31 +205,50 @@ def _import(given: argparse.Namespace) -> int:
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
     manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)
     say(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
-    return 0
 
 
-def _export(given: argparse.Namespace) -> int:
+def export_raw() -> None:
+    """Our cache as a raw-binary cache of the paper's release."""
+    parser = Parser(description=export_raw.__doc__, example="caches/qwen3_4b raw")
+    _two_words(parser)
+    given = parser.parse_args()
+
     from deepspec.cache.raw_cache import EXPORT_CAUTION, export_raw_cache
 
     samples = export_raw_cache(given.source, given.output)
     say(f"{given.output}: {samples:,} samples")
     log.warning(EXPORT_CAUTION)
-    return 0
 
 
-def _recode(given: argparse.Namespace) -> int:
+def recode() -> None:
+    """An exact cache at another level of compression, without the target."""
+    parser = Parser(description=recode.__doc__, example="caches/qwen3_4b caches/qwen3_4b_near --level near")
+    _two_words(parser)
+    parser.add_argument("--level", default="near", choices=list(LEVELS), help="of features and last hidden states")
+    parser.add_argument("--features-level", choices=list(LEVELS), help="of the features alone")
+    parser.add_argument("--last-hidden-level", choices=list(LEVELS), help="of the last hidden states alone")
+    given = parser.parse_args()
+
     from deepspec.cache.recode import recode_cache
 
     features, last = given.features_level or given.level, given.last_hidden_level or given.level
     for line in warnings({"features": features, "last_hidden": last}):
         log.warning(line)
     say(_summary(given.output, recode_cache(given.source, given.output, features, last)))
-    return 0
 
 
 def _recipe_and_data(parser: argparse.ArgumentParser, required: bool = False) -> None:
     recipe_words(parser, required)
     parser.add_argument("--data", help="conversations (JSONL); default: the recipe's data.conversations")
+
+
+def _cache_word(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cache", help="folder or URL of the cache")
+
+
+def _two_words(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="the cache that is read")
+    parser.add_argument("output", help="the cache that is made")
 
 
 def _recipe(given: argparse.Namespace) -> Recipe:

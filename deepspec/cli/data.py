@@ -28,11 +28,11 @@ DEFAULT = "mlabonne/open-perfectblend"
 
 
 def prepare() -> None:
-    """Prompts to train on, from hub datasets or files: ``tools/prepare_data.py --output data/blend [--recipe R]``.
+    """Prompts to train on, from hub datasets or files.
 
     Writes train.jsonl, held_out.jsonl and report.json; duplicates and evaluation prompts (--exclude) are dropped.
     """
-    parser = Parser(description=prepare.__doc__)
+    parser = Parser(description=prepare.__doc__, example="--recipe dspark_qwen3_4b --output data/prompts")
     recipe_words(parser, text="states data.prompts and data.held_out; other words win over it")
     parser.add_argument("--source", action="append", metavar="NAME[=WEIGHT]",
                         help=f"hub id or file (default: the recipe's, or {DEFAULT})")  # fmt: skip
@@ -76,14 +76,16 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def regenerate() -> None:
-    """The target's own answers to prompts: ``tools/regenerate.py --recipe R --prompts P.jsonl --output O.jsonl``."""
-    parser = Parser(description=regenerate.__doc__)
+    """The target's own answers to prompts, from servers or in this process; started again, it continues."""
+    example = "--recipe dspark_qwen3_4b --prompts data/prompts/train.jsonl --output qwen3_4b.jsonl"
+    parser = Parser(description=regenerate.__doc__, example=f"{example} --server http://localhost:8000")
     recipe_words(parser, text="states target, sampling, thinking, system prompt and seed")
     parser.add_argument("--target", help="model folder or hub id (default: the recipe's)")
     parser.add_argument("--prompts", required=True, help="conversations (JSONL) whose user turns are answered")
     parser.add_argument("--output", required=True, help="conversations (JSONL) with the target's answers")
     parser.add_argument("--max-failed", type=SHARE, default=0.02, help="share of conversations that may fail for good")
-    parser.add_argument("--engine", choices=["server", "local"], help="default: server where --server is given")
+    parser.add_argument("--engine", choices=["server", "local"],
+                        help="who answers (default: server where --server is given, else this process)")  # fmt: skip
     servers = parser.add_argument_group("OpenAI-compatible servers (--engine server)")
     servers.add_argument("--server", action="append", default=[], metavar="URL",
                          help="http://host:port; may be repeated")  # fmt: skip
@@ -119,8 +121,8 @@ def regenerate() -> None:
 
 
 def inspect() -> None:
-    """What a target is trained on, supervised tokens in green: ``tools/inspect_data.py --recipe R DATA.jsonl``."""
-    parser = Parser(description=inspect.__doc__)
+    """What a target is trained on, supervised tokens in green."""
+    parser = Parser(description=inspect.__doc__, example="qwen3_4b.jsonl --recipe dspark_qwen3_4b --show 5")
     parser.add_argument("data", help="conversations (JSONL)")
     parser.add_argument("--recipe", help="states target, thinking, system prompt, max_length and min_supervised")
     parser.add_argument("--target", help="model folder or hub id (default: the recipe's)")

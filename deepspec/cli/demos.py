@@ -1,4 +1,4 @@
-"""Commands of the demonstrations; each runs in the checkout's root and continues where it stopped."""
+"""Commands of the demonstrations; each works in the current folder and continues where it stopped."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from deepspec.arguments import COUNT, POSITIVE, Parser
 
 
 def quickstart() -> None:
-    """The complete pipeline on a tiny target of its own, from prompts to the table: ``make quickstart``.
+    """The complete pipeline on a tiny target of its own, from prompts to the table, in 6 to 30 minutes.
 
-    Run it in the checkout's root; its output is under build/quickstart. Run again, it continues where it stopped.
+    Its output is under build/quickstart in the current folder. Run again, it continues where it stopped.
     """
-    Parser(description=quickstart.__doc__).parse_args()
+    Parser(description=quickstart.__doc__, example="").parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
 
@@ -25,9 +25,9 @@ def quickstart() -> None:
 def real() -> None:
     """SmolLM2-135M-Instruct from the package registry to three drafts of it and their tables: ``make real``.
 
-    Run it in the checkout's root; its output is under build/real. Run again, it continues where it stopped.
+    Its output is under build/real in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=real.__doc__)
+    parser = Parser(description=real.__doc__, example="--scale smoke")
     parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
     parser.add_argument("--tasks", type=Path, default=Path("../shared/eval"), help="folder of evaluation prompts")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
@@ -41,9 +41,9 @@ def real() -> None:
 def finetune() -> None:
     """The real run's drafts fine-tuned on a narrow domain, against fresh starts: ``make finetune`` after ``make real``.
 
-    Run it in the checkout's root; its output is under build/finetune. Run again, it continues where it stopped.
+    Its output is under build/finetune in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=finetune.__doc__)
+    parser = Parser(description=finetune.__doc__, example="--scale smoke")
     parser.add_argument("--scale", default="full", help="full (half an hour) or smoke (minutes: shows that it works)")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
     given = parser.parse_args()
@@ -56,9 +56,9 @@ def finetune() -> None:
 def ablate() -> None:
     """What each choice of a draft changes, on the quickstart's target: ``make ablate`` after the quickstart.
 
-    Run it in the checkout's root; its output is under build/ablations. Run again, it continues where it stopped.
+    Its output is under build/ablations in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=ablate.__doc__)
+    parser = Parser(description=ablate.__doc__, example="--cores 2")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")
     given = parser.parse_args()
 
@@ -68,8 +68,11 @@ def ablate() -> None:
 
 
 def results() -> None:
-    """docs/results.md, docs/results.json and the README's table from what was measured: ``make results``."""
-    Parser(description=results.__doc__).parse_args()
+    """docs/results.md, docs/results.json and the README's table from what was measured: ``make results``.
+
+    Run it in the checkout's root, where these files are.
+    """
+    Parser(description=results.__doc__, example="").parse_args()
 
     from deepspec.demos.smollm2.results import write_results
 
@@ -85,7 +88,7 @@ def serve_check() -> int:
     are without it reported as not run, with what the engine answered.
     Exit code 1 when a kind failed.
     """
-    parser = Parser(description=serve_check.__doc__)
+    parser = Parser(description=serve_check.__doc__, example="--server llamacpp --json result.json")
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
     parser.add_argument("--server", choices=registry.SERVERS, help="only this engine")
@@ -94,8 +97,8 @@ def serve_check() -> int:
     parser.add_argument(
         "--target", action="append", help="only this: quickstart, llama, qwen3_moe or gemma4_text; may be repeated"
     )
-    parser.add_argument("--prompts", type=COUNT, default=12)
-    parser.add_argument("--max-tokens", type=COUNT, default=48)
+    parser.add_argument("--prompts", type=COUNT, default=12, help="held-out prompts that are decoded")
+    parser.add_argument("--max-tokens", type=COUNT, default=48, help="at most, of each answer")
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")
     parser.add_argument("--kind", action="append", default=[], help="only this kind; may be repeated")
     parser.add_argument("--json", type=Path, help="write the results here too")

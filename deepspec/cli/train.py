@@ -1,4 +1,4 @@
-"""Commands of training: train a draft, and make a draft folder of a checkpoint."""
+"""Commands of training: train a draft, train on from one, and make a draft folder of a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,29 @@ from deepspec.log import say
 
 
 def train() -> int:
-    """Train a draft: ``deepspeed --num_gpus N launch/train.py --recipe recipes/X.yaml [--set key.key=value ...]``.
+    """Train a draft, as one process; on N GPUs: ``deepspeed --num_gpus N --module deepspec train --recipe R``.
 
-    Also ``python launch/train.py ...`` as one process, torchrun or mpirun. Run again, it continues where it stopped.
-    A launcher's exit code does not tell whether the run reached its end; ``--check`` does.
+    From a checkout ``deepspeed --num_gpus N launch/train.py --recipe R`` is the same; torchrun and mpirun work too.
+    Run again, it continues where it stopped. A launcher's exit code does not tell whether the run reached its end;
+    ``--check`` does.
     """
-    parser = Parser(description=train.__doc__)
+    return _train(Parser(description=train.__doc__, example="--recipe dspark_qwen3_4b --set train.lr=3e-4"), False)
+
+
+def finetune() -> int:
+    """Train on from a finished draft: for a domain, for thinking mode, or after its target (docs/finetune.md).
+
+    It is ``deepspec train --init DRAFT``: any recipe, any launcher, the same options.
+    """
+    example = "--recipe my_recipe.yaml --init drafts/dspark_qwen3_4b"
+    return _train(Parser(description=finetune.__doc__, example=example), True)
+
+
+def _train(parser: Parser, from_draft: bool) -> int:
+    """Read the options that both verbs have, and train."""
     recipe_words(parser, required=True)
-    parser.add_argument("--init", metavar="DRAFT", help="start from this draft: a folder, checkpoint, run or hub id")
+    text = "start from this draft: a folder, checkpoint, run or hub id"
+    parser.add_argument("--init", metavar="DRAFT", required=from_draft, help=text)
     parser.add_argument("--accept-changes", action="store_true", help="on resume, honour changed optimisation settings")
     parser.add_argument("--check", action="store_true", help="only look: exit code 0 where the run reached its end")
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
@@ -39,12 +54,12 @@ def train() -> int:
 
 
 def consolidate() -> None:
-    """A draft folder from a training checkpoint: ``python tools/zero_to_fp32.py CHECKPOINT OUT [--dtype bf16|fp32]``.
+    """A draft folder from a training checkpoint, of every ZeRO stage and any number of processes.
 
-    CHECKPOINT is ``<run>/checkpoints/step_N``, or a run (its newest checkpoint). Every ZeRO stage, any number of
-    processes.
+    CHECKPOINT is ``<run>/checkpoints/step_N``, or a run (its newest checkpoint). tools/zero_to_fp32.py is the same.
     """
-    parser = Parser(description=consolidate.__doc__)
+    example = "runs/dspark_qwen3_4b drafts/dspark_qwen3_4b --dtype bf16"
+    parser = Parser(description=consolidate.__doc__, example=example)
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run")
     parser.add_argument("output", help="the draft folder to create")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights; default: as trained")

@@ -90,7 +90,7 @@ def regenerate(
     if Path(prompts).is_dir():
         raise DataError("this is a folder", file=prompts, wanted="a file of conversations (JSONL)")
     if not Path(prompts).is_file():
-        raise DataError("no such prompts file", file=prompts, remedy="make it with tools/prepare_data.py")
+        raise DataError("no such prompts file", file=prompts, remedy="make it with deepspec prepare")
     refuse_special(output)
     refuse_same(output, [prompts], DataError)
     output.parent.mkdir(parents=True, exist_ok=True)

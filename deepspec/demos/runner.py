@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from deepspec.demos.stages import PYTHON, Stage
+from deepspec.demos.stages import DEEPSPEC, LAUNCHER, Stage
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError, printable
 from deepspec.files import read_json, write_json
@@ -175,11 +175,13 @@ def stage_seconds(logs: Path) -> dict[str, Any]:
 
 
 def _resolve(command: tuple[str, ...]) -> list[str]:
-    """The command with this environment's own programs, and a free port for a launcher."""
-    if command[0] == PYTHON:
-        return [sys.executable, *command[1:]]
-    program = Path(sys.executable).with_name(command[0])
-    return [sys.executable, str(program), "--master_port", str(free_port()), *command[1:]]
+    """The command by this interpreter, whatever the PATH says, and a free port for a launcher."""
+    program, *words = command
+    if program == LAUNCHER:
+        words = ["-m", "deepspeed.launcher.runner", "--master_port", str(free_port()), *words]
+    elif program == DEEPSPEC:
+        words = ["-m", DEEPSPEC, *words]
+    return [sys.executable, *words]
 
 
 def _environment() -> dict[str, str]:

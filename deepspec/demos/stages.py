@@ -12,9 +12,10 @@ from pathlib import Path
 from deepspec.distributed import multiplies_bfloat16
 from deepspec.errors import RecipeError
 from deepspec.recipe import load_recipe
+from deepspec.recipe_files import own_recipes
 from deepspec.registry import ALGORITHMS, algorithm
 
-PYTHON = "python"  # what a user types; the runner puts its own interpreter there
+PYTHON, DEEPSPEC, LAUNCHER = "python", "deepspec", "deepspeed"  # what a user types; the runner has its own interpreter
 Names = tuple[str, ...]
 
 
@@ -30,14 +31,16 @@ class Stage:
 
 
 def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
-    """Of every algorithm that has one, its recipe: ``recipe_of`` gives the path by the algorithm's name.
+    """Of every algorithm that has one, its recipe: ``recipe_of`` gives its name, or a path, by the algorithm's name.
 
     Raises:
         RecipeError: there is none at all.
     """
-    found = {name: recipe_of(name) for name in ALGORITHMS if Path(recipe_of(name)).exists()}
+    known = own_recipes()
+    found = {name: recipe_of(name) for name in ALGORITHMS}
+    found = {name: recipe for name, recipe in found.items() if recipe in known or Path(recipe).is_file()}
     if not found:
-        raise RecipeError("no such recipe", file=recipe_of("*"), remedy="run this command in the checkout's root")
+        raise RecipeError("no such recipe", key=recipe_of("*"), wanted="a file of that name among deepspec's recipes")
     return found
 
 
@@ -68,13 +71,13 @@ def native(recipe: str, overrides: Names = ()) -> Names:
 
 def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
     """The target answers ``prompts`` in this process."""
-    command = (PYTHON, "tools/regenerate.py", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
+    command = (DEEPSPEC, "regenerate", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
     return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
 
 
 def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:
     """The target's hidden states over ``data``."""
-    command = (PYTHON, "tools/build_cache.py", "--recipe", recipe, "--data", str(data), "--output", str(output))
+    command = (DEEPSPEC, "cache", "build", "--recipe", recipe, "--data", str(data), "--output", str(output))
     return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs)
 
 
@@ -84,7 +87,8 @@ def train(
     """A draft, trained under DeepSpeed's launcher and exported; the recipe states ``train.max_steps``."""
     overrides = native(recipe, overrides)
     read = load_recipe(recipe, overrides)
-    command = ("deepspeed", "-q", "--num_gpus", str(processes), "launch/train.py", "--recipe", recipe)
+    launcher = (LAUNCHER, "-q", "--num_gpus", str(processes), "--module")
+    command = (*launcher, DEEPSPEC, "train", "--recipe", recipe)
     checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
     trained = f"train {name}"
     return (
@@ -95,7 +99,7 @@ def train(
 
 def export(name: str, checkpoint: Path, draft: Path, needs: Names) -> Stage:
     """A checkpoint, or a run's newest one, as a draft folder."""
-    command = (PYTHON, "tools/zero_to_fp32.py", str(checkpoint), str(draft))
+    command = (DEEPSPEC, "consolidate", str(checkpoint), str(draft))
     return Stage(name, command, draft / "provenance.json", needs)
 
 
@@ -104,7 +108,7 @@ def evaluate(
     more: Names = (), overrides: Names = (),
 ) -> Stage:  # fmt: skip
     """Decode ``tasks`` with a draft as the recipe's `evaluate:` section states, with ``more`` arguments."""
-    command: Names = (PYTHON, "-m", "deepspec.evaluate", "--recipe", recipe, "--draft", str(draft))
+    command: Names = (DEEPSPEC, "evaluate", "--recipe", recipe, "--draft", str(draft))
     command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output), *more)
     if not multiplies_bfloat16() and "--dtype" not in more:
         command += ("--dtype", "float32")

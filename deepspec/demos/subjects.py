@@ -30,7 +30,7 @@ from deepspec.errors import DraftError
 from deepspec.export.consolidate import consolidate
 from deepspec.files import read_json
 from deepspec.serving.check import Row, ServeCheck, Subject
-from deepspec.serving.process import CHECKOUT, run
+from deepspec.serving.process import run
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import check_room
 
@@ -72,7 +72,7 @@ def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
     """
     path = folder / "target"
     if not (path / "config.json").is_file():
-        raise DraftError("no target to serve", file=path, remedy="run `make quickstart` first")
+        raise DraftError("no target to serve", file=path, remedy="run `deepspec quickstart` first")
     target = load_target(path, torch.float32)
     renderer = Renderer(load_tokenizer(path), target.spec)
     lines = (folder / "prompts" / "held_out.jsonl").read_text(encoding="utf-8").split("\n")
@@ -102,13 +102,13 @@ def _train_fill_in(quickstart: Path, kind: str, work: Path, made: Path) -> None:
     """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
     algorithm, folder, root = kind.removesuffix(FILL_IN), work / kind, quickstart.resolve()
     log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
-    recipe = str(CHECKOUT / "recipes" / f"quickstart_{algorithm}.yaml")
+    recipe = f"quickstart_{algorithm}"
     chosen = (
         "draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}",
         f"target.path={root / 'target'}", f"data.conversations={root / 'conversations.jsonl'}",
         f"data.cache=[{root / 'cache'}]",
     )  # fmt: skip
-    command = [sys.executable, str(CHECKOUT / "launch" / "train.py"), "--recipe", recipe]
+    command = [sys.executable, "-m", "deepspec", "train", "--recipe", recipe]
     run([*command, *settings(native(recipe, chosen))], work / f"train-{kind}.log")
     consolidate(folder, made)
 

@@ -1,4 +1,4 @@
-"""Measure a draft: ``python -m deepspec.evaluate --target T --draft D``; ``compare RUN RUN ...``: runs side by side.
+"""Measure a draft; ``python -m deepspec.evaluate compare RUN RUN ...`` puts finished runs side by side.
 
 ``--recipe R`` takes target, thinking, system prompt and the `evaluate:` section of a recipe; arguments win over it.
 """
@@ -20,44 +20,74 @@ log = logging.getLogger(__name__)
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__)
+    """The command line of an evaluation."""
+    example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --tasks gsm8k,humaneval --temperature 0 1"
+    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example)
+    _model_words(parser, "DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
+    parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0], help="of sampling; 0 is greedy")
+    parser.add_argument("--batch-size", type=COUNT, default=1, help="prompts decoded together")
+    parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
+    parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
+    parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
+    parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
+    parser.add_argument(
+        "--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time"
+    )
+    server = parser.add_argument_group("a running server instead of the target in this process")
+    server.add_argument("--server", metavar="URL", help="http://host:port of one that drafts")
+    server.add_argument("--baseline-server", metavar="URL", help="one of the same target without a draft")
+    server.add_argument("--engine", choices=("auto", *CLIENTS), default="auto", help="which engine it is")
+    server.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds of one answer")
+    given = _read(parser)
+    _check_server(given)
+    return given
+
+
+def parse_study() -> argparse.Namespace:
+    """The command line of a study, as that of an evaluation with ``--study scheduler`` gives it."""
+    example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --concurrency 1 4 16"
+    description = "Compare verification policies under load; the same as ``deepspec evaluate --study scheduler``."
+    parser = Parser(prog=program("deepspec.evaluate"), description=description, example=example)
+    _model_words(parser, "DRAFT/study")
+    parser.add_argument("--temperature", type=TEMPERATURE, nargs=1, default=[1.0], help="of sampling; 0 is greedy")
+    parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="requests at a time")
+    text = "of the policy that verifies while the draft is confident"
+    parser.add_argument("--confidence-threshold", type=SHARE, default=0.5, help=text)
+    absent = dict.fromkeys(("server", "baseline_server"))
+    parser.set_defaults(study="scheduler", tree="", no_plain=False, batch_size=1, engine="auto", **absent)
+    given = _read(parser)
+    _check_server(given)
+    return given
+
+
+def _model_words(parser: Parser, output: str) -> None:
+    """What an evaluation and a study both take."""
     parser.add_argument("--recipe", help="a recipe: target, thinking, system prompt and the `evaluate:` section")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe")
-    parser.add_argument("--target", help="target: a folder or hub id; default: the recipe's")
-    parser.add_argument("--draft", help="draft folder, or owner/name on the hub; with --server only for its name")
+    parser.add_argument("--target", help="a folder or hub id (default: the recipe's)")
+    parser.add_argument("--draft", help="draft folder, or owner/name on the hub; of a server's draft only its name")
     parser.add_argument(
-        "--tasks", default="", help="comma-separated names, .jsonl files or folders; default: all of tasks.yaml"
+        "--tasks", default="", help="comma-separated names, .jsonl files or folders (default: all of tasks.yaml)"
     )
-    parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0])
-    parser.add_argument("--batch-size", type=COUNT, default=1)
-    parser.add_argument("--max-new-tokens", type=COUNT, default=2048)
+    parser.add_argument("--max-new-tokens", type=COUNT, default=2048, help="at most, of each answer")
     parser.add_argument("--samples", type=COUNT, help="at most so many prompts of each task")
-    parser.add_argument("--seed", type=SEED, default=980406)
+    parser.add_argument("--seed", type=SEED, default=980406, help="of sampling")
     parser.add_argument(
         "--thinking",
         action=argparse.BooleanOptionalAction,
         help="let the target think, by its template's own switch (default: as the draft was trained)",
     )
-    parser.add_argument("--system-prompt")
-    parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
-    parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
-    parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
-    parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto")
-    parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
-    parser.add_argument(
-        "--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time"
-    )
-    parser.add_argument("--output", help="default: DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
-    server = parser.add_argument_group("a running server instead of the target in this process")
-    server.add_argument("--server", metavar="URL", help="http://host:port of one that drafts")
-    server.add_argument("--baseline-server", metavar="URL", help="one of the same target without a draft")
-    server.add_argument("--engine", choices=("auto", *CLIENTS), default="auto", help="which engine it is")
-    server.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds of one answer (default: 900)")
+    parser.add_argument("--system-prompt", help="before every prompt (default: the recipe's)")
+    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="of target and draft")
+    parser.add_argument("--output", help=f"folder of the results (default: {output})")
     parser.add_argument("--local_rank", type=RANK, help=argparse.SUPPRESS)  # put there by the deepspeed launcher
     parser.set_defaults(revision=None)
-    given = parser.parse_args()
+
+
+def _read(parser: Parser) -> argparse.Namespace:
+    """The command line, a recipe's values where it gives none."""
+    given: argparse.Namespace = parser.parse_args()
     if given.recipe:  # read once more, with the recipe's values as the defaults
         parser.set_defaults(**of_recipe(given.recipe, given.set, given.target))
         given = parser.parse_args()
@@ -65,7 +95,6 @@ def parse() -> argparse.Namespace:
         raise EvaluationError("no recipe to change", key="--set", found=given.set, wanted="--recipe")
     if given.target is None:
         raise EvaluationError("no target named", wanted="--target or --recipe")
-    _check_server(given)
     return given
 
 
@@ -122,9 +151,17 @@ def main() -> int:
     if sys.argv[1:2] == ["compare"]:
         from deepspec.evaluate.compare import main as compare
 
-        return compare(sys.argv[2:])
-    given = parse()
+        sys.argv[:2] = [f"{sys.argv[0]} compare"]
+        return compare()
+    return _run(parse())
 
+
+def study() -> int:
+    """The study alone: ``deepspec study``."""
+    return _run(parse_study())
+
+
+def _run(given: argparse.Namespace) -> int:
     from deepspec.evaluate.results import trained_to_think
     from deepspec.export.hub import fetch_draft
 

@@ -257,7 +257,8 @@ def markdown(result: dict[str, Any]) -> str:
 
 def main() -> None:
     """Parse the arguments, fit and print."""
-    parser = Parser(prog=program("deepspec.evaluate.calibration"), description=__doc__)
+    example = "--draft drafts/dspark_qwen3_4b --results drafts/dspark_qwen3_4b/evaluation --temperature 1"
+    parser = Parser(prog=program("deepspec.evaluate.calibration"), description=__doc__, example=example)
     parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
     parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
     parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")

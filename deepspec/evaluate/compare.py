@@ -116,9 +116,10 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Read the folders, print the table."""
-    parser = Parser(prog=program("deepspec.evaluate") + " compare", description=__doc__)
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Read the folders, print the table; ``arguments``: instead of those of the command line."""
+    example = "drafts/a/evaluation drafts/b/evaluation"
+    parser = Parser(prog=program("deepspec.evaluate compare"), description=__doc__, example=example)
     parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
     given = parser.parse_args(arguments)
     if len(given.runs) < 2:

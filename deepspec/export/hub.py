@@ -32,7 +32,7 @@ def push_draft(folder: str | Path, repository: str, private: bool = True, update
     """Upload an exported draft folder.
 
     Args:
-        folder: what ``tools/export.py`` wrote.
+        folder: what ``deepspec export`` wrote.
         repository: ``owner/name`` on the hub; created where it does not exist.
         private: whether a new repository is.
         update: whether files of a repository that holds a model already may be replaced.
@@ -75,7 +75,7 @@ def _check_whole(folder: Path) -> dict[str, Any]:
     """
     for name in ("provenance.json", "config.json", "README.md"):
         if not (folder / name).is_file():
-            remedy = "export it: python tools/export.py DRAFT OUT --format ... (the card is written with it)"
+            remedy = "export it: deepspec export DRAFT OUT --format ... (the card is written with it)"
             raise DraftError("no such file", file=folder / name, remedy=remedy)
     for path in weight_files(folder):
         if not path.is_file():

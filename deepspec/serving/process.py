@@ -15,7 +15,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.files import read_json, write_json
 from deepspec.http import NoReply, request
 
-CHECKOUT = Path(__file__).resolve().parents[2]
+PACKAGE = Path(__file__).resolve().parents[1]
+CHECKOUT = PACKAGE.parent  # of a package that is not installed
 POLL = 1.0  # seconds between two questions for a server's health
 GRACE = 60.0  # seconds that a server has to end by itself
 ERRORS = ("Error:", "error:", "error, ", "not supported")  # marks of a line that names one
@@ -55,7 +56,7 @@ def run_job(
         work: folder of both files and of the log, named after ``name``.
         name: of the job.
         job: what it reads.
-        environment: added to this process's; the checkout is on PYTHONPATH.
+        environment: added to this process's; deepspec is on PYTHONPATH.
         timeout: seconds.
 
     Raises:
@@ -64,8 +65,19 @@ def run_job(
     question, answer, output = (work / f"{name}.{end}" for end in ("job.json", "out.json", "log"))
     write_json(question, dict(job))
     answer.unlink(missing_ok=True)
-    run([*command, str(question), str(answer)], output, {"PYTHONPATH": str(CHECKOUT)} | dict(environment), timeout)
+    run([*command, str(question), str(answer)], output, {"PYTHONPATH": python_path(work)} | dict(environment), timeout)
     return dict(read_json(answer)), output
+
+
+def python_path(work: Path) -> str:
+    """A folder, made in ``work``, from which an engine's own interpreter imports deepspec and nothing beside it."""
+    folder = work / "python"
+    folder.mkdir(parents=True, exist_ok=True)
+    link = folder / PACKAGE.name
+    if link.resolve() != PACKAGE:
+        link.unlink(missing_ok=True)  # to another one
+        link.symlink_to(PACKAGE)
+    return str(folder.resolve())
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from deepspec.errors import DraftError
 from deepspec.serving.base import EngineProcesses
-from deepspec.serving.process import CHECKOUT, run, run_job, serve
+from deepspec.serving.process import CHECKOUT, python_path, run, run_job, serve
 from deepspec.serving.vllm_run import DEFAULTS
 from deepspec.targets import TargetSpec
 from deepspec.targets.served import server_layers
@@ -106,7 +106,7 @@ class VLLMServer(EngineProcesses):
         """
         environment = dict(self.environment)
         if self.shim is not None and form in SHIM_FORMS:
-            paths = os.pathsep.join((str(CHECKOUT), str(self.shim.resolve())))
+            paths = os.pathsep.join((python_path(self.work), str(self.shim.resolve())))
             environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form], "PYTHONPATH": paths}
         command = [self.python, "-m", "deepspec.serving.vllm_run"]
         return run_job(command, self.work, name, job, environment, self.timeout)[0]

@@ -32,7 +32,7 @@ class CacheSource(FeatureSource):
 
     def __init__(self, caches: Sequence[TargetCache], last_hidden: bool = True) -> None:
         if not caches:
-            raise CacheError("no cache is named", key="data.cache", remedy="build one with tools/build_cache.py")
+            raise CacheError("no cache is named", key="data.cache", remedy="build one with deepspec cache build")
         for cache in caches:
             if len(cache.lengths) == 0:
                 raise CacheError("cache without samples", file=cache.path)

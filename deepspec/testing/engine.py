@@ -1,4 +1,4 @@
-"""Conformance of an engine of ``tools/export.py``, as a pytest class. Subclass it and name its row in the registry::
+"""Conformance of an engine of ``deepspec export``, as a pytest class. Subclass it and name its row in the registry::
 
     from deepspec.testing.engine import EngineSuite
 

@@ -36,7 +36,7 @@ from deepspec.targets import TargetEmbeddings, TargetSpec, load_spec, load_targe
 from deepspec.targets.digests import COMPLETE
 
 log = logging.getLogger(__name__)
-IMPORT = "import it with what it does not state: python tools/export.py DRAFT OUT --from auto, and start from OUT"
+IMPORT = "import it with what it does not state: deepspec import DRAFT OUT, and start from OUT"
 
 
 def keep_draft(recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ from types import FrameType
 
 import psutil
 
-LAUNCHERS = {"deepspeed", "deepspeed.launcher.launch"}
+LAUNCHERS = {"deepspeed", "deepspeed.launcher.runner", "deepspeed.launcher.launch"}
 ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 

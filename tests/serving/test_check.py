@@ -165,7 +165,7 @@ def test_what_the_engine_answered_is_told(quickstart: Path, tmp_path: Path) -> N
 
 
 def test_bad_surroundings_are_named(quickstart: Path, tmp_path: Path) -> None:
-    with pytest.raises(DraftError, match=r"no target to serve.*make quickstart"):
+    with pytest.raises(DraftError, match=r"no target to serve.*deepspec quickstart"):
         quickstart_subject(tmp_path / "none", 2, 12)
     tiny_target("qwen3").model.save_pretrained(quickstart / "target")
     subject = quickstart_subject(quickstart, 2, 12)

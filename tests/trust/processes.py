@@ -166,13 +166,21 @@ def _become(logs: Path, temporary: Path, max_file: int | None) -> None:
     os.chdir(ROOT)
     import tempfile
 
-    from tqdm import tqdm
-
     tempfile.tempdir = None  # asked for again, under the new TMPDIR
-    tqdm.set_lock(threading.RLock())  # its own is shared by all forks: a killed one may hold it for ever
+    _unshare_bars()
     if max_file is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails with EFBIG, as Python has it by default
         resource.setrlimit(resource.RLIMIT_FSIZE, (max_file, max_file))
+
+
+def _unshare_bars() -> None:
+    """Give tqdm a lock of this process: its own is shared by all forks, and a killed one may hold it for ever."""
+    from tqdm import tqdm
+
+    kinds, lock = [tqdm], threading.RLock()
+    for kind in kinds:  # each class may have a lock of its own
+        kinds += kind.__subclasses__()
+        kind.set_lock(lock)
 
 
 def _finish(work: Callable[[], int | None]) -> int:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from deepspec.cache.plan import CachePlan
 from deepspec.cache.reader import TargetCache
@@ -72,6 +74,26 @@ def test_a_resume_does_not_run_the_code_in_a_checkpoint(old: Path, tmp_path: Pat
         torch.load(path, map_location="cpu", weights_only=False)  # as DeepSpeed's loader asks for it
     assert not (tmp_path / "ran").exists()
     assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+
+
+class Attribute:
+    """Is written as ``getattr(owner, name)``, as Python 3.11.0 to 3.11.3 write a member of an enum."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.given = owner, name
+
+    def __reduce__(self) -> tuple[object, tuple[object, str]]:
+        return getattr, self.given
+
+
+def test_an_enum_as_python_3_11_2_writes_it_is_read_and_no_other_attribute(tmp_path: Path) -> None:
+    torch.save({"stage": Attribute(ZeroStageEnum, "weights")}, tmp_path / "good.pt")
+    with known_types(tmp_path):
+        assert torch.load(tmp_path / "good.pt", weights_only=False) == {"stage": ZeroStageEnum.weights}
+    for owner, name in ((ZeroStageEnum, "__class__"), (ZeroStageEnum, "mro"), (LossScaler, "__init__")):
+        torch.save({"stage": Attribute(owner, name)}, tmp_path / "bad.pt")
+        with pytest.raises(CheckpointError, match="it was not loaded"), known_types(tmp_path):
+            torch.load(tmp_path / "bad.pt", weights_only=False)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -8,7 +8,7 @@ from pathlib import Path
 from deepspec.demos.runner import Runner
 from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 
-ROOT = Path("build/quickstart")  # of everything generated; the recipes name it too
+ROOT = Path("build/quickstart")  # of everything generated, in the working directory; the recipes name it too
 LOGS = ROOT / "logs"
 
 
@@ -16,7 +16,7 @@ def quickstart() -> None:
     """Run every stage that is not complete yet, write the report and print the table.
 
     Raises:
-        DeepSpecError: not in the checkout's root, or a stage failed.
+        DeepSpecError: a stage failed.
     """
     from deepspec.demos.quickstart.report import write_report
 
@@ -25,8 +25,8 @@ def quickstart() -> None:
 
 
 def recipe_of(algorithm: str) -> str:
-    """The quickstart's recipe file of an algorithm, relative to the checkout."""
-    return f"recipes/quickstart_{algorithm}.yaml"
+    """The name of the quickstart's recipe for an algorithm."""
+    return f"quickstart_{algorithm}"
 
 
 def results_folder(algorithm: str) -> Path:

@@ -13,8 +13,9 @@ import yaml
 
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Names, Stage, evaluate, export, train
+from deepspec.demos.stages import DEEPSPEC, PYTHON, Names, Stage, evaluate, export, train
 from deepspec.errors import DataError
+from deepspec.recipe_files import RECIPES
 
 ROOT = Path("build/ablations")
 LOGS = ROOT / "logs"
@@ -37,7 +38,7 @@ class Variant:
     level: str = "lossless"  # of the cache
 
 
-TABLE = yaml.safe_load((Path(__file__).parents[3] / "recipes" / "ablations" / "quickstart.yaml").read_text("utf-8"))
+TABLE = yaml.safe_load((RECIPES / "ablations" / "quickstart.yaml").read_text("utf-8"))
 RECIPE: str = TABLE["recipe"]
 VARIANTS = {name: Variant(**row | {"overrides": tuple(row.get("overrides", ()))})
             for name, row in TABLE["variants"].items()}  # fmt: skip
@@ -52,7 +53,7 @@ def ablate(cores: int) -> None:
     """
     made = QUICKSTART / "results.json"
     if not made.exists():
-        raise DataError("no finished quickstart", file=made, remedy="run `make quickstart` first: its target is used")
+        raise DataError("no finished quickstart", file=made, remedy="run `deepspec quickstart` first, for its target")
     Runner(plan(), LOGS, cores).run()
 
 
@@ -67,7 +68,7 @@ def plan() -> list[Stage]:
     write += ("--output", str(PROMPTS.parent))
     stages = [Stage("prompts", write, PROMPTS.parent / "train.jsonl.manifest.json")]
     for level in LEVELS:
-        recode = (PYTHON, "tools/cache.py", "recode", str(cache_of("lossless")), str(cache_of(level)), "--level", level)
+        recode = (DEEPSPEC, "cache", "recode", str(cache_of("lossless")), str(cache_of(level)), "--level", level)
         stages.append(Stage(f"recode {level}", recode, cache_of(level) / "manifest.json"))
     for name in VARIANTS:
         stages += _variant(name)
@@ -82,10 +83,10 @@ def _confidence() -> list[Stage]:
     draft, greedy, measured = ROOT / BASE / "draft", ROOT / "greedy-draft", (f"evaluate {BASE}",)
 
     def fit(of: Path, temperature: str, report: Path) -> Names:
-        command = (PYTHON, "-m", "deepspec.evaluate.calibration", "--results", str(ROOT / BASE / "results"))
+        command = (DEEPSPEC, "calibrate", "--results", str(ROOT / BASE / "results"))
         return (*command, "--draft", str(of), "--temperature", temperature, "--report", str(report))
 
-    study: Names = (PYTHON, "-m", "deepspec.evaluate", "--study", "scheduler", "--target", str(QUICKSTART / "target"))
+    study: Names = (DEEPSPEC, "study", "--target", str(QUICKSTART / "target"))
     study += ("--draft", str(greedy), "--tasks", str(PROMPTS), "--temperature", "0", "--max-new-tokens", "96")
     return [
         Stage("sts", fit(draft, "1", CALIBRATION), CALIBRATION, measured),

@@ -59,14 +59,14 @@ def finetune(scale: str, cores: int) -> None:
     for algorithm in recipes(recipe_of):
         made = general_draft(scale, algorithm) / "provenance.json"
         if not made.exists():
-            remedy = f"run `make real SCALE={scale}` first: its drafts are fine-tuned"
+            remedy = f"run `deepspec demo real --scale {scale}` first: its drafts are fine-tuned"
             raise DataError("no draft to start from", file=made, remedy=remedy)
     Runner(plan(scale, cores), SCALES[scale].root / "logs", cores).run()
 
 
 def recipe_of(algorithm: str) -> str:
-    """The fine-tuning's recipe file of an algorithm, relative to the checkout."""
-    return f"recipes/finetune_{algorithm}_smollm2_135m.yaml"
+    """The name of the fine-tuning's recipe for an algorithm."""
+    return f"finetune_{algorithm}_smollm2_135m"
 
 
 def general_draft(scale: str, algorithm: str) -> Path:

@@ -57,7 +57,7 @@ def real(scale: str, tasks: Path, cores: int) -> None:
         cores: processes that compute at a time.
 
     Raises:
-        DeepSpecError: no such scale, not in the checkout's root, or a stage failed.
+        DeepSpecError: no such scale, or a stage failed.
     """
     if scale not in SCALES:
         raise DataError("no such scale", key="--scale", found=scale, remedy=nearest(scale, SCALES))
@@ -68,8 +68,8 @@ def real(scale: str, tasks: Path, cores: int) -> None:
 
 
 def recipe_of(algorithm: str) -> str:
-    """The recipe file of an algorithm, relative to the checkout."""
-    return f"recipes/{algorithm}_smollm2_135m.yaml"
+    """The name of an algorithm's recipe."""
+    return f"{algorithm}_smollm2_135m"
 
 
 def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:

@@ -242,7 +242,8 @@ def provenance_text(measured: Row) -> str:
             origin = trained.get(name, trained.get(ablation.BASE if name.startswith("step-") else name))
             seeds = f"{NOT_RUN if origin is None else origin['provenance']['seed']} / {about['seed']}"
             rows.append([f"{key} {name}", about["finished"], seeds, versions, f"`{about['command']}`"])
-    lines = [f"Recipes: {', '.join(f'`{recipe_of(name)}`' for name in ALGORITHMS)}; ablations: `{ablation.RECIPE}`."]
+    files = [f"`recipes/{name}.yaml`" for name in (*map(recipe_of, ALGORITHMS), ablation.RECIPE)]
+    lines = [f"Recipes: {', '.join(files[:-1])}; ablations: {files[-1]}."]
     for section, title in (("real", "The real run"), ("finetuned", "The fine-tuning"), ("ablations", "The ablations")):
         spent = measured[section].get("stages", {})
         if spent:

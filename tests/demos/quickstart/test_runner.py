@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from deepspec.demos.quickstart.plan import plan
-from deepspec.demos.runner import Runner, stage_seconds
+from deepspec.demos.runner import Runner, _resolve, stage_seconds
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.errors import DeepSpecError
 from deepspec.registry import ALGORITHMS
@@ -73,4 +74,13 @@ def test_the_plan_covers_every_algorithm_in_an_order_that_works() -> None:
         assert set(stage.needs) <= before
         before.add(stage.name)
     assert before >= {f"{verb} {algorithm}" for verb in ("train", "export", "evaluate") for algorithm in ALGORITHMS}
-    assert all(Path(sys.executable).with_name("deepspeed").exists() for stage in stages if stage.command[0] != PYTHON)
+
+
+def test_every_stage_starts_a_module_of_this_environment_from_any_folder() -> None:
+    for command in (_resolve(stage.command) for stage in plan()):
+        assert command[:2] == [sys.executable, "-m"]
+        assert find_spec(command[2]) is not None
+        assert not [word for word in command if word.endswith(".py")]
+    launched = next(_resolve(stage.command) for stage in plan() if stage.name.startswith("train"))
+    assert launched[2:4] == ["deepspeed.launcher.runner", "--master_port"]
+    assert launched[launched.index("--module") + 1 :][:2] == ["deepspec", "train"]

@@ -7,7 +7,6 @@ import json
 import runpy
 import sys
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from cache_tools import conversation_rows
 from deepspec.cache.build import build_cache
 from deepspec.data.conversations import read_conversations, write_conversations
 from deepspec.demos.smollm2 import finetune
-from deepspec.demos.stages import Stage
+from deepspec.demos.stages import DEEPSPEC, PYTHON, Stage
 from deepspec.distributed import World
 from deepspec.files import read_json
 from deepspec.recipe import load_recipe
@@ -54,14 +53,12 @@ def made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World) -> Path:
 def run_stage(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The stage's command in this process."""
     words = list(stage.command)
-    words = words[words.index("launch/train.py") :] if words[0] == "deepspeed" else words[1:]
-    start = partial(runpy.run_path, words[0])
-    if words[0] == "-m":
-        words = words[1:]
-        start = partial(runpy.run_module, f"{words[0]}.__main__")
+    words = (
+        words[2:] if words[0] == PYTHON else words[words.index(DEEPSPEC) :]
+    )  # python -m MODULE, deepspeed ... MODULE
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
-        start(run_name="__main__")
+        runpy.run_module(f"{words[0]}.__main__", run_name="__main__")
     assert end.value.code in (0, None), stage.name
     assert stage.artefact.exists(), stage.name
 

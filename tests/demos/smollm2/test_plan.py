@@ -102,10 +102,10 @@ def test_bad_starts_are_refused(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(DataError, match="did you mean 'smoke'"):
         finetune.finetune("smok", 1)
     monkeypatch.setattr(finetune, "general_draft", lambda *_: tmp_path)
-    with pytest.raises(DataError, match="make real SCALE=smoke"):
+    with pytest.raises(DataError, match="deepspec demo real --scale smoke"):
         finetune.finetune("smoke", 1)
     monkeypatch.setattr(ablation, "QUICKSTART", tmp_path)
-    with pytest.raises(DataError, match="make quickstart"):
+    with pytest.raises(DataError, match="deepspec quickstart"):
         ablation.ablate(1)
 
 

@@ -1,0 +1,41 @@
+"""Commands on the recipes that deepspec brings along: list, show, copy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deepspec.arguments import Parser
+from deepspec.log import say
+from deepspec.recipe import load_recipe
+from deepspec.recipe_files import copy_recipe, own_recipes
+from deepspec.tables import Table
+
+
+def list_recipes() -> None:
+    """The recipes that deepspec brings along; each name is one that ``--recipe`` takes."""
+    Parser(description=list_recipes.__doc__, example="").parse_args()
+    recipes = [load_recipe(name) for name in own_recipes()]
+    rows = [[recipe.name, recipe.algorithm, recipe.target.path] for recipe in recipes]
+    print(Table(["name", "algorithm", "target"], rows).text())
+
+
+def show() -> None:
+    """Every key of a recipe with its value, as YAML that is a recipe itself."""
+    parser = Parser(description=show.__doc__, example="dspark_qwen3_4b --set train.lr=3e-4")
+    parser.add_argument("recipe", help="a name of `deepspec recipes list`, or a YAML file")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
+    given = parser.parse_args()
+    print(load_recipe(given.recipe, given.set).to_yaml(), end="")
+
+
+def copy() -> None:
+    """Copy a recipe, the files that it extends and its DeepSpeed configuration, to change and train the copy.
+
+    What the copy makes lies in the folder. A file that is there with other content is not overwritten.
+    """
+    parser = Parser(description=copy.__doc__, example="dspark_qwen3_4b drafts")
+    parser.add_argument("name", help="a name of `deepspec recipes list`")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to; it is made")
+    given = parser.parse_args()
+    files = copy_recipe(given.name, given.folder)
+    say("\n".join([*map(str, files), f"next: deepspec train --recipe {files[0]}"]))
