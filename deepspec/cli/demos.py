@@ -88,7 +88,7 @@ def serve_check() -> int:
     are without it reported as not run, with what the engine answered.
     Exit code 1 when a kind failed.
     """
-    parser = Parser(description=serve_check.__doc__, example="--server llamacpp --json result.json")
+    parser = Parser(description=serve_check.__doc__, example="--target quickstart --json result.json")
     parser.add_argument("--quickstart", type=Path, default=Path("build/quickstart"), help="a finished quickstart")
     parser.add_argument("--work", type=Path, default=Path("build/serve-check"), help="exports, logs, results")
     parser.add_argument("--server", choices=registry.SERVERS, help="only this engine")

@@ -15,7 +15,7 @@ def export() -> int:
     The source is a draft folder, a checkpoint or a run. With --from it is somebody else's draft, which is imported, as
     by ``deepspec import``.
     """
-    example = "drafts/dspark_qwen3_4b served/dspark_qwen3_4b --format vllm"
+    example = f"drafts/dspark_qwen3_4b served/dspark_qwen3_4b --format {[*registry.ENGINES][-1]}"
     parser = Parser(description=export.__doc__, example=example)
     parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")

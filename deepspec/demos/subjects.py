@@ -11,12 +11,13 @@ import logging
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec import registry
@@ -37,31 +38,8 @@ from deepspec.targets.positions import check_room
 log = logging.getLogger(__name__)
 REDUCED, FILL_IN = "-reduced", "-k-1"  # of a kind's name: a vocabulary of its own, an anchor's slot that drafts nothing
 QUICKSTART = "quickstart"  # its subject's name
-QUICKSTART_KINDS = ("eagle3", "eagle3-reduced", "dflash", "dflash-reduced", "dflash-k-1",
-                    "dspark", "dspark-reduced", "dspark-k-1")  # fmt: skip
-SIZES = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 1024, "initializer_range": 0.15,
-         "tie_word_embeddings": False, "bos_token_id": None}  # fmt: skip
+TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 STEPS, LR, ANCHORS = 80, 3e-3, 48  # of a draft that learns answers by heart
-
-
-@dataclass(frozen=True)
-class RandomTarget:
-    """A random target of another family than the quickstart's, and the kinds of drafts that it is served with."""
-
-    kinds: tuple[str, ...]
-    changes: Mapping[str, Any] = field(default_factory=dict)  # to SIZES
-
-
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "decoder_sparse_step": 1,
-           "mlp_only_layers": []}  # fmt: skip
-GEMMA4 = {**registry.family("gemma4").tiny_config, "global_head_dim": 64, "final_logit_softcapping": 30.0,
-          "vocab_size_per_layer_input": 128}  # fmt: skip
-RANDOM_TARGETS = {  # model type -> what is served of it
-    "llama": RandomTarget(("eagle3", "eagle3-reduced")),
-    "qwen3_moe": RandomTarget(("eagle3", "dflash", "dflash-k-1", "dspark"), EXPERTS),
-    "gemma4_text": RandomTarget(("dflash", "dspark"), GEMMA4),
-}
 
 
 def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
@@ -82,7 +60,7 @@ def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
     for number, prompt in enumerate(prompts):  # before an engine is made and drafts are trained
         check_room(target.spec.config, len(prompt), max_tokens, f"prompt {number}")
     draft = partial(_quickstart_draft, folder)
-    return Subject(QUICKSTART, path, target, prompts, decoding, QUICKSTART_KINDS, draft, states=True)
+    return Subject(QUICKSTART, path, target, prompts, decoding, tuple(TABLE[QUICKSTART]), draft, states=True)
 
 
 def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
@@ -128,12 +106,12 @@ def reduce_vocabulary(source: Path, output: Path) -> None:
 
 def random_target(model_type: str, like: Subject, work: Path) -> Subject:
     """A random target of ``model_type`` in ``work``, with the tokenizer and the prompts of ``like``."""
-    chosen, folder = RANDOM_TARGETS[model_type], work / model_type / "target"
+    chosen, folder = TABLE["random"][model_type], work / model_type / "target"
     if not (folder / "tokenizer.json").is_file():
         shutil.rmtree(folder, ignore_errors=True)
         own = like.target.spec.config
         config = AutoConfig.for_model(
-            model_type, **{**SIZES, **chosen.changes}, vocab_size=own["vocab_size"],
+            model_type, **TABLE["common"], **chosen["config"], vocab_size=own["vocab_size"],
             eos_token_id=own["eos_token_id"], pad_token_id=own["pad_token_id"],
         )  # fmt: skip
         torch.manual_seed(0)
@@ -144,7 +122,7 @@ def random_target(model_type: str, like: Subject, work: Path) -> Subject:
     stops = (*like.settings.stop_token_ids, *load_tokenizer(folder).all_special_ids)
     settings = replace(like.settings, stop_token_ids=tuple(dict.fromkeys(stops)))
     draft = partial(_taught, target, _answered(target, like.prompts, settings))
-    return Subject(model_type, folder, target, like.prompts, settings, chosen.kinds, draft)
+    return Subject(model_type, folder, target, like.prompts, settings, tuple(chosen["kinds"]), draft)
 
 
 def _answered(target: Target, prompts: Sequence[Sequence[int]], settings: DecodeSettings) -> Callable[[], Batch]:
@@ -214,7 +192,7 @@ def check_engines(
     Raises:
         DraftError: a name that is no subject's.
     """
-    known = (QUICKSTART, *RANDOM_TARGETS)
+    known = (QUICKSTART, *TABLE["random"])
     if unknown := [name for name in names or () if name not in known]:
         raise DraftError("no such target", key="--target", found=unknown[0], wanted=f"one of {', '.join(known)}")
     chosen = [name for name in known if name in (names or known)]

@@ -16,7 +16,7 @@ from algorithm_tools import tiny_draft, tiny_target
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation, Round
 from deepspec.demos import subjects
-from deepspec.demos.subjects import QUICKSTART_KINDS, check_engines, quickstart_subject, random_target
+from deepspec.demos.subjects import TABLE, check_engines, quickstart_subject, random_target
 from deepspec.drafts import load_draft, save_draft
 from deepspec.errors import DeepSpecError, DraftError
 from deepspec.export.convert import ExportOptions, export_draft
@@ -214,7 +214,7 @@ def test_a_server_runs_while_the_block_does(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_the_kinds_are_those_of_the_engines_tables() -> None:
-    kinds = {kind.name: kind for kind in kinds_of(VLLMServer.formats, QUICKSTART_KINDS)}
+    kinds = {kind.name: kind for kind in kinds_of(VLLMServer.formats, TABLE["quickstart"])}
     assert set(kinds) == {
         *(f"{kind}{end}" for kind in ("eagle3", "dflash", "dflash K-1", "dspark", "dspark K-1") for end in
           ("", " speculators")),
@@ -227,7 +227,7 @@ def test_the_kinds_are_those_of_the_engines_tables() -> None:
 
 
 @pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in subjects.RANDOM_TARGETS]
+    "model_type", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in TABLE["random"]]
 )
 def test_a_draft_of_a_random_target_has_learnt_some_answers(model_type: str, tmp_path: Path) -> None:
     """Rounds that accept nothing would be equal in every engine, whatever it does with a draft."""

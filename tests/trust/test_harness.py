@@ -142,6 +142,14 @@ def test_fuzzing_finds_other_errors_and_control_characters() -> None:
     assert fuzz.judged_end(ended, "x")["verdict"] == "lost"
 
 
+def test_a_fork_does_not_wait_for_a_lock_of_bars_that_a_killed_one_held(tmp_path: Path) -> None:
+    from tqdm.auto import tqdm
+
+    with tqdm.get_lock():  # shared by all forks
+        ended = processes.fork(lambda: print(*tqdm([1])), tmp_path / "logs", tmp_path / "tmp").wait(60)
+    assert (ended.code, ended.hung) == (0, False)
+
+
 def test_a_fault_breaks_a_bar_and_the_table_says_which(tmp_path: Path) -> None:
     found = counts.Counts(0.01)
     row = counts.Row("kill", "build")
