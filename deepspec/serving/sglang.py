@@ -87,7 +87,7 @@ class SGLangServer(EngineProcesses):
         return False
 
     def load(
-        self, name: str, draft: DraftCheckpoint, folder: Path, target: Target, ours: Sequence[Generation]
+        self, name: str, draft: DraftCheckpoint, folder: Path, served: Path, target: Target, ours: Sequence[Generation]
     ) -> tuple[str, str, str]:
         """Verdict, rounds drafted alike, and a note on a draft of our layout that was exported to ``folder``.
 
@@ -95,7 +95,8 @@ class SGLangServer(EngineProcesses):
             name: of the job.
             draft: in our layout.
             folder: of the export.
-            target: in this process.
+            served: folder of the target.
+            target: the same in this process.
             ours: what we decode with the export.
 
         Raises:
@@ -103,7 +104,7 @@ class SGLangServer(EngineProcesses):
         """
         layers = sorted(draft.parsed.target_layers)
         states, rows = self.work / f"{name}.states.safetensors", [asked(one) for one in ours]
-        command = registry.engine("sglang").command(draft, target.spec.path, str(folder.resolve()))
+        command = registry.engine("sglang").command(draft, str(served.resolve()), str(folder.resolve()))
         job = {
             "arguments": shlex.split(command)[3:],
             "draft": str(folder.resolve()),

@@ -1,4 +1,4 @@
-"""SGLang (read, and its draft classes run, at 0.5.23); ``docs/serving.md`` has the table of what is exported as what."""
+"""SGLang (0.5.23 read, its draft classes run); ``docs/serving.md`` has the table of what is exported as what."""
 
 from __future__ import annotations
 
