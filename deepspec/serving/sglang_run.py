@@ -18,6 +18,7 @@ import json
 import os
 import sys
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -110,8 +111,17 @@ def entry(modules: tuple[str, ...], architectures: list[str]) -> Any:
     raise ValueError(f"no class for {architectures}")
 
 
+def missing_kernels() -> str:
+    """Why its kernels cannot be imported here; empty where they can."""
+    try:
+        importlib.import_module("sgl_kernel")
+    except ImportError as problem:
+        return str(problem)
+    return ""
+
+
 def resolve(arguments: list[str]) -> tuple[Any, str]:
-    """Its server arguments as resolved for a GPU, and its answer to the same on a CPU (empty: none)."""
+    """Its server arguments as resolved for a GPU, and what it answers to the same on a CPU (empty: nothing)."""
     from sglang.srt.server_args import prepare_server_args
 
     answer = ""
@@ -152,7 +162,10 @@ def read_config(resolved: Any, algorithm: str, hf_config: Any) -> dict[str, Any]
     capture = resolve_spec_aux_hidden_state_config(
         server_args=resolved, model_config=target, spec_algorithm=kind, is_draft_worker=False
     )
-    holder = SimpleNamespace(config=target.hf_config, model=SimpleNamespace(), pp_group=SimpleNamespace(is_last_rank=1))
+    taken = SimpleNamespace(layers_to_capture=[])
+    taken.set_eagle3_layers_to_capture = partial(setattr, taken, "layers_to_capture")
+    taken.set_dflash_layers_to_capture = taken.set_eagle3_layers_to_capture
+    holder = SimpleNamespace(config=target.hf_config, model=taken, pp_group=SimpleNamespace(is_last_rank=True))
     model = entry(TARGETS, target.hf_config.architectures)
     read = {"drafts": int(verified) - 1}
     if algorithm == "EAGLE3":
@@ -166,8 +179,8 @@ def read_config(resolved: Any, algorithm: str, hf_config: Any) -> dict[str, Any]
         )
         read |= {"drafts": runtime.gamma, "mask_token_id": runtime.mask_token_id}
     # it captures before a layer, so id i is the output of layer i - 1; the last layer's is never captured
-    before = holder.model.layers_to_capture
-    return read | {"target_layers": [i - 1 for i in before if i < target.num_hidden_layers]}
+    kept = [i - 1 for i in taken.layers_to_capture if i < target.num_hidden_layers]
+    return read | {"target_layers": kept}
 
 
 def load(model: Any, folder: str) -> dict[str, Any]:
@@ -285,6 +298,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
 
     importlib.import_module("transformers.image_utils")  # before the stubs: it must not find torchvision
     torch.cpu._is_amx_tile_supported = lambda: False  # its AMX kernels are in a package that is stubbed
+    kernels = missing_kernels()
     sys.meta_path.append(stubs := Stubs())
     import sglang
     from safetensors.torch import load_file
@@ -310,7 +324,7 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
                 rows[-1].append(
                     draft(model, row["tokens"][:length], features, read["drafts"], read.get("mask_token_id"))
                 )
-    return {"version": sglang.__version__, "class": type(model).__name__, "answer": answer, "stubs": sorted(stubs.used),
+    return {"version": sglang.__version__, "class": type(model).__name__, "answer": answer or kernels, "stubs": sorted(stubs.used),
             "read": read, "loaded": loaded, "rows": rows}  # fmt: skip
 
 

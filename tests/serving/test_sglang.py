@@ -1,4 +1,4 @@
-"""The check of SGLang's loading code: its verdicts with a pretended engine, and the real one where DEEPSPEC_SGLANG is."""
+"""The check of SGLang's draft classes: its verdicts with a pretended engine, and where DEEPSPEC_SGLANG is, the real."""
 
 from __future__ import annotations
 
@@ -155,25 +155,11 @@ def test_the_real_engine_loads_every_kind(tmp_path: Path) -> None:
     if not (quickstart / "results.json").exists():
         pytest.skip("no finished quickstart in build/quickstart (make quickstart)")
     command = [sys.executable, "tools/serve_check.py", "--server", "sglang", "--prompts", "4", "--max-tokens", "24"]
-    command += [
-        "--target",
-        "quickstart",
-        "--target",
-        "llama",
-        "--kind",
-        "dflash",
-        "--kind",
-        "dspark",
-        "--kind",
-        "eagle3",
-    ]
+    command += ["--target", "quickstart", "--target", "llama"]
+    command += [part for kind in ("dflash", "dspark", "eagle3") for part in ("--kind", kind)]
     command += ["--work", str(tmp_path / "work"), "--json", str(tmp_path / "result.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
-    found = [
-        (row["target"], row["kind"], row["status"])
-        for row in json.loads((tmp_path / "result.json").read_text())["rows"]
-    ]
-    assert {("quickstart", "dflash", "loads"), ("quickstart", "dspark", "loads"), ("llama", "eagle3", "loads")} <= {
-        *found
-    }
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    loaded = {(row["target"], row["kind"]) for row in rows if row["status"] == "loads"}
+    assert {("quickstart", "dflash"), ("quickstart", "dspark"), ("llama", "eagle3")} <= loaded
