@@ -25,8 +25,7 @@ from deepspec.serving.process import run, run_job
 from deepspec.targets import Target, TargetSpec
 
 log = logging.getLogger(__name__)
-VERSION = "0.5.23"
-ENGINE = f"sglang=={VERSION}"  # without what it asks for, which is CUDA's
+ENGINE = "sglang==0.5.23"  # without what it asks for, which is CUDA's
 PACKAGES = (  # of what it asks for, as much as its draft classes import
     "torch==2.13.0", "transformers==5.19.0", "msgspec", "orjson", "psutil", "pybase64", "requests", "pillow",
     "starlette", "pydantic", "triton", "pyzmq", "fastapi", "IPython", "aiohttp", "uvicorn", "uvloop", "setproctitle",
@@ -62,8 +61,9 @@ class SGLangServer(EngineProcesses):
 
     @property
     def version(self) -> str:
-        """Of the engine."""
-        return f"sglang-{VERSION}"
+        """Of the engine, from its metadata."""
+        found = sorted(self.folder.glob("lib/python*/site-packages/sglang-*.dist-info"))
+        return found[0].name.removesuffix(".dist-info") if found else ENGINE.replace("==", "-")
 
     def check_target(self, spec: TargetSpec) -> None:
         """It takes every target that its draft forms take."""
