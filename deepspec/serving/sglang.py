@@ -77,7 +77,7 @@ class SGLangServer(EngineProcesses):
         if any(self.folder.glob("lib/python*/site-packages/sglang/__init__.py")) or (self.folder / ".ready").exists():
             return
         output, pip = self.work / "install.log", [self.python, "-m", "pip", "install", "-q"]
-        log.info("installing %s into %s (two minutes, 1.7 GB; once)", ENGINE, self.folder)
+        log.info("installing %s into %s (once)", ENGINE, self.folder)
         run([sys.executable, "-m", "venv", str(self.folder)], output)
         run([*pip, *PACKAGES], output)
         run([*pip, "--no-deps", ENGINE], output)
