@@ -14,7 +14,7 @@ help:
 	@echo "make finetune    the drafts of make real fine-tuned on a narrow domain, half an hour; SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
 	@echo "make results     docs/results.md from what real, finetune and ablate have measured"
-	@echo "make serve-check the quickstart's drafts in real engines (vLLM, llama.cpp on CPU), compared with our decoding"
+	@echo "make serve-check the quickstart's drafts in real engines (vLLM, llama.cpp, SGLang's draft classes on CPU), compared with ours"
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"

@@ -70,17 +70,30 @@ def is_free(folder: Path) -> bool:
 def ends_in_order() -> Iterator[None]:
     """SIGTERM becomes SystemExit (143) for the block, so that what it wrote under temporary names is removed.
 
-    Not among several ranks: one that waits for another would not hear it.
+    Not among several ranks: one that waits for another would not hear it. C code that is under way may make an error
+    of its own of the exit, or drop it: the block ends with the exit all the same.
     """
+    asked: list[int] = []
+
+    def end(number: int, _frame: object) -> None:
+        asked.append(number)
+        sys.exit(143)
+
     alone = os.environ.get("WORLD_SIZE", "1") == "1" and threading.current_thread() is threading.main_thread()
     if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except Exception as problem:
+        if asked:
+            raise SystemExit(143) from problem
+        raise
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if asked:
+        sys.exit(143)
 
 
 @contextmanager

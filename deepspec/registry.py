@@ -29,6 +29,7 @@ ENGINES = {  # an import without a format tries them in this order: the more spe
 SERVERS = {  # engines that run here, for the serve check
     "vllm": "deepspec.serving.vllm:VLLMServer",
     "llamacpp": "deepspec.serving.llamacpp:LlamaCppServer",
+    "sglang": "deepspec.serving.sglang:SGLangServer",
 }
 
 CLIENTS = {  # engines whose running server is asked; the first that knows a server is taken

@@ -80,12 +80,13 @@ def results() -> None:
 
 
 def serve_check() -> int:
-    """Serve drafts with vLLM and llama.cpp on CPU, compare with our decoding: ``make serve-check``.
+    """Serve drafts with vLLM and llama.cpp on CPU, load them with SGLang, compare with ours: ``make serve-check``.
 
     The quickstart's drafts (``make quickstart`` first), and drafts of small random Llama, Qwen3 mixture-of-experts and
-    Gemma4 targets. Each engine gets an environment of its own (``--engine``, or DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP; made
-    where missing). Kinds that need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim)
-    are without it reported as not run, with what the engine answered.
+    Gemma4 targets. Each engine gets an environment of its own (``--engine``, or DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP,
+    DEEPSPEC_SGLANG; made where missing). SGLang's server needs a GPU: its code loads the drafts, and drafts. Kinds that
+    need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim) are without it reported as
+    not run, with what the engine answered.
     Exit code 1 when a kind failed.
     """
     parser = Parser(description=serve_check.__doc__, example="--target quickstart --json result.json")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from deepspec import registry
 from deepspec.export.parts import DraftCheckpoint
@@ -22,6 +22,8 @@ class EngineProcesses:
         timeout: seconds of one run.
         environment: added to that of every run.
     """
+
+    loads_only: ClassVar[bool] = False  # its server does not run here, only its code that loads drafts
 
     work: Path
     folder: Path

@@ -4,6 +4,8 @@ Of every kind: greedy tokens equal to the engine's own without a draft, and the 
 ``TOLERANCE`` of ours on the same prompts, both in fp32. What we decode with is the export read back, the very weights
 that the engine has. Rounds that the output limit or a stop token cut are counted differently everywhere: of each prompt
 we compare as many rounds as both sides have, without each side's last.
+
+An engine whose server does not run here loads the exports with its own code; what that drafts is compared with ours.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ class Row:
     target: str
     kind: str
     format: str
-    status: str  # "equal", "FAILED", "not run", "refused"
+    status: str  # "equal", "loads" (an engine that only loads drafts), "FAILED", "not run", "refused"
     lossless: str = ""  # prompts whose tokens equal the engine's own
     ours: float | None = None  # acceptance length
     engine: float | None = None
@@ -126,7 +128,13 @@ class ServeCheck:
         kinds = kinds_of(self.server.formats, self.subject.kinds)
         chosen = [kind for kind in kinds if not self.wanted or kind.name in self.wanted]
         rows = []
-        self.server.prepare()
+        try:
+            self.server.prepare()
+        except DeepSpecError as problem:
+            if not self.server.loads_only:
+                raise
+            note = f"its environment was not made: {problem.problem}: {problem.found}"
+            return [Row(self.subject.name, "", "", "not run", note=note, server=self.server.version)]
         for number, kind in enumerate(chosen, 1):
             log.info("[%d/%d] %s: %s (%s)", number, len(chosen), self.subject.name, kind.name, kind.format)
             rows.append(self.check(kind))
@@ -146,6 +154,8 @@ class ServeCheck:
         except DraftError as refusal:
             row.note = str(refusal)
             return row
+        if self.server.loads_only:
+            return self.load(row, kind, draft, folder)
         lacks_shim = self.server.lacks_shim(kind.form)
         try:
             baseline = self.baseline
@@ -159,6 +169,16 @@ class ServeCheck:
         compare(row, self.ours(kind, draft, folder), answer["rows"], baseline)
         if lacks_shim and row.status == "FAILED" and row.lossless.split("/")[0] != "0":
             row.status, row.note = "not run", f"acceptance needs the CPU shim (--shim); without: {row.note}"
+        return row
+
+    def load(self, row: Row, kind: Kind, draft: DraftCheckpoint, folder: Path) -> Row:
+        """Write into the row what an engine that only loads drafts makes of an export."""
+        ours, name = self.ours(kind, draft, folder), kind.name.replace(" ", "-")
+        try:
+            verdict = self.server.load(name, draft, folder, self.subject.folder, self.subject.target, ours)
+        except DeepSpecError as problem:
+            verdict = "FAILED", "", f"{problem.problem}: {problem.found}"
+        row.status, row.same_rounds, row.note = verdict
         return row
 
     def check_hidden_states(self) -> Row:

@@ -31,7 +31,7 @@ from deepspec.export.parts import DraftCheckpoint, ImportHints
 from deepspec.targets import Target
 from deepspec.testing import tiny
 
-LAYERS, MIXED = (0, 1, 3), (3, 0, 1)  # that the drafts read: in rising order, and not
+LAYERS, MIXED = (0, 1, 2), (2, 0, 1)  # that the drafts read: in rising order, and not
 REDUCED = 20  # tokens of a reduced vocabulary
 ANCHOR = "sample_from_anchor"
 VARIANTS: dict[str, dict[str, Any]] = {  # keys of `draft:`, for every algorithm that has them

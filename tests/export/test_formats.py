@@ -16,17 +16,15 @@ from deepspec import registry
 from deepspec.drafts import load_draft, read_provenance, read_weights, save_draft
 from deepspec.errors import DraftError
 from deepspec.export.convert import ExportOptions, _is_rewritten, export_draft, import_draft
-from deepspec.export.parts import ImportHints
+from deepspec.export.parts import DraftCheckpoint, ImportHints
 
 # what a format cannot carry, and a word of the reason
 REFUSED = {
     ("vllm", "dspark-gated", "qwen3"): "only vanilla heads",
     ("sglang", "eagle3", "qwen3"): "norms of the heads",
     ("sglang", "eagle3-reduced", "qwen3"): "norms of the heads",
-    ("sglang", "dspark-k-1", "qwen3"): "anchor's slot too",
     ("sglang", "dflash-reduced", "qwen3"): "full vocabulary",
     ("sglang", "dspark-reduced", "qwen3"): "full vocabulary",
-    ("sglang", "dspark-no-markov", "qwen3"): "Markov features",
     ("speculators", "dspark-gated", "qwen3"): "only vanilla heads",
     ("vllm", "eagle3", "gemma4"): "no Eagle3 class",
     ("speculators", "eagle3", "gemma4"): "layers of qwen3 or llama",
@@ -172,7 +170,7 @@ def test_names_and_shapes_of_engines(tmp_path: Path) -> None:
     state = read_weights(tmp_path / "vllm")
     config = json.loads((tmp_path / "vllm" / "config.json").read_text())
     assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"]
-    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 4]
+    assert config["eagle_aux_hidden_state_layer_ids"] == [1, 2, 3]
     assert "target_layer_ids" not in config
     assert state["lm_head.weight"].shape == (20, 32)
     assert "embed_tokens.weight" not in state
@@ -189,6 +187,46 @@ def test_names_and_shapes_of_engines(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "plain" / "config.json").read_text())
     assert config["architectures"] == ["DFlashDraftModel"]
     assert config["dflash_config"] == {"mask_token_id": 95, "target_layer_ids": LAYERS, "sample_from_anchor": False}
+
+
+def test_sglang_takes_the_head_of_the_target_only_where_no_draft_vocabulary_is_stated(tmp_path: Path) -> None:
+    """Its Eagle3 class makes a head of ``draft_vocab_size`` rows, and shares the target's where that is null alone."""
+    for kind, changes, size in (("eagle3", {}, None), ("eagle3-reduced", {}, 20), ("eagle3", {"own_head": True}, 96)):
+        _, _, ours = made(tmp_path / f"{kind}{size}", kind, "llama")
+        draft = DraftCheckpoint(json.loads((ours / "config.json").read_text()) | changes, read_weights(ours))
+        written = registry.engine("sglang").write(draft)
+        assert written.config["draft_vocab_size"] == size
+        assert size is None or written.state["lm_head.weight"].shape[0] == size
+
+
+def test_sglang_states_the_slot_convention_of_a_dspark(tmp_path: Path) -> None:
+    for number, kind in enumerate(("dspark", "dspark-k-1")):
+        _, model, ours = made(tmp_path / kind, kind)
+        export_draft(ours, tmp_path / str(number), ExportOptions("sglang"))
+        config = json.loads((tmp_path / str(number) / "config.json").read_text())
+        assert config["sample_from_anchor"] is (kind == "dspark")
+        card = (tmp_path / str(number) / "README.md").read_text()
+        assert f"--speculative-dspark-block-size {model.config.max_draft}" in card
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "changes", "reason"),
+    [
+        ("eagle3", "llama", {"own_embedding": True}, "takes the target's embedding; found True"),
+        ("dflash-k-1", "qwen3", {"own_embedding": True}, "takes the target's embedding and head; found True"),
+        ("dflash-k-1", "qwen3", {"own_head": True}, "takes the target's embedding and head; found True"),
+        ("dspark", "qwen3", {"own_head": True}, "takes the target's embedding and head; found True"),
+        ("eagle3", "llama", {"target_layer_ids": [0, 1, 3]}, "last layer is not handed out; found 3"),
+        ("dspark", "qwen3", {"target_layer_ids": [0, 1, 3]}, "last layer is not handed out; found 3"),
+    ],
+)
+def test_sglang_refuses_what_it_would_leave_out(
+    kind: str, family: str, changes: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    _, _, ours = made(tmp_path, kind, family)
+    draft = DraftCheckpoint(json.loads((ours / "config.json").read_text()) | changes, read_weights(ours))
+    with pytest.raises(DraftError, match=reason):
+        registry.engine("sglang").write(draft)
 
 
 def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:

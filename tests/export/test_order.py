@@ -45,7 +45,7 @@ def made(folder: Path, family: str, algorithm: str, layers: list[int], changes: 
 def test_frequencies_come_back_from_every_format(kind: str, tmp_path: Path) -> None:
     for number, (family, algorithm, changes, formats) in enumerate(DRAFTS):
         ours = tmp_path / f"ours{number}"
-        target, model = made(ours, family, algorithm, [0, 1, 3], changes, rope_parameters=ROPES[kind])
+        target, model = made(ours, family, algorithm, [0, 1, 2], changes, rope_parameters=ROPES[kind])
         theirs = target.decoder.rotary_emb
         assert torch.equal(model.rotary._inv_freq, theirs.inv_freq)
         assert model.rotary._scaling == theirs.attention_scaling
@@ -59,7 +59,7 @@ def test_frequencies_come_back_from_every_format(kind: str, tmp_path: Path) -> N
 
 
 def test_a_foreign_file_with_the_older_rope_fields_has_the_same_frequencies(tmp_path: Path) -> None:
-    target, model = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {}, rope_parameters=ROPES["llama3"])
+    target, model = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 2], {}, rope_parameters=ROPES["llama3"])
     export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("sglang"))
     (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -85,7 +85,7 @@ def test_frequencies_that_depend_on_the_batch_are_refused_by_name(kind: str, tmp
 
 
 def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
-    made(tmp_path, "qwen3", "dflash", [0, 1, 3], {})
+    made(tmp_path, "qwen3", "dflash", [0, 1, 2], {})
     (tmp_path / "provenance.json").unlink()  # changed on purpose
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"mask_token_id": 96}))
@@ -97,40 +97,40 @@ def test_a_mask_token_beyond_the_embedding_is_refused(tmp_path: Path) -> None:
 def test_layers_that_do_not_rise_are_sorted_and_the_columns_of_fc_with_them(tmp_path: Path) -> None:
     for number, (family, algorithm, changes, formats) in enumerate(DRAFTS):
         ours = tmp_path / f"ours{number}"
-        target, model = made(ours, family, algorithm, [3, 0, 1], changes)
+        target, model = made(ours, family, algorithm, [2, 0, 1], changes)
         batch, D = random_batch([9]), target.spec.hidden_size
         features = batch.features
-        by_layer = dict(zip([3, 0, 1], features.split(D, dim=-1), strict=True))
-        rising = torch.cat([by_layer[layer] for layer in (0, 1, 3)], dim=-1)
-        assert json.loads((ours / "config.json").read_text())["target_layer_ids"] == [3, 0, 1]
+        by_layer = dict(zip([2, 0, 1], features.split(D, dim=-1), strict=True))
+        rising = torch.cat([by_layer[layer] for layer in (0, 1, 2)], dim=-1)
+        assert json.loads((ours / "config.json").read_text())["target_layer_ids"] == [2, 0, 1]
         for format_ in formats:
             out, back = tmp_path / f"{number}-{format_}", tmp_path / f"{number}-{format_}-back"
             export_draft(ours, out, ExportOptions(format_))
             config = json.loads((out / "config.json").read_text())
             inner = config.get("eagle_config") or config.get("dflash_config") or config
             ids = next(value for key, value in inner.items() if key.endswith("layer_ids"))
-            assert ids in ([0, 1, 3], [1, 2, 4])
+            assert ids in ([0, 1, 2], [1, 2, 3])
             weight = read_weights(out)["fc.weight"]
             torch.testing.assert_close(rising @ weight.T, features @ model.fc.weight.T)
             import_draft(out, back, format_)
             again = load_draft(back, target)
-            assert again.config.target_layers == (0, 1, 3)
+            assert again.config.target_layers == (0, 1, 2)
             torch.testing.assert_close(again.fc(rising), model.fc(features))
 
 
 def test_a_foreign_list_that_does_not_rise_is_refused_unless_its_order_is_stated(tmp_path: Path) -> None:
-    target, _ = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 3], {})
+    target, _ = made(tmp_path / "ours", "llama", "eagle3", [0, 1, 2], {})
     export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("vllm"))
     (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "out" / "config.json"
     config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
+    path.write_text(json.dumps(config | {"eagle_aux_hidden_state_layer_ids": [3, 1, 2]}))
     import_draft(tmp_path / "out", tmp_path / "old")  # an older export of ours: in the list's order
-    assert load_draft(tmp_path / "old", target).config.target_layers == (3, 0, 1)
+    assert load_draft(tmp_path / "old", target).config.target_layers == (2, 0, 1)
     foreign = {key: value for key, value in config.items() if key != "deepspec"}
-    path.write_text(json.dumps(foreign | {"eagle_aux_hidden_state_layer_ids": [4, 1, 2]}))
+    path.write_text(json.dumps(foreign | {"eagle_aux_hidden_state_layer_ids": [3, 1, 2]}))
     facts = {"target": target.spec, "max_draft": 3}
-    with pytest.raises(DraftError, match=r"layers do not rise.*found \[3, 0, 1\].*--target-layers"):
+    with pytest.raises(DraftError, match=r"layers do not rise.*found \[2, 0, 1\].*--target-layers"):
         import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts))
-    import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts, target_layers=(0, 1, 3)))
-    assert load_draft(tmp_path / "back", target).config.target_layers == (0, 1, 3)
+    import_draft(tmp_path / "out", tmp_path / "back", hints=ImportHints(**facts, target_layers=(0, 1, 2)))
+    assert load_draft(tmp_path / "back", target).config.target_layers == (0, 1, 2)

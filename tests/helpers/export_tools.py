@@ -23,7 +23,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dspark-no-markov": ("dspark", {"markov_rank": 0, "confidence_with_markov": False}),
     "dspark-no-confidence": ("dspark", {"confidence_head": False, "confidence_with_markov": False}),
 }
-LAYERS = [0, 1, 3]  # without the embedding, which SGLang does not hand out
+LAYERS = [0, 1, 2]  # without the embedding and the last layer, which SGLang does not hand out
 
 
 def made(folder: Path, kind: str, family: str = "qwen3", frozen: bool = True) -> tuple[Any, Any, Path]:

@@ -18,6 +18,7 @@ from stages import Place, Stage, contents
 PATIENCE = 60.0  # seconds in which a group ends after one of its ranks died, and a command after SIGTERM
 START = {True: 0.45, False: 0.02}  # share of the usual time before the first kill; a launched group imports until then
 EARLIER = (1.0, 0.7, 0.5, 0.3, 0.0)  # factors of the moment, start after start, until a kill comes before the end
+FINISHED = ("is not empty", "already holds a draft")  # the job had ended before the kill: a word, no harm
 
 
 def kill_anywhere(stage: Stage, n: int, place: Place, seed: int = 0) -> Row:
@@ -86,7 +87,7 @@ def _judge(
             verdicts["hang"] = f"{where}, {which} run"
     found = contents(work)
     other = sorted(name for name in wanted if found.get(name) != wanted[name])
-    finished = not other and "is not empty" in second.last_words  # it had ended before the kill: a word, no harm
+    finished = not other and any(word in second.last_words for word in FINISHED)
     if (second.code != 0 and not finished) or other:
         verdicts["lost"] = f"{where}: {second.last_words if second.code else f'other files: {other[:3]}'}"
     if extra := sorted(found.keys() - wanted.keys()):

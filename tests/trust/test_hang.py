@@ -29,7 +29,7 @@ from deepspec.cli.train import train
 from deepspec.distributed import free_port
 from deepspec.errors import CacheError, CheckpointError, DataError
 from deepspec.files import temporary_file
-from deepspec.locks import LOCK, one_writer
+from deepspec.locks import LOCK, ends_in_order, one_writer
 
 NAMED = r"error: rank 1 \(process \d+ on \S+\) "
 RANKS = 3
@@ -235,6 +235,19 @@ def test_a_script_learns_whether_a_run_reached_its_end(
     path.write_text(json.dumps(json.loads(path.read_text()) | {"total_steps": 40}))
     with pytest.raises(CheckpointError, match=r"is not finished; found 'step \d+'; wanted step 40; run the same"):
         train()
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_sigterm_ends_a_block_whatever_c_code_makes_of_it(dropped: bool) -> None:
+    """Seen in torch: the exit came up as a ValueError of its own."""
+    with pytest.raises(SystemExit) as end, ends_in_order():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except SystemExit:
+            if not dropped:
+                raise ValueError("could not determine the shape") from None
+    assert end.value.code == 143
 
 
 @pytest.mark.mpi

@@ -1,4 +1,4 @@
-"""SGLang (its code was read, it was not run here); ``docs/serving.md`` has the table of what is exported as what."""
+"""SGLang (0.5.23 read, its draft classes run); ``docs/serving.md`` has the table of what is exported as what."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from deepspec.export.engines.base import ExportEngine
-from deepspec.export.forms.base import complete_vocabulary
+from deepspec.export.forms.base import complete_vocabulary, no_embedding, no_last_layer, one_layer, targets_own
 from deepspec.export.forms.block import DFlash, DSpark
 from deepspec.export.forms.eagle3 import Eagle3Midlayer
 from deepspec.export.parts import DraftCheckpoint, Reason
@@ -20,59 +20,48 @@ OPTIONS = {  # of a form, besides the algorithm's name and the folder; K drafts 
 BLOCK = "its block drafters have Qwen3's layers"
 
 
-def no_embedding(draft: DraftCheckpoint) -> Reason | None:
-    """It captures only the outputs of layers."""
-    if -1 not in draft.parsed.target_layers:
-        return None
-    return Reason("it does not return the embedding's output", "target_layer_ids", [-1])
-
-
-def confidence_with_markov(draft: DraftCheckpoint) -> Reason | None:
-    """Its confidence head reads the Markov features."""
-    config = draft.config
-    if not config.get("enable_confidence_head") or config.get("confidence_head_with_markov"):
-        return None
-    remedy = "train with draft.confidence_with_markov: true, or draft.confidence_head: false"
-    if not config.get("markov_rank"):
-        remedy = "train with draft.confidence_head: false, or with a draft.markov_rank"
-    return Reason("its confidence head reads the Markov features", "confidence_head_with_markov", False, remedy)
-
-
-def shares_frozen(draft: DraftCheckpoint) -> Reason | None:
-    """Its block drafters take the target's embedding and head."""
-    owned = [key for key in ("own_embedding", "own_head") if draft.config.get(key)]
-    return Reason("its block drafters share the target's embedding and head", owned[0], True) if owned else None
+def targets_embedding(draft: DraftCheckpoint) -> Reason | None:
+    """Its Eagle3 worker replaces the draft's embedding by the target's, whatever the file brings."""
+    return (
+        Reason("it takes the target's embedding", "own_embedding", True) if draft.config.get("own_embedding") else None
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class SGLangDSpark(DSpark):
-    """The size of a head is stated; the anchor's slot always drafts."""
+    """The size of a head is stated."""
 
     def stated(self, draft: DraftCheckpoint) -> dict[str, Any]:
-        return {"head_dim": draft.shape.head_dim, "sample_from_anchor": True}
+        return {"head_dim": draft.shape.head_dim, "sample_from_anchor": bool(draft.parsed.sample_from_anchor)}
 
 
-EAGLE3 = Eagle3Midlayer(  # unknown weights are skipped there without a word
+@dataclass(frozen=True, eq=False)
+class SGLangEagle3(Eagle3Midlayer):
+    """A complete vocabulary is stated as null: with any number the head would have to be in the file."""
+
+    def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
+        written, size = super().write(draft), draft.parsed.draft_vocab_size
+        if draft.config.get("own_head"):
+            size = size or draft.shape.vocab_size
+        return DraftCheckpoint(written.config | {"draft_vocab_size": size}, written.state, written.file)
+
+
+EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     {"llama": "LlamaForCausalLMEagle3"},
     "its Eagle3 class has Llama's layers, and would leave out the norms of the heads without a word",
+    (one_layer, targets_embedding),
 )
-DSPARK = SGLangDSpark(
-    {"qwen3": "Qwen3DSparkModel"}, BLOCK, (confidence_with_markov, complete_vocabulary, shares_frozen)
-)
-DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK)
+DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own))
+DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own))
 
 
 class SGLangEngine(ExportEngine):
-    """Eagle3 over Llama's layers, DSpark with any Markov head, DFlash in both conventions."""
+    """Eagle3 over Llama's layers, DSpark with any Markov head and DFlash, both in both conventions."""
 
     name = "sglang"
-    forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK}
-    refused: ClassVar = {
-        "dspark-k-1": Reason("its DSpark drafts from the anchor's slot too", "sample_from_anchor", False,
-                             "train with draft.sample_from_anchor: true"),
-    }  # fmt: skip
-    requires = (no_embedding,)
-    checked = "SGLang: its code was read, it was not run"
+    forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK}
+    requires = (no_embedding, no_last_layer)
+    checked = "SGLang 0.5.23: its draft classes on CPU (`make serve-check`); its server was not run"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:
         """See :meth:`ExportEngine.command`, by the engine's documentation."""

@@ -75,6 +75,27 @@ def complete_vocabulary(draft: DraftCheckpoint) -> Reason | None:
     return size and Reason("its class drafts over the full vocabulary", "draft_vocab_size", size, remedy)
 
 
+def targets_own(draft: DraftCheckpoint) -> Reason | None:
+    """Where embedding and head are always the target's."""
+    key = next((key for key in ("own_embedding", "own_head") if draft.config.get(key)), None)
+    return Reason("it takes the target's embedding and head", key, True) if key else None
+
+
+def no_last_layer(draft: DraftCheckpoint) -> Reason | None:
+    """Where the state after the last layer is not handed out: the engine fails at the first request."""
+    last = draft.config["num_target_layers"] - 1
+    if last not in draft.parsed.target_layers:
+        return None
+    return Reason("the target's last layer is not handed out", "target_layer_ids", last, "train with other layers")
+
+
+def no_embedding(draft: DraftCheckpoint) -> Reason | None:
+    """Where the features are outputs of layers alone."""
+    if -1 not in draft.parsed.target_layers:
+        return None
+    return Reason("the embedding is not handed out", "target_layer_ids", -1, "train with other layers")
+
+
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import Form, Requirement, one_layer, with_head_rows
+from deepspec.export.forms.base import (
+    Form,
+    Requirement,
+    no_embedding,
+    no_last_layer,
+    one_layer,
+    targets_own,
+    with_head_rows,
+)
 from deepspec.export.forms.block import MARKOV, vanilla_head, zero_markov
 from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints, Reason
 from deepspec.families.base import Shape
@@ -45,27 +53,6 @@ def no_bias(draft: DraftCheckpoint) -> Reason | None:
     """Where projections have no bias."""
     key = next((key for key in ("attention_bias", "mlp_bias") if draft.config.get(key)), None)
     return Reason("its projections have no bias", key, True) if key else None
-
-
-def targets_own(draft: DraftCheckpoint) -> Reason | None:
-    """Where embedding and head are always the target's."""
-    key = next((key for key in ("own_embedding", "own_head") if draft.config.get(key)), None)
-    return Reason("it takes the target's embedding and head", key, True) if key else None
-
-
-def no_last_layer(draft: DraftCheckpoint) -> Reason | None:
-    """Where the state after the last layer is not handed out: the engine's process aborts at the first request."""
-    last = draft.config["num_target_layers"] - 1
-    if last not in draft.parsed.target_layers:
-        return None
-    return Reason("the target's last layer is not handed out", "target_layer_ids", last, "train with other layers")
-
-
-def no_embedding(draft: DraftCheckpoint) -> Reason | None:
-    """Where the features are outputs of layers alone."""
-    if -1 not in draft.parsed.target_layers:
-        return None
-    return Reason("the embedding is not handed out", "target_layer_ids", -1, "train with other layers")
 
 
 def markov_confidence(draft: DraftCheckpoint) -> Reason | None:
