@@ -39,7 +39,7 @@ from deepspec.identity import differences, identity_of
 from deepspec.locks import one_writer
 from deepspec.metrics import length_text
 from deepspec.progress import Progress
-from deepspec.serving.client import UNKNOWN, Answer, Counted, EngineClient, Question, find_client
+from deepspec.serving.client import UNKNOWN, Answer, Counted, EngineClient, Question, cut_at_stop, find_client
 from deepspec.tables import Table
 from deepspec.targets import load_spec, load_tokenizer
 from deepspec.targets.positions import room_for
@@ -92,9 +92,10 @@ class Conversation:
 
 
 class Shares:
-    """Splits the time between two events evenly over the requests that were in flight."""
+    """Splits the time between two events evenly over the requests that were in flight; ``single``: one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, single: bool = False) -> None:
+        self.single = single
         self._lock, self._inside, self._last = threading.Lock(), list[Conversation](), 0.0
 
     def enter(self, one: Conversation) -> None:
@@ -234,7 +235,7 @@ class ServerEvaluation:
     ) -> Iterator[Conversation]:  # fmt: skip
         if not indices:
             return
-        shares, kind = Shares(), "drafted" if drafted else "baseline"
+        shares, kind = Shares(concurrency == 1), "drafted" if drafted else "baseline"
         label = f"{task.name} at temperature {temperature:g}, {kind}, {concurrency} at a time"
         progress = Progress(label, len(indices))
         for one in together(lambda index: self._converse(client, task, index, temperature, drafted, shares), indices,
@@ -270,9 +271,10 @@ class ServerEvaluation:
                             answer.tokens[-1])  # fmt: skip
             one.answers.append(answer)
             one.finish = answer.finish
-        if drafted:  # before this thread asks for the next prompt
-            with self._counting:
-                one.counted = client.since_last()
+            if drafted:  # before this thread asks for the next prompt
+                with self._counting:
+                    counted = client.since_last()
+                one.counted += cut_at_stop(counted, answer) if shares.single else counted
         return one
 
     def _prompt(self, task: Task, index: int, so_far: Sequence[Answer]) -> list[int]:

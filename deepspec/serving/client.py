@@ -66,6 +66,21 @@ class Answer:
         return (self.seconds - self.first) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
 
 
+def cut_at_stop(rounds: Sequence[Counted], answer: Answer) -> list[Counted]:
+    """Rounds of ``answer`` by a server's counters, without what they count behind its stop token.
+
+    The first token belongs to no round; a round that drafted the stop token has committed what it drafted up to it.
+    """
+    found, beyond = list(rounds), sum(one.committed for one in rounds) - (len(answer.tokens) - 1)
+    if answer.finish == "stop" and beyond > 0:
+        for place in reversed(range(len(found))):  # the order is not known: any that accepted so many
+            if found[place].accepted >= beyond:
+                kept = found[place].committed - beyond
+                found[place] = Counted(kept, kept, kept)
+                break
+    return found
+
+
 class EngineClient(ABC):
     """One server; its methods may be called from any thread, :meth:`since_last` by one at a time.
 

@@ -93,11 +93,11 @@ def offers(families: Iterable[str]) -> list[Offer]:
 
 
 def stated(config: Any, key: str) -> Iterator[Any]:
-    """Every value of ``key`` in a config, however deep."""
+    """Every value of ``key``, or of one that ends in ``.key``, in a config, however deep."""
     if isinstance(config, Mapping):
-        if key in config:
-            yield config[key]
-        for value in config.values():
+        for name, value in config.items():
+            if name == key or name.endswith(f".{key}"):
+                yield value
             yield from stated(value, key)
 
 
