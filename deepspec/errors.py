@@ -57,7 +57,7 @@ class DeepSpecError(Exception):
             text += f"; wanted {wanted}"
         if remedy is not None:
             text += f"; {remedy}"
-        super().__init__(without_logins(text))
+        super().__init__(printable(without_logins(text)))
 
 
 class RecipeError(DeepSpecError):

@@ -165,7 +165,9 @@ def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
     try:
         config = AutoConfig.from_pretrained(str(path), revision=revision)
         own, generation = (_stored_json(path, name, revision) for name in ("config.json", "generation_config.json"))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as problem:
+    except DeepSpecError:
+        raise
+    except Exception as problem:  # transformers checks some fields of a config only by failing on them
         raise _unreadable(path, problem) from None
     spec = spec_from_config(config, str(path), revision)
     stops = read_stops(own, own.get("text_config") or {}, generation)  # as stated: a class's default is no statement

@@ -28,10 +28,11 @@ from deepspec.cache.shard import UNDECODED, _parse_metadata
 from deepspec.cache.store import FolderStore
 from deepspec.data.conversations import read_conversations
 from deepspec.drafts import draft_algorithm
-from deepspec.errors import DeepSpecError, printable
+from deepspec.errors import DeepSpecError, TargetError, printable
 from deepspec.files import read_index
 from deepspec.recipe import load_recipe
 from deepspec.targets.load import load_spec
+from deepspec.testing.tiny import tiny_folder, tiny_target
 
 ARTEFACTS = Path(__file__).parents[1] / "house" / "artefacts"
 fuzzed = settings(
@@ -193,3 +194,19 @@ def test_files_of_json(name: str, place: Path, data: st.DataObject) -> None:
     finally:
         if kept is not None:
             (place / file).write_bytes(kept)
+
+
+def test_a_config_that_transformers_fails_on_is_one_line(tmp_path: Path) -> None:
+    """Found by make trust: its own code raises an IndexError."""
+    folder = tiny_folder(tiny_target("qwen3"), tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": float("inf")}))
+    with pytest.raises(TargetError, match="cannot load the target"):
+        load_spec(folder)
+
+
+def test_a_message_shows_what_a_terminal_would_obey_as_escapes() -> None:
+    text = str(DeepSpecError("no such file", file="a\x1b[2J", key="b\x07", found="c\x1b]0;", remedy="d\x7f"))
+    assert "\x1b" not in text
+    assert "\x07" not in text
+    assert text.startswith(r"a\x1b[2J: b\x07: no such file")
