@@ -202,7 +202,7 @@ def test_missing_and_truncated_files_are_named(tmp_path: Path) -> None:
     (copy() / "manifest.json").unlink()
     with pytest.raises(CacheError, match="not finished"):
         TargetCache.open(tmp_path / "c")
-    with pytest.raises(CacheError, match=r"no cache here.*build_cache"):
+    with pytest.raises(CacheError, match=r"no cache here.*deepspec cache build"):
         TargetCache.open(tmp_path / "nothing")
     manifest = copy() / "manifest.json"
     manifest.write_text(manifest.read_text().replace("deepspec.cache/1", "deepspec.cache/0"))

@@ -17,6 +17,7 @@ ROOMS = (
     "deepspec/export/forms/",  # the layouts and engines that name the forms which they take
     "deepspec/export/engines/",
     "deepspec/serving/vllm.py",  # which of its forms need the CPU shim
+    "deepspec/serving/sglang",  # which of its classes takes which draft
 )
 ALLOWED = re.compile(r"recipes/[\w./{}]+|\b\w+_qwen3_4b|the \w+ paper")  # a recipe's file or name, a paper
 

@@ -75,7 +75,7 @@ def test_conversations_that_a_cache_lacks_are_to_be_appended(tmp_path: Path) -> 
     build_cache(setup.load(), setup.data, tmp_path / "c")
     more = tmp_path / "more.jsonl"
     write_conversations(more, conversation_rows(4, seed=9), {})
-    with pytest.raises(CacheError, match=r"sources: cache without more\.jsonl.*--append"):
+    with pytest.raises(CacheError, match=r"sources: cache without more\.jsonl.*deepspec cache append"):
         build_cache(setup.load(), more, tmp_path / "c")
     edit(tmp_path / "target" / "tokenizer.json", normalizer={"type": "Lowercase"})
     with pytest.raises(CacheError, match=r'tokenizer\.normalizer: cache .*NFC.*, recipe {"type": "Lowercase"}'):

@@ -175,7 +175,7 @@ def test_a_key_that_a_source_needs_is_named(inputs: Inputs, source: str, missing
 
 
 def test_a_cache_without_samples_or_no_cache_is_refused(inputs: Inputs) -> None:
-    with pytest.raises(DeepSpecError, match=r"data\.cache: no cache is named.*build_cache"):
+    with pytest.raises(DeepSpecError, match=r"data\.cache: no cache is named.*deepspec cache build"):
         inputs.open(inputs.of("cache", cache=()))
 
 
