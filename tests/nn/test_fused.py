@@ -18,8 +18,14 @@ from deepspec.nn.fused import FusedLayer, rotary_table
 from deepspec.nn.layer import DraftLayer, Rotary
 from deepspec.targets.load import Target, spec_from_config
 
-TOLERANCE = {torch.float32: {"atol": 2e-5, "rtol": 2e-5}, torch.bfloat16: {"atol": 0.05, "rtol": 0.05}}
+ROUNDING = {torch.float32: 2e-5, torch.bfloat16: 0.03}  # of the largest value: sums round at its size
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+def assert_close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal up to a few roundings of their type."""
+    most = max(float(wanted.float().abs().max()), 1.0) if wanted.numel() else 1.0
+    torch.testing.assert_close(found, wanted, atol=ROUNDING[wanted.dtype] * most, rtol=0)
 
 
 def randomise(module: nn.Module, seed: int) -> None:
@@ -31,7 +37,7 @@ def randomise(module: nn.Module, seed: int) -> None:
             weight.copy_(noise / weight.shape[-1] ** 0.5 if weight.ndim > 1 else 1 + 0.3 * noise)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     family=st.sampled_from(["qwen3", "llama", "gemma4"]), dtype=DTYPES, joined=st.booleans(), wide=st.booleans(),
     hidden=st.integers(1, 9), kv_heads=st.integers(1, 3), groups=st.integers(1, 3), half=st.integers(1, 6),
@@ -68,7 +74,7 @@ def test_a_fused_layer_equals_the_drafts_layer(
             wanted, found = [*wanted, layer.input_layernorm(x)], [*found, fast.input_norm(x)]
     assert fast.scale == layer.self_attn.scale
     for one, other in zip(found, wanted, strict=True):
-        torch.testing.assert_close(one, other, **TOLERANCE[dtype])
+        assert_close(one, other)
 
 
 def target_of(config: LlamaConfig | Qwen3Config, dtype: torch.dtype, seed: int = 0) -> Target:
@@ -85,7 +91,7 @@ ROPES = [
 ]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     qwen3=st.booleans(), dtype=DTYPES, hidden=st.integers(1, 3), kv_heads=st.integers(1, 2), groups=st.integers(1, 3),
     bias=st.booleans(), window=st.booleans(), rope=st.sampled_from(ROPES), layers=st.integers(1, 3),
@@ -115,8 +121,8 @@ def test_a_fused_decoder_equals_transformers(
     plain = PackedTarget(target, read, len(lengths), 4)
     plain._fused = None
     reference = plain.forward(plain.cache.plan(torch.tensor(lengths).numpy()), torch.cat(ids))
-    torch.testing.assert_close(output.features, reference.features, **TOLERANCE[dtype])
-    torch.testing.assert_close(output.last_hidden, reference.last_hidden, **TOLERANCE[dtype])
+    assert_close(output.features, reference.features)
+    assert_close(output.last_hidden, reference.last_hidden)
 
 
 class Adapted(nn.Linear):
