@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec import registry
+from deepspec.algorithms.base import DraftModel
 from deepspec.batch import Batch, Supervision
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
@@ -127,21 +128,34 @@ def random_target(model_type: str, like: Subject, work: Path) -> Subject:
 
 def _answered(target: Target, prompts: Sequence[Sequence[int]], settings: DecodeSettings) -> Callable[[], Batch]:
     """The target's own answers to the prompts with its hidden states, made when they are first asked for."""
-    made: list[Batch] = []
 
+    @cache
     def batch() -> Batch:
-        if not made:
-            answers = generate(target, None, prompts, settings, 4)
-            texts = [[*prompt, *one.output_ids] for prompt, one in zip(prompts, answers, strict=True)]
-            lengths, longest = torch.tensor([len(text) for text in texts]), max(map(len, texts))
-            tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-            outputs = target.forward(tokens, _layers(target))
-            inside = torch.arange(longest) < lengths[:, None]
-            supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
-            made.append(Batch(supervision, tokens, outputs.features, outputs.last_hidden))
-        return made[0]
+        answers = generate(target, None, prompts, settings, 4)
+        texts = [[*prompt, *one.output_ids] for prompt, one in zip(prompts, answers, strict=True)]
+        return batch_of(target, texts, _layers(target))
 
     return batch
+
+
+def batch_of(target: Target, texts: Sequence[Sequence[int]], layers: Sequence[int]) -> Batch:
+    """Complete texts as training reads them, with the target's states of ``layers``; every token is supervised."""
+    lengths, longest = torch.tensor([len(text) for text in texts]), max(map(len, texts))
+    tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    outputs = target.forward(tokens, layers)
+    inside = torch.arange(longest) < lengths[:, None]
+    supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
+    return Batch(supervision, tokens, outputs.features, outputs.last_hidden)
+
+
+def learn(model: DraftModel, batch: Batch, steps: int = STEPS, lr: float = LR) -> DraftModel:
+    """Train on one batch until a draft knows much of it by heart; the model, in eval mode."""
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=lr)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        torch.autograd.backward(model(batch).loss())
+        optimizer.step()
+    return model.eval()
 
 
 def _layers(target: Target) -> tuple[int, ...]:
@@ -166,11 +180,7 @@ def _taught(target: Target, answered: Callable[[], Batch], kind: str, work: Path
     model.attach(target.embed_weight, target.head_weight)
     if kind.endswith(REDUCED):
         model.set_draft_vocab(batch.input_ids.unique()[: model.config.draft_vocab_size])
-    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=LR)
-    for _ in range(STEPS):
-        optimizer.zero_grad()
-        torch.autograd.backward(model(batch).loss())
-        optimizer.step()
+    learn(model, batch)
     config = algorithm.config_json(model.config, target.spec)
     save_draft(made, model.state_dict(), config, {"taught": {"steps": STEPS, "lr": LR}})
     return made

@@ -2,7 +2,7 @@
 
 A round of a small model is bound by the number of operations and calls, not by arithmetic. The weights are those of a
 :class:`deepspec.nn.layer.DraftLayer` or of a layer of transformers with the same parts, and each operation rounds as
-that layer does; in float32 the norms go through PyTorch's own operator.
+that layer does, but for the norms in float32, which are computed in fewer operations.
 
 T tokens, D hidden size, I inner size of the MLP, H query heads, G key/value heads, E head size; [..] any leading shape.
 """

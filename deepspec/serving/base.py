@@ -1,7 +1,8 @@
-"""What the engines that run here share: where their jobs lie, and how a draft is named to them."""
+"""What the engines that run here share: where they and their jobs lie, and how a draft is named to them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,9 @@ class EngineProcesses:
         environment: added to that of every run.
     """
 
+    name: ClassVar[str]  # of its environment: .venv-NAME, or what DEEPSPEC_NAME says
+    formats: ClassVar[tuple[str, ...]]  # that it serves
+    hands_out_states: ClassVar[bool] = False  # hidden states of the target, for training
     loads_only: ClassVar[bool] = False  # its server does not run here, only its code that loads drafts
 
     work: Path
@@ -30,6 +34,25 @@ class EngineProcesses:
     shim: Path | None = None
     timeout: float = 1800.0
     environment: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def default_folder(cls) -> Path:
+        """Where its environment is, unless the user names another."""
+        return Path(os.environ.get(f"DEEPSPEC_{cls.name.upper()}", f".venv-{cls.name}"))
+
+    @classmethod
+    def find_shim(cls, named: str | None) -> Path | None:
+        """The CPU shim to use; None where it needs none."""
+        return None
+
+    @property
+    def python(self) -> str:
+        """The interpreter of its environment."""
+        return str(self.folder / "bin" / "python")
+
+    def lacks_shim(self, form: str) -> bool:
+        """Whether drafts of a form need the shim, and there is none."""
+        return False
 
     def speculative(self, format_name: str, draft: DraftCheckpoint, folder: Path) -> dict[str, Any]:
         """How it runs a draft that was exported to ``folder``."""

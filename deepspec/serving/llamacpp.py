@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from deepspec.errors import DraftError
 from deepspec.export.forms.gguf import interleaved, layer_keys
@@ -32,18 +31,8 @@ ENDS = ("eos", "eot", "eom")  # the engine's names of tokens that end an answer
 class LlamaCppServer(EngineProcesses):
     """The engine as processes; it needs no shim, and an environment only where this interpreter has no such package."""
 
-    formats: ClassVar[tuple[str, ...]] = ("gguf",)  # that it serves
-    hands_out_states: ClassVar[bool] = False
-
-    @staticmethod
-    def default_folder() -> Path:
-        """Where its environment is, unless the user names another."""
-        return Path(os.environ.get("DEEPSPEC_LLAMACPP", ".venv-llamacpp"))
-
-    @staticmethod
-    def find_shim(named: str | None) -> Path | None:
-        """It needs none."""
-        return None
+    name = "llamacpp"
+    formats = ("gguf",)
 
     @property
     def python(self) -> str:
@@ -60,7 +49,7 @@ class LlamaCppServer(EngineProcesses):
         """Refuse a target that is not written here.
 
         Raises:
-            DraftError: another family.
+            DraftError: another model type.
         """
         if spec.model_type not in MODEL_TYPES:
             problem, wanted = "this target is not written as GGUF here", f"one of {', '.join(MODEL_TYPES)}"
@@ -76,10 +65,6 @@ class LlamaCppServer(EngineProcesses):
             log.info("installing %s into %s (once)", PACKAGE, self.folder)
             run([sys.executable, "-m", "venv", str(self.folder)], self.work / "install.log")
             run([self.python, "-m", "pip", "install", "-q", PACKAGE], self.work / "install.log")
-
-    def lacks_shim(self, form: str) -> bool:
-        """It never does."""
-        return False
 
     def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
         """One run in its own process of what :mod:`deepspec.serving.llamacpp_run` takes, ``target`` being a folder.

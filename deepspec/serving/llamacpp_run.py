@@ -8,13 +8,11 @@ round how many tokens were drafted and accepted: :func:`deepspec.serving.llamacp
 from __future__ import annotations
 
 import json
-import sys
 import time
 import urllib.request
-from pathlib import Path
 from typing import Any
 
-from deepspec.errors import run_main
+from deepspec.serving.engine_job import answer_job
 
 TIMEOUT = 600  # seconds of one answer
 
@@ -66,12 +64,5 @@ def _answer(address: str, prompt: list[int], job: dict[str, Any]) -> dict[str, A
     return {"tokens": answer["tokens"], "timings": answer["timings"]}
 
 
-def main() -> int:
-    """Read the job, run it, write the result."""
-    result = generate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    run_main(main)
+    answer_job(generate)

@@ -7,13 +7,12 @@ its draft class is loaded, and what that class drafts in every round of our deco
 from __future__ import annotations
 
 import logging
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -40,24 +39,9 @@ CONFIDENCE = 1e-3  # of the logits of confidences, fp32
 class SGLangServer(EngineProcesses):
     """The engine as processes."""
 
-    formats: ClassVar[tuple[str, ...]] = ("sglang",)
-    hands_out_states: ClassVar[bool] = False
-    loads_only: ClassVar[bool] = True
-
-    @staticmethod
-    def default_folder() -> Path:
-        """Where its environment is, unless the user names another."""
-        return Path(os.environ.get("DEEPSPEC_SGLANG", ".venv-sglang"))
-
-    @staticmethod
-    def find_shim(named: str | None) -> Path | None:
-        """It has none."""
-        return None
-
-    @property
-    def python(self) -> str:
-        """The interpreter of its environment."""
-        return str(self.folder / "bin" / "python")
+    name = "sglang"
+    formats = ("sglang",)
+    loads_only = True
 
     @property
     def version(self) -> str:
@@ -81,10 +65,6 @@ class SGLangServer(EngineProcesses):
         run([sys.executable, "-m", "venv", str(self.folder)], output)
         run([*pip, *PACKAGES], output)
         run([*pip, "--no-deps", ENGINE], output)
-
-    def lacks_shim(self, form: str) -> bool:
-        """It never does."""
-        return False
 
     def load(
         self, name: str, draft: DraftCheckpoint, folder: Path, served: Path, target: Target, ours: Sequence[Generation]

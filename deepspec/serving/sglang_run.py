@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import importlib.abc
 import importlib.machinery
-import json
 import os
 import sys
 from collections import Counter
@@ -23,7 +22,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
-from deepspec.errors import run_main
+from deepspec.serving.engine_job import answer_job
 
 STUBS = ("sgl_kernel", "tvm_ffi", "torchvision", "sentencepiece")  # imported on the way to the models, not used by them
 DRAFTS = ("llama_eagle3", "dspark", "dflash")  # its modules of draft classes
@@ -324,14 +323,5 @@ def check(job: dict[str, Any]) -> dict[str, Any]:
     return {"class": type(model).__name__, "answer": answer or kernels, "read": read, "loaded": loaded, "rows": rows}
 
 
-def main() -> int:
-    """Read the job, run it, write the result."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    result = check(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    run_main(main)
+    answer_job(check, DEFAULTS)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from deepspec.errors import DraftError
 from deepspec.serving.base import EngineProcesses
@@ -34,16 +34,12 @@ CONNECTOR = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_pa
 class VLLMServer(EngineProcesses):
     """The engine as processes."""
 
-    formats: ClassVar[tuple[str, ...]] = ("vllm", "speculators")  # that it serves
-    hands_out_states: ClassVar[bool] = True  # hidden states of the target, for training
+    name = "vllm"
+    formats = ("vllm", "speculators")
+    hands_out_states = True
 
-    @staticmethod
-    def default_folder() -> Path:
-        """Where its environment is, unless the user names another."""
-        return Path(os.environ.get("DEEPSPEC_VLLM", ".venv-vllm"))
-
-    @staticmethod
-    def find_shim(named: str | None) -> Path | None:
+    @classmethod
+    def find_shim(cls, named: str | None) -> Path | None:
         """The CPU shim to use: the named one, else the default where it exists.
 
         Raises:
@@ -56,11 +52,6 @@ class VLLMServer(EngineProcesses):
         if named:
             raise DraftError("no CPU shim", file=folder, key="--shim", wanted="a folder that holds tricpu/")
         return None
-
-    @property
-    def python(self) -> str:
-        """The interpreter of its environment."""
-        return str(self.folder / "bin" / "python")
 
     @property
     def version(self) -> str:

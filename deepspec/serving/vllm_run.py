@@ -7,14 +7,10 @@ of every draft-verify round, how many tokens were drafted and accepted.
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from deepspec.errors import run_main
+from deepspec.serving.engine_job import answer_job
 
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in process, so that the scheduler's counts can be read
@@ -69,14 +65,5 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
     return {"version": vllm.__version__, "ready_s": ready, "seconds": time.perf_counter() - start, "rows": rows}
 
 
-def main() -> int:
-    """Read the job, run it, write the result."""
-    for name, value in DEFAULTS.items():
-        os.environ.setdefault(name, value)
-    result = generate(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    Path(sys.argv[2]).write_text(json.dumps(result), encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    run_main(main)
+    answer_job(generate, DEFAULTS)

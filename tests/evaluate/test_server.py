@@ -22,10 +22,10 @@ from llamacpp_server import running
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from deepspec import registry
-from deepspec.batch import Batch, Supervision
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
+from deepspec.demos.subjects import batch_of, learn
 from deepspec.drafts import save_draft
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.__main__ import parse
@@ -59,22 +59,13 @@ def teach(root: Path, prompts: list[list[int]], stops: tuple[int, ...]) -> None:
     target = load_target(root / "target", torch.float32)
     made = generate(target, None, prompts, DecodeSettings(0.0, TOKENS, stops), 4)
     texts = [[*one.request.prompt_ids, *one.output_ids] for one in made]
-    lengths = torch.tensor([len(text) for text in texts])
-    tokens = torch.tensor([[*text, *[0] * (int(lengths.max()) - len(text))] for text in texts])
-    inside = torch.arange(tokens.shape[1]) < lengths[:, None]
-    outputs = target.forward(tokens, (0, 1))
-    supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
-    batch = Batch(supervision, tokens, outputs.features, outputs.last_hidden)
+    batch = batch_of(target, texts, (0, 1))
     owner = registry.algorithm("dspark")
     config = owner.parse(tiny.tiny_section("dspark", target_layers=[0, 1]), target.spec)
     model = owner.build(config, target.spec, 0)
     model.attach(target.embed_weight, target.head_weight)
-    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=4e-3)
-    for _ in range(60):
-        optimizer.zero_grad()
-        torch.autograd.backward(model(batch).loss())
-        optimizer.step()
-    save_draft(root / "draft", model.eval().state_dict(), owner.config_json(config, target.spec), {})
+    learn(model, batch, 60, 4e-3)
+    save_draft(root / "draft", model.state_dict(), owner.config_json(config, target.spec), {})
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,10 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
-from deepspec.batch import Batch, Supervision
+from deepspec.batch import Batch
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
+from deepspec.demos.subjects import batch_of, learn
 from deepspec.drafts import load_draft, save_draft
 from deepspec.errors import DeepSpecError
 from deepspec.export.convert import ExportOptions, export_draft, read_draft
@@ -60,13 +61,7 @@ def answered(family: str, folder: Path) -> Drafted:
     tokenizer.save_pretrained(folder)
     target = load_target(folder, torch.float32)
     texts = [[*prompt, *one.output_ids] for prompt, one in zip(PROMPTS, answers(target, None), strict=True)]
-    longest = max(map(len, texts))
-    tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
-    inside = torch.arange(longest) < torch.tensor([len(text) for text in texts])[:, None]
-    outputs = target.forward(tokens, (0, 1, 2))
-    lengths = torch.tensor([len(text) for text in texts])
-    supervision = Supervision(inside, lengths, tuple(range(len(texts))), seed=1, epoch=0)
-    return Drafted(folder, target, Batch(supervision, tokens, outputs.features, outputs.last_hidden))
+    return Drafted(folder, target, batch_of(target, texts, (0, 1, 2)))
 
 
 def answers(target: Target, drafter: Any, settings: DecodeSettings = SETTINGS) -> list[Any]:
@@ -81,12 +76,7 @@ def taught(drafted: Drafted, algorithm: str, steps: int = 60, **changes: Any) ->
     model.attach(drafted.target.embed_weight, drafted.target.head_weight)
     if model.config.draft_vocab_size:
         model.set_draft_vocab(drafted.batch.input_ids.unique()[: model.config.draft_vocab_size])
-    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], lr=3e-3)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        torch.autograd.backward(model(drafted.batch).loss())
-        optimizer.step()
-    return model.eval()
+    return learn(model, drafted.batch, steps)
 
 
 @pytest.fixture(scope="module")
