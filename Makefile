@@ -6,7 +6,7 @@ READY := .venv/.ready
 SCALE ?= full
 TASKS ?= ../shared/eval
 
-.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi trust lint house format clean clean-all
+.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi screenshots trust lint house format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
@@ -18,6 +18,7 @@ help:
 	@echo "make test        the quick tests"
 	@echo "make lint        ruff, mypy, import contracts"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
+	@echo "make screenshots the pages in a headless Chromium (of the system: chromium), pictures in build/screenshots"
 	@echo "make trust       kills, rot, hostile servers, full disks, fuzzing: an hour; writes docs/trust.md"
 	@echo "make house       size, length and names of the code against their limits"
 	@echo "make format      format the code"
@@ -54,6 +55,11 @@ test: $(READY)
 
 test-slow: $(READY)
 	@$(BIN)/python -m pytest -m "slow and not mpi"
+
+screenshots: $(READY)
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,browser]'
+	@$(BIN)/python -m pytest -m browser tests/browser
+	@echo "build/screenshots"
 
 test-mpi: $(READY)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,mpi]'

@@ -61,6 +61,7 @@ setup(
     extras_require={
         "dev": DEV,
         "llamacpp": LLAMACPP,
+        "browser": ["playwright>=1.50,<2"],
         "mpi": ["mpich>=5,<6"],
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.19"],

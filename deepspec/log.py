@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from deepspec.distributed import world_from_environment
@@ -47,3 +48,8 @@ def say(text: object) -> None:
 def reports() -> bool:
     """Whether this process shows reports: it is rank 0, without ``--quiet``."""
     return logging.getLogger("deepspec").isEnabledFor(logging.INFO) and world_from_environment().is_main
+
+
+def in_colour() -> bool:
+    """Whether standard output is a terminal that shows colours."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from deepspec.errors import DeepSpecError, printable
 
@@ -22,10 +23,13 @@ class Table:
         lines = [f"| {' | '.join(cells)} |" for cells in self._cells()]
         return "\n".join([lines[0], "|---" * len(self.header) + "|", *lines[1:]])
 
-    def html(self) -> str:
-        """As a ``<table>``."""
+    def html(self, meanings: Mapping[str, str] = MappingProxyType({})) -> str:
+        """As a ``<table>`` that scrolls where it is wide; ``meanings``: what columns hold, shown on hover."""
         head, *rows = self._cells()
-        return f"<table>{_html_row('th', head)}{''.join(_html_row('td', row) for row in rows)}</table>"
+        titles = [f' title="{html.escape(meanings[cell])}"' if cell in meanings else "" for cell in head]
+        top = "".join(f"<th{title}>{html.escape(cell)}</th>" for cell, title in zip(head, titles, strict=True))
+        lines = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+        return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table></div>'
 
     def text(self) -> str:
         """In columns of equal width, the first one to the left and numbers to the right."""
@@ -54,7 +58,3 @@ def fill_page(text: str, name: str, inside: str) -> str:
     if number != 1:
         raise DeepSpecError(f"no place for the {name}", wanted=f"<!-- {name}: ... --> ... <!-- end of {name} --> once")
     return filled
-
-
-def _html_row(kind: str, cells: Iterable[str]) -> str:
-    return f"<tr>{''.join(f'<{kind}>{html.escape(cell)}</{kind}>' for cell in cells)}</tr>"

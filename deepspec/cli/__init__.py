@@ -33,6 +33,7 @@ VERBS = {  # verb, or verb of a group -> (function, what it does)
     "finetune": ("deepspec.cli.train:finetune", "train on from a finished draft"),
     "consolidate": ("deepspec.cli.train:consolidate", "a draft folder from a training checkpoint"),
     "evaluate": ("deepspec.evaluate.__main__:main", "measure a draft"),
+    "chat": ("deepspec.cli.chat:chat", "talk to a target and see its draft at work"),
     "study": ("deepspec.evaluate.__main__:study", "compare verification policies under load"),
     "calibrate": ("deepspec.evaluate.calibration:main", "fit the confidence head's temperatures"),
     "compare": ("deepspec.evaluate.compare:main", "finished evaluations side by side"),

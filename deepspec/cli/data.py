@@ -21,7 +21,7 @@ from deepspec.arguments import (
 from deepspec.cli import recipe_words
 from deepspec.errors import DataError
 from deepspec.files import refuse_same
-from deepspec.log import say
+from deepspec.log import in_colour, say
 from deepspec.recipe import DataSection, load_recipe
 
 DEFAULT = "mlabonne/open-perfectblend"
@@ -149,4 +149,4 @@ def inspect() -> None:
     renderer = Renderer(load_tokenizer(path, revision), spec, data.system_prompt, data.thinking, data.max_length)
     deque(checked_lines(Path(given.data)), maxlen=0)  # with a limit the rows do not reach the file's end
     rows = islice(read_conversations(given.data), given.limit)
-    print(run(renderer, rows, data.min_supervised, given.show, given.html, given.histogram))
+    print(run(renderer, rows, data.min_supervised, given.show, given.html, given.histogram, in_colour()))

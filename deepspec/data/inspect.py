@@ -12,7 +12,8 @@ import numpy as np
 
 from deepspec.data.chat import RenderCounts, Rendered, Renderer, render_rows
 from deepspec.errors import printable
-from deepspec.files import temporary_file, write_text
+from deepspec.files import write_bytes, write_text
+from deepspec.pages import Draw, figure, page, saved
 
 _GREEN, _GREY, _PLAIN = "\x1b[32m", "\x1b[90m", "\x1b[0m"
 
@@ -25,27 +26,24 @@ def stretches(renderer: Renderer, rendered: Rendered) -> Iterator[tuple[bool, st
         yield bool(on), renderer.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def terminal(renderer: Renderer, sample: str, rendered: Rendered) -> str:
-    """A sample for the terminal: supervised text green, the rest grey."""
-    text = "".join((_GREEN if on else _GREY) + printable(part) for on, part in stretches(renderer, rendered))
-    return f"{printable(sample)}: {len(rendered.input_ids)} tokens, {rendered.supervised} supervised\n{text}{_PLAIN}\n"
+def terminal(renderer: Renderer, sample: str, rendered: Rendered, colour: bool) -> str:
+    """A sample for the terminal: supervised text green and the rest grey, or in double brackets."""
+    marks = ((_GREY, _PLAIN), (_GREEN, _PLAIN)) if colour else (("", ""), ("[[", "]]"))
+    text = "".join(f"{marks[on][0]}{printable(part)}{marks[on][1]}" for on, part in stretches(renderer, rendered))
+    return f"{printable(sample)}: {len(rendered.input_ids)} tokens, {rendered.supervised} supervised\n{text}\n"
 
 
-def page(renderer: Renderer, samples: Iterable[tuple[str, Rendered]]) -> str:
-    """Samples as an HTML page."""
-    parts = []
+def page_parts(renderer: Renderer, samples: Iterable[tuple[str, Rendered]]) -> list[str]:
+    """Samples as parts of an HTML page."""
+    parts = ['<h2>Samples</h2><p class="legend"><span class="supervised">supervised</span>what the draft learns</p>']
     for sample, rendered in samples:
         marks = "".join(
-            f"<b>{html.escape(text)}</b>" if on else html.escape(text) for on, text in stretches(renderer, rendered)
+            f'<span class="supervised">{html.escape(text)}</span>' if on else html.escape(text)
+            for on, text in stretches(renderer, rendered)
         )
         head = f"{html.escape(sample)}: {len(rendered.input_ids)} tokens, {rendered.supervised} supervised"
-        parts.append(f"<h2>{head}</h2>\n<pre>{marks}</pre>")
-    style = "pre{white-space:pre-wrap;color:#777}b{font-weight:normal;color:#075;background:#e6f6ec}h2{font-size:1em}"
-    return (
-        f'<!doctype html><meta charset="utf-8"><title>Supervised tokens</title><style>{style}</style>\n'
-        + "\n".join(parts)
-        + "\n"
-    )
+        parts.append(f"<h3>{head}</h3>\n<pre>{marks}</pre>")
+    return parts
 
 
 def statistics(lengths: np.ndarray, supervised: np.ndarray, counts: RenderCounts) -> str:
@@ -58,23 +56,17 @@ def statistics(lengths: np.ndarray, supervised: np.ndarray, counts: RenderCounts
     return printable("\n".join([*lines, *counts.lines()]))
 
 
-def histogram(lengths: np.ndarray, supervised: np.ndarray, path: str | Path) -> None:
-    """Lengths and supervised tokens of all conversations, as a picture (PNG, SVG or PDF by the name)."""
-    import matplotlib
+def histogram(lengths: np.ndarray, supervised: np.ndarray) -> Draw:
+    """Draws the lengths and supervised tokens of all conversations."""
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    def draw(axes: Any) -> None:
+        bins = np.linspace(0, max(1, int(lengths.max())), 60).tolist()
+        axes.hist(lengths, bins, alpha=0.6, label="tokens")
+        axes.hist(supervised, bins, alpha=0.6, label="supervised tokens")
+        axes.set(xlabel="tokens a conversation", ylabel="conversations")
+        axes.legend()
 
-    figure, axes = pyplot.subplots(figsize=(8, 4))
-    bins = np.linspace(0, max(1, int(lengths.max())), 60).tolist()
-    axes.hist(lengths, bins, alpha=0.6, label="tokens")
-    axes.hist(supervised, bins, alpha=0.6, label="supervised tokens")
-    axes.set(xlabel="tokens a conversation", ylabel="conversations")
-    axes.legend()
-    figure.tight_layout()
-    with temporary_file(Path(path)) as temporary:
-        figure.savefig(temporary, format=Path(path).suffix[1:] or "png")
-    pyplot.close(figure)
+    return draw
 
 
 def inspect(
@@ -84,6 +76,7 @@ def inspect(
     show: int,
     page_path: str | None = None,
     histogram_path: str | None = None,
+    colour: bool = False,
 ) -> str:
     """Render all rows; returns the samples and statistics for the terminal, and writes the page and the picture."""
     counts, sizes = RenderCounts(), list[tuple[int, int]]()
@@ -93,9 +86,11 @@ def inspect(
         if len(kept) < show:
             kept.append((str(row["id"]), rendered))
     lengths, supervised = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
+    measured, draw = statistics(lengths, supervised, counts), histogram(lengths, supervised)
     if page_path:
-        write_text(page_path, page(renderer, kept))
+        plot = [figure(draw, (8, 4), "lengths of the conversations")] if len(lengths) else []
+        parts = [f"<pre>{html.escape(measured)}</pre>", *plot, *page_parts(renderer, kept)]
+        write_text(page_path, page("Supervised tokens", parts))
     if histogram_path and len(lengths):
-        histogram(lengths, supervised, histogram_path)
-    shown = [terminal(renderer, sample, rendered) for sample, rendered in kept]
-    return "\n".join([*shown, statistics(lengths, supervised, counts)])
+        write_bytes(histogram_path, saved(draw, (8, 4), Path(histogram_path).suffix[1:] or "png"))
+    return "\n".join([*(terminal(renderer, *sample, colour) for sample in kept), measured])

@@ -11,7 +11,7 @@ without a draft, is the same loop without a drafter.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,6 +75,7 @@ class Decoder:
         settings: temperature, limits, seed.
         batch_size: B.
         policy: how many drafted tokens to verify; None: by ``settings.confidence_threshold``, or all.
+        watch: called with a generation whenever it has new tokens.
 
     Raises:
         EvaluationError: ``settings.tree`` cannot be used with these.
@@ -87,7 +88,9 @@ class Decoder:
         settings: DecodeSettings,
         batch_size: int = 1,
         policy: Policy | None = None,
+        watch: Callable[[Generation], object] | None = None,
     ) -> None:
+        self.watch = watch
         self.target, self.drafter, self.settings, self.batch_size = target, drafter, settings, batch_size
         threshold = settings.confidence_threshold
         self.policy: Policy = policy or (Threshold(threshold) if threshold > 0 and drafter else FixedLength())
@@ -291,6 +294,8 @@ class Decoder:
                 row.generation.rounds.append(record)
             if self._is_full(row.generation):
                 row.generation.finish = row.generation.finish or "length"
+            if self.watch is not None:
+                self.watch(row.generation)
             if row.generation.finish:
                 finished.append(row.generation)
                 self._rows[number] = None

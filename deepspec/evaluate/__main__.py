@@ -12,8 +12,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from deepspec.arguments import COUNT, POSITIVE, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
+from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
+from deepspec.log import in_colour
 from deepspec.registry import CLIENTS
 
 log = logging.getLogger(__name__)
@@ -30,6 +31,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
     parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
     parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
+    parser.add_argument(
+        "--show", type=COUNT_OR_NONE, default=0, metavar="N", help="print N answers, their tokens in colour"
+    )
     parser.add_argument("--study", choices=("scheduler",), help="compare verification policies under load instead")
     parser.add_argument(
         "--concurrency", type=TOGETHER, nargs="+", help="of the study and of --server: requests at a time"
@@ -55,7 +59,7 @@ def parse_study() -> argparse.Namespace:
     text = "of the policy that verifies while the draft is confident"
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.5, help=text)
     absent = dict.fromkeys(("server", "baseline_server"))
-    parser.set_defaults(study="scheduler", tree="", no_plain=False, batch_size=1, engine="auto", **absent)
+    parser.set_defaults(study="scheduler", show=0, tree="", no_plain=False, batch_size=1, engine="auto", **absent)
     given = _read(parser)
     _check_server(given)
     return given
@@ -107,9 +111,11 @@ def _check_server(given: argparse.Namespace) -> None:
             flag = "--baseline-server" if given.baseline_server else "--engine"
             raise EvaluationError("without a server", key=flag, remedy="name the --server, or leave it out")
         return
-    ours = {"--tree": given.tree, "--confidence-threshold": given.confidence_threshold, "--study": given.study,
-            "--no-plain": given.no_plain, "--dtype": given.dtype != "auto", "--batch-size": given.batch_size != 1
-            and not given.recipe}  # fmt: skip
+    values = vars(given)
+    names = ("tree", "confidence_threshold", "study", "no_plain", "show")
+    ours = {f"--{name.replace('_', '-')}": values[name] for name in names}
+    ours["--dtype"] = given.dtype != "auto"
+    ours["--batch-size"] = given.batch_size != 1 and not given.recipe
     for flag, value in ours.items():
         if value:
             remedy = "leave it out here and set it where the server is started"
@@ -221,6 +227,11 @@ def _evaluate(given: argparse.Namespace) -> int:
     if results is not None:
         write_report(results.to_row(), Path(given.output))
         print(markdown(results.to_row()))
+        if given.show:
+            from deepspec.evaluate.results import open_rows
+            from deepspec.evaluate.transcript import show
+
+            print(f"\n{show(open_rows(Path(given.output), 'results').values(), given.show, in_colour())}\n")
         log.info("%s/results.json, %s/report.html", given.output, given.output)
     return 0
 

@@ -57,6 +57,7 @@ class PromptResult:
     baseline_tokens: int | None = None  # of the same prompt decoded without a draft
     baseline_seconds: float | None = None
     text: str = ""  # the answer to the last turn
+    turns: list[dict[str, Any]] = field(default_factory=list)  # see deepspec.evaluate.transcript; [] of a server
 
     def to_row(self) -> dict[str, Any]:
         """A JSON value."""

@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from deepspec.evaluate.measure import MACRO, PHASES
+from deepspec.evaluate.results import open_rows
+from deepspec.evaluate.transcript import script, section
 from deepspec.files import write_text
 from deepspec.metrics import length_text
+from deepspec.pages import figure, page
 from deepspec.tables import Table
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
-table{border-collapse:collapse;margin:1rem 0}td,th{border-bottom:1px solid #ddd;padding:.3rem .7rem;text-align:right}
-td:first-child,th:first-child{text-align:left}img{max-width:100%}pre{background:#f6f6f6;padding:.7rem;overflow:auto}"""
-
 Rows = Sequence[Mapping[str, Any]]
+COLUMNS = {  # of the tables -> what they hold
+    "task": "a file of prompts; macro is the mean over the tasks",
+    "T": "temperature of sampling; 0 is greedy",
+    "acceptance length (95 %)": "tokens that a round of drafting and verifying adds, the bonus token included; the "
+    "interval resamples the prompts",
+    "paper": "the acceptance length that the paper reports, measured in the same way",
+    "accepted/verified": "share of the verified drafted tokens that the target accepted",
+    "tokens/s": "output tokens a second with the draft",
+    "baseline tokens/s": "output tokens a second of the target alone, for the same prompts in the same run",
+    "speed-up (95 %)": "tokens/s over baseline tokens/s; the interval resamples the prompts",
+    "greedy equal": "share of the prompts whose greedy output is the baseline's, token for token",
+    "equal or tied within rounding": "the same, where the first difference lies within the target's rounding too",
+    "prompts": "how many were decoded",
+    "draft ms": "milliseconds that drafting takes in a round of the batch",
+    "verify ms": "milliseconds of the target's layers in a round of the batch",
+    "head ms": "milliseconds of the target's output layer in a round of the batch",
+    "other ms": "milliseconds of all else in a round of the batch",
+    "round ms": "milliseconds of a round of the batch",
+    "verified tokens": "drafted tokens that the target verified, a round",
+    "prefill s": "seconds that the prompts took before their first token",
+}
+SLOT = "position {} of the draft: share accepted where all before were / share of the rounds accepted so far"
 
 
 def summary_table(rows: Rows) -> Table:
@@ -93,6 +112,11 @@ def sections(results: Mapping[str, Any]) -> list[tuple[str, Table]]:
     ]
 
 
+def meanings(table: Table) -> dict[str, str]:
+    """What each column of a table holds."""
+    return {str(name): COLUMNS.get(str(name)) or SLOT.format(name) for name in table.header}
+
+
 def remarks(rows: Rows) -> list[str]:
     """What the tables leave out, a sentence each: prompts without a round or too long, figures of the paper."""
     tasks: dict[str, list[str]] = {}  # by sentence
@@ -123,26 +147,6 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The tables of a run, each under its title, and what they leave out."""
     tables = [f"{title}\n\n{table.markdown()}" for title, table in sections(results)]
     return "\n\n".join([*tables, *remarks(results["summaries"])])
-
-
-def figure(draw: Any, size: tuple[float, float] = (6.4, 3.4)) -> str:
-    """An <img> with the plot that ``draw(axes)`` draws, embedded as PNG."""
-    return f'<img alt="plot" src="data:image/png;base64,{base64.b64encode(png(draw, size)).decode()}">'
-
-
-def png(draw: Any, size: tuple[float, float]) -> bytes:
-    """The plot that ``draw(axes)`` draws."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    picture, axes = pyplot.subplots(figsize=size, layout="constrained")
-    draw(axes)
-    data = io.BytesIO()
-    picture.savefig(data, format="png", dpi=110)
-    pyplot.close(picture)
-    return data.getvalue()
 
 
 def plot_positions(axes: Any, results: Mapping[str, Any], label: str = "") -> None:
@@ -195,26 +199,23 @@ def _name_rows(axes: Any, rows: Rows) -> None:
     axes.invert_yaxis()
 
 
-def page(title: str, parts: Sequence[str]) -> str:
-    """An HTML page from its parts."""
-    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-    return f"{head}<style>{STYLE}</style><h1>{html.escape(title)}</h1>{''.join(parts)}</html>\n"
-
-
 def write_report(results: Mapping[str, Any], output: Path) -> None:
     """Write ``report.html`` and ``results.md`` into ``output``."""
     rows = results["summaries"]
     write_text(output / "results.md", markdown(results) + "\n")
     height = 1.2 + 0.26 * len(rows)
     plots = [
-        figure(lambda axes: plot_lengths(axes, rows), (6.4, height)),
-        figure(lambda axes: plot_positions(axes, results), (8.0, max(3.4, 0.22 * len(rows)))),
-        figure(lambda axes: plot_phases(axes, rows), (6.4, height + 0.3)),
+        figure(lambda axes: plot_lengths(axes, rows), (6.4, height), "acceptance lengths"),
+        figure(lambda axes: plot_positions(axes, results), (8.0, max(3.4, 0.22 * len(rows))), "acceptance by position"),
+        figure(lambda axes: plot_phases(axes, rows), (6.4, height + 0.3), "shares of the time"),
     ]
     parts = []
     for (title, table), plot in zip(sections(results), plots, strict=True):
-        parts.append(f"<h2>{html.escape(title)}</h2>{table.html()}{plot}")
+        parts.append(f"<h2>{html.escape(title)}</h2>{table.html(meanings(table))}{plot}")
     parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
-    parts.append(f"<h2>Provenance</h2><pre>{html.escape(provenance)}</pre>")
-    write_text(output / "report.html", page(f"{results['algorithm']} on {results['provenance']['target']}", parts))
+    parts.append(f"<details><summary>Provenance</summary><pre>{html.escape(provenance)}</pre></details>")
+    answers = section(open_rows(output, "results").values())
+    parts[1:1] = answers
+    title = f"{results['algorithm']} on {Path(results['provenance']['target']).name}"
+    write_text(output / "report.html", page(title, parts, *([script()] if answers else [])))

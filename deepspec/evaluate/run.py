@@ -45,6 +45,7 @@ from deepspec.evaluate.results import (
 from deepspec.evaluate.tasks import Task, leave_out, load_tasks, missing_tasks
 from deepspec.evaluate.threads import choose_threads, own_cores
 from deepspec.evaluate.ties import first_difference
+from deepspec.evaluate.transcript import Pieces
 from deepspec.files import read_json, sealed, sha256_json, write_json
 from deepspec.identity import as_recorded, differences, identity_of, shown
 from deepspec.locks import one_writer
@@ -384,7 +385,13 @@ class Evaluation:
             baseline_tokens=None if alone is None else alone["output_tokens"],
             baseline_seconds=None if alone is None else alone["seconds"],
             text=self.renderer.tokenizer.decode(generations[-1].output_ids, skip_special_tokens=True),
+            turns=self._transcripts(task.prompts[index], generations),
         )
+
+    def _transcripts(self, asked: Sequence[str], generations: list[Generation]) -> list[dict[str, Any]]:
+        tokenizer, depth = self.renderer.tokenizer, len(self.options.tree) or None
+        pairs = zip(asked, generations, strict=False)  # a last turn may not have fitted
+        return [{"asked": text, **Pieces(tokenizer, depth).transcript(generation)} for text, generation in pairs]
 
     def _difference(self, generations: list[Generation], alone: dict[str, Any] | None) -> dict[str, Any] | None:
         """Where a greedy output leaves the baseline's, and whether by rounding; None of a row without its tokens."""

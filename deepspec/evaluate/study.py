@@ -32,12 +32,12 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.calibration import load_sts
 from deepspec.evaluate.measure import bootstrap
 from deepspec.evaluate.profile import profile
-from deepspec.evaluate.report import png
 from deepspec.evaluate.results import environment
 from deepspec.evaluate.run import Models
 from deepspec.evaluate.tasks import load_tasks
 from deepspec.files import write_bytes, write_json, write_text
 from deepspec.locks import one_writer
+from deepspec.pages import saved
 from deepspec.progress import Progress
 from deepspec.tables import Table
 from deepspec.targets import Target
@@ -247,7 +247,7 @@ def plot(study: dict[str, Any], output: Path) -> None:
             axes.grid(alpha=0.3)
             axes.legend(fontsize="small")
 
-        write_bytes(output / f"{name}.png", png(draw, (6.4, 4.0)))
+        write_bytes(output / f"{name}.png", saved(draw, (6.4, 4.0), "png"))
 
 
 def run_study(options: StudyOptions) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.compare import Run, comparison, difference
 from deepspec.evaluate.compare import main as compare
 from deepspec.evaluate.measure import PromptResult, bootstrap, by_position, macro_averages, summarise
-from deepspec.evaluate.report import figure, plot_lengths, position_table, remarks, summary_table, time_table
+from deepspec.evaluate.report import plot_lengths, position_table, remarks, summary_table, time_table
 from deepspec.evaluate.results import Provenance, Results
+from deepspec.pages import figure
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), max_size=30))
@@ -120,7 +121,7 @@ def test_no_round_at_all_is_no_acceptance_length(tmp_path: Path) -> None:
     assert "| t | 0 | none |  | 0 |" in summary_table([row]).markdown()
     assert position_table([row]).markdown().count("\n") == time_table([row]).markdown().count("\n") == 2
     plot = figure(lambda axes: plot_lengths(axes, [row]))
-    assert plot.startswith("<img")
+    assert plot.startswith("<figure")
     other = summarise("u", 0.0, one_round_or_none(3, 3))
     (macro,) = macro_averages([none, other])
     assert (macro.acceptance_length, macro.interval, macro.verify_rate) == (3.0, (3.0, 3.0), other.verify_rate)

@@ -10,8 +10,9 @@ from deepspec.demos.measured import cache_sizes, equality, length, speed_up, tau
 from deepspec.demos.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
 from deepspec.demos.runner import stage_seconds
 from deepspec.demos.stages import recipes
-from deepspec.evaluate.report import figure, page, plot_positions
+from deepspec.evaluate.report import plot_positions
 from deepspec.files import read_json, write_json, write_text
+from deepspec.pages import figure, page
 from deepspec.recipe import load_recipe
 from deepspec.tables import Table
 
@@ -101,9 +102,12 @@ def write_report() -> str:
             greedy = [row for row in measured["summaries"] if row["temperature"] == 0]
             plot_positions(axes, measured | {"summaries": greedy}, label=name)
 
+    pages = {name: f"{results_folder(name).name}/report.html" for name in results["algorithms"]}
+    answers = ", ".join(f'<a href="{path}">{name}</a>' for name, path in pages.items())
     seconds = [[name, f"{value:.1f}"] for name, value in results["seconds"].items()]
     parts = [
         drafts_table(results).html(),
+        f"<p>See each draft at work: {answers}.</p>",
         f"<p>{cache_line(results)}; the target predicts {results['target']['held_out_top1']:.1%} of the held-out "
         "answers' tokens.</p>",
         "<h2>Accepted length</h2>",
