@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from deepspec.demos.measured import NOT_RUN, Row, equality, length, pick, speed_up
+from deepspec.demos.quickstart.picture import write_picture
 from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.collect import gather
 from deepspec.demos.smollm2.plan import EVALUATIONS, recipe_of
@@ -47,7 +48,7 @@ def write_results() -> tuple[Path, ...]:
     write_text(PAGE, "\n\n".join(parts) + "\n")
     if README.exists():
         write_text(README, with_results(README.read_text(encoding="utf-8"), measured))
-    return PAGE, MEASURED, README
+    return PAGE, MEASURED, README, *write_picture()
 
 
 def with_results(readme: str, measured: Row) -> str:
