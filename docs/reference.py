@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from deepspec import recipe, registry
 from deepspec.arguments import parser_of
@@ -27,7 +28,6 @@ from deepspec.sections import describe, section_to_dict
 ROOT = Path(__file__).resolve().parents[1]
 ABOVE = ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 NO_READERS = ("demos", "testing")  # they try what others read
-Sections = dict[str, type]  # the part of a recipe, "" its top -> the dataclass that it is read into
 Reads = dict[tuple[str, str], set[str]]  # (class, field) -> modules
 
 
@@ -62,8 +62,12 @@ def comments(kind: type) -> dict[str, str]:
     return found
 
 
-def readers(kinds: Sections) -> Reads:
-    """The modules that read a field, by following the names that a recipe and its sections have in each function."""
+def readers(kinds: dict[str, type]) -> Reads:
+    """The modules that read a field, by following the names that a recipe and its sections have in each function.
+
+    Args:
+        kinds: the part of a recipe ("" its top) -> the dataclass that it is read into.
+    """
     inner = {("Recipe", name): kind.__name__ for name, kind in kinds.items() if "." not in name}
     for name, kind in kinds.items():
         if "." in name:
@@ -99,6 +103,7 @@ def _known(scope: ast.AST, names: set[str], inner: dict[tuple[str, str], str]) -
 
 
 def _kind(node: ast.expr, known: dict[str, str], inner: dict[tuple[str, str], str]) -> str:
+    """The class of the section that an expression is: "draft" of any algorithm's config; "" where it is none."""
     if isinstance(node, ast.IfExp):
         return _kind(node.body, known, inner)
     if isinstance(node, ast.Call) and ast.unparse(node.func) == "cast":
@@ -111,7 +116,7 @@ def _kind(node: ast.expr, known: dict[str, str], inner: dict[tuple[str, str], st
     name = text.split("(")[0].rpartition(".")[2]
     if name in ("recipe", "load_recipe", "recipe_at", "for_target"):
         return "Recipe"
-    return "draft" if name in ("config", "parsed") else ""  # of every algorithm
+    return "draft" if name in ("config", "parsed") else ""
 
 
 def key_rows(where: str, kind: type, reads: Reads) -> Iterator[str]:
@@ -119,20 +124,16 @@ def key_rows(where: str, kind: type, reads: Reads) -> Iterator[str]:
     hints, texts = typing.get_type_hints(kind), comments(kind)
     owner = {"": "Recipe", "draft": "draft"}.get(where, kind.__name__)
     for field in dataclasses.fields(kind):
-        if (
-            not field.init
-            or field.name == "target_layers"
-            or (where == "" and describe(hints[field.name]) == "a mapping")
-        ):
-            continue  # of `target.layers`; a section of its own
+        wanted = describe(hints[field.name])
+        if not field.init or field.name == "target_layers" or (where == "" and wanted == "a mapping"):
+            continue  # no key, or `target.layers`; a section of its own
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         shown = "required" if default is dataclasses.MISSING else f"`{json.dumps(section_to_dict(default))}`"
         found = reads[owner, field.name]
         named = sorted(found - {"deepspec.recipe"} or found)  # which checks every key
         places = ", ".join(f"[{name.removeprefix('deepspec.')}][{name}]" for name in named)
         meaning = texts.get(field.name, "").replace("None", "null").replace("False", "false")
-        cells = (f"`{where}.{field.name}`".replace("`.", "`"), describe(hints[field.name]), shown,
-                 meaning, places)  # fmt: skip
+        cells = (f"`{where}.{field.name}`".replace("`.", "`"), wanted, shown, meaning, places)
         yield f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |"
 
 
@@ -149,26 +150,18 @@ def recipe_page() -> str:
         "What a recipe may state ([how it is read](recipes.md)). A key that is left out has its",
     ]
     lines += ["default; `extends` at the top names the files that a recipe starts from."]
+    head = ["| key | type | default | meaning | read by |", "|---|---|---|---|---|"]
     for where, title, kind in parts:
-        lines += ["", f"## {title}", "", inspect.getdoc(kind) or "", ""]
-        lines += [
-            "| key | type | default | meaning | read by |",
-            "|---|---|---|---|---|",
-            *key_rows(where, kind, reads),
-        ]
+        lines += ["", f"## {title}", "", inspect.getdoc(kind) or "", "", *head, *key_rows(where, kind, reads)]
     return "\n".join(lines)
 
 
 def command_page() -> str:
     """The help of every verb."""
-    os.environ["COLUMNS"] = "110"  # argparse's width
-    lines = [
-        "# Command line",
-        "",
-        "What `deepspec VERB --help` prints, of every verb ([how they are used](commands.md)).",
-    ]
+    lines = ["# Command line", "", "What `deepspec VERB --help` prints ([how the verbs are used](commands.md))."]
     for verb, (_, text) in VERBS.items():
-        shown = parser_of(function_of(verb), f"{PROGRAM} {verb}").format_help()
+        with patch.dict(os.environ, COLUMNS="110"):  # argparse's width
+            shown = parser_of(function_of(verb), f"{PROGRAM} {verb}").format_help()
         lines += ["", f"## {verb}", "", f"{text[0].upper()}{text[1:]}.", "", "```text", shown.rstrip(), "```"]
     return "\n".join(lines)
 
