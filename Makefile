@@ -5,8 +5,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 SCALE ?= full
 TASKS ?= ../shared/eval
+SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
 
-.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi screenshots trust lint house format clean clean-all
+.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi screenshots trust lint docs house format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
@@ -16,7 +17,8 @@ help:
 	@echo "make results     docs/results.md from what real, finetune and ablate have measured"
 	@echo "make serve-check the quickstart's drafts in real engines (vLLM, llama.cpp, SGLang's draft classes on CPU), compared with ours"
 	@echo "make test        the quick tests"
-	@echo "make lint        ruff, mypy, import contracts"
+	@echo "make lint        ruff, mypy, import contracts, and the site built strictly"
+	@echo "make docs        the site of docs/, with the reference made from the code, in build/site"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
 	@echo "make screenshots the pages in a headless Chromium (of the system: chromium), pictures in build/screenshots"
 	@echo "make trust       kills, rot, hostile servers, full disks, fuzzing: an hour; writes docs/trust.md"
@@ -74,7 +76,12 @@ lint: $(READY)
 	@$(BIN)/ruff format --check --quiet
 	@$(BIN)/mypy --no-error-summary
 	@report=$$($(BIN)/lint-imports 2>&1) || { echo "$$report"; exit 1; }
-	@echo "lint: ruff, mypy and the import contracts are clean"
+	@$(SITE)
+	@echo "lint: ruff, mypy, the import contracts and the site are clean"
+
+docs: $(READY)
+	@$(SITE)
+	@echo "build/site/index.html"
 
 house: $(READY)
 	@$(BIN)/python benchmarks/house.py

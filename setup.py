@@ -29,6 +29,7 @@ CORE = [
     "shtab>=1.7,<2",
 ]
 LLAMACPP = ["gguf>=0.19,<0.20", "xllamacpp>=2026.10"]  # drafts as GGUF; a whole llama.cpp server
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29,<2"]
 DEV = [
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
@@ -39,6 +40,7 @@ DEV = [
     "types-PyYAML>=6,<7",
     "pre-commit>=4,<5",
     *LLAMACPP,
+    *DOCS,
 ]
 
 SHARED = ("recipes", "deepspeed_configs")  # at the top of the checkout; deepspec/recipe_files.py finds them in both
@@ -60,6 +62,7 @@ setup(
     install_requires=CORE,
     extras_require={
         "dev": DEV,
+        "docs": DOCS,
         "llamacpp": LLAMACPP,
         "browser": ["playwright>=1.50,<2"],
         "mpi": ["mpich>=5,<6"],

@@ -49,8 +49,8 @@ class TargetSection:
     path: str  # a local folder or a hub id
     layers: tuple[int, ...]  # 0-based decoder layers whose OUTPUT the draft reads; -1 = the embedding output
     family: str | None = None  # checked against the model's own config where given
-    revision: str | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    revision: str | None = None  # of a hub id: a branch, tag or commit
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # that it runs in
 
     def __post_init__(self) -> None:
         _require(len(self.layers) > 0, "layers", list(self.layers), "at least one layer")
@@ -75,8 +75,8 @@ class DataSection:
     cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
     max_length: int = 4096  # tokens; longer conversations are cut
     min_supervised: int = 14  # samples with fewer answer tokens are dropped
-    thinking: bool = False
-    system_prompt: str | None = None
+    thinking: bool = False  # whether the target thinks before it answers, by its template's own switch
+    system_prompt: str | None = None  # before every conversation without one
     servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
     server_storage: str | None = None  # the folder that these servers write to; no file elsewhere is read or removed
 
@@ -103,12 +103,12 @@ class DataSection:
 class RegenerateSection:
     """How the target answers the prompts: its recommended sampling."""
 
-    temperature: float = 0.7
-    top_p: float = 0.8
-    top_k: int = 20
-    min_p: float = 0.0
-    max_tokens: int = 4096
-    batch_size: int = 32
+    temperature: float = 0.7  # 0 is greedy
+    top_p: float = 0.8  # the likeliest tokens of this much probability; 1: all
+    top_k: int = 20  # so many of the likeliest tokens; 0: all
+    min_p: float = 0.0  # tokens of at least this share of the likeliest one's probability
+    max_tokens: int = 4096  # of an answer, at most
+    batch_size: int = 32  # conversations at a time, where no server answers
 
     def __post_init__(self) -> None:
         TEMPERATURE.check("temperature", self.temperature, RecipeError)
@@ -126,7 +126,7 @@ class CacheSection:
     level: str = "lossless"  # a codec level of deepspec.cache
     features_level: str | None = None  # overrides `level` for the features array
     last_hidden_level: str | None = None  # overrides `level` for the last_hidden array
-    samples_per_part: int = 2048
+    samples_per_part: int = 2048  # at most; a killed build repeats one part
     tokens_per_batch: int = 16384  # token budget of one forward of the target
 
     def __post_init__(self) -> None:
@@ -144,8 +144,8 @@ class ValidationSection:
     every: int = 500  # optimizer steps
     samples: int = 128  # the first this many
     decode_every: int | None = None  # optimizer steps between real decodings; None: never
-    decode_prompts: int = 8
-    max_new_tokens: int = 64
+    decode_prompts: int = 8  # of each decoding
+    max_new_tokens: int = 64  # of each decoded answer, at most
     patience: int | None = None  # scored validations in a row without a better score that end the run; None: never
 
     def __post_init__(self) -> None:
@@ -192,31 +192,31 @@ class TrainSection:
     """The optimisation. Batch sizes, clipping and the schedule are here and nowhere else."""
 
     deepspeed: str = DEEPSPEED  # JSON: sharding, offload and precision
-    epochs: int = 10
+    epochs: int = 10  # passes over the data
     max_steps: int | None = None  # optimizer steps; stops the run earlier, the schedule ends there
     micro_batch: int = 1  # samples per process and forward, where `micro_tokens` is null
     micro_tokens: int | None = None  # tokens per process and forward, padding included; balanced over the processes
     global_batch: int = 512  # samples per optimizer step, whatever the number of processes
     init: Literal["random", "target"] | DraftStart = "random"  # target: copies of the target's last layers
     freeze: tuple[str, ...] = ()  # patterns of weights that are not trained; `!` in front trains them; the last decides
-    lr: float = 6.0e-4
-    weight_decay: float = 0.0
-    betas: tuple[float, ...] = (0.9, 0.999)
-    eps: float = 1.0e-8
+    lr: float = 6.0e-4  # the highest of the schedule
+    weight_decay: float = 0.0  # of AdamW, as the next two
+    betas: tuple[float, ...] = (0.9, 0.999)  # decay of the means of gradients and of their squares
+    eps: float = 1.0e-8  # of AdamW: added to the root of the mean square
     warmup_ratio: float = 0.04  # linear warm-up over this share of the steps, then cosine decay to 0
     grad_clip: float = 1.0  # norm of the complete gradient; 0 = off
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = False  # activations are computed again in the backward pass: less memory
     compile: bool = False  # torch.compile of the loss also on CPU; CUDA always compiles it; not where no compiler works
     workers: int = 2  # threads that read and decode samples ahead of the step
-    log_every: int = 10
-    save_every: int = 3000
-    keep_last: int = 3
+    log_every: int = 10  # optimizer steps
+    save_every: int = 3000  # optimizer steps between checkpoints
+    keep_last: int = 3  # checkpoints
     keep_every: int | None = None  # checkpoints at multiples of this step are never deleted
     keep_best: bool = False  # keep the checkpoint with the best validation (decoding where it is on, else tau)
-    tensorboard: bool = True
-    wandb_project: str | None = None
+    tensorboard: bool = True  # log for TensorBoard
+    wandb_project: str | None = None  # log to this project of Weights & Biases too (extra `wandb`)
     online_micro_batch: int = 8  # sequences per forward of the target with `data.source: online`
-    validation: ValidationSection | None = None
+    validation: ValidationSection | None = None  # on held-out samples; None: off
 
     def __post_init__(self) -> None:
         for name in _TRAIN_COUNTS:
@@ -244,11 +244,11 @@ class EvaluateSection:
 
     tasks: tuple[str, ...] = (
         *("gsm8k", "math500", "aime25", "humaneval", "mbpp", "livecodebench", "mt-bench", "alpaca", "arena-hard-v2"),
-    )
-    temperature: tuple[float, ...] = (1.0,)
-    max_new_tokens: int = 2048
-    batch_size: int = 1
-    seed: int = 980406
+    )  # names of deepspec/evaluate/tasks.yaml, JSONL files, folders of them
+    temperature: tuple[float, ...] = (1.0,)  # each is measured by itself; 0 is greedy
+    max_new_tokens: int = 2048  # of each answer, at most
+    batch_size: int = 1  # prompts decoded together
+    seed: int = 980406  # of sampling
 
     def __post_init__(self) -> None:
         TEMPERATURE.check_each("temperature", self.temperature, RecipeError)
@@ -259,17 +259,17 @@ class EvaluateSection:
 class _File:
     """A recipe file's top level, before the algorithm has parsed its own section."""
 
-    name: str
-    algorithm: str
+    name: str  # of the run; folders are called by it
+    algorithm: str  # a row of deepspec.registry.ALGORITHMS
     target: TargetSection
-    seed: int = 42
+    seed: int = 42  # of answers, first weights, the order of samples and their draws
     draft: dict[str, Any] = field(default_factory=dict)
     data: DataSection = DataSection()
     regenerate: RegenerateSection = RegenerateSection()
     cache: CacheSection = CacheSection()
     train: TrainSection = TrainSection()
     evaluate: EvaluateSection = EvaluateSection()
-    output: str | None = None  # default: runs/<name>
+    output: str | None = None  # folder of the training; None: runs/<name>
 
     def __post_init__(self) -> None:
         SEED.check("seed", self.seed, RecipeError)

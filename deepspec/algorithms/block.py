@@ -48,14 +48,14 @@ from deepspec.targets import TargetSpec
 class BlockConfig(DraftConfig):
     """The ``draft:`` section of a block drafter; the fields with ``init=False`` are of those with more heads."""
 
-    mask_token_id: int
+    mask_token_id: int  # a token of no text, read in the slots to draft
     num_layers: int = 5
-    block_size: int = 7
-    num_anchors: int = 512
+    block_size: int = 7  # slots that are drafted together, the anchor's included
+    num_anchors: int = 512  # of a sample in training, at most: each begins a block
     loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
     markov_rank: int = field(default=0, init=False)  # of the sequential head; 0: there is none
-    markov_head: Literal["vanilla", "gated", "rnn"] = field(default="vanilla", init=False)
+    markov_head: Literal["vanilla", "gated", "rnn"] = field(default="vanilla", init=False)  # kind of that head
     confidence_with_markov: bool = field(default=False, init=False)  # it reads W1[x] of the previous token too
 
     def __post_init__(self) -> None:

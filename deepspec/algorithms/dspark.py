@@ -33,9 +33,9 @@ class DSparkConfig(BlockConfig):
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
     confidence_with_markov: bool = True
-    ce_weight: float = 0.1
-    l1_weight: float = 0.9
-    confidence_weight: float = 1.0
+    ce_weight: float = 0.1  # of cross-entropy in the loss
+    l1_weight: float = 0.9  # of the L1 distance to the target's distribution
+    confidence_weight: float = 1.0  # of the confidence head's cross-entropy
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -49,8 +49,8 @@ class Eagle3Config(DraftConfig):
     """The ``draft:`` section of an Eagle3 recipe."""
 
     algorithm: ClassVar[str] = "eagle3"
-    ttt_length: int = 7
-    step_loss_decay: float = 0.8
+    ttt_length: int = 7  # steps unrolled in training, and tokens drafted a round
+    step_loss_decay: float = 0.8  # each step's loss weighs so much of the one before
 
     def __post_init__(self) -> None:
         super().__post_init__()
