@@ -8,6 +8,8 @@ from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.log import say
 
+_EVALUATE = "deepspec evaluate --target {target} --draft {output}"
+
 
 def export() -> int:
     """Export a draft for an engine, with a model card that says how to serve it.
@@ -16,7 +18,8 @@ def export() -> int:
     by ``deepspec import``.
     """
     example = f"drafts/dspark_qwen3_4b served/dspark_qwen3_4b --format {[*registry.ENGINES][-1]}"
-    parser = Parser(description=export.__doc__, example=example)
+    following = "deepspec push {output} OWNER/NAME"
+    parser = Parser(description=export.__doc__, example=example, following=following)
     parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")
     way = parser.add_mutually_exclusive_group(required=True)
@@ -55,7 +58,8 @@ def import_foreign() -> int:
     Every weight is checked. A draft whose slot convention, layers or drafted tokens are stated neither in its
     config.json nor on the command line is refused.
     """
-    parser = Parser(description=import_foreign.__doc__, example="owner/draft drafts/theirs --target Qwen/Qwen3-4B")
+    example, following = "owner/draft drafts/theirs --target Qwen/Qwen3-4B", _EVALUATE
+    parser = Parser(description=import_foreign.__doc__, example=example, following=following)
     parser.add_argument("source", help="a folder or hub id")
     parser.add_argument("output", help="the draft folder to create")
     names = ("auto", *registry.ENGINES)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from deepspec.arguments import Parser
 from deepspec.cli import rank_word, recipe_words
+from deepspec.errors import DeepSpecError
 from deepspec.log import say
+from deepspec.progress import about
+from deepspec.recipe import load_recipe
+
+_CONSOLIDATE = "deepspec consolidate {output} drafts/NAME"
 
 
 def train() -> int:
@@ -17,7 +23,8 @@ def train() -> int:
     Run again, it continues where it stopped. A launcher's exit code does not tell whether the run reached its end;
     ``--check`` does.
     """
-    return _train(Parser(description=train.__doc__, example="--recipe dspark_qwen3_4b --set train.lr=3e-4"), False)
+    example = "--recipe dspark_qwen3_4b --set train.lr=3e-4"
+    return _train(Parser(description=train.__doc__, example=example, following=_CONSOLIDATE), False)
 
 
 def finetune() -> int:
@@ -26,7 +33,7 @@ def finetune() -> int:
     It is ``deepspec train --init DRAFT``: any recipe, any launcher, the same options.
     """
     example = "--recipe my_recipe.yaml --init drafts/dspark_qwen3_4b"
-    return _train(Parser(description=finetune.__doc__, example=example), True)
+    return _train(Parser(description=finetune.__doc__, example=example, following=_CONSOLIDATE), True)
 
 
 def _train(parser: Parser, from_draft: bool) -> int:
@@ -40,9 +47,11 @@ def _train(parser: Parser, from_draft: bool) -> int:
     rank_word(parser)
     given = parser.parse_args()
 
+    with suppress(DeepSpecError, OSError):  # it is read again, and refused once, when the processes have met
+        recipe = load_recipe(given.recipe, given.set)
+        about(target=recipe.target.path, data=recipe.data.cache or recipe.data.files, output=recipe.output)
     if given.check:
         from deepspec.checkpoints import check_finished
-        from deepspec.recipe import load_recipe
 
         print(f"finished: {check_finished(Path(load_recipe(given.recipe, given.set).output))}")
         return 0
@@ -59,7 +68,8 @@ def consolidate() -> None:
     CHECKPOINT is ``<run>/checkpoints/step_N``, or a run (its newest checkpoint). tools/zero_to_fp32.py is the same.
     """
     example = "runs/dspark_qwen3_4b drafts/dspark_qwen3_4b --dtype bf16"
-    parser = Parser(description=consolidate.__doc__, example=example)
+    following = "deepspec evaluate --target TARGET --draft {output}"
+    parser = Parser(description=consolidate.__doc__, example=example, following=following)
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run")
     parser.add_argument("output", help="the draft folder to create")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights; default: as trained")

@@ -14,6 +14,7 @@ from typing import Any
 
 from deepspec.arguments import COUNT, POSITIVE, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
+from deepspec.progress import made
 from deepspec.registry import CLIENTS
 
 log = logging.getLogger(__name__)
@@ -22,7 +23,8 @@ log = logging.getLogger(__name__)
 def parse() -> argparse.Namespace:
     """The command line of an evaluation."""
     example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --tasks gsm8k,humaneval --temperature 0 1"
-    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example)
+    following = "deepspec compare OTHER {output}, or deepspec export {draft} served/NAME --format FORMAT"
+    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example, following=following)
     _model_words(parser, "DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0], help="of sampling; 0 is greedy")
@@ -87,11 +89,11 @@ def _model_words(parser: Parser, output: str) -> None:
 
 def _read(parser: Parser) -> argparse.Namespace:
     """The command line, a recipe's values where it gives none."""
+    known = argparse.ArgumentParser.parse_args(parser)
+    if known.recipe:  # its values are the defaults
+        parser.set_defaults(**of_recipe(known.recipe, known.set, known.target))
     given: argparse.Namespace = parser.parse_args()
-    if given.recipe:  # read once more, with the recipe's values as the defaults
-        parser.set_defaults(**of_recipe(given.recipe, given.set, given.target))
-        given = parser.parse_args()
-    elif given.set:
+    if given.set and not given.recipe:
         raise EvaluationError("no recipe to change", key="--set", found=given.set, wanted="--recipe")
     if given.target is None:
         raise EvaluationError("no target named", wanted="--target or --recipe")
@@ -173,6 +175,7 @@ def _run(given: argparse.Namespace) -> int:
     given.draft = str(fetch_draft(given.draft))
     folder = "served" if given.server else "study" if given.study else "evaluation"
     given.output = given.output or str(Path(given.draft) / folder)
+    made(given.output)
     if given.thinking is None:
         given.thinking = trained_to_think(Path(given.draft))
         if given.thinking:
@@ -199,7 +202,6 @@ def _serve(given: argparse.Namespace) -> int:
     for concurrency, one in results.items():
         folder = Path(given.output) / f"concurrency-{concurrency}"
         write_report(one.to_row(), folder)
-        log.info("%s/results.json, %s/report.html", folder, folder)
     print(load_table(results))
     return 0
 
@@ -221,7 +223,6 @@ def _evaluate(given: argparse.Namespace) -> int:
     if results is not None:
         write_report(results.to_row(), Path(given.output))
         print(markdown(results.to_row()))
-        log.info("%s/results.json, %s/report.html", given.output, given.output)
     return 0
 
 
@@ -244,7 +245,6 @@ def _study(given: argparse.Namespace) -> int:
         "device": str(pick_device()),
     }
     print(markdown(run_study(StudyOptions(**_fields(StudyOptions, vars(given) | more)))))
-    log.info("%s/study.json, study.md, costs.json and plots", given.output)
     return 0
 
 

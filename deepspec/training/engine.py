@@ -133,6 +133,13 @@ class Engine:
         if self.world.size > 1:
             dist.barrier(group=self.control)
 
+    def saved_bytes(self) -> int:
+        """About as many as :meth:`save` writes: of every weight that is trained AdamW's master copy and two moments."""
+        every = list(self.model.parameters())
+        counts = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in every]  # of a sharded one, its all
+        pairs = zip(every, counts, strict=True)
+        return sum(count * (one.itemsize + 12 * one.requires_grad) for one, count in pairs)
+
     def save(self, folder: Path, tag: str) -> None:
         """Write the draft's weights, frozen ones too, and optimizer state to ``folder/tag`` (every rank calls this)."""
         info = {"universal_checkpoint_info": {"universal_checkpoint_version": UNIVERSAL_VERSION}}
