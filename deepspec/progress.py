@@ -94,8 +94,9 @@ class _Command:
         _jobs.clear()
         clear()
         if went_well:
-            made = self.facts.get("output")
-            what = f"made {_with_size(made)}" if made and os.path.exists(made) else f"{self.program}: done"
+            output = str(self.facts.get("output") or "")
+            there = os.path.exists(output) or "://" in output
+            what = f"made {_with_size(output)}" if there else f"{self.program}: done"
             known = {key: str(value) for key, value in self.facts.items() if value}
             following = self.following and f"; next: {self.following.format_map(_Names(known))}"
             show(printable(f"{what} in {duration(time.monotonic() - self.begun)}{following}"), sys.stderr)

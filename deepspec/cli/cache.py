@@ -79,14 +79,14 @@ def cache() -> int:
 
 def estimate() -> int:
     """Tokens, bytes per level, files and hours of a build: of a recipe and conversations, or of totals (--tokens)."""
-    following = "deepspec cache build --recipe {recipe} --data {data} --output {output}"
+    following = "deepspec cache build --recipe {recipe} --data {data} --output {place}"
     parser = Parser(description=estimate.__doc__, example=f"{_RECIPE_AND_DATA} --rate 40000", following=following)
     _recipe_and_data(parser)
     parser.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
     parser.add_argument("--measure", type=COUNT_OR_NONE, default=0,
                         help="run so many through the target for its own ratios")  # fmt: skip
     parser.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
-    parser.add_argument("--output", help="where the cache would go, for the free disk space")
+    parser.add_argument("--output", dest="place", help="where the cache would go, for the free disk space")
     parser.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
     parser.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
     parser.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
@@ -115,8 +115,8 @@ def estimate() -> int:
         print(f"  {one.level:9s} {byte_size(one.coded_bytes):>9s}  {one.parts:7,} parts  {one.files:8,} files")
     if given.rate:
         print(f"{duration(totals.tokens / given.rate)} at {given.rate:,.0f} tokens/s")
-    if given.output:
-        output = Path(given.output).absolute()
+    if given.place:
+        output = Path(given.place).absolute()
         folder = next(path for path in (output, *output.parents) if path.exists())
         print(f"{byte_size(shutil.disk_usage(folder).free)} free at {folder}")
     return 0

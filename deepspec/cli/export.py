@@ -7,6 +7,7 @@ import argparse
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.log import say
+from deepspec.progress import made
 
 _EVALUATE = "deepspec evaluate --target {target} --draft {output}"
 
@@ -109,4 +110,6 @@ def push() -> None:
 
     from deepspec.export.hub import push_draft
 
-    say(push_draft(given.folder, given.repository, not given.public, given.update))
+    address = push_draft(given.folder, given.repository, not given.public, given.update)
+    say(address)
+    made(address)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from deepspec.arguments import Parser
-from deepspec.cli import rank_word, recipe_words
-from deepspec.errors import DeepSpecError
+from deepspec.cli import about_recipe, rank_word, recipe_words
 from deepspec.log import say
-from deepspec.progress import about
 from deepspec.recipe import load_recipe
 
 _CONSOLIDATE = "deepspec consolidate {output} drafts/NAME"
@@ -46,10 +43,7 @@ def _train(parser: Parser, from_draft: bool) -> int:
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
     rank_word(parser)
     given = parser.parse_args()
-
-    with suppress(DeepSpecError, OSError):  # it is read again, and refused once, when the processes have met
-        recipe = load_recipe(given.recipe, given.set)
-        about(target=recipe.target.path, data=recipe.data.cache or recipe.data.files, output=recipe.output)
+    about_recipe(given, given.check)
     if given.check:
         from deepspec.checkpoints import check_finished
 

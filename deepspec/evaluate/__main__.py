@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def parse_study() -> argparse.Namespace:
     """The command line of a study, as that of an evaluation with ``--study scheduler`` gives it."""
     example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --concurrency 1 4 16"
     description = "Compare verification policies under load; the same as ``deepspec evaluate --study scheduler``."
-    parser = Parser(prog=program("deepspec.evaluate"), description=description, example=example)
+    following = "deepspec export {draft} served/NAME --format FORMAT"
+    parser = Parser(prog=program("deepspec.evaluate"), description=description, example=example, following=following)
     _model_words(parser, "DRAFT/study")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs=1, default=[1.0], help="of sampling; 0 is greedy")
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="requests at a time")
@@ -151,8 +153,6 @@ def of_recipe(path: str, overrides: list[str], target: str | None) -> dict[str, 
 def main() -> int:
     """Run, write, print the table."""
     if sys.argv[1:2] == ["compare"]:
-        from deepspec.evaluate.compare import main as compare
-
         sys.argv[:2] = [f"{sys.argv[0]} compare"]
         return compare()
     return _run(parse())
@@ -161,6 +161,59 @@ def main() -> int:
 def study() -> int:
     """The study alone: ``deepspec study``."""
     return _run(parse_study())
+
+
+def compare(arguments: Sequence[str] | None = None) -> int:
+    """Finished runs side by side; ``arguments``: instead of those of the command line.
+
+    Differences are against the first run, over the prompts that both decoded, with a paired bootstrap: the same prompts
+    are drawn for both, so what is hard for every draft does not widen the interval.
+    """
+    example, following = "drafts/a/evaluation drafts/b/evaluation", "deepspec export DRAFT served/NAME --format FORMAT"
+    parser = Parser(
+        prog=program("deepspec.evaluate compare"), description=compare.__doc__, example=example, following=following
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
+    given = parser.parse_args(arguments)
+    if len(given.runs) < 2:
+        raise EvaluationError("nothing to compare", found=str(given.runs[0]), wanted="two results folders or more")
+
+    from deepspec.evaluate.compare import Run, comparison
+
+    print(comparison([Run.load(folder) for folder in given.runs]))
+    return 0
+
+
+def calibrate() -> None:
+    """Confidence against what happened: reliability, ECE, AUC, Brier; Sequential Temperature Scaling fitted and saved.
+
+    Reads the rounds of finished evaluations that verified everything (the same prompts with other seeds, for instance),
+    fits one temperature a position on the prompts of even index, prints ECE before and after on both halves, and saves
+    ``sts.json`` into the draft folder, from where later evaluations take it. A fit that makes ECE worse on the prompts
+    of odd index is reported and not saved.
+    """
+    example = "--draft drafts/dspark_qwen3_4b --results drafts/dspark_qwen3_4b/evaluation --temperature 1"
+    following = "deepspec evaluate --target TARGET --draft {draft} --confidence-threshold 0.5"
+    name, text = program("deepspec.evaluate.calibration"), calibrate.__doc__
+    parser = Parser(prog=name, description=text, example=example, following=following)
+    parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
+    parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")
+    parser.add_argument("--report", type=Path, help="write all figures into this JSON file too")
+    given = parser.parse_args()
+
+    from deepspec.evaluate import calibration
+    from deepspec.files import write_json
+
+    result = calibration.calibrate(given.draft, given.results, given.temperature)
+    print(calibration.markdown(result))
+    if given.report is not None:
+        write_json(given.report, result)
+    file = given.draft / calibration.STS_FILE
+    if result["saved"]:
+        made(file)
+    elif file.exists():
+        log.info("%s: the earlier fit stays in use; remove it to decode without one", file)
 
 
 def _run(given: argparse.Namespace) -> int:
