@@ -112,7 +112,7 @@ def environment(folder: Path) -> dict[str, str]:
     from processes import SET, UNSET
 
     kept = {key: value for key, value in os.environ.items() if key not in UNSET}
-    return kept | SET | {"XDG_CACHE_HOME": str(folder / "xdg"), "TERM": "xterm", "COLUMNS": "160"}
+    return kept | SET | {"PIP_NO_INDEX": "1", "XDG_CACHE_HOME": str(folder / "xdg"), "TERM": "xterm", "COLUMNS": "160"}
 
 
 def inputs(folder: Path) -> None:
@@ -153,7 +153,7 @@ def commands() -> list[Command]:
         Command("evaluate", (*measure, "r0", "--temperature", 1), "r0"),
         Command("evaluate", (*measure, "r1", "--temperature", 1, "--seed", 1), "r1"),
         Command("compare", ("r0", "r1")),
-        Command("calibrate", ("--draft", "draft", "--results", "r0", "r1"), None),
+        Command("calibrate", ("--draft", "draft", "--results", "r0", "r1"), "draft/sts.json"),
         Command("study", (*measure, "study", "--concurrency", 1, 2), "study"),
         Command("export", ("draft", "served", "--format", "vllm"), "served"),
         Command("import", ("served", "imported", "--target", "target"), "imported"),

@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from deepspec.errors import at_end, printable, without_logins
@@ -47,15 +47,11 @@ def bytes_in(path: str | os.PathLike[str]) -> int:
 
 def bytes_of(path: str | os.PathLike[str]) -> tuple[int, bool]:
     """Bytes of a file, or of all files in a folder, and whether all were seen: for very many there is no time."""
-    if not os.path.isdir(path):
-        return (os.path.getsize(path) if os.path.isfile(path) else 0), True
     total, end = 0, time.monotonic() + LOOKING
-    for folder, _, names in os.walk(path):
+    for folder, _, names in os.walk(path) if os.path.isdir(path) else [("", [], [path])]:
         for name in names:
-            try:
-                total += os.lstat(os.path.join(folder, name)).st_size
-            except OSError:  # gone meanwhile
-                continue
+            with suppress(OSError):  # gone meanwhile, or never there
+                total += os.stat(os.path.join(folder, name)).st_size
         if time.monotonic() > end:
             return total, False
     return total, True
@@ -259,7 +255,7 @@ class Progress:
         return self.noun and f" {self.noun}"
 
     def _more(self) -> str:
-        text = self.more()
+        text = self.more() if self.done or self.units else ""  # what it tells of may not be there before the first item
         return text and f", {text}"
 
 

@@ -62,7 +62,7 @@ def consolidate() -> None:
     CHECKPOINT is ``<run>/checkpoints/step_N``, or a run (its newest checkpoint). tools/zero_to_fp32.py is the same.
     """
     example = "runs/dspark_qwen3_4b drafts/dspark_qwen3_4b --dtype bf16"
-    following = "deepspec evaluate --target TARGET --draft {output}"
+    following = "deepspec evaluate --target {target} --draft {output}"
     parser = Parser(description=consolidate.__doc__, example=example, following=following)
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run")
     parser.add_argument("output", help="the draft folder to create")

@@ -24,7 +24,7 @@ from deepspec.drafts import read_weights as read_draft_weights
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
-from deepspec.progress import bytes_in, bytes_read, waiting
+from deepspec.progress import about, bytes_in, bytes_read, waiting
 from deepspec.recipe import recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 from deepspec.targets.stored import check_finite
@@ -74,6 +74,7 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    about(target=spec.path)
     _check_target(spec, manifest, folder, embeddings)
     with waiting(f"checking {folder}", folder, bytes_read):
         check_files(folder, manifest)

@@ -34,14 +34,11 @@ UNIVERSAL_VERSION = 0.4
 
 @contextlib.contextmanager
 def training_processes() -> Iterator[World]:
-    """The process group of the launcher, or one of a single process; the libraries are quiet.
+    """The process group of the launcher, or one of a single process.
 
     On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank
     in /dev/shm.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        handler.setLevel(logging.WARNING)
     backend, world = "nccl", world_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(pick_device(world.local_rank))
