@@ -48,7 +48,8 @@ def bytes_in(path: str | os.PathLike[str]) -> int:
 def bytes_of(path: str | os.PathLike[str]) -> tuple[int, bool]:
     """Bytes of a file, or of all files in a folder, and whether all were seen: for very many there is no time."""
     total, end = 0, time.monotonic() + LOOKING
-    for folder, _, names in os.walk(path) if os.path.isdir(path) else [("", [], [path])]:
+    walk = os.walk(path) if os.path.isdir(path) else [(os.curdir, [], [os.path.abspath(path)])]
+    for folder, _, names in walk:
         for name in names:
             with suppress(OSError):  # gone meanwhile, or never there
                 total += os.stat(os.path.join(folder, name)).st_size
