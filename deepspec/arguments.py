@@ -8,14 +8,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import math
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from deepspec.errors import DeepSpecError
 from deepspec.log import LEVELS, start_logging
+from deepspec.progress import opening
 
 
 @dataclass(frozen=True)
@@ -154,12 +157,17 @@ class Parser(argparse.ArgumentParser):
     Args:
         description: shown as it is written, without its indentation.
         example: the words of a typical call, which ``--help`` shows behind the program's name.
+        following: the command that usually comes next, with ``{options}`` of this one.
+        piped: its output is data: where stdout is no terminal, nothing else is printed.
         kwargs: of argparse.
     """
 
-    def __init__(self, *, description: str | None = None, example: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *, description: str | None = None, example: str | None = None, following: str = "", piped: bool = False,
+        **kwargs: Any,
+    ) -> None:  # fmt: skip
         text = None if description is None else inspect.cleandoc(description)
-        self.example = example
+        self.example, self.following, self.piped = example, following, piped
         shown = None if example is None else f"example:\n  %(prog)s {example}".rstrip()
         if sys.argv[0].endswith(".py"):
             kwargs.setdefault("prog", f"python {sys.argv[0]}")
@@ -171,12 +179,26 @@ class Parser(argparse.ArgumentParser):
         )
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse as argparse does, then start logging as the command line asks."""
+        """Parse as argparse does, start logging as the command line asks, and say what the command is about to do."""
         if _only_parser.get():
             raise _Parsed(self)
         given = vars(super().parse_args(args, namespace))
         start_logging(given.pop("log_level", "info"), given.pop("quiet", False))
+        if not self.piped or sys.stdout.isatty():
+            what = re.split(r"(?<=[.])\s", self.description or "starts")[0].replace("\n", " ")
+            opening(self.prog, what, given, self._telling(given), self.following)
         return argparse.Namespace(**given)
+
+    def _telling(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The options that say what a command works on: names and paths, and of the others what is not the default."""
+        found = {}
+        for action in self._actions:
+            value = given.get(action.dest)
+            texts = value if isinstance(value, list | tuple) else [value]
+            named = action.choices is None and all(isinstance(one, str | Path) for one in texts)
+            if action.help != argparse.SUPPRESS and (named or value != self.get_default(action.dest)):
+                found[action.dest] = value
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Refuse the command line.

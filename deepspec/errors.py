@@ -168,14 +168,31 @@ def system_error(
     return kind(text, file=where, remedy=remedy or "look at the file")
 
 
+_endings: list[list[Callable[[bool], None]]] = []  # of the commands that run, one inside the other
+
+
+def at_end(call: Callable[[bool], None]) -> bool:
+    """Have :func:`run_main` call this when its command ends, with whether it went well; False where none runs."""
+    if _endings:
+        _endings[-1].append(call)
+    return bool(_endings)
+
+
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; bad input and what the system refuses become one line on stderr and exit code 1.
 
     A reader that closed the pipe (``| head``) is no error of ours: the command ends without a word.
     """
+    went_well = False
+    _endings.append([])
     try:
-        code = main()
-        sys.stdout.flush()
+        try:
+            code = main()
+            sys.stdout.flush()
+            went_well = not code
+        finally:
+            for call in _endings.pop():
+                call(went_well)
     except DeepSpecError as error:
         _fail(error)
     except Exception as problem:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import sys
+import time
+import warnings
+from typing import TextIO
 
 from deepspec.distributed import world_from_environment
 from deepspec.errors import printable
@@ -21,9 +25,62 @@ class _Streams(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         text = printable(self.format(record))
         if record.levelno >= logging.WARNING:
-            print(f"{record.levelname.lower()}: {text}", file=sys.stderr, flush=True)
+            show(f"{record.levelname.lower()}: {text}", sys.stderr)
         elif world_from_environment().is_main:
-            print(text, flush=True)
+            show(text, sys.stdout)
+
+
+class _Screen:
+    """When this process printed last, and whether a passing line stands where the next one goes."""
+
+    last, passing = 0.0, False
+
+
+def show(text: str, stream: TextIO) -> None:
+    """Print a line that stays."""
+    clear()
+    _Screen.last = time.monotonic()
+    print(text, file=stream, flush=True)
+
+
+def show_passing(text: str) -> None:
+    """Print how far a job is, on stderr; on a terminal the next line takes its place."""
+    passing = sys.stderr.isatty()
+    clear()
+    if passing:
+        text = text[: shutil.get_terminal_size().columns - 1]
+    _Screen.last, _Screen.passing = time.monotonic(), passing
+    print(text, end="" if passing else "\n", file=sys.stderr, flush=True)
+
+
+def clear() -> None:
+    """Take a passing line away."""
+    if _Screen.passing:
+        _Screen.passing = False
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def silent_for() -> float:
+    """Seconds since the last line."""
+    return time.monotonic() - _Screen.last
+
+
+def silence_libraries() -> None:
+    """Keep warnings, notes and bars of the libraries off the terminal; call it before they are imported.
+
+    What matters in them is checked, and named, by our own code. An environment that asks for more keeps it, and
+    ``--log-level debug`` shows them all.
+    """
+    if logging.getLogger("deepspec").isEnabledFor(logging.DEBUG):
+        return
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers' bars follow it
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    # a filter outlives the level that an import sets
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def start_logging(level: str = "info", quiet: bool = False) -> None:

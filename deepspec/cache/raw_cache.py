@@ -171,6 +171,7 @@ def import_raw_cache(source: str | Path, output: str | Path, fingerprint: dict[s
                 blocks = (raw.block(range(n, n + 1), layout.keeps_last) for n in samples)
                 write_part(store, part.name, layout, pool, blocks)
             progress.add(1, part.rows)
+        progress.finish()
         return finish_cache(store, plan)
 
 
@@ -196,6 +197,7 @@ def export_raw_cache(source: str | Path, output: str | Path, shard_bytes: int = 
             for number, shard, file in samples:
                 records[number] = _export_sample(cache, number, shard, file)
                 progress.add(1, int(records[number]["tokens"]))
+        progress.finish()
         write_bytes(folder / INDEX, records.tobytes())
         sample_ids = io.BytesIO()
         np.save(sample_ids, cache.sample_ids)

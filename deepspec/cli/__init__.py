@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
 from deepspec.arguments import RANK, Parser
 from deepspec.errors import DeepSpecError, nearest, run_main
+from deepspec.progress import about
+from deepspec.recipe_files import read_files
 from deepspec.registry import lookup
 
 PROGRAM = "deepspec"
@@ -35,8 +38,8 @@ VERBS = {  # verb, or verb of a group -> (function, what it does)
     "evaluate": ("deepspec.evaluate.__main__:main", "measure a draft"),
     "chat": ("deepspec.cli.chat:chat", "talk to a target and see its draft at work"),
     "study": ("deepspec.evaluate.__main__:study", "compare verification policies under load"),
-    "calibrate": ("deepspec.evaluate.calibration:main", "fit the confidence head's temperatures"),
-    "compare": ("deepspec.evaluate.compare:main", "finished evaluations side by side"),
+    "calibrate": ("deepspec.evaluate.__main__:calibrate", "fit the confidence head's temperatures"),
+    "compare": ("deepspec.evaluate.__main__:compare", "finished evaluations side by side"),
     "export": ("deepspec.cli.export:export", "a draft in an engine's form"),
     "import": ("deepspec.cli.export:import_foreign", "somebody else's draft in our form"),
     "push": ("deepspec.cli.export:push", "upload an exported draft to the hub"),
@@ -96,6 +99,16 @@ def recipe_words(
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key, such as train.lr=3e-4"
     )
+
+
+def about_recipe(given: argparse.Namespace, makes_nothing: bool = False) -> None:
+    """Say what a training reads and writes, from the recipe's files: to check them takes what is slow to import."""
+    with suppress(DeepSpecError, OSError):  # they are read again, and refused once
+        values = read_files(given.recipe, given.set)
+        target, data = (values[key] if isinstance(values.get(key), Mapping) else {} for key in ("target", "data"))
+        output = values.get("output") or f"runs/{values.get('name')}"
+        found = data.get("cache") or data.get("conversations")
+        about(target=target.get("path"), data=found, output=None if makes_nothing else output)
 
 
 def rank_word(parser: argparse.ArgumentParser) -> None:

@@ -14,11 +14,12 @@ from deepspec.cli import main, rank_word, recipe_words
 from deepspec.errors import CacheError, DataError
 from deepspec.files import RESTORE
 from deepspec.log import say
-from deepspec.progress import clock
+from deepspec.progress import byte_size, duration
 from deepspec.recipe import Recipe, load_recipe
 
 log = logging.getLogger(__name__)
 _RECIPE_AND_DATA = "--recipe dspark_qwen3_4b --data qwen3_4b.jsonl"
+_TRAIN = "deepspec train --recipe {recipe} --set data.cache={output}"
 
 
 def build() -> int:
@@ -27,7 +28,8 @@ def build() -> int:
     Killed and started again it continues, with any number of processes: ``mpirun -n 8 deepspec cache build ...``, or
     tools/build_cache.py with the same options.
     """
-    parser = Parser(description=build.__doc__, example=f"{_RECIPE_AND_DATA} --output caches/qwen3_4b")
+    example = f"{_RECIPE_AND_DATA} --output caches/qwen3_4b"
+    parser = Parser(description=build.__doc__, example=example, following=_TRAIN)
     parser.add_argument("--append", action="store_true", help="add the conversations to the cache that is there")
     return _build(parser)
 
@@ -35,7 +37,7 @@ def build() -> int:
 def append() -> int:
     """Add conversations to a cache that is complete: ``deepspec cache build --append``."""
     example = "--recipe dspark_qwen3_4b --data more.jsonl --output caches/qwen3_4b"
-    parser = Parser(description=append.__doc__, example=example)
+    parser = Parser(description=append.__doc__, example=example, following=_TRAIN)
     parser.set_defaults(append=True)
     return _build(parser)
 
@@ -77,13 +79,14 @@ def cache() -> int:
 
 def estimate() -> int:
     """Tokens, bytes per level, files and hours of a build: of a recipe and conversations, or of totals (--tokens)."""
-    parser = Parser(description=estimate.__doc__, example=f"{_RECIPE_AND_DATA} --rate 40000")
+    following = "deepspec cache build --recipe {recipe} --data {data} --output {place}"
+    parser = Parser(description=estimate.__doc__, example=f"{_RECIPE_AND_DATA} --rate 40000", following=following)
     _recipe_and_data(parser)
     parser.add_argument("--probe", type=COUNT, default=20_000, help="conversations rendered, spread over the file")
     parser.add_argument("--measure", type=COUNT_OR_NONE, default=0,
                         help="run so many through the target for its own ratios")  # fmt: skip
     parser.add_argument("--rate", type=POSITIVE, help="tokens/s of the target on all devices")
-    parser.add_argument("--output", help="where the cache would go, for the free disk space")
+    parser.add_argument("--output", dest="place", help="where the cache would go, for the free disk space")
     parser.add_argument("--tokens", type=POSITIVE, help="instead of recipe and data: tokens in all")
     parser.add_argument("--mean", type=POSITIVE, default=1000.0, help="with --tokens: tokens of a sample")
     parser.add_argument("--supervised", type=SHARE, default=0.75, help="with --tokens: share of supervised tokens")
@@ -109,13 +112,13 @@ def estimate() -> int:
         f"{totals.mean_tokens:,.0f} a sample, {totals.last_rows / max(totals.tokens, 1):.0%} supervised"
     )
     for one in found:
-        print(f"  {one.level:9s} {one.coded_bytes / 1e9:12,.3f} GB  {one.parts:7,} parts  {one.files:8,} files")
+        print(f"  {one.level:9s} {byte_size(one.coded_bytes):>9s}  {one.parts:7,} parts  {one.files:8,} files")
     if given.rate:
-        print(f"{clock(totals.tokens / given.rate)} at {given.rate:,.0f} tokens/s")
-    if given.output:
-        output = Path(given.output).absolute()
+        print(f"{duration(totals.tokens / given.rate)} at {given.rate:,.0f} tokens/s")
+    if given.place:
+        output = Path(given.place).absolute()
         folder = next(path for path in (output, *output.parents) if path.exists())
-        print(f"{shutil.disk_usage(folder).free / 1e9:,.1f} GB free at {folder}")
+        print(f"{byte_size(shutil.disk_usage(folder).free)} free at {folder}")
     return 0
 
 
@@ -185,7 +188,8 @@ def verify() -> int:
 
 def import_raw() -> None:
     """A raw-binary cache of the paper's release into ours; target and template are the recipe's."""
-    parser = Parser(description=import_raw.__doc__, example="raw caches/qwen3_4b --recipe dspark_qwen3_4b")
+    example = "raw caches/qwen3_4b --recipe dspark_qwen3_4b"
+    parser = Parser(description=import_raw.__doc__, example=example, following=_TRAIN)
     recipe_words(parser, required=True)
     parser.add_argument("--data", help=argparse.SUPPRESS)  # of earlier releases, which did not read it either
     _two_words(parser)
@@ -204,7 +208,7 @@ def import_raw() -> None:
     recipe = recipe.for_target(spec)
     mark = fingerprint_of(recipe, spec, load_tokenizer(target.path, target.revision), [])
     manifest = import_raw_cache(given.source, given.output, mark, recipe.cache.samples_per_part)
-    say(f"{given.output}: {manifest.samples:,} samples, {manifest.coded_bytes / 1e9:.3f} GB")
+    say(f"{given.output}: {manifest.samples:,} samples, {byte_size(manifest.coded_bytes)}")
 
 
 def export_raw() -> None:
@@ -222,7 +226,8 @@ def export_raw() -> None:
 
 def recode() -> None:
     """An exact cache at another level of compression, without the target."""
-    parser = Parser(description=recode.__doc__, example="caches/qwen3_4b caches/qwen3_4b_near --level near")
+    example = "caches/qwen3_4b caches/qwen3_4b_near --level near"
+    parser = Parser(description=recode.__doc__, example=example, following=_TRAIN)
     _two_words(parser)
     parser.add_argument("--level", default="near", choices=list(LEVELS), help="of features and last hidden states")
     parser.add_argument("--features-level", choices=list(LEVELS), help="of the features alone")
@@ -269,5 +274,5 @@ def _read(given: argparse.Namespace) -> tuple[Recipe, str]:
 
 def _summary(output: str, manifest: CacheManifest) -> str:
     share = manifest.coded_bytes / manifest.raw_bytes
-    sizes = f"{manifest.coded_bytes / 1e9:.3f} GB ({share:.3f} of raw)"
+    sizes = f"{byte_size(manifest.coded_bytes)} ({share:.3f} of raw)"
     return f"{output}: {manifest.samples:,} samples, {manifest.tokens:,} tokens, {sizes}"

@@ -7,6 +7,7 @@ from functools import partial
 
 from deepspec.arguments import COUNT, COUNT_OR_NONE, SEED, TEMPERATURE, Parser
 from deepspec.log import in_colour
+from deepspec.progress import interactive
 
 
 def chat() -> None:
@@ -39,6 +40,7 @@ def chat() -> None:
     target = models.load_target()
     draft, renderer = load_draft(models.draft, target), models.renderer(target)
     settings = DecodeSettings(given.temperature, given.max_new_tokens, renderer.stop_token_ids, given.seed)
+    interactive()
     write = partial(print, end="", flush=True)
     Chat(target, draft, renderer, settings, write, in_colour(), given.compare).run(sys.stdin)
     print()

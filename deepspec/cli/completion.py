@@ -17,7 +17,7 @@ def completion() -> None:
     bash: write it to ~/.local/share/bash-completion/completions/deepspec, or ``eval "$(deepspec completion bash)"``.
     zsh: write it to a file _deepspec in a folder of $fpath.
     """
-    parser = Parser(description=completion.__doc__, example="bash")
+    parser = Parser(description=completion.__doc__, example="bash", piped=True)
     parser.add_argument("shell", choices=("bash", "zsh"), metavar="SHELL", help="who reads it: bash or zsh")
     shell = parser.parse_args().shell
 

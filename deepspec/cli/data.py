@@ -32,7 +32,9 @@ def prepare() -> None:
 
     Writes train.jsonl, held_out.jsonl and report.json; duplicates and evaluation prompts (--exclude) are dropped.
     """
-    parser = Parser(description=prepare.__doc__, example="--recipe dspark_qwen3_4b --output data/prompts")
+    following = "deepspec regenerate --recipe {recipe} --prompts {output}/train.jsonl --output answers.jsonl"
+    example = "--recipe dspark_qwen3_4b --output data/prompts"
+    parser = Parser(description=prepare.__doc__, example=example, following=following)
     recipe_words(parser, text="states data.prompts and data.held_out; other words win over it")
     parser.add_argument("--source", action="append", metavar="NAME[=WEIGHT]",
                         help=f"hub id or file (default: the recipe's, or {DEFAULT})")  # fmt: skip
@@ -78,7 +80,8 @@ def _weighted(text: str) -> tuple[str, float]:
 def regenerate() -> None:
     """The target's own answers to prompts, from servers or in this process; started again, it continues."""
     example = "--recipe dspark_qwen3_4b --prompts data/prompts/train.jsonl --output qwen3_4b.jsonl"
-    parser = Parser(description=regenerate.__doc__, example=f"{example} --server http://localhost:8000")
+    example, following = f"{example} --server http://localhost:8000", "deepspec inspect {output} --recipe {recipe}"
+    parser = Parser(description=regenerate.__doc__, example=example, following=following)
     recipe_words(parser, text="states target, sampling, thinking, system prompt and seed")
     parser.add_argument("--target", help="model folder or hub id (default: the recipe's)")
     parser.add_argument("--prompts", required=True, help="conversations (JSONL) whose user turns are answered")
@@ -122,7 +125,9 @@ def regenerate() -> None:
 
 def inspect() -> None:
     """What a target is trained on, supervised tokens in green."""
-    parser = Parser(description=inspect.__doc__, example="qwen3_4b.jsonl --recipe dspark_qwen3_4b --show 5")
+    following = "deepspec estimate --recipe {recipe} --data {data}"
+    example = "qwen3_4b.jsonl --recipe dspark_qwen3_4b --show 5"
+    parser = Parser(description=inspect.__doc__, example=example, following=following)
     parser.add_argument("data", help="conversations (JSONL)")
     parser.add_argument("--recipe", help="states target, thinking, system prompt, max_length and min_supervised")
     parser.add_argument("--target", help="model folder or hub id (default: the recipe's)")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
+from deepspec.progress import made
 
 
 def quickstart() -> None:
@@ -15,7 +16,7 @@ def quickstart() -> None:
 
     Its output is under build/quickstart in the current folder. Run again, it continues where it stopped.
     """
-    Parser(description=quickstart.__doc__, example="").parse_args()
+    Parser(description=quickstart.__doc__, example="", following="deepspec serve-check").parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
 
@@ -27,7 +28,7 @@ def real() -> None:
 
     Its output is under build/real in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=real.__doc__, example="--scale smoke")
+    parser = Parser(description=real.__doc__, example="--scale smoke", following="deepspec demo finetune")
     parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
     parser.add_argument("--tasks", type=Path, default=Path("../shared/eval"), help="folder of evaluation prompts")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
@@ -43,7 +44,7 @@ def finetune() -> None:
 
     Its output is under build/finetune in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=finetune.__doc__, example="--scale smoke")
+    parser = Parser(description=finetune.__doc__, example="--scale smoke", following="deepspec demo results")
     parser.add_argument("--scale", default="full", help="full (half an hour) or smoke (minutes: shows that it works)")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
     given = parser.parse_args()
@@ -58,7 +59,7 @@ def ablate() -> None:
 
     Its output is under build/ablations in the current folder. Run again, it continues where it stopped.
     """
-    parser = Parser(description=ablate.__doc__, example="--cores 2")
+    parser = Parser(description=ablate.__doc__, example="--cores 2", following="deepspec demo results")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="variants at a time, one process each")
     given = parser.parse_args()
 
@@ -76,7 +77,9 @@ def results() -> None:
 
     from deepspec.demos.smollm2.results import write_results
 
-    print(", ".join(map(str, write_results())))
+    written = write_results()
+    print(", ".join(map(str, written)))
+    made(next(iter(written)))
 
 
 def serve_check() -> int:
@@ -123,6 +126,7 @@ def serve_check() -> int:
     print(table(rows))
     if given.json:
         write_json(given.json, {"rows": to_json(rows)})
+        made(given.json)
     if given.page:
         write_text(given.page, fill_page(given.page.read_text(encoding="utf-8"), "serve-check", table(rows)))
     return int(any(row.status == "FAILED" for row in rows))

@@ -7,6 +7,9 @@ import argparse
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, Parser
 from deepspec.log import say
+from deepspec.progress import made
+
+_EVALUATE = "deepspec evaluate --target {target} --draft {output}"
 
 
 def export() -> int:
@@ -16,7 +19,8 @@ def export() -> int:
     by ``deepspec import``.
     """
     example = f"drafts/dspark_qwen3_4b served/dspark_qwen3_4b --format {[*registry.ENGINES][-1]}"
-    parser = Parser(description=export.__doc__, example=example)
+    following = "deepspec push {output} OWNER/NAME"
+    parser = Parser(description=export.__doc__, example=example, following=following)
     parser.add_argument("source", help="a draft folder, a checkpoint or a run; with --from a folder or hub id")
     parser.add_argument("output", help="the folder to create")
     way = parser.add_mutually_exclusive_group(required=True)
@@ -55,7 +59,8 @@ def import_foreign() -> int:
     Every weight is checked. A draft whose slot convention, layers or drafted tokens are stated neither in its
     config.json nor on the command line is refused.
     """
-    parser = Parser(description=import_foreign.__doc__, example="owner/draft drafts/theirs --target Qwen/Qwen3-4B")
+    example, following = "owner/draft drafts/theirs --target Qwen/Qwen3-4B", _EVALUATE
+    parser = Parser(description=import_foreign.__doc__, example=example, following=following)
     parser.add_argument("source", help="a folder or hub id")
     parser.add_argument("output", help="the draft folder to create")
     names = ("auto", *registry.ENGINES)
@@ -105,4 +110,6 @@ def push() -> None:
 
     from deepspec.export.hub import push_draft
 
-    say(push_draft(given.folder, given.repository, not given.public, given.update))
+    address = push_draft(given.folder, given.repository, not given.public, given.update)
+    say(address)
+    made(address)

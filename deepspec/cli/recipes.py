@@ -6,6 +6,7 @@ from pathlib import Path
 
 from deepspec.arguments import Parser
 from deepspec.log import say
+from deepspec.progress import made
 from deepspec.recipe import load_recipe
 from deepspec.recipe_files import copy_recipe, own_recipes
 from deepspec.tables import Table
@@ -13,7 +14,9 @@ from deepspec.tables import Table
 
 def list_recipes() -> None:
     """The recipes that deepspec brings along; each name is one that ``--recipe`` takes."""
-    Parser(description=list_recipes.__doc__, example="").parse_args()
+    Parser(
+        description=list_recipes.__doc__, example="", piped=True, following="deepspec recipes show NAME"
+    ).parse_args()
     recipes = [load_recipe(name) for name in own_recipes()]
     rows = [[recipe.name, recipe.algorithm, recipe.target.path] for recipe in recipes]
     print(Table(["name", "algorithm", "target"], rows).text())
@@ -21,7 +24,8 @@ def list_recipes() -> None:
 
 def show() -> None:
     """Every key of a recipe with its value, as YAML that is a recipe itself."""
-    parser = Parser(description=show.__doc__, example="dspark_qwen3_4b --set train.lr=3e-4")
+    example = "dspark_qwen3_4b --set train.lr=3e-4"
+    parser = Parser(description=show.__doc__, example=example, piped=True, following="deepspec recipes copy {recipe}")
     parser.add_argument("recipe", help="a name of `deepspec recipes list`, or a YAML file")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key")
     given = parser.parse_args()
@@ -33,9 +37,11 @@ def copy() -> None:
 
     What the copy makes lies in the folder. A file that is there with other content is not overwritten.
     """
-    parser = Parser(description=copy.__doc__, example="dspark_qwen3_4b drafts")
+    following = "deepspec train --recipe {output}"
+    parser = Parser(description=copy.__doc__, example="dspark_qwen3_4b drafts", following=following)
     parser.add_argument("name", help="a name of `deepspec recipes list`")
     parser.add_argument("folder", type=Path, nargs="?", default=Path(), help="where to; it is made")
     given = parser.parse_args()
     files = copy_recipe(given.name, given.folder)
-    say("\n".join([*map(str, files), f"next: deepspec train --recipe {files[0]}"]))
+    say("\n".join(map(str, files)))
+    made(files[0])

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 from deepspec.arguments import Parser
-from deepspec.cli import rank_word, recipe_words
+from deepspec.cli import about_recipe, rank_word, recipe_words
 from deepspec.log import say
+from deepspec.recipe import load_recipe
+
+_CONSOLIDATE = "deepspec consolidate {output} drafts/NAME"
 
 
 def train() -> int:
@@ -17,7 +20,8 @@ def train() -> int:
     Run again, it continues where it stopped. A launcher's exit code does not tell whether the run reached its end;
     ``--check`` does.
     """
-    return _train(Parser(description=train.__doc__, example="--recipe dspark_qwen3_4b --set train.lr=3e-4"), False)
+    example = "--recipe dspark_qwen3_4b --set train.lr=3e-4"
+    return _train(Parser(description=train.__doc__, example=example, following=_CONSOLIDATE), False)
 
 
 def finetune() -> int:
@@ -26,7 +30,7 @@ def finetune() -> int:
     It is ``deepspec train --init DRAFT``: any recipe, any launcher, the same options.
     """
     example = "--recipe my_recipe.yaml --init drafts/dspark_qwen3_4b"
-    return _train(Parser(description=finetune.__doc__, example=example), True)
+    return _train(Parser(description=finetune.__doc__, example=example, following=_CONSOLIDATE), True)
 
 
 def _train(parser: Parser, from_draft: bool) -> int:
@@ -39,10 +43,9 @@ def _train(parser: Parser, from_draft: bool) -> int:
     parser.add_argument("--profile", action="store_true", help="write a profiler trace of a few steps")
     rank_word(parser)
     given = parser.parse_args()
-
+    about_recipe(given, given.check)
     if given.check:
         from deepspec.checkpoints import check_finished
-        from deepspec.recipe import load_recipe
 
         print(f"finished: {check_finished(Path(load_recipe(given.recipe, given.set).output))}")
         return 0
@@ -59,7 +62,8 @@ def consolidate() -> None:
     CHECKPOINT is ``<run>/checkpoints/step_N``, or a run (its newest checkpoint). tools/zero_to_fp32.py is the same.
     """
     example = "runs/dspark_qwen3_4b drafts/dspark_qwen3_4b --dtype bf16"
-    parser = Parser(description=consolidate.__doc__, example=example)
+    following = "deepspec evaluate --target {target} --draft {output}"
+    parser = Parser(description=consolidate.__doc__, example=example, following=following)
     parser.add_argument("checkpoint", help="a checkpoint folder, or a run")
     parser.add_argument("output", help="the draft folder to create")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights; default: as trained")

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,8 @@ from deepspec.demos.stages import DEEPSPEC, LAUNCHER, Stage
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError, printable
 from deepspec.files import read_json, write_json
-from deepspec.log import reports
+from deepspec.log import reports, show_passing, silent_for
+from deepspec.progress import PATIENCE, about, duration
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +65,6 @@ class Runner:
         self.complete = {stage.name for stage in stages if stage.artefact.exists()}
         self.running: list[Running] = []
         logs.mkdir(parents=True, exist_ok=True)
-        self._shown = 0.0
 
     def run(self) -> None:
         """Run what is not complete yet.
@@ -71,7 +72,7 @@ class Runner:
         Raises:
             DeepSpecError: a command failed; its log's last lines were printed. What else was running is ended.
         """
-        started = time.monotonic()
+        about(output=self.logs.parent)
         for stage in self.stages:
             if stage.name in self.complete:
                 self._report(stage, f"complete already ({stage.artefact})")
@@ -93,7 +94,7 @@ class Runner:
                     os.killpg(one.process.pid, signal.SIGTERM)
                 one.process.wait()
             signal.signal(signal.SIGTERM, before)
-        log.info("%.0f s in this start; the logs are in %s", time.monotonic() - started, self.logs)
+        log.info("the logs are in %s", self.logs)
 
     def _may_start(self, stage: Stage) -> bool:
         return all(need in self.complete for need in stage.needs)
@@ -123,7 +124,7 @@ class Runner:
                 raise self._failure(one)
             self.complete.add(one.stage.name)
             write_json(self.logs / "seconds.json", stage_seconds(self.logs) | {one.stage.name: round(seconds, 1)})
-            self._report(one.stage, f"done in {seconds:.0f} s: {one.last_line()[:150]}")
+            self._report(one.stage, f"done in {duration(seconds)}: {one.last_line()[:150]}")
 
     def _failure(self, one: Running) -> DeepSpecError:
         lines = one.log.read_text(errors="replace").replace("\r", "\n").splitlines()
@@ -135,18 +136,15 @@ class Runner:
         return DeepSpecError(problem, file=one.log, remedy=remedy)
 
     def _report(self, stage: Stage, text: str) -> None:
-        if sys.stdout.isatty():
-            print("\r\x1b[K", end="")
         log.info("[%2d/%d] %s: %s", self.numbers[stage.name], len(self.stages), stage.name, text)
 
     def _show_progress(self) -> None:
-        """On a terminal: one line with the progress of the running stages, updated once a second."""
-        if not (sys.stdout.isatty() and reports() and self.running) or time.monotonic() - self._shown < 1:
+        """One line with the progress of the running stages, on a terminal once a second."""
+        if not (reports() and self.running) or silent_for() < (1.0 if sys.stderr.isatty() else PATIENCE - 1.0):
             return
-        self._shown = time.monotonic()
-        width = max(20, (os.get_terminal_size().columns - 1) // len(self.running) - 3)
-        parts = [f"{one.stage.name} {self._shown - one.started:.0f} s: {one.last_line()}" for one in self.running]
-        print("\r\x1b[K" + " | ".join(printable(part)[:width] for part in parts), end="", flush=True)
+        width, now = max(20, (shutil.get_terminal_size().columns - 1) // len(self.running) - 3), time.monotonic()
+        parts = [f"{one.stage.name} {duration(now - one.started)}: {one.last_line()}" for one in self.running]
+        show_passing(" | ".join(printable(part)[:width] for part in parts))
 
 
 def _own(handle: BinaryIO, log: Path) -> None:

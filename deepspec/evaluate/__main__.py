@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, RANK, SEED, SHARE, TEMPERATURE, TOGETHER, Parser, program
 from deepspec.errors import EvaluationError, run_main
 from deepspec.log import in_colour
+from deepspec.progress import made
 from deepspec.registry import CLIENTS
 
 log = logging.getLogger(__name__)
@@ -23,7 +25,8 @@ log = logging.getLogger(__name__)
 def parse() -> argparse.Namespace:
     """The command line of an evaluation."""
     example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --tasks gsm8k,humaneval --temperature 0 1"
-    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example)
+    following = "deepspec compare OTHER {output}, or deepspec export {draft} served/NAME --format FORMAT"
+    parser = Parser(prog=program("deepspec.evaluate"), description=__doc__, example=example, following=following)
     _model_words(parser, "DRAFT/evaluation; of a study DRAFT/study, of a server DRAFT/served")
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.0, help="verify while the draft is confident")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs="+", default=[1.0], help="of sampling; 0 is greedy")
@@ -52,7 +55,8 @@ def parse_study() -> argparse.Namespace:
     """The command line of a study, as that of an evaluation with ``--study scheduler`` gives it."""
     example = "--target Qwen/Qwen3-4B --draft drafts/dspark_qwen3_4b --concurrency 1 4 16"
     description = "Compare verification policies under load; the same as ``deepspec evaluate --study scheduler``."
-    parser = Parser(prog=program("deepspec.evaluate"), description=description, example=example)
+    following = "deepspec export {draft} served/NAME --format FORMAT"
+    parser = Parser(prog=program("deepspec.evaluate"), description=description, example=example, following=following)
     _model_words(parser, "DRAFT/study")
     parser.add_argument("--temperature", type=TEMPERATURE, nargs=1, default=[1.0], help="of sampling; 0 is greedy")
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="requests at a time")
@@ -91,11 +95,11 @@ def _model_words(parser: Parser, output: str) -> None:
 
 def _read(parser: Parser) -> argparse.Namespace:
     """The command line, a recipe's values where it gives none."""
+    known = argparse.ArgumentParser.parse_args(parser)
+    if known.recipe:  # its values are the defaults
+        parser.set_defaults(**of_recipe(known.recipe, known.set, known.target))
     given: argparse.Namespace = parser.parse_args()
-    if given.recipe:  # read once more, with the recipe's values as the defaults
-        parser.set_defaults(**of_recipe(given.recipe, given.set, given.target))
-        given = parser.parse_args()
-    elif given.set:
+    if given.set and not given.recipe:
         raise EvaluationError("no recipe to change", key="--set", found=given.set, wanted="--recipe")
     if given.target is None:
         raise EvaluationError("no target named", wanted="--target or --recipe")
@@ -155,8 +159,6 @@ def of_recipe(path: str, overrides: list[str], target: str | None) -> dict[str, 
 def main() -> int:
     """Run, write, print the table."""
     if sys.argv[1:2] == ["compare"]:
-        from deepspec.evaluate.compare import main as compare
-
         sys.argv[:2] = [f"{sys.argv[0]} compare"]
         return compare()
     return _run(parse())
@@ -165,6 +167,59 @@ def main() -> int:
 def study() -> int:
     """The study alone: ``deepspec study``."""
     return _run(parse_study())
+
+
+def compare(arguments: Sequence[str] | None = None) -> int:
+    """Finished runs side by side; ``arguments``: instead of those of the command line.
+
+    Differences are against the first run, over the prompts that both decoded, with a paired bootstrap: the same prompts
+    are drawn for both, so what is hard for every draft does not widen the interval.
+    """
+    example, following = "drafts/a/evaluation drafts/b/evaluation", "deepspec export DRAFT served/NAME --format FORMAT"
+    parser = Parser(
+        prog=program("deepspec.evaluate compare"), description=compare.__doc__, example=example, following=following
+    )
+    parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
+    given = parser.parse_args(arguments)
+    if len(given.runs) < 2:
+        raise EvaluationError("nothing to compare", found=str(given.runs[0]), wanted="two results folders or more")
+
+    from deepspec.evaluate.compare import Run, comparison
+
+    print(comparison([Run.load(folder) for folder in given.runs]))
+    return 0
+
+
+def calibrate() -> None:
+    """Confidence against what happened: reliability, ECE, AUC, Brier; Sequential Temperature Scaling fitted and saved.
+
+    Reads the rounds of finished evaluations that verified everything (the same prompts with other seeds, for instance),
+    fits one temperature a position on the prompts of even index, prints ECE before and after on both halves, and saves
+    ``sts.json`` into the draft folder, from where later evaluations take it. A fit that makes ECE worse on the prompts
+    of odd index is reported and not saved.
+    """
+    example = "--draft drafts/dspark_qwen3_4b --results drafts/dspark_qwen3_4b/evaluation --temperature 1"
+    following = "deepspec evaluate --target TARGET --draft {draft} --confidence-threshold 0.5"
+    name, text = program("deepspec.evaluate.calibration"), calibrate.__doc__
+    parser = Parser(prog=name, description=text, example=example, following=following)
+    parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
+    parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
+    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")
+    parser.add_argument("--report", type=Path, help="write all figures into this JSON file too")
+    given = parser.parse_args()
+
+    from deepspec.evaluate import calibration
+    from deepspec.files import write_json
+
+    result = calibration.calibrate(given.draft, given.results, given.temperature)
+    print(calibration.markdown(result))
+    if given.report is not None:
+        write_json(given.report, result)
+    file = given.draft / calibration.STS_FILE
+    if result["saved"]:
+        made(file)
+    elif file.exists():
+        log.info("%s: the earlier fit stays in use; remove it to decode without one", file)
 
 
 def _run(given: argparse.Namespace) -> int:
@@ -179,6 +234,7 @@ def _run(given: argparse.Namespace) -> int:
     given.draft = str(fetch_draft(given.draft))
     folder = "served" if given.server else "study" if given.study else "evaluation"
     given.output = given.output or str(Path(given.draft) / folder)
+    made(given.output)
     if given.thinking is None:
         given.thinking = trained_to_think(Path(given.draft))
         if given.thinking:
@@ -205,7 +261,6 @@ def _serve(given: argparse.Namespace) -> int:
     for concurrency, one in results.items():
         folder = Path(given.output) / f"concurrency-{concurrency}"
         write_report(one.to_row(), folder)
-        log.info("%s/results.json, %s/report.html", folder, folder)
     print(load_table(results))
     return 0
 
@@ -232,7 +287,6 @@ def _evaluate(given: argparse.Namespace) -> int:
             from deepspec.evaluate.transcript import show
 
             print(f"\n{show(open_rows(Path(given.output), 'results').values(), given.show, in_colour())}\n")
-        log.info("%s/results.json, %s/report.html", given.output, given.output)
     return 0
 
 
@@ -255,7 +309,6 @@ def _study(given: argparse.Namespace) -> int:
         "device": str(pick_device()),
     }
     print(markdown(run_study(StudyOptions(**_fields(StudyOptions, vars(given) | more)))))
-    log.info("%s/study.json, study.md, costs.json and plots", given.output)
     return 0
 
 

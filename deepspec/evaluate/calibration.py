@@ -11,7 +11,6 @@ such a head would measure with the same predictions is reported beside it.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.arguments import TEMPERATURE, Parser, program
 from deepspec.drafts import weights_sha256
 from deepspec.errors import EvaluationError, run_main
 from deepspec.evaluate.report import number
@@ -28,7 +26,6 @@ from deepspec.files import read_json, sealed, write_json
 from deepspec.identity import differences
 from deepspec.tables import Table
 
-log = logging.getLogger(__name__)
 BINS = 10  # of equal width
 GRID = np.exp(np.linspace(np.log(0.2), np.log(5.0), 161))  # temperatures tried; 1 is the one in the middle
 STS_FILE = "sts.json"
@@ -255,25 +252,7 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Parse the arguments, fit and print."""
-    example = "--draft drafts/dspark_qwen3_4b --results drafts/dspark_qwen3_4b/evaluation --temperature 1"
-    parser = Parser(prog=program("deepspec.evaluate.calibration"), description=__doc__, example=example)
-    parser.add_argument("--draft", required=True, type=Path, help="draft folder; sts.json is written there")
-    parser.add_argument("--results", required=True, type=Path, nargs="+", help="folders of evaluations of that draft")
-    parser.add_argument("--temperature", type=TEMPERATURE, default=1.0, help="sampling temperature of the rounds used")
-    parser.add_argument("--report", type=Path, help="write all figures into this JSON file too")
-    given = parser.parse_args()
-    result = calibrate(given.draft, given.results, given.temperature)
-    print(markdown(result))
-    if given.report is not None:
-        write_json(given.report, result)
-    file = given.draft / STS_FILE
-    if result["saved"]:
-        log.info("%s: written", file)
-    elif file.exists():
-        log.info("%s: the earlier fit stays in use; remove it to decode without one", file)
-
-
 if __name__ == "__main__":
-    run_main(main)
+    from deepspec.evaluate.__main__ import calibrate as command
+
+    run_main(command)

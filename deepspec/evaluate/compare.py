@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from deepspec.arguments import Parser, program
 from deepspec.errors import EvaluationError
 from deepspec.evaluate.measure import MACRO, quantiles, resampled
 from deepspec.evaluate.report import number, speed_up
@@ -114,15 +113,3 @@ def _short_names(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return list(paths)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Read the folders, print the table; ``arguments``: instead of those of the command line."""
-    example = "drafts/a/evaluation drafts/b/evaluation"
-    parser = Parser(prog=program("deepspec.evaluate compare"), description=__doc__, example=example)
-    parser.add_argument("runs", nargs="+", type=Path, help="results folders; differences are against the first")
-    given = parser.parse_args(arguments)
-    if len(given.runs) < 2:
-        raise EvaluationError("nothing to compare", found=str(given.runs[0]), wanted="two results folders or more")
-    print(comparison([Run.load(folder) for folder in given.runs]))
-    return 0

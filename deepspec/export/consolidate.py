@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from deepspec.drafts import read_weights as read_draft_weights
 from deepspec.errors import CheckpointError, DraftError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
+from deepspec.progress import about, bytes_in, bytes_read, waiting
 from deepspec.recipe import recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 from deepspec.targets.stored import check_finite
@@ -72,9 +74,12 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     spec = load_spec(recipe.target.path, recipe.target.revision)
     recipe = recipe.for_target(spec)
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
+    about(target=spec.path)
     _check_target(spec, manifest, folder, embeddings)
-    check_files(folder, manifest)
-    weights = read_weights(folder, manifest)
+    with waiting(f"checking {folder}", folder, bytes_read):
+        check_files(folder, manifest)
+    with waiting(f"putting the shards of {folder} together", folder, bytes_read):
+        weights = read_weights(folder, manifest)
     state = {name: tensor.to(kind) if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     if embeddings:  # as exact as the target's files have them, not as training rounded them
         target = load_target_embeddings(spec.path, kind, "cpu", spec.revision)
@@ -99,7 +104,8 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
         provenance["init"] = manifest.init
     config = registry.algorithm(recipe.algorithm).config_json(recipe.draft, spec, provenance["dtype"])
     config |= {key: True for key, name in zip(OWN, FROZEN, strict=True) if name in own}
-    save_draft(output, state, config, provenance, recipe.to_yaml(output))
+    with waiting(f"writing {output}", sum(tensor.nbytes for tensor in state.values()), partial(bytes_in, output)):
+        save_draft(output, state, config, provenance, recipe.to_yaml(output))
     return folder
 
 

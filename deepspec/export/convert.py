@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from deepspec.export.parts import DraftCheckpoint, ImportHints, ascending
 from deepspec.files import read_json, remove, write_text
 from deepspec.identity import shown
 from deepspec.outputs import whole_folder
+from deepspec.progress import bytes_in, waiting
 from deepspec.targets import load_spec, load_target_embeddings
 from deepspec.targets.digests import digest_like
 
@@ -112,7 +114,9 @@ def _export(source: Path, output: Path, name: str, engine: ExportEngine, options
     recipe, results = _recipe(source), _results(source, options.results)
     write_text(output / "README.md", model_card(draft, engine, provenance, recipe, results, name))
     target = options.tokenizer or options.target
-    engine.save(output, written, provenance, recipe, options.shard_bytes, options.dtype, target)
+    expected = sum(tensor.nbytes for tensor in written.state.values())
+    with waiting(f"writing {name}", expected, partial(bytes_in, output)):
+        engine.save(output, written, provenance, recipe, options.shard_bytes, options.dtype, target)
     return draft
 
 

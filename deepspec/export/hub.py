@@ -8,6 +8,7 @@ from typing import Any
 from deepspec.drafts import check_files, weight_files
 from deepspec.errors import DraftError
 from deepspec.files import read_json
+from deepspec.progress import bytes_read, waiting
 
 
 def fetch_draft(source: str | Path) -> Path:
@@ -22,7 +23,8 @@ def fetch_draft(source: str | Path) -> Path:
     if Path(source).is_dir():
         return Path(source)
     try:
-        return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
+        with waiting(f"fetching {source}"):
+            return Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise DraftError(f"neither a folder nor a model of the hub ({first})", file=source) from None
@@ -55,12 +57,13 @@ def push_draft(folder: str | Path, repository: str, private: bool = True, update
             remedy = "name another repository, or allow it (--update)"
             raise DraftError("the repository holds a model already", file=repository, remedy=remedy)
         hub.create_repo(repository, private=private, exist_ok=True)
-        commit = hub.upload_folder(
-            repo_id=repository,
-            folder_path=str(folder),
-            commit_message=f"{config['architectures'][0]}, exported by deepspec",
-            ignore_patterns=[".*", "evaluation/*"],
-        )
+        with waiting(f"uploading to {repository}", folder, bytes_read):
+            commit = hub.upload_folder(
+                repo_id=repository,
+                folder_path=str(folder),
+                commit_message=f"{config['architectures'][0]}, exported by deepspec",
+                ignore_patterns=[".*", "evaluation/*"],
+            )
     except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as problem:
         first = str(problem).strip().splitlines()[0]
         raise DraftError(f"the hub refuses ({first})", file=repository, remedy="hf auth login, or HF_TOKEN") from None

@@ -250,6 +250,7 @@ def largest_difference(
         for name in ("features", "last_hidden"):
             worst = max(worst, float((getattr(there, name) - getattr(here, name)).abs().max()))
         progress.add(1, len(prompt))
+    progress.finish()
     return worst
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deepspec.errors import TargetError
 from deepspec.files import sha256_file, write_json
+from deepspec.progress import Progress, waiting
 from deepspec.targets.stored import NAMES, open_stored, weight_files
 
 COMPLETE = "bytes:"  # in front of a digest of every byte; older records hold a bare sampled one
@@ -55,31 +56,32 @@ def _hex(number: int) -> str:
     return f"{number % 2**256:064x}"  # tensors' digests are added up: their order and their files do not matter
 
 
-def _tensor_number(name: str, tensor: Tensor) -> int:
+def _tensor_number(job: Progress, name: str, tensor: Tensor) -> int:
     digest = hashlib.sha256(f"{name}\n{tensor.dtype}\n{list(tensor.shape)}\n".encode())
     digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    job.add(0, tensor.nbytes)
     return int(digest.hexdigest(), 16)
 
 
-def _file_number(file: Path) -> int:
+def _file_number(file: Path, job: Progress) -> int:
     """The sum of a file's tensors; of a pickle that cannot be mapped, the file's own digest."""
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         try:
             if file.suffix == ".bin":
                 state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-                return sum(pool.map(lambda item: _tensor_number(*item), state.items()))
+                return sum(pool.map(lambda item: _tensor_number(job, *item), state.items()))
             with safe_open(file, "pt") as opened:
                 names = list(opened.keys())
-            return sum(pool.map(partial(_stored_number, file), names))
+            return sum(pool.map(partial(_stored_number, job, file), names))
         except SafetensorError as problem:
             raise TargetError(f"not a safetensors file ({problem})", file=file, remedy="fetch it again") from None
         except (RuntimeError, AttributeError, TypeError):
             return int(sha256_file(file), 16)
 
 
-def _stored_number(file: Path, name: str) -> int:
+def _stored_number(job: Progress, file: Path, name: str) -> int:
     with safe_open(file, "pt") as opened:  # mapped again for each tensor, so that none stays in memory
-        return _tensor_number(name, opened.get_tensor(name))
+        return _tensor_number(job, name, opened.get_tensor(name))
 
 
 # -- the memory --------------------------------------------------------------------------------------------------------
@@ -100,7 +102,8 @@ def _remembered(files: Iterable[Path]) -> int:
         if isinstance(entry, dict) and entry.get("state") == state and isinstance(entry.get("digest"), str):
             total += int(entry["digest"], 16)
             continue
-        number = _file_number(file)
+        with waiting(f"reading {file} for its digest", file) as job:
+            number = _file_number(file, job)
         total += number
         settled = time.time_ns() - max(state[1:3]) > SETTLED
         if state[0] >= SMALL and settled and _state(file) == state:

@@ -21,6 +21,7 @@ from deepspec.distributed import world_from_environment
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
 from deepspec.files import read_json
+from deepspec.progress import waiting
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
 from deepspec.targets.stored import check_finite, check_fit, open_stored, silent, weight_files
 
@@ -220,9 +221,9 @@ def load_target(
     from transformers import AutoModelForCausalLM
 
     spec = load_spec(path, revision)
-    weight_files(path, revision)  # a broken index is named
+    files = weight_files(path, revision)  # a broken index is named
     try:
-        with silent():
+        with waiting(f"loading the target {path}", sum(map(os.path.getsize, files))) as job, silent(job):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 str(path), dtype=dtype or "auto", revision=revision, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_fit refuses them, by name
@@ -254,8 +255,9 @@ def load_target_embeddings(
         return load_target(path, dtype, device, revision)
     tied = stored.tied()
     embed, head = stored.embedding_and_head()
-    embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
-    head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
+    with waiting(f"loading embedding and head of {path}"):
+        embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
+        head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
     check_finite({embed: embed_weight, head: head_weight}, path)
     _warn_untied(spec, tied)
     return TargetEmbeddings(spec, embed_weight, head_weight)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.files import read_index, read_json, safe_join
+from deepspec.progress import Progress
 
 NAMES = (  # in the order in which transformers looks for them
     *("model.safetensors", "model.safetensors.index.json"),
@@ -173,7 +174,7 @@ def run_loader(model: Any, tensors: Mapping[str, Tensor], transforms: list[Any],
     dtype = next(iter(tensors.values())).dtype
     plan = model._get_dtype_plan(dtype)
     config = LoadStateDictConfig(device_map={"": device}, dtype=dtype, dtype_plan=plan, weight_mapping=transforms)
-    with silent(bars=False):
+    with silent():
         info, _ = convert_and_load_state_dict_in_model(model, dict(tensors), config)
     return info
 
@@ -254,17 +255,22 @@ def _listed(names: Iterable[str]) -> str:
 
 
 @contextmanager
-def silent(bars: bool = True) -> Iterator[None]:
-    """Within it transformers logs only errors (:func:`check_fit` names what does not fit); bars only if ``bars``."""
+def silent(job: Progress | None = None) -> Iterator[None]:
+    """Within it transformers logs only errors (:func:`check_fit` names what does not fit); its bars count ``job``."""
     from transformers.utils import logging
 
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    def counted(_: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+        items = list(args[0])
+        for number, item in enumerate(items):
+            if job is not None and job.expected is not None:
+                job.units = job.expected * number // len(items)
+            yield item
+
+    level = logging.get_verbosity()
     logging.set_verbosity_error()
-    if shown and not bars:
-        logging.disable_progress_bar()
+    logging.set_tqdm_hook(counted)
     try:
         yield
     finally:
         logging.set_verbosity(level)
-        if shown and not bars:
-            logging.enable_progress_bar()
+        logging.set_tqdm_hook(None)

@@ -34,14 +34,11 @@ UNIVERSAL_VERSION = 0.4
 
 @contextlib.contextmanager
 def training_processes() -> Iterator[World]:
-    """The process group of the launcher, or one of a single process; the libraries are quiet.
+    """The process group of the launcher, or one of a single process.
 
     On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank
     in /dev/shm.
     """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    for handler in logging.getLogger("DeepSpeed").handlers:
-        handler.setLevel(logging.WARNING)
     backend, world = "nccl", world_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(pick_device(world.local_rank))
@@ -132,6 +129,13 @@ class Engine:
         """Wait for all ranks."""
         if self.world.size > 1:
             dist.barrier(group=self.control)
+
+    def saved_bytes(self) -> int:
+        """About as many as :meth:`save` writes: of every weight that is trained AdamW's master copy and two moments."""
+        every = list(self.model.parameters())
+        counts = [getattr(parameter, "ds_numel", parameter.numel()) for parameter in every]  # of a sharded one, its all
+        pairs = zip(every, counts, strict=True)
+        return sum(count * (one.itemsize + 12 * one.requires_grad) for one, count in pairs)
 
     def save(self, folder: Path, tag: str) -> None:
         """Write the draft's weights, frozen ones too, and optimizer state to ``folder/tag`` (every rank calls this)."""

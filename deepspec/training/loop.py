@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from deepspec.errors import CheckpointError, system_error
+from deepspec.progress import Progress, bytes_in, waiting
 from deepspec.recipe import Recipe, TrainSection
 from deepspec.training.checkpoints import Checkpoints, Manifest
 from deepspec.training.engine import Engine
@@ -80,6 +83,7 @@ class Trainer:
         if self.engine.world.is_main:
             self.reporter = Reporter(self.recipe, self.checkpoints.run, self.total_steps, start)
         try:
+            progress = Progress("training", self.total_steps - start, noun="steps", unit="samples", every=math.inf)
             with StopSignal() as stop, self._profiler() as profiler:
                 for step in self.prefetcher.steps(start, self.total_steps):
                     flags = torch.stack([step.weight, torch.tensor(float(stop.asked), dtype=torch.float64)])
@@ -88,12 +92,14 @@ class Trainer:
                         self._stop(step.number)
                         return False
                     self._optimize(step, weight)
+                    progress.add(1, self.train.global_batch)
                     self._after(step.number + 1)
                     if profiler is not None:
                         profiler.step()
                     if exhausted(self.train, self.stale):
                         log.info("ends at step %d: %d validations without a better score", step.number + 1, self.stale)
                         break
+            progress.close()
             self._finish()
             return True
         finally:
@@ -160,18 +166,21 @@ class Trainer:
         if self.engine.world.is_main:
             self.checkpoints.wait()
         self.engine.barrier()
+        folder, temporary = self.checkpoints.folder, self.checkpoints.temporary(done)
         try:
-            self.engine.save(self.checkpoints.folder, self.checkpoints.temporary(done))
+            with waiting(f"saving step {done}", self.engine.saved_bytes(), partial(bytes_in, folder / temporary)):
+                self.engine.save(folder, temporary)
         except (OSError, RuntimeError) as problem:  # torch's writer makes RuntimeErrors of a full disk
             self.checkpoints.discard(done)
-            raise save_error(problem, self.checkpoints.folder / f"step_{done}") from problem
+            raise save_error(problem, folder / f"step_{done}") from problem
         self.engine.barrier()
         if self.engine.world.is_main:
             self.checkpoints.commit(replace(self.manifest, step=done, score=score, stale=self.stale))
         self.saved = done
 
     def _finish(self) -> None:
-        self.checkpoints.wait()
+        with waiting("writing the last checkpoint to the disk"):
+            self.checkpoints.wait()
         best = self.checkpoints.best() if self.engine.world.is_main and self.train.keep_best else None
         if best is not None:
             log.info("best validation: %.4f, %s", best[1], self.checkpoints.folder / f"step_{best[0]}")

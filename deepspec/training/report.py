@@ -8,8 +8,7 @@ import math
 import resource
 import time
 import uuid
-from collections.abc import Callable
-from datetime import timedelta
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,17 @@ from deepspec.batch import Batch
 from deepspec.errors import DeepSpecError
 from deepspec.files import named, write_text
 from deepspec.metrics import LossTerms
+from deepspec.progress import clock
 from deepspec.recipe import Recipe
 
 log = logging.getLogger(__name__)
+SHORT = ("loss", "tau", "accepted_length", "score", "lr")  # on the line of a step or a validation, as far as there
+GROUPS = {  # of charts; what is in none of these is a term of the loss
+    "acceptance": ("tau", "accept_rate", "accepted_length", "decoded_rounds", "score"),
+    "speed": ("tokens_per_second", "samples_per_second", "memory_gb"),
+    "data": ("data_wait", "padding"),
+    "optimizer": ("lr", "grad_norm"),
+}
 
 
 class NonFiniteLoss(DeepSpecError):
@@ -167,15 +174,8 @@ class Reporter:
             "memory_gb": memory_gb(),
         }
         self._write("train", step, values | rates)
-        line = [f"step {step}/{self.total}", *(_show(name, value) for name, value in values.items())]
-        line += [
-            f"{rates['tokens_per_second']:,.0f} tokens/s",
-            f"{rates['samples_per_second']:.1f} samples/s",
-            f"wait {rates['data_wait']:.1%}",
-            f"mem {rates['memory_gb']:.2f} GB",
-            f"left {timedelta(seconds=round(left))}",
-        ]
-        log.info(" | ".join(line))
+        line = [*_shown(values), f"{rates['tokens_per_second']:,.0f} tokens/s", f"left {clock(left)}"]
+        log.info(" | ".join([f"step {step}/{self.total}", *line]))
 
     def validation(self, step: int, values: dict[str, Any]) -> None:
         """The result of a validation."""
@@ -183,17 +183,18 @@ class Reporter:
             name: value for name, value in values.items() if name.split("/")[-1] not in ("samples", "tokens", "padding")
         }
         self._write("validation", step, shown)
-        log.info(" | ".join([f"validation at step {step}", *(_show(n, v) for n, v in shown.items())]))
+        log.info(" | ".join([f"validation at step {step}", *_shown(shown)]))
 
     def exclude(self, seconds: float) -> None:
         """Leave time spent outside training steps (validation) out of the next rates."""
         self.last += seconds
 
-    def _write(self, group: str, step: int, values: dict[str, Any]) -> None:
+    def _write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         path = self.run / "log.jsonl"
         with named(path), open(path, "a", encoding="utf-8") as log:
-            log.write(json.dumps({"step": step, "kind": group, **values}) + "\n")
-        flat = {f"{group}/{name}": value for name, value in flatten(values).items()}
+            log.write(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        part = "" if kind == "train" else f"{kind}/"
+        flat = {f"{_group(name)}/{part}{name}": value for name, value in flatten(values).items()}
         if self.events is not None:
             for name, value in flat.items():
                 self.events.add_scalar(name, value, step)
@@ -225,11 +226,14 @@ def memory_gb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def _show(name: str, value: Any) -> str:
-    if isinstance(value, list):
-        return f"{name} {' '.join(f'{one:.2f}' for one in value)}"
-    if name == "lr":
-        return f"lr {value:.2e}"
-    if name == "padding":
-        return f"padding {value:.1%}"
-    return f"{name} {value:.4f}" if isinstance(value, float) else f"{name} {value}"
+def _group(name: str) -> str:
+    """The group of charts that a number stands in; the terms of a loss are whatever the algorithm calls them."""
+    short = name.split("/")[-1].split("@")[0]
+    return next((group for group, names in GROUPS.items() if short in names), "loss")
+
+
+def _shown(values: dict[str, Any]) -> Iterator[str]:
+    """What the line shows of the numbers."""
+    for name, value in values.items():
+        if name.split("/")[-1] in SHORT:
+            yield f"{name.replace('_', ' ')} {value:{'.2e' if name == 'lr' else '.4f'}}"

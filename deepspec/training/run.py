@@ -21,6 +21,7 @@ from deepspec.errors import CheckpointError, DeepSpecError
 from deepspec.files import write_json
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
+from deepspec.progress import bytes_in, bytes_read, waiting
 from deepspec.recipe import DraftStart, Recipe, load_recipe
 from deepspec.sources.base import FeatureSource, source_class
 from deepspec.targets import TargetEmbeddings, load_spec, load_target, load_target_embeddings
@@ -142,7 +143,8 @@ def prepare(recipe: Recipe, world: World, accept_changes: bool) -> Prepared:
     )
     start = find_start(Path(recipe.output), recipe, manifest, accept_changes)
     if start.folder is not None and start.step < manifest.total_steps:
-        check_files(start.folder, store.read_manifest(start.folder), world.rank, world.size)
+        with waiting(f"checking {start.folder}", start.folder, bytes_read):
+            check_files(start.folder, store.read_manifest(start.folder), world.rank, world.size)
     held_out = {
         name: kind.open(replace(recipe, train=replace(train, validation=section)), target, held_out=True)
         for name, section in sets_of(train).items()
@@ -172,7 +174,8 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
         _first_weights(model, prepared)
     for name, weight in model.named_parameters():
         weight.requires_grad_(name not in prepared.frozen)
-    engine = Engine(model, recipe.train, world, universal=start.universal)
+    with waiting("preparing the training"):
+        engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, saved)
     prefetcher = Prefetcher(
         prepared.source, prepared.plan, partial(algorithm.plan, recipe.draft), seed=recipe.seed, world=world,
@@ -239,12 +242,14 @@ def _resume(engine: Engine, start: Start, saved: store.Checkpoints) -> None:
         name = f".{name}.universal"
         if engine.world.is_main:
             try:
-                to_universal(start.folder, saved.folder / name)
+                with waiting(f"converting {start.folder}", start.folder, partial(bytes_in, saved.folder / name)):
+                    to_universal(start.folder, saved.folder / name)
             except DeepSpecError:
                 saved.clean()
                 raise
         engine.barrier()
-    engine.load(saved.folder, name, start.step)
+    with waiting(f"loading {start.folder}", start.folder, bytes_read):
+        engine.load(saved.folder, name, start.step)
     if start.universal:
         engine.set_untrained(read_untrained(start.folder, store.read_manifest(start.folder)))
     engine.barrier()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def test_the_command_line_estimates_from_totals_and_from_data(
     )
     text = capsys.readouterr().out
     assert "60 conversations, 55 samples" in text
-    assert f"GB free at {tmp_path}" in text
+    assert re.search(rf"\d [MGT]B free at {re.escape(str(tmp_path))}", text)
     with pytest.raises(DeepSpecError, match="--recipe"):
         call(monkeypatch, "estimate")
 

@@ -97,7 +97,7 @@ def test_a_copy_overwrites_nothing(tmp_path: Path, monkeypatch, capsys) -> None:
     run(monkeypatch, "recipes", "copy", "dspark_qwen3_4b")
     assert capsys.readouterr().out.splitlines() == [
         "dspark_qwen3_4b.yaml", "base/dspark.yaml", "base/published.yaml", "base/qwen3_4b.yaml",
-        "deepspeed_configs/zero1_bf16.json", "next: deepspec train --recipe dspark_qwen3_4b.yaml",
+        "deepspeed_configs/zero1_bf16.json",
     ]  # fmt: skip
     copy_recipe("eagle3_qwen3_4b", tmp_path)  # shares files of the same content
     (tmp_path / "base" / "published.yaml").write_text("train: {lr: 1.0}\n")

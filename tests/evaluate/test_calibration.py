@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from deepspec.errors import EvaluationError
+from deepspec.evaluate.__main__ import calibrate as command_of_calibration
 from deepspec.evaluate.calibration import (
     Rounds,
     area_under_curve,
@@ -18,7 +19,6 @@ from deepspec.evaluate.calibration import (
     expected_calibration_error,
     fit,
     load_sts,
-    main,
     mean_ece,
     perfect_error,
     survival,
@@ -134,7 +134,7 @@ def test_a_fit_that_makes_the_other_part_worse_writes_nothing_and_says_so(
     report = tmp_path / "figures.json"
     command = ["calibration", "--draft", str(draft), "--results", str(results), "--report", str(report)]
     monkeypatch.setattr("sys.argv", command)
-    main()
+    command_of_calibration()
     said, figures = capsys.readouterr().out, json.loads(report.read_text())
     assert mean_ece(figures["after"]) > mean_ece(figures["before"])
     assert figures["fitted_ece"]["after"] < figures["fitted_ece"]["before"]

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspec.errors import EvaluationError
+from deepspec.evaluate.__main__ import compare
 from deepspec.evaluate.compare import Run, comparison, difference
-from deepspec.evaluate.compare import main as compare
 from deepspec.evaluate.measure import PromptResult, bootstrap, by_position, macro_averages, summarise
 from deepspec.evaluate.report import plot_lengths, position_table, remarks, summary_table, time_table
 from deepspec.evaluate.results import Provenance, Results

@@ -28,8 +28,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.demos.subjects import batch_of, learn
 from deepspec.drafts import save_draft
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.__main__ import parse
-from deepspec.evaluate.compare import main as compare
+from deepspec.evaluate.__main__ import compare, parse
 from deepspec.evaluate.results import Results
 from deepspec.evaluate.run import Evaluation, Options
 from deepspec.evaluate.server import ServerEvaluation, ServerOptions, load_table

@@ -26,7 +26,7 @@ from deepspec.recipe import EvaluateSection, RegenerateSection
 
 ROOT = Path(__file__).resolve().parents[2]
 EVALUATE = ("deepspec.evaluate.__main__", "--target", "t", "--draft", "d")
-CALIBRATE = ("deepspec.evaluate.calibration", "--draft", "d", "--results", "r")
+CALIBRATE = ("deepspec.cli", "calibrate", "--draft", "d", "--results", "r")
 REFUSED = [
     (EVALUATE, "--temperature", "-1"), (EVALUATE, "--temperature", "nan"), (EVALUATE, "--temperature", "inf"),
     (EVALUATE, "--temperature", "1e-40"), (EVALUATE, "--samples", "0"), (EVALUATE, "--samples", "-1"),
@@ -69,7 +69,7 @@ def test_a_number_out_of_its_range_is_refused_in_one_line(
     command: tuple[str, ...], flag: str, value: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", [*command, flag, value])
+    monkeypatch.setattr(sys, "argv", [*command, flag, value, "--quiet"])
     with pytest.raises(SystemExit) as end:
         start(command[0])
     said = capsys.readouterr().err.strip().split("\n")
@@ -90,7 +90,7 @@ def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser
 
 PLACES = sorted(
     {place for place, _ in VERBS.values()}
-    | {f"deepspec.{name}:main" for name in ("evaluate.__main__", "evaluate.calibration", "demos.quickstart.__main__",
+    | {f"deepspec.{name}:main" for name in ("evaluate.__main__", "demos.quickstart.__main__",
                                             "demos.smollm2.__main__")}
 )  # fmt: skip
 NO_NUMBER = ("nan", "inf", "-inf", "1e999", "-1e999", "", "x", "1,5", "9" * 5000, "0x10", "-9", "1e16", "-1e-300")

@@ -186,7 +186,7 @@ def test_an_output_below_a_file_is_one_line_in_every_command(tmp_path: Path) -> 
     (tmp_path / "file").touch()
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "messages": [{"role": "user", "content": "Why?"}]}\n')
-    command = ["tools/prepare_data.py", "--source", str(rows), "--output", str(tmp_path / "file" / "x")]
+    command = ["tools/prepare_data.py", "--quiet", "--source", str(rows), "--output", str(tmp_path / "file" / "x")]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1

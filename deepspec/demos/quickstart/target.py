@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
-from transformers.utils.logging import disable_progress_bar
 
 from deepspec.demos.quickstart.muon import Muon
 from deepspec.demos.quickstart.text import Conversation, conversations
@@ -94,7 +93,6 @@ def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
     """Train tokenizer and model and save them as a Hugging Face folder; ``target.json`` is written last."""
     folder.mkdir(parents=True, exist_ok=True)  # an output that cannot be made is refused before the training
     torch.set_num_threads(1)  # the matrices are so small that a second thread slows it down
-    disable_progress_bar()
     torch.manual_seed(seed)
     rows = list(islice(conversations(seed), max(steps * ROWS, TOKENIZER_ROWS)))
     tokenizer = train_tokenizer(text for row in rows[:TOKENIZER_ROWS] for text in (row.question, row.answer))
