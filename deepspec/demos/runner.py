@@ -63,6 +63,7 @@ class Runner:
         self.stages, self.logs, self.cores = stages, logs, cores
         self.numbers = {stage.name: i for i, stage in enumerate(stages, 1)}
         self.complete = {stage.name for stage in stages if stage.artefact.exists()}
+        self._before, self._begun = frozenset(self.complete), time.monotonic()
         self.running: list[Running] = []
         logs.mkdir(parents=True, exist_ok=True)
 
@@ -73,6 +74,7 @@ class Runner:
             DeepSpecError: a command failed; its log's last lines were printed. What else was running is ended.
         """
         about(output=self.logs.parent)
+        self._begun = time.monotonic()
         for stage in self.stages:
             if stage.name in self.complete:
                 self._report(stage, f"complete already ({stage.artefact})")
@@ -124,7 +126,7 @@ class Runner:
                 raise self._failure(one)
             self.complete.add(one.stage.name)
             write_json(self.logs / "seconds.json", stage_seconds(self.logs) | {one.stage.name: round(seconds, 1)})
-            self._report(one.stage, f"done in {duration(seconds)}: {one.last_line()[:150]}")
+            self._report(one.stage, f"done in {duration(seconds)} ({self._total()}): {one.last_line()[:150]}")
 
     def _failure(self, one: Running) -> DeepSpecError:
         lines = one.log.read_text(errors="replace").replace("\r", "\n").splitlines()
@@ -134,6 +136,13 @@ class Runner:
             problem = f"stage {one.stage.name!r} ended without writing {one.stage.artefact}"
         remedy = f"fix the cause and run the same command again; alone: {typed(one.stage)}"
         return DeepSpecError(problem, file=one.log, remedy=remedy)
+
+    def _total(self) -> str:
+        """``6 of 13, about 3:10 left``: by the work of the stages that this start has done."""
+        left = sum(one.work * one.cores for one in self.stages if one.name not in self.complete)
+        done = sum(one.work * one.cores for one in self.stages if one.name in self.complete - self._before)
+        text = f"{len(self.complete)} of {len(self.stages)}"
+        return f"{text}, about {duration((time.monotonic() - self._begun) * left / done)} left" if left else text
 
     def _report(self, stage: Stage, text: str) -> None:
         log.info("[%2d/%d] %s: %s", self.numbers[stage.name], len(self.stages), stage.name, text)

@@ -28,6 +28,7 @@ class Stage:
     artefact: Path  # exists = what this stage makes is complete
     needs: Names = ()  # stages that must be complete before
     cores: int = 1  # processes that compute at the same time
+    work: float = 0.1  # seconds on all of these, against those of the others: for the time left
 
 
 def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
@@ -72,13 +73,13 @@ def native(recipe: str, overrides: Names = ()) -> Names:
 def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
     """The target answers ``prompts`` in this process."""
     command = (DEEPSPEC, "regenerate", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
-    return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs)
+    return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs, work=2)
 
 
 def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:
     """The target's hidden states over ``data``."""
     command = (DEEPSPEC, "cache", "build", "--recipe", recipe, "--data", str(data), "--output", str(output))
-    return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs)
+    return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs, work=1)
 
 
 def train(
@@ -92,7 +93,7 @@ def train(
     checkpoint = Path(read.output) / "checkpoints" / f"step_{read.train.max_steps}"
     trained = f"train {name}"
     return (
-        Stage(trained, command + settings(overrides), checkpoint / "manifest.json", needs, processes),
+        Stage(trained, command + settings(overrides), checkpoint / "manifest.json", needs, processes, 8.0),
         export(f"export {name}", checkpoint, draft, (trained,)),
     )
 
@@ -112,4 +113,4 @@ def evaluate(
     command += ("--tasks", ",".join(map(str, tasks)), "--output", str(output), *more)
     if not multiplies_bfloat16() and "--dtype" not in more:
         command += ("--dtype", "float32")
-    return Stage(name, command + settings(overrides), output / "results.json", needs)
+    return Stage(name, command + settings(overrides), output / "results.json", needs, work=2)

@@ -21,7 +21,11 @@ def quickstart() -> None:
     from deepspec.demos.quickstart.report import write_report
 
     Runner(plan(), LOGS, cores=max(2, os.cpu_count() or 1)).run()
-    print(f"\n{write_report()}\n\n{ROOT}/report.html, {ROOT}/results.json")
+    print(f"\n{write_report()}\n\n{ROOT}/report.html, {ROOT}/results.json\n\nnow you can")
+    draft = ROOT / f"{list(recipes(recipe_of))[-1]}-draft"
+    print(f"- talk to it, and see it draft: deepspec chat --target {ROOT}/target --draft {draft}")
+    print("- take a real model, a few hours on a CPU: deepspec demo real")
+    print("- train for your own target: deepspec recipes list")
 
 
 def recipe_of(algorithm: str) -> str:
@@ -42,7 +46,7 @@ def plan() -> list[Stage]:
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),
-        Stage("target", (*own, "target", "--output", str(target)), target / "target.json"),
+        Stage("target", (*own, "target", "--output", str(target)), target / "target.json", work=5),
         answers("answers", shared, prompts / "train.jsonl", conversations, ("prompts", "target")),
         cache("cache", shared, conversations, ROOT / "cache", ("answers",)),
     ]

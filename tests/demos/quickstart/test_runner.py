@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +32,9 @@ def test_stages_run_after_what_they_need_and_not_twice(tmp_path: Path, capsys) -
     assert set(stage_seconds(tmp_path / "logs")) == {"first", "second"}
     assert stage_seconds(tmp_path / "logs")["first"] >= 0.3
     assert "hello from second" in (tmp_path / "logs" / "second.log").read_text()
-    assert "[ 2/2] second: done" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert re.search(r"\[ 1/2\] first: done in [\d.]+ m?s \(1 of 2, about [\d.]+ m?s left\): hello", shown)
+    assert re.search(r"\[ 2/2\] second: done in [\d.]+ m?s \(2 of 2\): hello", shown)
     (tmp_path / "logs" / "second.log").unlink()
     Runner(stages, tmp_path / "logs", cores=2).run()
     assert capsys.readouterr().out.count("complete already") == 2
