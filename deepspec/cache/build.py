@@ -29,7 +29,7 @@ from deepspec.cache.store import Store, build_lock, open_store
 from deepspec.data.chat import load_renderer, render_row
 from deepspec.distributed import World, barrier, on_rank0, pick_device
 from deepspec.errors import CacheError, DeepSpecError, system_error
-from deepspec.progress import Progress
+from deepspec.progress import Progress, byte_size
 from deepspec.recipe import Recipe
 from deepspec.targets import Target, load_target
 from deepspec.targets.served import ServedTarget
@@ -157,7 +157,7 @@ class _Builder:
         cores = max(1, (os.cpu_count() or 1) // self.world.local_size)
         expected = int(self.plan.mean_tokens * sum(part.rows for part in parts))
         noun = "parts" if self.world.size == 1 else f"parts on rank 0 of {self.world.size}"
-        progress = Progress("build", len(parts), noun=noun, expected=expected, more=self._more, every=10.0)
+        progress = Progress("build", len(parts), noun=noun, expected=expected, more=self._more)
         queue = ByteQueue(QUEUE_BYTES)
         with (
             ThreadPoolExecutor(min(4, cores), "cache encoder") as encoders,
@@ -181,7 +181,7 @@ class _Builder:
         progress.finish()
 
     def _more(self) -> str:
-        text = f"{self.written / 1e9:.2f} GB written"
+        text = f"{byte_size(self.written)} written"
         text += f" ({self.written / self.raw:.3f} of raw)" if self.raw else ""
         return text + (f", {self.rejected} samples rejected" if self.rejected else "")
 
