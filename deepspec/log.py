@@ -45,12 +45,17 @@ def show(text: str, stream: TextIO) -> None:
 
 def show_passing(text: str) -> None:
     """Print how far a job is, on stderr; on a terminal the next line takes its place."""
-    passing = sys.stderr.isatty()
+    passing = on_terminal()
     clear()
     if passing:
         text = text[: shutil.get_terminal_size().columns - 1]
     _Screen.last, _Screen.passing = time.monotonic(), passing
     print(text, end="" if passing else "\n", file=sys.stderr, flush=True)
+
+
+def on_terminal() -> bool:
+    """Whether stderr is one; it may be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def clear() -> None:

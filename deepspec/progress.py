@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from deepspec.errors import at_end, printable, without_logins
-from deepspec.log import clear, reports, show, show_passing, silence_libraries, silent_for
+from deepspec.log import clear, on_terminal, reports, show, show_passing, silence_libraries, silent_for
 
 PATIENCE = 5.0  # seconds without a line, after which a command says what it is at
 LOOKING = 0.3  # seconds that the size of a folder may take
@@ -96,7 +96,7 @@ class _Command:
             what = f"made {_with_size(output)}" if there else f"{self.program}: done"
             known = {key: str(value) for key, value in self.facts.items() if value}
             following = self.following and f"; next: {self.following.format_map(_Names(known))}"
-            show(printable(f"{what} in {duration(time.monotonic() - self.begun)}{following}"), sys.stderr)
+            _say(f"{what} in {duration(time.monotonic() - self.begun)}{following}")
 
 
 class _Names(dict[str, str]):
@@ -126,7 +126,7 @@ def opening(program: str, what: str, facts: Mapping[str, Any], given: Mapping[st
     silence_libraries()
     if reports():
         _commands.append(command)
-        show(printable(f"{program}: {what}"), sys.stderr)
+        _say(f"{program}: {what}")
         about(**given)
         threading.Thread(target=command.watch, name="signs of life", daemon=True).start()
 
@@ -140,7 +140,7 @@ def about(**facts: Any) -> None:
     parts = [f"{name.replace('_', ' ')} {_shown(value)}" for name, value in facts.items() if value]
     text = ", ".join(parts) + (f" -> {output}" if output else "")
     if text:
-        show(printable(without_logins(f"  {text}")), sys.stderr)
+        _say(f"  {text}")
 
 
 def made(path: str | os.PathLike[str]) -> None:
@@ -153,6 +153,11 @@ def interactive() -> None:
     """From here on the user types: no line comes by itself."""
     if _commands:
         _commands[-1].over.set()
+
+
+def _say(text: str) -> None:
+    """One line, whatever the values in it are."""
+    show(printable(without_logins(text.replace("\n", " "))), sys.stderr)
 
 
 def _shown(value: Any) -> str:
@@ -214,7 +219,7 @@ class Progress:
         with self._lock:
             self.done += items
             self.units += units
-            every = min(self.every, 1.0) if _commands and sys.stderr.isatty() else self.every
+            every = min(self.every, 1.0) if _commands and on_terminal() else self.every
             due = time.monotonic() - self._last >= every
             if due:
                 self._last = time.monotonic()
@@ -233,7 +238,7 @@ class Progress:
     def status(self) -> str:
         """The line; on a terminal with a bar in front."""
         done, total = self._share()
-        if not (total and sys.stderr.isatty()):
+        if not (total and on_terminal()):
             return self.line()
         return f"[{'#' * min(20, round(20 * done / total)):20s}] {self.line()}"
 

@@ -23,7 +23,7 @@ from deepspec.demos.stages import DEEPSPEC, LAUNCHER, Stage
 from deepspec.distributed import free_port
 from deepspec.errors import DeepSpecError, printable
 from deepspec.files import read_json, write_json
-from deepspec.log import reports, show_passing, silent_for
+from deepspec.log import on_terminal, reports, show_passing, silent_for
 from deepspec.progress import PATIENCE, about, duration
 
 log = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class Runner:
 
     def _show_progress(self) -> None:
         """One line with the progress of the running stages, on a terminal once a second."""
-        if not (reports() and self.running) or silent_for() < (1.0 if sys.stderr.isatty() else PATIENCE - 1.0):
+        if not (reports() and self.running) or silent_for() < (1.0 if on_terminal() else PATIENCE - 1.0):
             return
         width, now = max(20, (shutil.get_terminal_size().columns - 1) // len(self.running) - 3), time.monotonic()
         parts = [f"{one.stage.name} {duration(now - one.started)}: {one.last_line()}" for one in self.running]

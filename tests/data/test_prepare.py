@@ -135,7 +135,7 @@ def test_parquet_and_command_line(tmp_path: Path) -> None:
     assert "conversations to train on" in done.stdout
     assert sum(1 for _ in read_conversations(tmp_path / "out" / "train.jsonl")) <= 20
     wrong = subprocess.run(
-        [*command[:3], "no.jsonl", "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+        [*command[:3], "no.jsonl", "--quiet", "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert wrong.stderr.startswith("error: no.jsonl: no such file")
