@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.errors import DraftError
+from deepspec.errors import DeepSpecError, DraftError
 from deepspec.export.forms.gguf import interleaved, layer_keys
 from deepspec.export.gguf_file import package, tokenizer_keys, write_file
 from deepspec.files import read_json
@@ -79,11 +79,16 @@ class LlamaCppServer(EngineProcesses):
         command = [self.python, "-m", "deepspec.serving.llamacpp_run"]
         environment = {"LLAMA_TRACE": "1", **self.environment}
         asked = {**job, "target": str(target.resolve())}
-        result, output = run_job(command, self.work, name, asked, environment, self.timeout)
-        traced = rounds_of(output.read_text(errors="replace"))
-        for row, rounds in zip(result["rows"], traced, strict=True):
-            row["rounds"] = rounds
-        return result
+        for _ in range(2):
+            result, output = run_job(command, self.work, name, asked, environment, self.timeout)
+            traced = rounds_of(output.read_text(errors="replace"))
+            if len(traced) == len(result["rows"]):
+                for row, rounds in zip(result["rows"], traced, strict=True):
+                    row["rounds"] = rounds
+                return result
+            log.warning("%s: the trace lacks a request: its lines were written over one another", output)
+        wanted = f"{len(result['rows'])} requests"
+        raise DeepSpecError("the engine's trace is not whole", file=output, found=len(traced), wanted=wanted)
 
 
 def rounds_of(text: str) -> list[list[tuple[int, int]]]:

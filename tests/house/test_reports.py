@@ -81,8 +81,9 @@ def test_progress_prints_no_oftener_than_asked(capsys: Any) -> None:
 def test_a_table_is_markdown_html_or_text() -> None:
     table = Table(["task", "speed-up"], [["a < b", 1.5], ["c", None]])
     assert table.markdown() == "| task | speed-up |\n|---|---|\n| a < b | 1.5 |\n| c |  |"
-    assert table.html() == (
-        "<table><tr><th>task</th><th>speed-up</th></tr>"
-        "<tr><td>a &lt; b</td><td>1.5</td></tr><tr><td>c</td><td></td></tr></table>"
+    assert table.html({"task": 'share of <"x">'}) == (
+        '<div class="wide"><table><thead><tr><th title="share of &lt;&quot;x&quot;&gt;">task</th>'
+        "<th>speed-up</th></tr></thead>"
+        "<tbody><tr><td>a &lt; b</td><td>1.5</td></tr><tr><td>c</td><td></td></tr></tbody></table></div>"
     )
     assert table.text() == "task   speed-up\na < b       1.5\nc"

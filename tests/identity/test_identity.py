@@ -78,7 +78,7 @@ def reads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path]:
     """The files whose bytes are read, with small and fresh files remembered too."""
     found: list[Path] = []
     read = digests._file_number
-    monkeypatch.setattr(digests, "_file_number", lambda file: (found.append(file), read(file))[1])
+    monkeypatch.setattr(digests, "_file_number", lambda file, job: (found.append(file), read(file, job))[1])
     monkeypatch.setattr(digests, "SMALL", 0)
     monkeypatch.setattr(digests, "SETTLED", -1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))

@@ -22,6 +22,7 @@ from deepspec.drafts import load_draft, save_draft
 from deepspec.errors import DeepSpecError
 from deepspec.export.convert import ExportOptions, export_draft, read_draft
 from deepspec.export.forms.gguf import BlockGGUF, Eagle3GGUF, GGUFForm
+from deepspec.serving import llamacpp
 from deepspec.serving.llamacpp import LlamaCppServer
 from deepspec.targets import Target, load_target
 from deepspec.testing import tiny
@@ -221,3 +222,23 @@ def test_an_anchor_slot_that_drafts_is_lost_on_its_plain_block_drafter(block_cas
 def test_a_target_of_another_family_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeepSpecError, match="not written as GGUF here"):
         LlamaCppServer(tmp_path, tmp_path).check_target(tiny.tiny_target("gemma4").spec)
+
+
+def test_a_trace_that_lacks_a_request_is_made_again_and_then_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, round_ = "launch_slot_: id 0 | task {} | processing task\n", "task {} | accepted 2/ 3 draft tokens\n"
+    whole = "".join(begun.format(n) + round_.format(n) for n in (1, 2))
+    logs = ["garbled\n" + begun.format(2), whole, "", ""]
+
+    def run_job(command: object, work: Path, *rest: object) -> tuple[dict[str, Any], Path]:
+        (work / "run.log").write_text(logs.pop(0))
+        return {"rows": [{}, {}]}, work / "run.log"
+
+    monkeypatch.setattr(llamacpp, "run_job", run_job)
+    (tmp_path / "target.gguf").touch()
+    server = LlamaCppServer(tmp_path, tmp_path)
+    assert server.generate("run", {"target": ""}) == {"rows": [{"rounds": [(3, 2)]}] * 2}
+    with pytest.raises(DeepSpecError, match=r"run\.log: the engine's trace is not whole; found 0; wanted 2 requests"):
+        server.generate("run", {"target": ""})
+    assert logs == []
