@@ -12,6 +12,7 @@ import os
 import re
 import reprlib
 import select
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -181,7 +182,8 @@ def at_end(call: Callable[[bool], None]) -> bool:
 def run_main(main: Callable[[], int | None]) -> None:
     """Run an entry point; bad input and what the system refuses become one line on stderr and exit code 1.
 
-    A reader that closed the pipe (``| head``) is no error of ours: the command ends without a word.
+    A reader that closed the pipe (``| head``) is no error of ours: the command ends without a word. Ctrl-C is none
+    either: exit code 130, as a shell has it.
     """
     went_well = False
     _endings.append([])
@@ -193,6 +195,9 @@ def run_main(main: Callable[[], int | None]) -> None:
         finally:
             for call in _endings.pop():
                 call(went_well)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except DeepSpecError as error:
         _fail(error)
     except Exception as problem:

@@ -40,7 +40,7 @@ class Chat:
         self.messages: list[dict[str, Any]] = []
 
     def run(self, lines: Iterable[str]) -> None:
-        """Answer every line until ``/exit`` or the last one; ``/clear`` starts a new conversation."""
+        """Answer every line until ``/exit`` or the last; ``/clear`` starts over, Ctrl-C stops an answer."""
         self.write(f"{legend(self.colour)}\n{CLEAR} starts over, {EXIT} ends\n> ")
         for line in lines:
             text = line.strip()
@@ -51,9 +51,9 @@ class Chat:
             elif text:
                 try:
                     self.write(f"\n{self.answer(text)}\n")
-                except DeepSpecError as problem:  # such as a conversation beyond the target's positions
+                except (DeepSpecError, KeyboardInterrupt) as problem:  # such as one beyond the target's positions
                     self.messages.pop()
-                    self.write(f"\n{problem}\n({CLEAR} starts over)\n")
+                    self.write(f"\n{str(problem) or 'stopped'}\n({CLEAR} starts over, {EXIT} ends)\n")
             self.write("> ")
 
     def answer(self, text: str) -> str:

@@ -179,3 +179,13 @@ def test_every_verb_under_a_pseudo_terminal(tmp_path: Path) -> None:
     assert [(one.command.verb, one.faults, one.text[-1000:]) for one in found if one.faults] == []
     assert not [one.command.verb for one in found if not one.lines[0].startswith(f"deepspec {one.command.verb}: ")]
     assert os.path.isdir(tmp_path / "draft")
+
+
+def test_ctrl_c_ends_a_command_with_a_word(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(interrupted)
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped\n"

@@ -194,3 +194,23 @@ def test_a_conversation_that_grew_too_long_says_so_and_goes_on(folders: Folders)
     chat.run(["What is 1?\n"])
     assert chat.messages == []
     assert "positions" in "".join(out)
+
+
+def test_ctrl_c_stops_an_answer_and_not_the_conversation(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat: Any = Chat.__new__(Chat)
+    out: list[str] = []
+    chat.messages, chat.write, chat.colour = [], out.append, False
+    answers = iter([KeyboardInterrupt(), "said"])
+
+    def answer(text: str) -> str:
+        chat.messages.append({"role": "user", "content": text})
+        found = next(answers)
+        if isinstance(found, KeyboardInterrupt):
+            raise found
+        return found
+
+    monkeypatch.setattr(chat, "answer", answer)
+    chat.run(["one\n", "two\n"])
+    assert "stopped" in "".join(out)
+    assert "said" in "".join(out)
+    assert [message["content"] for message in chat.messages] == ["two"]
