@@ -73,6 +73,7 @@ class _Command:
     def __init__(self, program: str, facts: Mapping[str, Any], following: str) -> None:
         self.program, self.facts, self.following = program, dict(facts), following
         self.begun, self.over = time.monotonic(), threading.Event()
+        self.thread: threading.Thread | None = None
 
     def watch(self) -> None:
         """Say where the command is whenever nothing was printed for a while."""
@@ -85,6 +86,8 @@ class _Command:
     def end(self, went_well: bool) -> None:
         """Say what was made, how long it took and what comes next."""
         self.over.set()
+        if self.thread is not None:  # one that still runs when the interpreter ends can bring it down, out of C++ code
+            self.thread.join()
         if self not in _commands:  # it does not report
             return
         _commands.remove(self)
@@ -128,7 +131,8 @@ def opening(program: str, what: str, facts: Mapping[str, Any], given: Mapping[st
         _commands.append(command)
         _say(f"{program}: {what}")
         about(**given)
-        threading.Thread(target=command.watch, name="signs of life", daemon=True).start()
+        command.thread = threading.Thread(target=command.watch, name="signs of life", daemon=True)
+        command.thread.start()
 
 
 def about(**facts: Any) -> None:

@@ -33,6 +33,7 @@ def chat() -> None:
     from deepspec.drafts import load_draft
     from deepspec.evaluate.chat import Chat
     from deepspec.evaluate.run import Models
+    from deepspec.evaluate.threads import choose_threads, own_cores
     from deepspec.export.hub import fetch_draft
 
     models = Models(given.target, str(fetch_draft(given.draft)), "", thinking=given.thinking,
@@ -40,6 +41,7 @@ def chat() -> None:
     target = models.load_target()
     draft, renderer = load_draft(models.draft, target), models.renderer(target)
     settings = DecodeSettings(given.temperature, given.max_new_tokens, renderer.stop_token_ids, given.seed)
+    choose_threads(target, draft.config.max_draft + 1, own_cores(1))
     interactive()
     write = partial(print, end="", flush=True)
     Chat(target, draft, renderer, settings, write, in_colour(), given.compare).run(sys.stdin)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -189,3 +190,11 @@ def test_ctrl_c_ends_a_command_with_a_word(monkeypatch: pytest.MonkeyPatch, caps
         run_main(interrupted)
     assert ended.value.code == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+def test_no_thread_of_it_outlives_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that has called torch, and lives when the interpreter ends, aborts the process after its last line."""
+    alive = []
+    command(monkeypatch, lambda given: alive.extend(one.name for one in threading.enumerate()))
+    assert "signs of life" in alive
+    assert "signs of life" not in [one.name for one in threading.enumerate()]
