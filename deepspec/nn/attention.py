@@ -1,6 +1,7 @@
 """Attention of a draft over [context | own keys]: the one attention that all algorithms train with.
 
-A *group* of queries sees the context up to its own limit, and the group's own keys, all of them:
+A *group* of queries sees the context up to its own limit, and the group's own keys, all of them or (``causal``) those
+up to its own; with ``start`` each query sees the context only from there on (a sliding window):
 
 - block drafters: a group is the block of one anchor a; limit a (strictly before the anchor); own keys are the K slots;
 - token by token: a group is one slot t at TTT step j; limit t + 1; own keys are the slot's keys of steps 1..j;
@@ -35,6 +36,8 @@ def attend(
     limit_BN: Tensor,
     scale: float,
     backend: str = "auto",
+    causal: bool = False,
+    start_BNK: Tensor | None = None,
 ) -> Tensor:
     """Attention of every group over its visible context and its own keys.
 
@@ -46,6 +49,8 @@ def attend(
         scale: factor of the scores.
         backend: "auto" (flex on CUDA, two_part elsewhere; the environment variable DEEPSPEC_ATTENTION overrides), or
             one of "two_part", "sdpa", "flex".
+        causal: query k sees the own keys 0..k + M - K only.
+        start_BNK: int64; a query sees the context positions >= start; None: all below the limit.
 
     Returns:
         [B, N, K, H, E]; zero for a group that sees nothing.
@@ -60,16 +65,22 @@ def attend(
     if query_BNKHE.shape[1] == 0:  # no group: nothing to attend, but every input still gets its (zero) gradient
         zero = torch.stack([part.sum() for part in (*context_BSGE, *own_BNMGE)]).sum() * 0.0
         return query_BNKHE + zero.to(query_BNKHE.dtype)
-    return BACKENDS[backend](query_BNKHE, *context_BSGE, *own_BNMGE, limit_BN, scale)
+    return BACKENDS[backend](query_BNKHE, *context_BSGE, *own_BNMGE, limit_BN, scale, causal, start_BNK)
 
 
-def visibility_mask(limit_BN: Tensor, num_queries: int, num_own: int, context_length: int) -> Tensor:
+def visibility_mask(
+    limit_BN: Tensor, num_queries: int, num_own: int, context_length: int,
+    causal: bool = False, start_BNK: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The boolean mask [B, N*K, S + N*M] (True = visible) of the reference."""
     B, N = limit_BN.shape
     columns = torch.arange(context_length, device=limit_BN.device)
     context = (columns < limit_BN[..., None]).repeat_interleave(num_queries, dim=1)  # [B, N*K, S]
-    own = torch.eye(N, dtype=torch.bool, device=limit_BN.device)
-    own = own.repeat_interleave(num_queries, dim=0).repeat_interleave(num_own, dim=1)  # [N*K, N*M]
+    if start_BNK is not None:
+        context &= columns >= start_BNK.flatten(1)[..., None]
+    within = torch.ones(num_queries, num_own, dtype=torch.bool, device=limit_BN.device)
+    within = within.tril(num_own - num_queries) if causal else within
+    own = torch.block_diag(*[within] * N).bool() if N else within.new_zeros(0, 0)  # [N*K, N*M]
     return torch.cat((context, own.expand(B, -1, -1)), dim=-1)
 
 
@@ -80,15 +91,21 @@ def _joined(query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor) -> tu
     return query.flatten(1, 2).transpose(1, 2), keys, values
 
 
-def _sdpa(query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float) -> Tensor:
-    mask = visibility_mask(limit, query.shape[2], ok.shape[2], ck.shape[1])[:, None]
+def _sdpa(
+    query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float,
+    causal: bool, start: Tensor | None,
+) -> Tensor:  # fmt: skip
+    mask = visibility_mask(limit, query.shape[2], ok.shape[2], ck.shape[1], causal, start)[:, None]
     q, k, v = _joined(query, ck, cv, ok, ov)
     blind = ~mask.any(dim=-1, keepdim=True)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask | blind, scale=scale, enable_gqa=True)
     return out.masked_fill(blind, 0.0).transpose(1, 2).reshape(query.shape)
 
 
-def _flex(query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float) -> Tensor:
+def _flex(
+    query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float,
+    causal: bool, start: Tensor | None,
+) -> Tensor:  # fmt: skip
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     B, N, K = query.shape[:3]
@@ -96,9 +113,14 @@ def _flex(query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: 
     q, k, v = _joined(query, ck, cv, ok, ov)
 
     def visible(b: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        group = row // K
-        own = (column >= S) & ((column - S) // max(M, 1) == group)
-        return ((column < S) & (column < limit[b, group])) | own
+        group, key = row // K, column - S
+        own = (key >= 0) & (key // max(M, 1) == group)
+        if causal:
+            own = own & (key % max(M, 1) <= row % K + (M - K))
+        context = (key < 0) & (column < limit[b, group])
+        if start is not None:
+            context = context & (column >= start[b, group, row % K])
+        return context | own
 
     mask = create_block_mask(visible, B, None, N * K, S + N * M, device=query.device)
     run: Any = _compiled_flex() if query.is_cuda else flex_attention

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,21 +16,26 @@ from deepspec.nn.attention import attend, visibility_mask
 SHAPES = {
     "B": st.integers(1, 3), "N": st.integers(0, 40), "K": st.integers(1, 8), "M": st.integers(0, 5),
     "S": st.integers(1, 50), "G": st.sampled_from([1, 2]), "rep": st.sampled_from([1, 3]), "seed": st.integers(0, 999),
+    "kind": st.sampled_from(["all", "causal", "window", "both"]),
 }  # fmt: skip
 
 
 def inputs(
-    B: int, N: int, K: int, M: int, S: int, G: int, rep: int, seed: int, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor]:
+    B: int, N: int, K: int, M: int, S: int, G: int, rep: int, seed: int, dtype: torch.dtype, kind: str = "all"
+) -> tuple[list[Tensor], dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     shapes = [(B, N, K, G * rep, 8), (B, S, G, 8), (B, S, G, 8), (B, N, M, G, 8), (B, N, M, G, 8)]
     tensors = [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in shapes]
-    return tensors, torch.randint(0, S + 1, (B, N), generator=generator)
+    sees: dict[str, Any] = {"limit_BN": torch.randint(0, S + 1, (B, N), generator=generator)}
+    sees["causal"] = kind in ("causal", "both")
+    if kind in ("window", "both"):
+        sees["start_BNK"] = torch.randint(-3, S + 1, (B, N, K), generator=generator)
+    return tensors, sees
 
 
-def run(tensors: list[Tensor], limit: Tensor, backend: str) -> list[Tensor]:
+def run(tensors: list[Tensor], sees: dict[str, Any], backend: str) -> list[Tensor]:
     query, ck, cv, ok, ov = tensors
-    out = attend(query, (ck, cv), (ok, ov), limit, 0.4, backend)
+    out = attend(query, (ck, cv), (ok, ov), scale=0.4, backend=backend, **sees)
     weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad((out * weight).sum(), tensors)]
 
@@ -36,17 +43,17 @@ def run(tensors: list[Tensor], limit: Tensor, backend: str) -> list[Tensor]:
 @given(**SHAPES)
 @settings(max_examples=40, deadline=None)
 def test_two_part_equals_the_masked_reference(**shape: int) -> None:
-    tensors, limit = inputs(**shape, dtype=torch.float32)
-    for fast, plain in zip(run(tensors, limit, "two_part"), run(tensors, limit, "sdpa"), strict=True):
+    tensors, sees = inputs(**shape, dtype=torch.float32)
+    for fast, plain in zip(run(tensors, sees, "two_part"), run(tensors, sees, "sdpa"), strict=True):
         torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
 
 
 @given(**SHAPES)
 @settings(max_examples=15, deadline=None)
 def test_two_part_in_bf16_stays_near_fp32(**shape: int) -> None:
-    tensors, limit = inputs(**shape, dtype=torch.bfloat16)
+    tensors, sees = inputs(**shape, dtype=torch.bfloat16)
     exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
-    for fast, plain in zip(run(tensors, limit, "two_part"), run(exact, limit, "sdpa"), strict=True):
+    for fast, plain in zip(run(tensors, sees, "two_part"), run(exact, sees, "sdpa"), strict=True):
         torch.testing.assert_close(fast.float(), plain, atol=0.15, rtol=0.05)
 
 
@@ -54,14 +61,14 @@ def test_two_part_in_bf16_stays_near_fp32(**shape: int) -> None:
 @settings(max_examples=8, deadline=None)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flex_mask_equals_the_reference(**shape: int) -> None:
-    tensors, limit = inputs(**shape, dtype=torch.float32)
-    if shape["M"] == 0:
-        limit = limit.clamp_min(1)  # flex leaves rows that see nothing undefined
+    tensors, sees = inputs(**shape, dtype=torch.float32)
+    seen = visibility_mask(sees["limit_BN"], shape["K"], shape["M"], shape["S"], sees["causal"], sees.get("start_BNK"))
     with torch.no_grad():
         query, ck, cv, ok, ov = (tensor.detach() for tensor in tensors)
-        flex = attend(query, (ck, cv), (ok, ov), limit, 0.4, "flex")
-        plain = attend(query, (ck, cv), (ok, ov), limit, 0.4, "sdpa")
-    torch.testing.assert_close(flex, plain, atol=2e-5, rtol=1e-4)
+        flex = attend(query, (ck, cv), (ok, ov), scale=0.4, backend="flex", **sees)
+        plain = attend(query, (ck, cv), (ok, ov), scale=0.4, backend="sdpa", **sees)
+    rows = seen.any(dim=-1).view(query.shape[:3])  # flex leaves rows that see nothing undefined
+    torch.testing.assert_close(flex[rows], plain[rows], atol=2e-5, rtol=1e-4)
 
 
 def test_visibility_is_the_definition() -> None:
@@ -73,13 +80,23 @@ def test_visibility_is_the_definition() -> None:
             assert bool(mask[row, column]) is wanted
 
 
+def test_causal_own_keys_and_a_start_hide_what_they_say() -> None:
+    start = torch.tensor([[[1, 2, 3]]])
+    mask = visibility_mask(torch.tensor([[3]]), 3, 3, 4, causal=True, start_BNK=start)[0]
+    assert mask.tolist() == [
+        [False, True, True, False, True, False, False],
+        [False, False, True, False, True, True, False],
+        [False, False, False, False, True, True, True],
+    ]
+
+
 def test_groups_that_see_nothing_give_zeros() -> None:
     tensors, _ = inputs(1, 3, 2, 0, 4, 1, 1, 0, torch.float32)
     for backend in ("two_part", "sdpa"):
-        assert run(tensors, torch.zeros(1, 3, dtype=torch.int64), backend)[0].abs().max() == 0
+        assert run(tensors, {"limit_BN": torch.zeros(1, 3, dtype=torch.int64)}, backend)[0].abs().max() == 0
 
 
 def test_unknown_backend_names_the_nearest() -> None:
-    tensors, limit = inputs(1, 1, 1, 1, 1, 1, 1, 0, torch.float32)
+    tensors, sees = inputs(1, 1, 1, 1, 1, 1, 1, 0, torch.float32)
     with pytest.raises(DeepSpecError, match="did you mean 'flex'"):
-        run(tensors, limit, "flexx")
+        run(tensors, sees, "flexx")

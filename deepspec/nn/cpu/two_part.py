@@ -9,6 +9,7 @@ sees, H query heads, G key/value heads, r = H / G, E head size.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,36 +33,56 @@ def _heads_last(x_GnRE: Tensor, num_queries: int) -> Tensor:
     return x_GnRE.view(G, n, r, num_queries, E).permute(1, 3, 0, 2, 4).reshape(n, num_queries, G * r, E)
 
 
+@dataclass(frozen=True)
+class Sees:
+    """What the groups see of the context and of themselves; see :func:`deepspec.nn.attention.attend`."""
+
+    limit: Tensor  # [B, N] int64
+    scale: float
+    causal: bool
+    start: Tensor | None  # [B, N, K] int64
+
+
 class _Chunk:
     """The queries of some groups of one batch row, heads first, with what they see."""
 
-    def __init__(self, row: int, groups: slice, tensors: Sequence[Tensor], limit: Tensor, scale: float) -> None:
+    def __init__(self, row: int, groups: slice, tensors: Sequence[Tensor], sees: Sees) -> None:
         query, ck, cv, ok, ov = (tensor[row] for tensor in tensors)
-        limits = limit[row, groups]
+        limits, start = sees.limit[row, groups], None if sees.start is None else sees.start[row, groups]
         longest = int(limits.max())  # this backend runs on the CPU: no device waits
-        self.seen_by_all, self.scale = int(limits.min()), scale
-        self.groups, self.context = (row, groups), (row, slice(longest))  # indices of its groups, of its context
+        first = 0 if start is None else min(max(int(start.min()), 0), longest)
+        self.scale, self.causal, self.queries = sees.scale, sees.causal, query.shape[1]
+        self.groups, self.context = (row, groups), (row, slice(first, longest))  # indices of its groups, of its context
         self.q = _heads_first(query[groups], ck.shape[1])  # [G, n, r*K, E]
         self.flat = (ck.shape[1], -1, self.q.shape[-1])
-        self.k, self.v = ck[:longest].transpose(0, 1), cv[:longest].transpose(0, 1)  # [G, s, E]
+        self.k, self.v = ck[first:longest].transpose(0, 1), cv[first:longest].transpose(0, 1)  # [G, s, E]
         self.own_k, self.own_v = ok[groups].permute(2, 0, 1, 3), ov[groups].permute(2, 0, 1, 3)  # [G, n, M, E]
-        self.hidden = torch.arange(self.seen_by_all, longest) >= limits[:, None]  # [n, s - seen_by_all]
+        self.seen_by_all = int(limits.min()) - first if start is None else 0
+        columns = torch.arange(first + self.seen_by_all, longest)
+        self.hidden = (columns >= limits[:, None])[:, None]  # [n, 1 or K, s - seen_by_all]
+        if start is not None:
+            self.hidden = self.hidden | (columns < start[..., None])
 
     def scores(self) -> tuple[Tensor, Tensor]:
         """fp32 scores [G, n, r*K, s] (hidden ones -inf) and [G, n, r*K, M]."""
         context = (self.q.reshape(self.flat) @ self.k.transpose(-1, -2)).float().mul_(self.scale)
         context = context.view(*self.q.shape[:3], self.k.shape[1])
-        context[..., self.seen_by_all :].masked_fill_(self.hidden[None, :, None], -torch.inf)
+        by_query = context.unflatten(2, (-1, self.queries))  # [G, n, r, K, s]
+        by_query[..., self.seen_by_all :].masked_fill_(self.hidden[:, None], -torch.inf)
         own = (self.q @ self.own_k.transpose(-1, -2)).float().mul_(self.scale)
+        if self.causal:
+            K, M = self.queries, own.shape[-1]
+            later = torch.ones(K, M, dtype=torch.bool).triu(M - K + 1)
+            own.unflatten(2, (-1, K)).masked_fill_(later, -torch.inf)
         return context, own
 
 
-def _chunks(tensors: Sequence[Tensor], limit: Tensor, scale: float) -> Iterator[_Chunk]:
+def _chunks(tensors: Sequence[Tensor], sees: Sees) -> Iterator[_Chunk]:
     B, N, K = tensors[0].shape[:3]
     step = max(1, _QUERIES_PER_CHUNK // K)
     for row in range(B):
         for start in range(0, N, step):
-            yield _Chunk(row, slice(start, min(N, start + step)), tensors, limit, scale)
+            yield _Chunk(row, slice(start, min(N, start + step)), tensors, sees)
 
 
 class TwoPart(torch.autograd.Function):
@@ -69,30 +90,31 @@ class TwoPart(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float
-    ) -> Tensor:
-        tensors = (query, ck, cv, ok, ov)
+        ctx: Any, query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float,
+        causal: bool, start: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        tensors, sees = (query, ck, cv, ok, ov), Sees(limit, scale, causal, start)
         B, N, K, H, _ = query.shape
         out = torch.empty_like(query)
         lse = query.new_empty((B, N, K * H), dtype=torch.float32)
-        for chunk in _chunks(tensors, limit, scale):
+        for chunk in _chunks(tensors, sees):
             p_context, p_own, total = _softmax_(*chunk.scores())
             mixed = (p_context.flatten(1, 2).to(chunk.v.dtype) @ chunk.v).view_as(chunk.q)
             mixed = mixed + p_own.to(chunk.own_v.dtype) @ chunk.own_v
             out[chunk.groups] = _heads_last(mixed, K)
             lse[chunk.groups] = total.squeeze(-1).transpose(0, 1).flatten(1)
-        ctx.save_for_backward(*tensors, limit, out, lse)
-        ctx.scale = scale
+        ctx.save_for_backward(*tensors, out, lse)
+        ctx.sees = sees
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, limit, out, lse = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors
         query, ck, cv, ok, ov = tensors
-        G, K, scale = ck.shape[2], query.shape[2], ctx.scale
+        G, K, scale = ck.shape[2], query.shape[2], ctx.sees.scale
         d_query, d_ok, d_ov = torch.empty_like(query), torch.empty_like(ok), torch.empty_like(ov)
         d_ck, d_cv = (torch.zeros(x.shape, dtype=torch.float32) for x in (ck, cv))
-        for chunk in _chunks(tensors, limit, scale):
+        for chunk in _chunks(tensors, ctx.sees):
             context, own = chunk.scores()
             total = lse[chunk.groups].view(-1, G, chunk.q.shape[2]).transpose(0, 1)[..., None]
             p_context, p_own = exp_(context.sub_(total)), exp_(own.sub_(total))
@@ -108,7 +130,7 @@ class TwoPart(torch.autograd.Function):
             d_query[chunk.groups] = _heads_last((s_context @ chunk.k).view_as(chunk.q) + s_own @ chunk.own_k, K)
             d_ck[chunk.context] += (s_context.transpose(-1, -2) @ chunk.q.reshape(chunk.flat)).transpose(0, 1)
             d_ok[chunk.groups] = (s_own.transpose(-1, -2) @ chunk.q).permute(1, 2, 0, 3)
-        return d_query, d_ck.to(ck.dtype), d_cv.to(cv.dtype), d_ok, d_ov, None, None
+        return d_query, d_ck.to(ck.dtype), d_cv.to(cv.dtype), d_ok, d_ov, None, None, None, None
 
 
 def _softmax_(context: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
