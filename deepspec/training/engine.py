@@ -44,7 +44,8 @@ def training_processes() -> Iterator[World]:
         torch.cuda.set_device(pick_device(world.local_rank))
     else:
         backend = "gloo"
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # before DeepSpeed asks: it would compile test programs, which a kill leaves in the temporary folder
+        vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     timeout = FOREVER if backend == "gloo" else default_pg_timeout  # of what a GPU waits for inside a step
     with process_group(world, backend, timeout, even_alone=True, error=CheckpointError):
         deepspeed.init_distributed(dist_backend=backend, verbose=False)

@@ -14,9 +14,10 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -30,18 +31,33 @@ from deepspec.targets.stored import StoredTensor, check_finite, open_stored
 
 log = logging.getLogger(__name__)
 NOISE = 0.1  # of the random weights that stay in the features' projection
+MISSED = 0.01  # share of the answers that a kept vocabulary may lack without a warning
 
 
-def frequent_tokens(source: FeatureSource, vocab_size: int, config: Any) -> Tensor:
-    """The ``config.draft_vocab_size`` most frequent supervised tokens, [V'] int64 ascending; ties go to the lower id.
+def reduced_vocabulary(source: FeatureSource, vocab_size: int, size: int, kept: Tensor | None = None) -> Tensor:
+    """The tokens [V'] int64, ascending, that a draft of ``size`` = V' proposes from, and what they hold in the log.
 
-    Every rank counts the same data and so takes the same tokens. Reads token ids and masks, no hidden states.
+    They are those of the data, or ``kept``, an earlier draft's. Every rank counts the same data and so takes the same
+    tokens. Reads token ids and masks, no hidden states.
     """
     counts = np.zeros(vocab_size, dtype=np.int64)
     for number in range(len(source.lengths)):
         counts += np.bincount(source.tokens(number)[source.loss_mask(number)], minlength=vocab_size)
-    order = np.argsort(-counts, kind="stable")[: config.draft_vocab_size]
-    return torch.from_numpy(np.sort(order))
+    frequent = _most_frequent(counts, size)
+    tokens = frequent if kept is None else kept
+    held, possible = (counts[some.numpy()].sum() / max(counts.sum(), 1) for some in (tokens, frequent))
+    log.info("vocabulary: %s of %s tokens; they are %.1f %% of the answers", f"{size:,}", f"{vocab_size:,}", 100 * held)
+    if possible - held > MISSED:
+        log.warning(
+            "of the answers %.1f %% are tokens that the draft it starts from cannot propose; "
+            "with train.init.vocabulary: data they would be %.1f %%", 100 * (1 - held), 100 * (1 - possible),
+        )  # fmt: skip
+    return tokens
+
+
+def _most_frequent(counts: npt.NDArray[np.int64], size: int) -> Tensor:
+    """The ``size`` most frequent tokens, [V'] int64 ascending; ties go to the lower id."""
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:size]))
 
 
 def frozen_weights(recipe: Recipe, spec: TargetSpec) -> frozenset[str]:

@@ -36,7 +36,7 @@ from deepspec.training.from_draft import (
     kept_vocabulary,
     start_from,
 )
-from deepspec.training.initial import frequent_tokens, frozen_weights, warm_start
+from deepspec.training.initial import frozen_weights, reduced_vocabulary, warm_start
 from deepspec.training.loop import Trainer, exhausted
 from deepspec.training.plan import RunPlan
 from deepspec.training.prefetch import Prefetcher
@@ -192,10 +192,9 @@ def _first_weights(model: DraftModel, prepared: Prepared) -> None:
     init = recipe.train.init
     draft = kept_draft(recipe) if isinstance(init, DraftStart) else None
     if recipe.draft.draft_vocab_size is not None:
-        tokens = None if draft is None else kept_vocabulary(draft, recipe)
-        if tokens is None:
-            tokens = frequent_tokens(prepared.source, spec.vocab_size, recipe.draft)
-        model.set_draft_vocab(tokens)
+        kept = None if draft is None else kept_vocabulary(draft, recipe)
+        size = recipe.draft.draft_vocab_size
+        model.set_draft_vocab(reduced_vocabulary(prepared.source, spec.vocab_size, size, kept))
     if draft is not None and isinstance(init, DraftStart):
         now = prepared.manifest
         start_from(model, draft, init, followed(now.init, now.target_digest, spec.path))

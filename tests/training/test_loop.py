@@ -8,6 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import pytest
 import torch
 import training_tools as tools
@@ -165,3 +166,10 @@ def test_a_resumed_run_goes_on_in_its_own_wandb_session(
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(DeepSpecError, match=r"wandb is not installed.*pip install 'deepspec\[wandb\]'"):
         wandb_session(recipe, tmp_path, 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU DeepSpeed needs its kernels")
+def test_a_start_compiles_no_test_programs(world: World) -> None:
+    """DeepSpeed would, to learn which kernels it could build; a kill then leaves them in the temporary folder."""
+    assert world.size >= 1
+    assert vars(deepspeed.ops)["__compatible_ops__"] == {"deepspeed_shm_comm": False}
