@@ -22,6 +22,7 @@ from deepspec.errors import DataError
 class StepPlan:
     """One optimizer step."""
 
+    number: int  # 0-based over the complete run
     epoch: int
     samples: np.ndarray  # [global_batch] int64 sample numbers, the longest first
     lengths: np.ndarray  # [global_batch] int64, their tokens
@@ -39,9 +40,10 @@ class StepPlan:
     def share(self, rank: int, world_size: int) -> list[np.ndarray]:
         """The micro-batches of one rank, as many as every other rank's.
 
-        Neighbours in length run at the same time on different ranks, so that no rank waits long for another.
+        Neighbours in length run at the same time on different ranks, so that no rank waits long for another. Who has the
+        longest of them changes from step to step, so that over an epoch all ranks read and compute as many tokens.
         """
-        return self.micro_batches(world_size)[rank::world_size]
+        return self.micro_batches(world_size)[(rank + self.number) % world_size :: world_size]
 
 
 class RunPlan:
@@ -81,7 +83,7 @@ class RunPlan:
         epoch, inside = divmod(number, self.steps_per_epoch)
         drawn = self._epoch(epoch)[inside * self.global_batch :][: self.global_batch]
         samples = drawn[np.argsort(-self.lengths[drawn], kind="stable")]
-        return StepPlan(epoch, samples, self.lengths[samples], self.micro_batch, self.micro_tokens)
+        return StepPlan(number, epoch, samples, self.lengths[samples], self.micro_batch, self.micro_tokens)
 
     def _draw(self, epoch: int) -> np.ndarray:
         """The epoch's sample numbers in random order; no sample of a group repeats before all were drawn."""
