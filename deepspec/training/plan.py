@@ -40,8 +40,8 @@ class StepPlan:
     def share(self, rank: int, world_size: int) -> list[np.ndarray]:
         """The micro-batches of one rank, as many as every other rank's.
 
-        Neighbours in length run at the same time on different ranks, so that no rank waits long for another. Who has the
-        longest of them changes from step to step, so that over an epoch all ranks read and compute as many tokens.
+        Neighbours in length run at the same time on different ranks, so that no rank waits long for another. Who has
+        the longest changes from step to step, so that over an epoch all ranks read and compute as many tokens.
         """
         return self.micro_batches(world_size)[(rank + self.number) % world_size :: world_size]
 
