@@ -4,6 +4,7 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 READY := .venv/.ready
 SCALE ?= full
+DRAFTERS ?= usual
 TASKS ?= ../shared/eval
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
 
@@ -35,10 +36,10 @@ $(READY): setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/python tools/quickstart.py
+	@$(BIN)/python tools/quickstart.py --drafters $(DRAFTERS)
 
 real: $(READY)
-	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS)
+	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS) --drafters $(DRAFTERS)
 
 finetune: $(READY)
 	@$(BIN)/python tools/finetune.py --scale $(SCALE)

@@ -16,11 +16,13 @@ def quickstart() -> None:
 
     Its output is under build/quickstart in the current folder. Run again, it continues where it stopped.
     """
-    Parser(description=quickstart.__doc__, example="", following="deepspec serve-check").parse_args()
+    parser = Parser(description=quickstart.__doc__, example="--drafters all", following="deepspec serve-check")
+    parser.add_argument("--drafters", default="usual", help="usual (three), all, or names with commas between them")
+    given = parser.parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
 
-    run()
+    run(given.drafters)
 
 
 def real() -> None:
@@ -32,11 +34,12 @@ def real() -> None:
     parser.add_argument("--scale", default="full", help="full (hours) or smoke (minutes: shows that it works)")
     parser.add_argument("--tasks", type=Path, default=Path("../shared/eval"), help="folder of evaluation prompts")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="processes that compute at a time")
+    parser.add_argument("--drafters", default="usual", help="usual (three), all, or names with commas between them")
     given = parser.parse_args()
 
     from deepspec.demos.smollm2.plan import real as run
 
-    run(given.scale, given.tasks, given.cores)
+    run(given.scale, given.tasks, given.cores, given.drafters)
 
 
 def finetune() -> None:

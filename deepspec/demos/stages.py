@@ -9,13 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from deepspec.distributed import multiplies_bfloat16
-from deepspec.errors import RecipeError
+from deepspec.errors import RecipeError, nearest
 from deepspec.recipe import load_recipe
 from deepspec.recipe_files import own_recipes
 from deepspec.registry import ALGORITHMS, algorithm
 
 PYTHON, DEEPSPEC, LAUNCHER = "python", "deepspec", "deepspeed"  # what a user types; the runner has its own interpreter
+USUAL, ALL = "usual", "all"  # of the drafters: those that are not in MORE; every one that has a recipe
+MORE: list[str] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))["more"]
 Names = tuple[str, ...]
 
 
@@ -31,18 +35,29 @@ class Stage:
     work: float = 0.1  # seconds on all of these, against those of the others: for the time left
 
 
-def recipes(recipe_of: Callable[[str], str]) -> dict[str, str]:
+def recipes(recipe_of: Callable[[str], str], drafters: str = USUAL) -> dict[str, str]:
     """Of every algorithm that has one, its recipe: ``recipe_of`` gives its name, or a path, by the algorithm's name.
 
+    Args:
+        recipe_of: a recipe need not exist.
+        drafters: ``usual``, ``all``, or names with commas between them.
+
     Raises:
-        RecipeError: there is none at all.
+        RecipeError: there is none at all, or none for a name.
     """
     known = own_recipes()
     found = {name: recipe_of(name) for name in ALGORITHMS}
     found = {name: recipe for name, recipe in found.items() if recipe in known or Path(recipe).is_file()}
     if not found:
         raise RecipeError("no such recipe", key=recipe_of("*"), wanted="a file of that name among deepspec's recipes")
-    return found
+    if drafters == ALL:
+        return found
+    chosen = [name for name in found if name not in MORE] if drafters == USUAL else drafters.split(",")
+    for name in chosen:
+        if name not in found:
+            remedy = nearest(name, (USUAL, ALL, *found))
+            raise RecipeError("no such drafter here", key="--drafters", found=name, remedy=remedy)
+    return {name: recipe for name, recipe in found.items() if name in chosen}
 
 
 def shared_recipe(found: Mapping[str, str]) -> str:

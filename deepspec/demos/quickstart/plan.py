@@ -6,23 +6,26 @@ import os
 from pathlib import Path
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Stage, answers, cache, evaluate, recipes, shared_recipe, train
+from deepspec.demos.stages import PYTHON, USUAL, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 
 ROOT = Path("build/quickstart")  # of everything generated, in the working directory; the recipes name it too
 LOGS = ROOT / "logs"
 
 
-def quickstart() -> None:
+def quickstart(drafters: str = USUAL) -> None:
     """Run every stage that is not complete yet, write the report and print the table.
 
+    Args:
+        drafters: which; see :func:`deepspec.demos.stages.recipes`.
+
     Raises:
-        DeepSpecError: a stage failed.
+        DeepSpecError: a stage failed, or a drafter that there is not.
     """
     from deepspec.demos.quickstart.report import write_report
 
-    Runner(plan(), LOGS, cores=max(2, os.cpu_count() or 1)).run()
+    Runner(plan(drafters), LOGS, cores=max(2, os.cpu_count() or 1)).run()
     print(f"\n{write_report()}\n\n{ROOT}/report.html, {ROOT}/results.json\n\nnow you can")
-    draft = ROOT / f"{list(recipes(recipe_of))[-1]}-draft"
+    draft = ROOT / f"{list(recipes(recipe_of, drafters))[-1]}-draft"
     print(f"- talk to it, and see it draft: deepspec chat --target {ROOT}/target --draft {draft}")
     print("- take a real model, a few hours on a CPU: deepspec demo real")
     print("- train for your own target: deepspec recipes list")
@@ -38,11 +41,11 @@ def results_folder(algorithm: str) -> Path:
     return ROOT / f"{algorithm}-results"
 
 
-def plan() -> list[Stage]:
+def plan(drafters: str = USUAL) -> list[Stage]:
     """All stages, in an order in which each one's needs come before it."""
     prompts, target, conversations = ROOT / "prompts", ROOT / "target", ROOT / "conversations.jsonl"
-    found = recipes(recipe_of)
-    shared = shared_recipe(found)
+    found = recipes(recipe_of, drafters)
+    shared = shared_recipe(recipes(recipe_of))
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),

@@ -9,7 +9,7 @@ from typing import Any
 from deepspec.demos.measured import cache_sizes, equality, length, speed_up, tau_by_step
 from deepspec.demos.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
 from deepspec.demos.runner import stage_seconds
-from deepspec.demos.stages import recipes
+from deepspec.demos.stages import ALL, recipes
 from deepspec.evaluate.report import plot_positions
 from deepspec.files import read_json, write_json, write_text
 from deepspec.pages import figure, page
@@ -26,9 +26,10 @@ def collect() -> dict[str, Any]:
     """
     sizes = cache_sizes([ROOT / "cache" / "manifest.json"])
     algorithms = {}
-    for name, recipe in recipes(recipe_of).items():
-        log = Path(load_recipe(recipe).output) / "log.jsonl"
-        algorithms[name] = read_json(results_folder(name) / "results.json") | {"training_log": str(log)}
+    for name, recipe in recipes(recipe_of, ALL).items():
+        measured, log = results_folder(name) / "results.json", Path(load_recipe(recipe).output) / "log.jsonl"
+        if measured.is_file():  # of this start or an earlier one
+            algorithms[name] = read_json(measured) | {"training_log": str(log)}
     return {
         "format": "deepspec.quickstart/1",
         "algorithms": algorithms,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Names, Stage, answers, cache, evaluate, recipes, shared_recipe, train
+from deepspec.demos.stages import PYTHON, USUAL, Names, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 from deepspec.errors import DataError, nearest
 
 log = logging.getLogger(__name__)
@@ -48,23 +48,24 @@ SCALES = {
 }  # fmt: skip
 
 
-def real(scale: str, tasks: Path, cores: int) -> None:
+def real(scale: str, tasks: Path, cores: int, drafters: str = USUAL) -> None:
     """Run every stage of the real run that is not complete yet.
 
     Args:
         scale: a key of SCALES.
         tasks: folder of evaluation prompts (JSONL); where it is missing, only the held-out chat prompts are decoded.
         cores: processes that compute at a time.
+        drafters: which; see :func:`deepspec.demos.stages.recipes`.
 
     Raises:
-        DeepSpecError: no such scale, or a stage failed.
+        DeepSpecError: no such scale, no such drafter, or a stage failed.
     """
     if scale not in SCALES:
         raise DataError("no such scale", key="--scale", found=scale, remedy=nearest(scale, SCALES))
     files = sorted(tasks.glob("*.jsonl"))
     if not files:
         log.info("no task files in %s: only the held-out chat prompts will be decoded", tasks)
-    Runner(plan(SCALES[scale], files, cores), SCALES[scale].root / "logs", cores).run()
+    Runner(plan(SCALES[scale], files, cores, drafters), SCALES[scale].root / "logs", cores).run()
 
 
 def recipe_of(algorithm: str) -> str:
@@ -72,16 +73,17 @@ def recipe_of(algorithm: str) -> str:
     return f"{algorithm}_smollm2_135m"
 
 
-def plan(scale: Scale, tasks: list[Path], cores: int) -> list[Stage]:
+def plan(scale: Scale, tasks: list[Path], cores: int, drafters: str = USUAL) -> list[Stage]:
     """All stages, in an order in which each one's needs come before it.
 
     Args:
         scale: how much of everything.
         tasks: files of evaluation prompts: kept out of the training prompts, and decoded at the end.
         cores: processes of a training.
+        drafters: as of :func:`real`.
     """
-    root, prompts, found = scale.root, scale.root / "prompts", recipes(recipe_of)
-    shared = shared_recipe(found)
+    root, prompts, found = scale.root, scale.root / "prompts", recipes(recipe_of, drafters)
+    shared = shared_recipe(recipes(recipe_of))
     counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
     kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
     own = (PYTHON, "-m", "deepspec.demos.smollm2")
