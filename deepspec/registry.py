@@ -15,6 +15,7 @@ ALGORITHMS = {
     "eagle3": "deepspec.algorithms.eagle3:EAGLE3",
     "dflash": "deepspec.algorithms.dflash:DFLASH",
     "dspark": "deepspec.algorithms.dspark:DSPARK",
+    "mtp": "deepspec.algorithms.mtp:MTP_ALGORITHM",
 }
 
 ENGINES = {  # an import without a format tries them in this order: the more specific layouts first
