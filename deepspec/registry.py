@@ -42,6 +42,7 @@ FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
     "gemma4": "deepspec.families.gemma4:GEMMA4",
+    "qwen3_5": "deepspec.families.qwen3_5:QWEN3_5",
 }
 
 SOURCES = {

@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspec.algorithms.base import (
     Algorithm,
@@ -57,7 +57,7 @@ from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.fused import norm_of
-from deepspec.nn.layer import RMSNorm
+from deepspec.nn.layer import DraftLayer, RMSNorm
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import head_loss
 from deepspec.nn.ragged import attend_ragged, score_bias
@@ -96,6 +96,9 @@ class MTPDraft(DraftModel):
         super().__init__(algorithm, config, shape, family)
         size = shape.hidden_size
         self.fc = Linear(2 * size, size, bias=False)
+        if family.gated:  # a head of the target's own kind has its attention; other drafts are as they are everywhere
+            layers = (DraftLayer(shape, family, size, gated=True) for _ in range(config.num_layers))
+            self.layers = nn.ModuleList(layers)
         self.pre_fc_norm_embedding = RMSNorm(size, shape.norm_eps)
         self.pre_fc_norm_hidden = RMSNorm(size, shape.norm_eps)
 
@@ -164,20 +167,20 @@ def _dense_layer(
 ) -> tuple[Tensor, KV]:
     kv = layer.self_attn.keys_values(layer.input_layernorm(hidden), table)
     hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-    normed = layer.input_layernorm(hidden)
-    queries = layer.self_attn.queries(normed, rows_table)[:, :, None]
-    mixed = attend(queries, kv, None, rows + 1, layer.self_attn.scale, backend)
-    return layer.finish(hidden, mixed[:, :, 0]), kv
+    queries, gate = layer.self_attn.queries_gate(layer.input_layernorm(hidden), rows_table)
+    mixed = attend(queries[:, :, None], kv, None, rows + 1, layer.self_attn.scale, backend)
+    return layer.finish(hidden, mixed[:, :, 0], gate), kv
 
 
 def _slot_layer(
     layer: Any, hidden: Tensor, table: Any, context: KV, mine: tuple[KV, ...], limit: Tensor, backend: str
 ) -> tuple[Tensor, KV]:
     normed = layer.input_layernorm(hidden)
-    queries, kv = layer.self_attn.queries(normed, table)[:, :, None], layer.self_attn.keys_values(normed, table)
+    kv = layer.self_attn.keys_values(normed, table)
+    queries, gate = layer.self_attn.queries_gate(normed, table)
     keys, values = (torch.stack(parts, dim=2) for parts in zip(*mine, kv, strict=True))
-    mixed = attend(queries, context, (keys, values), limit, layer.self_attn.scale, backend)
-    return layer.finish(hidden, mixed[:, :, 0]), kv
+    mixed = attend(queries[:, :, None], context, (keys, values), limit, layer.self_attn.scale, backend)
+    return layer.finish(hidden, mixed[:, :, 0], gate), kv
 
 
 class MTPDrafter(Drafter):
@@ -271,14 +274,15 @@ class MTPDrafter(Drafter):
         embedded = self._token_norm(self.model.frozen.embed(tokens))
         hidden = self.model.fc.forward(torch.cat((embedded, self._state_norm(states)), dim=-1))
         for depth, (layer, cache) in enumerate(zip(self._layers, self._cache, strict=True)):
-            queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
+            normed = layer.input_norm(hidden)
+            queries, keys, values = layer.queries_keys_values(normed, table)
             cache.write((keys, values), index)
             if last is not None and depth == len(self._layers) - 1:  # beyond the keys only the newest matters
-                row_R1 = self._row_B[:R, None]
-                queries, hidden, visible = queries[row_R1, last], hidden[row_R1, last], visible[row_R1, last]
+                at = self._row_B[:R, None], last
+                queries, hidden, normed, visible = queries[at], hidden[at], normed[at], visible[at]
             bias = score_bias(visible, self._groups, hidden.dtype)
             mixed = attend_ragged(queries, cache.view(R if rows is None else rows, S), bias, layer.scale)
-            hidden = layer.finish(hidden, mixed)
+            hidden = layer.finish(hidden, mixed, layer.gate(normed))
         return self._norm(hidden)
 
 
