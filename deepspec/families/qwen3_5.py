@@ -43,6 +43,6 @@ QWEN3_5 = Family(
     norm_offset=1.0,
     tiny_config={
         "layer_types": ["full_attention"] * 4,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "partial_rotary_factor": 0.5},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0, "partial_rotary_factor": 0.5},
     },
 )
