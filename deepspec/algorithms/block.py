@@ -28,11 +28,11 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
+    check_mask_token,
     require,
     require_at_least,
 )
 from deepspec.batch import LossPlan, Supervision
-from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
@@ -312,9 +312,7 @@ class BlockAlgorithm(Algorithm):
     def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        if config.mask_token_id >= target.vocab_size:
-            wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
-            raise RecipeError("no such token", key="draft.mask_token_id", found=config.mask_token_id, wanted=wanted)
+        check_mask_token(config.mask_token_id, target)
 
     def card_rows(self, config: BlockConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""
