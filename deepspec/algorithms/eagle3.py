@@ -17,6 +17,7 @@ size, R supervised (step, slot) pairs, P distinct target positions of them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -26,6 +27,7 @@ from torch import Tensor
 from deepspec.algorithms.base import (
     Algorithm,
     Drafter,
+    DraftModel,
     OwnField,
     Proposal,
     Sampler,
@@ -222,8 +224,12 @@ class Eagle3Drafter(Drafter):
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
         self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
-        self._inputs = [WideInput(*pair) for pair in zip(model.layers, self._layers, strict=True)]
+        self._inputs = [self._input_of(depth) for depth in range(len(self._layers))]
         self._newest_BD = model.fc.weight.detach().new_zeros(batch_size, model.shape.hidden_size)
+
+    def _input_of(self, depth: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(embedding, hidden state) -> what a layer reads, and what it adds to."""
+        return WideInput(self.model.layers[depth], self._layers[depth])
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
         """See :meth:`Drafter.move_rows`."""
@@ -317,8 +323,9 @@ class Eagle3Drafter(Drafter):
         self, layer: FusedLayer, cache: RaggedKV, residual: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
     ) -> Tensor:
         bias = score_bias(visible, self._groups, residual.dtype)
+        queries, gate = layer.parted(queries)
         mixed = attend_ragged(queries, cache.view(rows, visible.shape[-1]), bias, layer.scale)
-        return layer.finish(residual, mixed)
+        return layer.finish(residual, mixed, gate)
 
 
 class Eagle3(Algorithm):
@@ -351,22 +358,30 @@ class Eagle3(Algorithm):
 
     def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
         """The loss of every step; the slots of a chain are the steps of a position."""
-        plan, config = cast(TTTPlan, batch.plan), model.config
-        weights: LossWeights = config.loss_weights
+        plan = cast(TTTPlan, batch.plan)
         where = (plan.active_BN, plan.num_steps, plan.max_context_len)
         hidden = model.train_hidden(batch.features, batch.input_ids, *where)
         hidden_RD = model.to_head(hidden.flatten(0, 2).index_select(0, plan.pair_R))
-        # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
-        rows, slots = plan.rows, plan.active_BN.numel()
-        if weights.ce or config.d_pace is not None:
-            label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{t+2+j}
-            rows = rows.with_tokens(*model.draft_ids(label_R))
-        chain_R = plan.pair_R % max(slots, 1) * plan.num_steps + plan.pair_R // max(slots, 1)
-        chains = Chains(chain_R, slots, plan.num_steps, config.d_pace)
-        head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
-        accept_TN, mask_TN = scattered(head.measured_R, plan.pair_R, plan.num_steps, slots)
-        return head.terms(plan.weight, acceptance_metrics(accept_TN.T, mask_TN.T))
+        return step_loss(model, batch, hidden_RD)
+
+
+def step_loss(model: DraftModel, batch: Batch, hidden_RD: Tensor) -> LossTerms:
+    """The loss of the supervised pairs of a :class:`TTTPlan`, by what the head reads of each."""
+    plan, config = cast(TTTPlan, batch.plan), model.config
+    weights: LossWeights = config.loss_weights
+    # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
+    target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
+    rows, slots, in_vocab_R = plan.rows, plan.active_BN.numel(), None
+    if weights.ce or config.d_pace is not None:
+        label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{t+2+j}
+        label_R, in_vocab_R = model.draft_ids(label_R)
+        rows = rows.with_tokens(label_R, in_vocab_R)
+    chain_R = plan.pair_R % max(slots, 1) * plan.num_steps + plan.pair_R // max(slots, 1)
+    chains = Chains(chain_R, slots, plan.num_steps, config.d_pace)
+    head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
+    measured_R = head.measured_R if in_vocab_R is None else head.measured_R * in_vocab_R
+    accept_TN, mask_TN = scattered(measured_R, plan.pair_R, plan.num_steps, slots)
+    return head.terms(plan.weight, acceptance_metrics(accept_TN.T, mask_TN.T))
 
 
 EAGLE3 = Eagle3()

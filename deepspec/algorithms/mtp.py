@@ -8,7 +8,7 @@ last one at t, later the head's own output of step k - 1:
 
 h' is fed back. Slot t is supervised at step k exactly when token t + 2 + k is, and weighs step_weight_decay^k:
 
-    loss = sum over supervised (k, t) of w_k CE / sum of their w_k
+    loss = sum over supervised (k, t) of w_k CE / sum of their w_k        (or what ``loss`` names in CE's place)
 
 With as many supervised slots in every step this is the published sum_k w_k / sum(w) * mean CE of step k; a denominator
 of its own for each step would change with the way a step is cut into micro-batches only in the few slots at an end.
@@ -41,27 +41,19 @@ from torch import Tensor, nn
 from deepspec.algorithms.base import (
     Algorithm,
     DraftConfig,
-    Drafter,
     DraftModel,
     OwnField,
-    Proposal,
-    Sampler,
     require,
     require_at_least,
 )
-from deepspec.algorithms.block import acceptance_metrics, scattered
-from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
+from deepspec.algorithms.eagle3 import Eagle3Drafter, TTTPlan, step_loss, supervised_slots
 from deepspec.batch import Batch, Supervision
 from deepspec.families.base import Family, Shape
-from deepspec.metrics import LossTerms, WeightedSum
+from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.fused import norm_of
 from deepspec.nn.layer import DraftLayer, RMSNorm
-from deepspec.nn.loss_chunk import LossWeights
-from deepspec.nn.losses import head_loss
-from deepspec.nn.ragged import attend_ragged, score_bias
-from deepspec.nn.tree import Tree
 from deepspec.targets import TargetSpec
 
 KV = tuple[Tensor, Tensor]
@@ -102,14 +94,22 @@ class MTPDraft(DraftModel):
         self.pre_fc_norm_embedding = RMSNorm(size, shape.norm_eps)
         self.pre_fc_norm_hidden = RMSNorm(size, shape.norm_eps)
 
+    def start(self, features: Tensor) -> Tensor:
+        """h of step 0, [.., D]."""
+        return features.to(self.dtype)
+
+    def fed_back(self, hidden: Tensor) -> Tensor:
+        """h' [.., D] of the last layer's output."""
+        return self.norm(hidden)
+
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [.., V] of the head's outputs; -inf outside the reduced vocabulary."""
+        """fp32 logits [.., V] of h'; -inf outside the reduced vocabulary."""
         return self.expand_to_target_vocab(self.head.logits(hidden).float())
 
     def joined(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """x [.., D] of tokens [..] and states [.., D]."""
         embedded = self.pre_fc_norm_embedding(self.frozen.embed(tokens))
-        return self.fc(torch.cat((embedded, self.pre_fc_norm_hidden(hidden.to(self.dtype))), dim=-1))
+        return self.fc(torch.cat((embedded, self.pre_fc_norm_hidden(hidden)), dim=-1))
 
     def train_hidden(
         self, states: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, max_context_len: int
@@ -123,7 +123,7 @@ class MTPDraft(DraftModel):
             steps: T.
             max_context_len: one more than the last active slot: no position after it is seen by any.
         """
-        next_ids = F.pad(input_ids[:, 1:], (0, steps))
+        states, next_ids = self.start(states), F.pad(input_ids[:, 1:], (0, steps))
         if self.config.step_keys == "own":
             return self._own_steps(states, next_ids, active_BN, steps, max_context_len)
         hidden, context = self._dense(states[:, :max_context_len], next_ids[:, :max_context_len], active_BN)
@@ -136,7 +136,7 @@ class MTPDraft(DraftModel):
                 arguments = (layer, hidden, table, seen, tuple(mine), active_BN + 1, self.attention)
                 hidden, kv = self.run(_slot_layer, *arguments)
                 mine.append(kv)
-            outputs.append(self.norm(hidden))
+            outputs.append(self.fed_back(hidden))
         return torch.stack(outputs)
 
     def _own_steps(
@@ -159,7 +159,7 @@ class MTPDraft(DraftModel):
             arguments = (layer, hidden, table, wanted, self.rotary(wanted), self.attention)
             hidden, kv = self.run(_dense_layer, *arguments)
             context.append(kv)
-        return self.norm(hidden), context
+        return self.fed_back(hidden), context
 
 
 def _dense_layer(
@@ -183,107 +183,21 @@ def _slot_layer(
     return layer.finish(hidden, mixed[:, :, 0], gate), kv
 
 
-class MTPDrafter(Drafter):
-    """Keys and values of committed positions, and the head's output at the newest one."""
+class MTPDrafter(Eagle3Drafter):
+    """Step 0 at committed positions, then one step a token (or a depth of a tree), as Eagle3 drafts."""
 
-    model: MTPDraft
+    def _input_of(self, depth: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """The first layer's input is ``fc`` of both; further layers read the one before."""
+        model, norm = cast(MTPDraft, self.model), self._layers[depth].input_norm
+        if depth:
+            return lambda _, hidden: (norm(hidden), hidden)
+        token_norm, state_norm = norm_of(model.pre_fc_norm_embedding), norm_of(model.pre_fc_norm_hidden)
 
-    def __init__(self, model: MTPDraft, batch_size: int, max_length: int) -> None:
-        super().__init__(model, batch_size, max_length)
-        self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
-        self._token_norm: Callable[[Tensor], Tensor] = norm_of(model.pre_fc_norm_embedding)
-        self._state_norm: Callable[[Tensor], Tensor] = norm_of(model.pre_fc_norm_hidden)
-        self._newest_BD = model.fc.weight.detach().new_zeros(batch_size, model.shape.hidden_size)
+        def joined(embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            x = model.fc.forward(torch.cat((token_norm(embedded), state_norm(hidden)), dim=-1))
+            return norm(x), x
 
-    def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """See :meth:`Drafter.move_rows`."""
-        super().move_rows(source, target)
-        self._newest_BD[target] = self._newest_BD[source]
-
-    @torch.no_grad()
-    def extend(
-        self, features: Tensor, tokens: Tensor, counts: Tensor, max_context_len: int, rows: Tensor | None = None
-    ) -> None:
-        """Append (state at position i, token i + 1): step 0 for the new positions."""
-        R, N = tokens.shape
-        row_R = self._row_B[:R] if rows is None else rows
-        slots = self._length_B[row_R, None] + torch.arange(N, device=tokens.device)
-        last = (counts - 1).clamp_min(0)[:, None]  # [R, 1], the newest of the new positions
-        self._max_context_len = max_context_len
-        self._reserve(max_context_len + self.max_draft, slots, row_R)
-        visible = torch.arange(max_context_len, device=tokens.device) <= slots[..., None]
-        hidden = self._step(features.to(self.model.dtype), tokens, slots, slots, visible, rows, last)
-        newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
-        self._newest_BD[row_R] = newest
-        self._length_B[row_R] += counts
-
-    @torch.no_grad()
-    def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
-        """K tokens one by one, each from the output of the one before (:meth:`extend` read ``last_token``)."""
-        R = len(last_token)
-        hidden = self._newest_BD[:R, None]
-        keys = torch.arange(self._max_context_len + self.max_draft, device=last_token.device)
-        tokens: list[Tensor] = []
-        probs: list[Tensor] = []
-        for k in range(min(max_draft or self.max_draft, self.max_draft)):
-            if k:
-                slots = self._length_B[:R, None] + (k - 1)
-                hidden = self._step(hidden, tokens[-1][:, None], slots, slots, keys <= slots[..., None])
-            token, prob = sample(self.model.draft_logits(hidden)[:, 0], k)
-            tokens.append(token)
-            if prob is not None:
-                probs.append(prob)
-        return Proposal(torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None, None)
-
-    @torch.no_grad()
-    def propose_tree(self, last_token: Tensor, tree: Tree) -> Proposal:
-        """All nodes of a depth in one step, each from the output of its parent; node i is i slots after the newest."""
-        root_R = self._length_B[: len(last_token)] - 1
-        hidden = self._newest_BD[: len(last_token), None]
-        tokens: list[Tensor] = []
-        for depth, children in enumerate(tree.children, 1):
-            if tokens:
-                nodes = tree.level(depth - 1)
-                slots = root_R[:, None] + torch.arange(nodes.start, nodes.stop, device=root_R.device)
-                positions = (root_R + (depth - 1))[:, None].expand_as(slots)
-                visible = tree.visible(root_R, nodes, self._max_context_len + len(tree))
-                hidden = self._step(hidden, tokens[-1], positions, slots, visible)
-            tokens.append(self.model.draft_logits(hidden).topk(children).indices.flatten(1))
-            hidden = hidden.repeat_interleave(children, dim=1)
-        return Proposal(torch.cat(tokens, dim=1), None, None)
-
-    def _step(
-        self, states: Tensor, tokens: Tensor, positions: Tensor, slots: Tensor, visible: Tensor,
-        rows: Tensor | None = None, last: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """The head's outputs [R, N, D]; writes the keys of all layers to ``slots`` [R, N].
-
-        Args:
-            states: [R, N, D].
-            tokens: [R, N].
-            positions: [R, N].
-            slots: [R, N].
-            visible: [R, N, S] bool, which slots each sees.
-            rows: which rows; None: the first R.
-            last: [R, 1], the only output that is wanted of each row; None: all.
-        """
-        R, S = len(tokens), visible.shape[-1]
-        own = self._row_B[:R] if rows is None else rows
-        table = self._rotary.at(positions, self._max_context_len + max(slots.shape[1], S))
-        index = self._reserve(S, slots, own)
-        embedded = self._token_norm(self.model.frozen.embed(tokens))
-        hidden = self.model.fc.forward(torch.cat((embedded, self._state_norm(states)), dim=-1))
-        for depth, (layer, cache) in enumerate(zip(self._layers, self._cache, strict=True)):
-            normed = layer.input_norm(hidden)
-            queries, keys, values = layer.queries_keys_values(normed, table)
-            cache.write((keys, values), index)
-            if last is not None and depth == len(self._layers) - 1:  # beyond the keys only the newest matters
-                at = self._row_B[:R, None], last
-                queries, hidden, normed, visible = queries[at], hidden[at], normed[at], visible[at]
-            bias = score_bias(visible, self._groups, hidden.dtype)
-            mixed = attend_ragged(queries, cache.view(R if rows is None else rows, S), bias, layer.scale)
-            hidden = layer.finish(hidden, mixed, layer.gate(normed))
-        return self._norm(hidden)
+        return joined
 
 
 class MTP(Algorithm):
@@ -311,30 +225,23 @@ class MTP(Algorithm):
 
     def needs_last_hidden(self, config: MTPConfig) -> bool:
         """Cross-entropy needs only the tokens; the state that the head continues is a feature."""
-        return False
+        return config.loss_weights.needs_target
 
     def plan(self, config: MTPConfig, supervision: Supervision) -> TTTPlan:
         """The supervised (step, slot) pairs; the weight is the sum of theirs."""
         slots_TBS = supervised_slots(supervision, config.steps)
-        plan = TTTPlan.make(slots_TBS, torch.ones(len(supervision.lengths)), config.step_weight_decay)
+        decay = config.step_weight_decay if config.d_pace is None else 1.0
+        plan = TTTPlan.make(slots_TBS, torch.ones(len(supervision.lengths)), decay)
         return replace(plan, weight=plan.rows.weight_R.sum())
 
     def objective(self, model: MTPDraft, batch: Batch) -> LossTerms:
-        """CE of every step; a step is accepted where the draft's most likely token is the answer's."""
+        """The loss of every step; without a target's distribution a step counts as accepted where the draft's most
+        likely token is the answer's."""
         plan = cast(TTTPlan, batch.plan)
         where = (plan.active_BN, plan.num_steps, plan.max_context_len)
         hidden = model.train_hidden(batch.features, batch.input_ids, *where)
         hidden_RD = hidden.flatten(0, 2).index_select(0, plan.pair_R)
-        label_R = batch.input_ids.flatten()[plan.position_P + 1][plan.rows.position_R]
-        label_R, in_vocab_R = model.draft_ids(label_R)
-        rows = plan.rows.with_labels(label_R)
-        if in_vocab_R is not None:  # a token outside the draft's vocabulary teaches nothing; no draft of it is accepted
-            rows = replace(rows, weight_R=rows.weight_R * in_vocab_R)
-        head = head_loss(hidden_RD, model.head, rows, LossWeights(ce=1.0), backend=model.loss)
-        hit_R = head.hit_R if in_vocab_R is None else head.hit_R * in_vocab_R
-        hit_TN, mask_TN = scattered(hit_R, plan.pair_R, plan.num_steps, plan.active_BN.numel())
-        metrics = acceptance_metrics(hit_TN.T, mask_TN.T)
-        return LossTerms({"ce": WeightedSum(head.combined, plan.weight)}, {"ce": 1.0}, metrics)
+        return step_loss(model, batch, hidden_RD)
 
 
 MTP_ALGORITHM = MTP()

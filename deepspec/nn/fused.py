@@ -160,11 +160,24 @@ class FusedLayer:
             self._sandwich = (before, after, layer.layer_scalar)
 
     def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
-        """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`."""
+        """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`.
+
+        Where a gate follows each query in ``q_proj`` it does here: see :meth:`parted`.
+        """
         heads = self._qkv(x).unflatten(-1, (-1, self.head_dim))
         both = heads[..., : self._queries + self._keys, :]
         rotated = rotate_pairs(both if self._head_norm is None else self._head_norm(both), table)
-        return rotated[..., : self._queries, :], rotated[..., self._queries :, :], self._values(heads)
+        queries = rotated[..., : self._queries, :]
+        if self._gate is not None:
+            gates = self._gate(x).sigmoid_().unflatten(-1, (-1, self.head_dim))
+            queries = torch.cat((queries, gates), dim=-1)
+        return queries, rotated[..., self._queries :, :], self._values(heads)
+
+    def parted(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(queries, what :meth:`finish` multiplies the attended heads by) of :meth:`queries_keys_values`."""
+        if self._gate is None:
+            return queries, None
+        return queries[..., : self.head_dim], queries[..., self.head_dim :]
 
     def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """The keys and values alone."""
@@ -172,10 +185,6 @@ class FusedLayer:
         keys = heads[..., : self._keys, :]
         keys = rotate_pairs(keys if self._key_norm is None else self._key_norm(keys), table)
         return keys, self._values(heads)
-
-    def gate(self, x: Tensor) -> Tensor | None:
-        """What :meth:`finish` multiplies the attended heads by, [.., H, E]; None where nothing gates."""
-        return None if self._gate is None else self._gate(x).sigmoid_().unflatten(-1, (-1, self.head_dim))
 
     def _values(self, heads: Tensor) -> Tensor:
         values = heads[..., -self._keys :, :]  # where there is no v_proj: the keys before their norm
