@@ -47,7 +47,9 @@ class TargetSection:
     """The model that is to be sped up."""
 
     path: str  # a local folder or a hub id
-    layers: tuple[int, ...]  # 0-based decoder layers whose OUTPUT the draft reads; -1 = the embedding output
+    layers: tuple[
+        int, ...
+    ]  # 0-based decoder layers whose OUTPUT is read; -1 = the embedding, their number = the final norm
     family: str | None = None  # checked against the model's own config where given
     revision: str | None = None  # of a hub id: a branch, tag or commit
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # that it runs in
@@ -328,8 +330,8 @@ class Recipe:
         Raises:
             RecipeError: a layer beyond the model, another family, or a `draft:` key that does not fit the target.
         """
-        if max(self.target.layers) >= spec.num_layers:
-            wanted = f"layers below {spec.num_layers}, the depth of {self.target.path}"
+        if max(self.target.layers) > spec.num_layers:
+            wanted = f"layers below {spec.num_layers}, the depth of {self.target.path}, or it: after the final norm"
             raise RecipeError(
                 "layer beyond the model", key="target.layers", found=list(self.target.layers), wanted=wanted
             )

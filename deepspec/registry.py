@@ -13,8 +13,10 @@ from deepspec.errors import DeepSpecError, nearest
 
 ALGORITHMS = {
     "eagle3": "deepspec.algorithms.eagle3:EAGLE3",
+    "p_eagle": "deepspec.algorithms.p_eagle:P_EAGLE",
     "dflash": "deepspec.algorithms.dflash:DFLASH",
     "dspark": "deepspec.algorithms.dspark:DSPARK",
+    "mtp": "deepspec.algorithms.mtp:MTP_ALGORITHM",
 }
 
 ENGINES = {  # an import without a format tries them in this order: the more specific layouts first
@@ -41,6 +43,7 @@ FAMILIES = {
     "qwen3": "deepspec.families.qwen3:QWEN3",
     "llama": "deepspec.families.llama:LLAMA",
     "gemma4": "deepspec.families.gemma4:GEMMA4",
+    "qwen3_5": "deepspec.families.qwen3_5:QWEN3_5",
 }
 
 SOURCES = {

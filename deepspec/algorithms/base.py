@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig:
+class DraftConfig(LossFields):
     """What every algorithm's config has. A field that the algorithm's recipes cannot set has ``init=False``."""
 
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are read; -1 the embedding
@@ -47,6 +48,7 @@ class DraftConfig:
     confidence_head: bool = field(default=False, init=False)  # whether proposals come with acceptance probabilities
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(self, 1, "num_layers")
         size = self.draft_vocab_size
         require(size is None or size >= 1, "draft_vocab_size", size, "at least 1, or null")
@@ -153,7 +155,7 @@ class DraftModel(nn.Module):
         config: its frozen config.
         shape: sizes of its layers.
         family: their parts.
-        input_size: width of the attention streams; None: D.
+        wide_layers: how many of the first layers read two streams side by side, 2D wide.
     """
 
     config: Any  # the algorithm's own DraftConfig
@@ -162,15 +164,13 @@ class DraftModel(nn.Module):
     d2t: Tensor  # only with a reduced vocabulary
     t2d: Tensor
 
-    def __init__(
-        self, algorithm: Algorithm, config: Any, shape: Shape, family: Family, input_size: int | None = None
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, config: Any, shape: Shape, family: Family, wide_layers: int = 0) -> None:
         super().__init__()
         self.hidden_norm = None
         self.algorithm, self.config, self.shape, self.family = algorithm, config, shape, family
         self.fc = Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
-        width = input_size or shape.hidden_size
-        self.layers = nn.ModuleList(DraftLayer(shape, family, width) for _ in range(config.num_layers))
+        widths = [shape.hidden_size * (2 if depth < wide_layers else 1) for depth in range(config.num_layers)]
+        self.layers = nn.ModuleList(DraftLayer(shape, family, width) for width in widths)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.rotary = Rotary(shape)
         self.attention = "auto"  # backend of deepspec.nn.attention.attend
@@ -433,6 +433,13 @@ def require_at_least(config: DraftConfig, least: int, *keys: str) -> None:
     """Raise a :class:`RecipeError` for the first of the fields ``keys`` that is below ``least``."""
     for key in keys:
         require(getattr(config, key) >= least, key, getattr(config, key), f"at least {least}")
+
+
+def check_mask_token(token: int, target: TargetSpec) -> None:
+    """Raise a :class:`RecipeError` unless ``draft.mask_token_id`` is a token of the target's."""
+    if token >= target.vocab_size:
+        wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
+        raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)
 
 
 def initialise(model: nn.Module, std: float, seed: int) -> None:

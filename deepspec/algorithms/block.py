@@ -28,11 +28,11 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
+    check_mask_token,
     require,
     require_at_least,
 )
 from deepspec.batch import LossPlan, Supervision
-from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
@@ -65,6 +65,11 @@ class BlockConfig(DraftConfig):
         require(gamma is None or gamma > 0, "loss_decay_gamma", gamma, "above 0, or null for no decay")
         require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
         require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
+
+    @property
+    def slot_gamma(self) -> float | None:
+        """The decay's gamma; None where D-PACE replaces it."""
+        return self.loss_decay_gamma if self.d_pace is None else None
 
     @property
     def max_draft(self) -> int:
@@ -312,9 +317,7 @@ class BlockAlgorithm(Algorithm):
     def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        if config.mask_token_id >= target.vocab_size:
-            wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
-            raise RecipeError("no such token", key="draft.mask_token_id", found=config.mask_token_id, wanted=wanted)
+        check_mask_token(config.mask_token_id, target)
 
     def card_rows(self, config: BlockConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""

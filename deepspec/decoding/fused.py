@@ -61,8 +61,9 @@ class FusedDecoder:
             queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
             hidden = layer.finish(hidden, attend(queries, keys, values, number, layer.scale))
             outputs[number] = hidden
+        outputs[len(self._layers)] = last = self._norm(hidden)
         features = torch.cat([outputs[layer] for layer in layers], dim=-1) if layers else hidden[..., :0]
-        return TargetOutput(features, self._norm(hidden))
+        return TargetOutput(features, last)
 
 
 def _is_plain(module: nn.Module, decoder: nn.Module) -> bool:

@@ -60,6 +60,8 @@ class Family:
     attention_scale: float | None = None  # None: head_dim ** -0.5
     sandwich: bool = False  # norms also after attention and around the MLP, and a layer_scalar buffer
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
+    gated: bool = False  # the target's own attention multiplies each head by a gate; only its own heads take that over
+    norm_offset: float = 0.0  # what the target's norms add to their stored weights; ours are stored as they multiply
     plain_layers: tuple[str, ...] = ()  # classes of transformers whose forward is that of a draft layer of this family
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
 

@@ -102,8 +102,26 @@ class RotaryRows:
 def rotate_pairs(x: Tensor, table: Table) -> Tensor:
     """Heads [.., H, E] rotated by a :func:`rotary_table`, in the dtype of the table."""
     cos, sin = table
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat((rotate_pairs(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]), dim=-1)
     wide = x.to(cos.dtype)
     return (wide * cos).add_(wide.roll(cos.shape[-1] // 2, -1) * sin).to(x.dtype)
+
+
+def _parted(map_: nn.Linear, size: int) -> tuple[nn.Linear, nn.Linear]:
+    """A linear map whose outputs are turns of ``size`` for one and ``size`` for another, as those two."""
+    parts = []
+    for number in range(2):
+        half = nn.Linear(map_.in_features, map_.out_features // 2, bias=map_.bias is not None, device="meta")
+        half.weight = nn.Parameter(_turn(map_.weight.detach(), size, number), requires_grad=False)
+        if map_.bias is not None:
+            half.bias = nn.Parameter(_turn(map_.bias.detach(), size, number), requires_grad=False)
+        parts.append(half)
+    return parts[0], parts[1]
+
+
+def _turn(rows: Tensor, size: int, number: int) -> Tensor:
+    return rows.unflatten(0, (-1, 2, size))[:, number].flatten(0, 1)
 
 
 class FusedLayer:
@@ -119,8 +137,12 @@ class FusedLayer:
         self.head_dim = int(attention.head_dim)
         self.scale = float(attention.scale if hasattr(attention, "scale") else attention.scaling)
         keys_values = [one for one in (attention.k_proj, attention.v_proj) if one is not None]
-        self._qkv, self._kv = JoinedLinear([attention.q_proj, *keys_values]), JoinedLinear(keys_values)
-        self._queries = attention.q_proj.out_features // self.head_dim  # H
+        query, self._gate = attention.q_proj, None
+        if getattr(attention, "gated", False):
+            query, gate = _parted(query, self.head_dim)
+            self._gate = JoinedLinear([gate])
+        self._qkv, self._kv = JoinedLinear([query, *keys_values]), JoinedLinear(keys_values)
+        self._queries = query.out_features // self.head_dim  # H
         self._keys = attention.k_proj.out_features // self.head_dim  # G
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self._head_norm = head_norm_of(norms, (self._queries, self._keys))
@@ -138,11 +160,24 @@ class FusedLayer:
             self._sandwich = (before, after, layer.layer_scalar)
 
     def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
-        """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`."""
+        """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`.
+
+        Where a gate follows each query in ``q_proj`` it does here: see :meth:`parted`.
+        """
         heads = self._qkv(x).unflatten(-1, (-1, self.head_dim))
         both = heads[..., : self._queries + self._keys, :]
         rotated = rotate_pairs(both if self._head_norm is None else self._head_norm(both), table)
-        return rotated[..., : self._queries, :], rotated[..., self._queries :, :], self._values(heads)
+        queries = rotated[..., : self._queries, :]
+        if self._gate is not None:
+            gates = self._gate(x).sigmoid_().unflatten(-1, (-1, self.head_dim))
+            queries = torch.cat((queries, gates), dim=-1)
+        return queries, rotated[..., self._queries :, :], self._values(heads)
+
+    def parted(self, queries: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(queries, what :meth:`finish` multiplies the attended heads by) of :meth:`queries_keys_values`."""
+        if self._gate is None:
+            return queries, None
+        return queries[..., : self.head_dim], queries[..., self.head_dim :]
 
     def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """The keys and values alone."""
@@ -155,9 +190,9 @@ class FusedLayer:
         values = heads[..., -self._keys :, :]  # where there is no v_proj: the keys before their norm
         return values if self._value_norm is None else self._value_norm(values)
 
-    def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None) -> Tensor:
         """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""
-        attended = self._out(mixed.flatten(-2))
+        attended = self._out((mixed if gate is None else mixed * gate).flatten(-2))
         if self._sandwich is None:
             hidden = residual + attended
             return hidden + self._mlp(self._after_norm(hidden))

@@ -8,6 +8,7 @@ S sequence, D hidden size, H query heads, G key/value heads, E head size; [..] a
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -89,11 +90,13 @@ class GatedMLP(nn.Module):
 
 
 def _inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
-    """(inv_freq [E / 2] fp32, attention scaling) of a rotary embedding.
+    """(inv_freq, attention scaling) of a rotary embedding; [E / 2] fp32, or fewer where it turns a part of a head.
 
-    "proportional" (Gemma4) rotates only the first ``partial_factor`` of the pairs; the rest have frequency 0. Other
-    kinds come from transformers.
+    "default" turns the first ``partial_factor`` of a head's values as a head of that size. "proportional" (Gemma4)
+    turns that part of the pairs; the rest have frequency 0. Other kinds come from transformers.
     """
+    if rope.kind == "default" and rope.partial_factor != 1.0:
+        return _inverse_frequencies(replace(rope, partial_factor=1.0), int(rope.partial_factor * head_dim), 0)
     if rope.kind in ("default", "proportional"):
         exponent = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         inv_freq = 1.0 / (rope.theta**exponent)
@@ -122,7 +125,7 @@ class Rotary(nn.Module):
             self._inv_freq, self._scaling = _inverse_frequencies(shape.rope, shape.head_dim, shape.max_positions)
 
     def forward(self, positions: Tensor) -> Table:
-        """(cos, sin), each [.., E] fp32, of integer ``positions`` [..]."""
+        """(cos, sin), each [.., E] (or the part that is turned) fp32, of integer ``positions`` [..]."""
         if self._inv_freq.device != positions.device:
             self._inv_freq = self._inv_freq.to(positions.device)
         angles = positions[..., None].float() * self._inv_freq
@@ -131,8 +134,13 @@ class Rotary(nn.Module):
 
 
 def rotate(x: Tensor, table: Table) -> Tensor:
-    """Apply a rotary ``table`` (cos, sin: [.., S, E] fp32) to heads ``x`` [.., S, H, E], in fp32."""
+    """Apply a rotary ``table`` (cos, sin: [.., S, E] fp32) to heads ``x`` [.., S, H, E], in fp32.
+
+    A narrower table turns the first values of each head.
+    """
     cos, sin = (part.unsqueeze(-2) for part in table)
+    if cos.shape[-1] < x.shape[-1]:
+        return torch.cat((rotate(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]), dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
@@ -144,13 +152,14 @@ class DraftAttention(nn.Module):
         shape: sizes of the layer.
         family: its parts.
         input_size: width of the streams (D; 2D where a layer reads embedding and hidden state side by side).
+        gated: each head's output is multiplied by a gate, whose projection follows the head's query in ``q_proj``.
     """
 
-    def __init__(self, shape: Shape, family: Family, input_size: int) -> None:
+    def __init__(self, shape: Shape, family: Family, input_size: int, gated: bool = False) -> None:
         super().__init__()
-        self.head_dim, bias = shape.head_dim, shape.attention_bias
+        self.head_dim, self.gated, bias = shape.head_dim, gated, shape.attention_bias
         query_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-        self.q_proj = Linear(input_size, query_size, bias=bias)
+        self.q_proj = Linear(input_size, 2 * query_size if gated else query_size, bias=bias)
         self.k_proj = Linear(input_size, kv_size, bias=bias)
         self.v_proj = None if shape.k_eq_v else Linear(input_size, kv_size, bias=bias)
         self.o_proj = Linear(query_size, shape.hidden_size, bias=bias)
@@ -165,8 +174,15 @@ class DraftAttention(nn.Module):
 
     def queries(self, x: Tensor, table: Table) -> Tensor:
         """[.., input_size] -> rotated queries [.., H, E]."""
-        heads = self._heads(self.q_proj(x))
-        return rotate(heads if self.q_norm is None else self.q_norm(heads), table)
+        return self.queries_gate(x, table)[0]
+
+    def queries_gate(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor | None]:
+        """:meth:`queries`, and what :meth:`DraftLayer.finish` multiplies the heads by; None where nothing gates."""
+        heads, gate = self._heads(self.q_proj(x)), None
+        if self.gated:
+            heads, gate = heads.unflatten(-2, (-1, 2)).unbind(-2)
+            gate = gate.sigmoid()
+        return rotate(heads if self.q_norm is None else self.q_norm(heads), table), gate
 
     def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
         """[.., input_size] -> rotated keys and values, [.., G, E] each."""
@@ -183,11 +199,11 @@ class DraftAttention(nn.Module):
 class DraftLayer(nn.Module):
     """Attention and MLP with the family's residual arrangement; the arguments are those of :class:`DraftAttention`."""
 
-    def __init__(self, shape: Shape, family: Family, input_size: int) -> None:
+    def __init__(self, shape: Shape, family: Family, input_size: int, gated: bool = False) -> None:
         super().__init__()
         size, eps = shape.hidden_size, shape.norm_eps
         self.input_layernorm = RMSNorm(size, eps)
-        self.self_attn = DraftAttention(shape, family, input_size)
+        self.self_attn = DraftAttention(shape, family, input_size, gated)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(shape)
         self.sandwich = family.sandwich
@@ -196,9 +212,9 @@ class DraftLayer(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(size, eps)
             self.register_buffer("layer_scalar", torch.ones(1))
 
-    def finish(self, residual: Tensor, mixed: Tensor) -> Tensor:
+    def finish(self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None) -> Tensor:
         """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""
-        attended = self.self_attn.output(mixed)
+        attended = self.self_attn.output(mixed if gate is None else mixed * gate)
         if not self.sandwich:
             hidden = residual + attended
             return hidden + self.mlp(self.post_attention_layernorm(hidden))

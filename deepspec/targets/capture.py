@@ -1,5 +1,7 @@
 """Capture of the hidden states that a draft reads: the OUTPUT of decoder layers, by forward hooks.
 
+The id after the last layer's is the state after the final norm: a feature as every other where a draft continues it.
+
 ``output_hidden_states`` of transformers returns the normed state in its last entry, so for the last layer it disagrees
 with the hooks; and it keeps every layer. One function serves the cache, online training and decoding.
 """
@@ -29,7 +31,7 @@ class FeatureCapture:
 
     Args:
         decoder: the module that owns ``layers`` and ``embed_tokens``.
-        layers: 0-based layer ids; -1 is the embedding.
+        layers: 0-based layer ids; -1 is the embedding, the number of layers the final norm.
     """
 
     def __init__(self, decoder: nn.Module, layers: Sequence[int]) -> None:
@@ -39,13 +41,20 @@ class FeatureCapture:
 
     def __enter__(self) -> FeatureCapture:
         for layer in set(self.layers):
-            module: Any = self.decoder.embed_tokens if layer == EMBEDDING else self.decoder.layers[layer]  # type: ignore[index]
-            self._handles.append(module.register_forward_hook(self._keep(layer)))
+            self._handles.append(self._module(layer).register_forward_hook(self._keep(layer)))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _module(self, layer: int) -> nn.Module:
+        decoder: Any = self.decoder
+        if layer == EMBEDDING:
+            found: nn.Module = decoder.embed_tokens
+        else:
+            found = decoder.norm if layer == decoder.config.num_hidden_layers else decoder.layers[layer]
+        return found
 
     def _keep(self, layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:

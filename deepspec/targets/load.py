@@ -76,16 +76,16 @@ class TargetSpec:
         """Check that every layer id exists.
 
         Raises:
-            TargetError: an id outside -1 .. num_layers - 1, or none, or one twice.
+            TargetError: an id outside -1 .. num_layers, or none, or one twice.
         """
-        wrong = [layer for layer in layers if not EMBEDDING <= layer < self.num_layers]
+        wrong = [layer for layer in layers if not EMBEDDING <= layer <= self.num_layers]
         if wrong or not layers or len(set(layers)) != len(layers):
             raise TargetError(
                 "target layers do not exist" if wrong else "target layers must be one or more distinct ids",
                 file=file,
                 key=key,
                 found=wrong or list(layers),
-                wanted=f"ids from -1 (embedding) to {self.num_layers - 1}",
+                wanted=f"ids from -1 (embedding) to {self.num_layers - 1}, or {self.num_layers} (after the final norm)",
                 remedy=f"{self.path} has {self.num_layers} layers",
             )
 
@@ -331,7 +331,7 @@ class Target(TargetEmbeddings):
 
         Args:
             input_ids: [B, S] int64.
-            layers: the layer outputs to keep, 0-based, -1 the embedding.
+            layers: the layer outputs to keep, 0-based, -1 the embedding, num_layers the final norm.
             position_ids: [B, S]; None counts from the cache's length.
             attention_mask: [B, S] padding mask, or [B, 1, S, KV] bool (True = visible), or for families with sliding
                 windows a dict from layer type to such a mask.

@@ -39,8 +39,11 @@ HEADER = 1 << 20  # bytes that a file may have beyond its two tensors
 
 
 def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
-    """The engine's ids of what a recipe reads: of ``layers`` (ours, -1 the embedding) and of the last layer."""
-    return sorted({layer + 1 for layer in layers} | {spec.num_layers})
+    """The engine's ids of what a recipe reads: of ``layers`` (ours, -1 the embedding) and of the last layer.
+
+    The final norm is computed here, from the last layer's.
+    """
+    return sorted({layer + 1 for layer in layers if layer < spec.num_layers} | {spec.num_layers})
 
 
 class ServedTarget(TargetEmbeddings):
@@ -107,7 +110,8 @@ class ServedTarget(TargetEmbeddings):
         """
         if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
             raise TargetError("a served target takes only complete prompts", found="positions, cache or special masks")
-        unknown = [layer for layer in layers if layer + 1 not in self._index]
+        normed = self.spec.num_layers
+        unknown = [layer for layer in layers if layer != normed and layer + 1 not in self._index]
         if unknown:
             raise TargetError("the server does not give these layers", file=self.url, found=unknown,
                               remedy="start it for the recipe's layers")  # fmt: skip
@@ -118,9 +122,10 @@ class ServedTarget(TargetEmbeddings):
         features = torch.zeros(B, S, len(layers) * D, dtype=self.dtype)
         last = torch.zeros(B, S, D, dtype=self.dtype)
         for row, hidden in enumerate(self._pool.map(self._hidden_states, rows)):
-            chosen = [hidden[:, self._index[layer + 1]] for layer in layers]
+            final = self._norm(hidden[:, self._index[normed]])
+            chosen = [final if layer == normed else hidden[:, self._index[layer + 1]] for layer in layers]
             features[row, : len(hidden)] = torch.cat(chosen, dim=-1) if chosen else hidden[:, 0, :0]
-            last[row, : len(hidden)] = self._norm(hidden[:, self._index[self.spec.num_layers]])
+            last[row, : len(hidden)] = final
         return TargetOutput(features, last)
 
     def _served_name(self) -> str:

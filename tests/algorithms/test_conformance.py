@@ -48,7 +48,8 @@ def test_a_draft_that_follows_the_target_is_accepted(algorithm: str) -> None:
     if "num_anchors" in registry.algorithm(algorithm).tiny_section:
         model = tiny_draft(algorithm, target, num_anchors=40)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    batches = [_answer_batch(target, PROMPTS[i] + a.output_ids, len(PROMPTS[i])) for i, a in enumerate(answers)]
+    layers = model.config.target_layers
+    batches = [_answer_batch(target, PROMPTS[i] + a.output_ids, len(PROMPTS[i]), layers) for i, a in enumerate(answers)]
     before = _accepted(target, model, settings)
     for _ in range(60):
         for batch in batches:
@@ -59,9 +60,9 @@ def test_a_draft_that_follows_the_target_is_accepted(algorithm: str) -> None:
     assert after > 2.0 > before
 
 
-def _answer_batch(target, tokens, prompt_length):
+def _answer_batch(target, tokens, prompt_length, layers):
     ids = torch.tensor([tokens])
-    seen = target.forward(ids, (-1, 1, 3))
+    seen = target.forward(ids, layers)
     mask = (torch.arange(len(tokens)) >= prompt_length)[None]
     supervision = Supervision(mask, torch.tensor([len(tokens)]), (prompt_length,), 0, 0)
     return Batch(supervision, ids, seen.features, seen.last_hidden)

@@ -1,13 +1,17 @@
-"""Compare with reference cases computed by the released implementation: what ``tools/check_reference.py`` runs.
+"""Compare with reference cases computed by released implementations: what ``tools/check_reference.py`` runs.
 
 A folder holds training cases (``<case>/{config.json, model.safetensors, inputs.safetensors, outputs.safetensors,
 train.json}``) and greedy decodings (``infer_*/{draft/, results.json}`` with their target's folder). Equal means: logits
 within 2e-5, losses within 2e-6, gradient norms within 5e-4 relative; ids, proposals and acceptance lengths equal.
+
+Cases of newer drafters (``A_.._s0`` and so on, with the target in ``common_s0``) have one reader a letter in a file of
+its own, ``reference_<letter>.py``: ``check(case)`` gives a :class:`CaseErrors`, or one for each variant of the case.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +35,17 @@ from deepspec.metrics import LossTerms
 from deepspec.tables import Table
 from deepspec.targets import load_target
 
-TOLERANCES = {"logits": 2e-5, "loss": 2e-6, "gradient": 5e-4, "decoding": 0.0}
+TOLERANCES = {"logits": 2e-5, "loss": 2e-6, "gradient": 5e-4, "index": 0.0, "decoding": 0.0}
+NEW_FORMS = {  # how the name of a case's folder begins -> the module that reads it
+    "A_": "reference_a",
+    "B_": "reference_b",
+    "C_": "reference_c",
+    "D_": "reference_d",
+    "E_": "reference_e",
+    "F_": "reference_f",
+    "infer_dflash2": "reference_infer",
+}
+_OLD_FORM = ("train.json", "results.json")
 
 
 @dataclass
@@ -39,10 +53,12 @@ class CaseErrors:
     """The worst errors of one case; None where the case does not hold such a value."""
 
     name: str
-    logits: float | None = None  # absolute
+    logits: float | None = None  # absolute; in the newer forms relative to the tensor's largest value
     loss: float | None = None  # absolute over all terms, relative above 1
     gradient: float | None = None  # relative, of the gradient's norm per parameter
+    index: float | None = None  # tensors of indices, masks, paths that differ anywhere
     decoding: float | None = None  # runs that differ in any id, proposal or acceptance length
+    convention: str = ""  # whose masks, labels or weights were passed in; what is not ours and was left out
 
     def worst(self, field: str, error: float) -> None:
         """Keep the larger of the known error and ``error`` (a NaN counts as infinite)."""
@@ -65,13 +81,32 @@ def check_folder(folder: str | Path) -> Iterator[CaseErrors]:
         EvaluationError: no case there.
     """
     cases = sorted(path for path in Path(folder).iterdir() if path.is_dir()) if Path(folder).is_dir() else []
-    cases = [path for path in cases if (path / "train.json").exists() or (path / "results.json").exists()]
+    cases = [path for path in cases if new_form(path) or any((path / name).exists() for name in _OLD_FORM)]
     if not cases:
         raise EvaluationError(
             "no reference case", file=folder, wanted="folders with train.json or results.json", remedy="check the path"
         )
     for case in cases:
-        yield check_decoding(case) if (case / "results.json").exists() else check_training(case)
+        if module := new_form(case):
+            found = _reader(module, case)(case)
+            yield from found if isinstance(found, list) else [found]
+        else:
+            yield check_decoding(case) if (case / "results.json").exists() else check_training(case)
+
+
+def new_form(case: Path) -> str | None:
+    """The module that reads a case of a newer form; None: it is of the first form, or no case."""
+    return next((module for start, module in NEW_FORMS.items() if case.name.startswith(start)), None)
+
+
+def _reader(module: str, case: Path) -> Any:
+    try:
+        return importlib.import_module(module).check
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        wanted = f"tests/helpers/{module}.py"
+        raise EvaluationError("no reader for this form of case", file=case, wanted=wanted) from None
 
 
 def check_training(case: Path) -> CaseErrors:
@@ -231,6 +266,8 @@ def table(results: list[CaseErrors]) -> str:
     rows = []
     for result in results:
         errors = ["" if value is None else f"{value:.1e}" for value in (result.logits, result.loss, result.gradient)]
-        runs = "" if result.decoding is None else f"{result.decoding:.0f}"
-        rows.append([result.name, *errors, runs, "equal" if result.holds else "NOT EQUAL"])
-    return Table(["case", "logits", "losses", "gradient norms", "decoding: runs that differ", ""], rows).markdown()
+        counts = ["" if value is None else f"{value:.0f}" for value in (result.index, result.decoding)]
+        holds = "equal" if result.holds else "NOT EQUAL"
+        rows.append([result.name, *errors, *counts, holds, result.convention])
+    columns = ["case", "logits", "losses", "gradient norms", "indices that differ", "decoding: runs that differ", ""]
+    return Table([*columns, "convention"], rows).markdown()
