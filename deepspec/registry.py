@@ -15,6 +15,7 @@ ALGORITHMS = {
     "eagle3": "deepspec.algorithms.eagle3:EAGLE3",
     "dflash": "deepspec.algorithms.dflash:DFLASH",
     "dspark": "deepspec.algorithms.dspark:DSPARK",
+    "dflash2": "deepspec.algorithms.dflash2:DFLASH2",
 }
 
 ENGINES = {  # an import without a format tries them in this order: the more specific layouts first

@@ -24,9 +24,10 @@ from deepspec.algorithms.block import (
 )
 from deepspec.batch import Batch, Supervision
 from deepspec.metrics import LossTerms, WeightedSum
-from deepspec.nn.heads import MarkovHead
+from deepspec.nn.heads import FrozenHead, MarkovHead
 from deepspec.nn.loss_chunk import LossWeights
-from deepspec.nn.losses import HeadLoss, head_loss
+from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
+from deepspec.nn.selector import CandidateSelector, candidate_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,8 @@ class SlotLoss:
     head: HeadLoss
     plan: BlockPlan
     hidden_RD: Tensor
+    rows: HeadRows  # with labels, and weight 0 where the label is outside the draft's vocabulary
+    previous_R: Tensor  # the token before each slot
     previous_RM: Tensor | None  # W1[x] of each slot's previous token
 
 
@@ -65,11 +68,43 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLos
         if model.markov_head.depends_on_hidden:
             latent = _latents(model.markov_head, batch, hidden_BNKD, plan.anchor_BN).flatten(0, 2)
             latent = latent.index_select(0, plan.slot_R)
-    head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss)
+    count = 0 if model.candidate_selector is None else model.config.selector_top_k
+    head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss, count)
     if in_vocab_R is not None:
         accept_R = None if head.accept_R is None else head.accept_R * in_vocab_R
         head = replace(head, accept_R=accept_R, hit_R=head.hit_R * in_vocab_R)
-    return SlotLoss(head, plan, hidden_RD, previous_RM)
+    return SlotLoss(head, plan, hidden_RD, rows, tokens[plan.position_P][rows.position_R], previous_RM)
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What the candidate selector makes of the supervised slots, the text's own token before each of them."""
+
+    ce_R: Tensor  # over the candidates; 0 where the label is none of them
+    found_R: Tensor  # 0/1: the label is a candidate
+    hit_R: Tensor  # 0/1: the label is the selector's choice
+
+
+def select(selector: CandidateSelector, slots: SlotLoss, frozen: FrozenHead, candidates_RC: Tensor) -> Selected:
+    """Score each slot's candidates. A label that is none of them leaves the loss; the slot's weight stays."""
+    scores_RC = candidate_logits(slots.hidden_RD, frozen, candidates_RC)
+    scores_RC = scores_RC + selector(slots.hidden_RD, slots.previous_R, candidates_RC)
+    is_label_RC = candidates_RC == slots.rows.label_R[:, None]
+    found_R = is_label_RC.any(-1).float()
+    at_label_R = (scores_RC * is_label_RC).sum(-1)
+    hit_R = found_R * (at_label_R >= scores_RC.amax(-1))
+    return Selected((scores_RC.logsumexp(-1) - at_label_R) * found_R, found_R, hit_R.detach())
+
+
+def selector_terms(model: BlockDraft, slots: SlotLoss) -> tuple[WeightedSum, Tensor, dict[str, WeightedSum]]:
+    """Weighted cross-entropy over the candidates, which slots it hits, and how often the label is a candidate."""
+    if model.candidate_selector is None:
+        raise TypeError("no candidate selector")
+    found = select(model.candidate_selector, slots, model.head, slots.head.candidates_RC)
+    weight_R = slots.rows.weight_R
+    recall = WeightedSum((found.found_R * (weight_R > 0)).sum(), (weight_R > 0).sum())
+    term = WeightedSum((weight_R * found.ce_R).sum(), slots.plan.weight)
+    return term, found.hit_R * (weight_R > 0), {"candidate_recall": recall}
 
 
 def _latents(head: MarkovHead, batch: Batch, hidden_BNKD: Tensor, anchor_BN: Tensor) -> Tensor:
@@ -99,9 +134,13 @@ class DFlash(BlockAlgorithm):
     def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""
         slots = block_loss(model, batch, LossWeights(ce=1.0))
-        accept, mask = by_block(slots.head.hit_R, slots.plan, model.config.max_draft)
-        ce = WeightedSum(slots.head.combined, slots.plan.weight)
-        return LossTerms({"ce": ce}, {"ce": 1.0}, acceptance_metrics(accept, mask))
+        terms, factors = {"ce": WeightedSum(slots.head.combined, slots.plan.weight)}, {"ce": 1.0}
+        measured, metrics = slots.head.hit_R, {}
+        if model.candidate_selector is not None:
+            terms["selector"], measured, metrics = selector_terms(model, slots)
+            factors["selector"] = model.config.selector_weight
+        accept, mask = by_block(measured, slots.plan, model.config.max_draft)
+        return LossTerms(terms, factors, acceptance_metrics(accept, mask) | metrics)
 
 
 DFLASH = DFlash()

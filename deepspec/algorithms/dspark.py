@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.algorithms.base import OwnField, require, require_at_least
 from deepspec.algorithms.block import BlockConfig, BlockDraft, acceptance_metrics, by_block
-from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss
+from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss, selector_terms
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.loss_chunk import LossWeights
@@ -99,6 +99,10 @@ class DSpark(DFlash):
         terms, factors = {"head": WeightedSum(slots.head.combined, slots.plan.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
         metrics |= {name: WeightedSum(total, slots.plan.weight) for name, total in slots.head.sums.items()}
+        if model.candidate_selector is not None:
+            terms["selector"], _, extra = selector_terms(model, slots)
+            factors["selector"] = config.selector_weight
+            metrics |= extra
         if config.confidence_head:
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight

@@ -74,6 +74,7 @@ class HeadLoss:
     sums: dict[str, Tensor]  # detached weighted sums of the terms that were computed
     accept_R: Tensor | None  # detached c* of each row; None without a target distribution
     hit_R: Tensor  # detached 0/1: the label is the draft's most likely token
+    candidates_RC: Tensor  # each row's C likeliest tokens, the likeliest first
 
 
 def head_loss(
@@ -85,6 +86,7 @@ def head_loss(
     latent: Tensor | None = None,
     w2_VM: Tensor | None = None,
     backend: str = "auto",
+    candidates: int = 0,
 ) -> HeadLoss:
     """Loss terms of the supervised rows with gradients for ``hidden_RD``, ``latent`` and ``w2_VM``.
 
@@ -98,6 +100,7 @@ def head_loss(
         w2_VM: the Markov head's output matrix.
         backend: "tiled" (in place, tile by tile of the vocabulary), "compiled" (torch.compile of the elementwise part)
             or "auto" (compiled on CUDA, else tiled; the environment variable DEEPSPEC_LOSS overrides).
+        candidates: C, how many of each row's likeliest tokens are wanted.
     """
     if backend == "auto":
         backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "tiled")
@@ -107,12 +110,12 @@ def head_loss(
     if latent is not None and w2_VM is not None:
         per_row = len(latent) == len(hidden_RD) != len(rows.starts) - 1
         markov = Markov(latent.detach(), w2_VM.detach(), per_row)
-    inputs = HeadInputs(hidden_RD.detach(), markov, target_hidden_PD, frozen, weights)
-    combined, sums, accept, hit = _HeadLoss.apply(hidden_RD, latent, w2_VM, inputs, rows, differentiate, backend)
+    inputs = HeadInputs(hidden_RD.detach(), markov, target_hidden_PD, frozen, weights, candidates)
+    combined, sums, accept, hit, top = _HeadLoss.apply(hidden_RD, latent, w2_VM, inputs, rows, differentiate, backend)
     compared = target_hidden_PD is not None
     computed = {"ce": True, "soft_ce": bool(weights.soft_ce) and compared, "l1": compared}
     terms = {name: total for (name, known), total in zip(computed.items(), sums, strict=True) if known}
-    return HeadLoss(combined, terms, accept if compared else None, hit)
+    return HeadLoss(combined, terms, accept if compared else None, hit, top)
 
 
 class _HeadLoss(torch.autograd.Function):
@@ -122,12 +125,13 @@ class _HeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, inputs: HeadInputs, rows: HeadRows,
         differentiate: bool, backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         buffers = TileBuffers(inputs.frozen.head_VD.shape[0], hidden.device)
         gradients = Gradients(inputs) if differentiate else None
         sums = torch.zeros(3, dtype=torch.float32, device=hidden.device)
         accept = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         hit = torch.zeros_like(accept)
+        candidates = torch.zeros(len(hidden), inputs.candidates, dtype=torch.int64, device=hidden.device)
         for chunk in rows.chunks(buffers.max_rows):
             if backend == "compiled":
                 terms = compute_chunk(inputs, chunk, gradients)
@@ -137,12 +141,14 @@ class _HeadLoss(torch.autograd.Function):
             hit[chunk.rows] = terms.hit_r
             if terms.accept_r is not None:
                 accept[chunk.rows] = terms.accept_r
+            if terms.candidates_rC is not None:
+                candidates[chunk.rows] = terms.candidates_rC
         del buffers  # before the last copies
         ctx.gradients = None if gradients is None else gradients.finished()
-        ctx.mark_non_differentiable(sums, accept, hit)
+        ctx.mark_non_differentiable(sums, accept, hit, candidates)
         weights = inputs.weights
         combined = weights.ce * sums[0] + weights.soft_ce * sums[1] + weights.l1 * sums[2]
-        return combined, sums, accept, hit
+        return combined, sums, accept, hit, candidates
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
