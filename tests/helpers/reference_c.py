@@ -16,21 +16,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from deepspec.nn.chains import Chains, chained_rows
-from deepspec.nn.loss_table import LossWeights
 from reference_cases import CaseErrors
 from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec import registry
 from deepspec.algorithms.block import BlockDraft, BlockPlan
-from deepspec.algorithms.dflash import SlotLoss, select
+from deepspec.algorithms.dflash import Selected, SlotLoss, select
 from deepspec.batch import Batch, Supervision
 from deepspec.drafts import build_draft
 from deepspec.errors import EvaluationError
 from deepspec.export.parts import DraftCheckpoint, ImportHints
 from deepspec.files import read_json
 from deepspec.nn.attention import visibility_mask
+from deepspec.nn.chains import Chains
+from deepspec.nn.loss_table import LossWeights
 from deepspec.nn.losses import head_loss
 from deepspec.targets.load import TargetSpec, family_of
 
@@ -276,10 +276,9 @@ class Packed:
         supervised = self.rows(plan, torch.ones(len(plan.slot_R))).bool()
         wanted = out["target_argmax"][supervised]
         errors.worst("index", float((self.rows(plan, rows.label_R)[supervised] != wanted).sum()))
-        slots = SlotLoss(
-            head, plan, hidden_RD, rows, self.batch.input_ids.flatten()[plan.position_P][rows.position_R], None
-        )
-        selector_ce, weight_R = self.selector(slots, chains, errors)
+        previous_R = self.batch.input_ids.flatten()[plan.position_P][rows.position_R]
+        selected = self.selector(SlotLoss(head, plan, hidden_RD, rows, chains, previous_R, None), errors)
+        selector_ce, weight_R = selected.ce_R, selected.weight_R
         names = {"row_ce": head.rows.ce, "row_selector_ce": selector_ce}
         names |= {"w_dpace_unary_ce": head.weight_R, "w_dpace_selector_ce": weight_R} if alpha is not None else {}
         names |= {"w_fixed_g4": head.weight_R} if alpha is None and settings["gamma"] == 4.0 else {}
@@ -292,8 +291,8 @@ class Packed:
         loss = unary + settings["selector_loss_alpha"] * selected
         compare_gradients(model, loss, reference["total_loss"], reference["grads"], errors)
 
-    def selector(self, slots: SlotLoss, chains: Chains, errors: CaseErrors) -> tuple[Tensor, Tensor]:
-        """(cross-entropy, weight) of every row, a label that is no candidate in the weakest one's place."""
+    def selector(self, slots: SlotLoss, errors: CaseErrors) -> Selected:
+        """The selector over the candidates, a label that is none of them in the weakest one's place."""
         candidates, label_R = slots.head.candidates_RC, slots.rows.label_R
         found = (candidates == label_R[:, None]).any(-1)
         placed = candidates.clone()
@@ -303,9 +302,7 @@ class Packed:
         errors.worst("index", float((self.rows(slots.plan, placed)[supervised] != wanted).sum()))
         contains = self.outputs["contains_target"][supervised].bool()
         errors.worst("index", float((self.rows(slots.plan, found)[supervised] != contains).sum()))
-        selected = select(self.model.candidate_selector, slots, self.model.head, placed)  # type: ignore[arg-type]
-        values = slots.head.rows._replace(ce=selected.ce_R.detach())
-        return selected.ce_R, chained_rows(values, slots.plan.rows.weight_R, chains, False).weight_R
+        return select(self.model.candidate_selector, slots, self.model.head, placed)  # type: ignore[arg-type]
 
 
 def spec_width(inputs: Mapping[str, Tensor]) -> int:
@@ -331,7 +328,6 @@ def check_padded(case: Path) -> CaseErrors:
     )
     batch, anchors, keep = padded_batch(shared), inputs["anchors"], inputs["keep"].bool()
     batch = replace(batch, input_ids=inputs["input_ids"])  # some labels are planted among the candidates
-    B, N, K = *anchors.shape, model.config.block_size
     hidden, _ = all_slots(model, batch, anchors)
     compare_padded_states(model, hidden, inputs, out, errors)
     with torch.no_grad():

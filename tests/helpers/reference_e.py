@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from deepspec.nn.loss_table import LossWeights
 from reference_c import (
     all_slots,
     common,
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 from deepspec.algorithms.block import BlockPlan
 from deepspec.errors import EvaluationError
 from deepspec.files import read_json
+from deepspec.nn.loss_table import LossWeights
 from deepspec.nn.losses import head_loss
 
 PARTS = ("_conv.", "candidate_selector.")  # of the weights' file that these drafts lack

@@ -24,7 +24,8 @@ PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k
 NEUTRAL = {"projector_type": ("dflash",), "attention_mode": ("gqa", "mha")}  # values that change nothing
 OURS = ("block_size", "num_anchors", "mask_token_id", "sample_from_anchor", "markov_rank", "enable_confidence_head",
         "architectures", "target_layer_ids", "num_target_layers", "dspark_bonus_anchor", "dflash_config",
-        "markov_head_type", "confidence_head_with_markov", "draft_vocab_size", "causal", "is_causal", *PARTS)  # fmt: skip
+        "markov_head_type", "confidence_head_with_markov", "draft_vocab_size", "causal", "is_causal",
+        *PARTS)  # fmt: skip
 
 
 def vanilla_head(draft: DraftCheckpoint) -> Reason | None:
