@@ -132,9 +132,9 @@ class TiledChunk:
         if given is not None:
             latent = _padded(given.latent[given.span(chunk)].to(given.w2_VM.dtype))
             self.markov = replace(given, latent=latent)
-        per_row = [_padded(part) for part in (chunk.local_r, chunk.label_r, chunk.weight_r)]  # padding weighs nothing
         tv_r = None if chunk.tv_r is None else _padded(chunk.tv_r)
-        self.chunk = Chunk(chunk.positions, chunk.rows, *per_row, tv_r=tv_r)
+        local_r, label_r, weight_r = map(_padded, (chunk.local_r, chunk.label_r, chunk.weight_r))
+        self.chunk = Chunk(chunk.positions, chunk.rows, local_r, label_r, weight_r, tv_r)  # padding weighs nothing
         self.weights, self.curved = inputs.weights, inputs.weights.reads("l1") or tv_r is not None
         self.rows = len(self.hidden)
         self.positions = -(-(chunk.positions.stop - chunk.positions.start) // _ROW_MULTIPLE) * _ROW_MULTIPLE
