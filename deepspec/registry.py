@@ -16,6 +16,7 @@ ALGORITHMS = {
     "p_eagle": "deepspec.algorithms.p_eagle:P_EAGLE",
     "dflash": "deepspec.algorithms.dflash:DFLASH",
     "dspark": "deepspec.algorithms.dspark:DSPARK",
+    "dflash2": "deepspec.algorithms.dflash2:DFLASH2",
     "mtp": "deepspec.algorithms.mtp:MTP_ALGORITHM",
 }
 

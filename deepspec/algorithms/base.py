@@ -28,6 +28,7 @@ from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
+from deepspec.nn.start import initialise
 from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
@@ -68,6 +69,7 @@ class OwnField:
     default: Any = REQUIRED  # of a file without the field
     training_only: bool = False  # no engine's layout has a field for it
     learned: bool = False  # the weights have learned it: who starts from a draft keeps its value
+    optional: bool = False  # written only where it is not the default: a draft without the part is as it always was
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,7 @@ class Algorithm(ABC):
     architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix comes first
     own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
     starts_from: ClassVar[tuple[str, ...]] = ()  # other algorithms whose draft is one of this without `heads`
-    heads: ClassVar[tuple[str, ...]] = ()  # prefixes of weights that a draft to start from may lack or have else
+    heads: ClassVar[tuple[str, ...]] = ()  # prefixes (of any layer: *) that a draft to start from may lack
     neutral: ClassVar[tuple[str, ...]] = ()  # weights of new heads that start at zero: they then change no proposal
     vocabulary_rows: ClassVar[tuple[str, ...]] = ()  # weights with a row for each token of the draft's vocabulary
     tiny_section: ClassVar[Mapping[str, Any]]  # a `draft:` section as small as it can be, for tests and examples
@@ -345,7 +347,8 @@ class Algorithm(ABC):
 
     def own_config(self, config: Any) -> dict[str, Any]:
         """This algorithm's own fields of config.json."""
-        return {own.key: getattr(config, own.attribute) for own in self.own_fields}
+        values = {own: getattr(config, own.attribute) for own in self.own_fields}
+        return {own.key: value for own, value in values.items() if not (own.optional and value == own.default)}
 
     def config_json(self, config: Any, target: TargetSpec, dtype: str = "float32") -> dict[str, Any]:
         """config.json of a draft in the published layout.
@@ -440,14 +443,3 @@ def check_mask_token(token: int, target: TargetSpec) -> None:
     if token >= target.vocab_size:
         wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
         raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)
-
-
-def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Normal(0, std) for matrices, 0 for biases, 1 for norms; the same bits for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()

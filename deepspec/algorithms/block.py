@@ -1,9 +1,10 @@
-"""What block drafters share, DFlash and DSpark: context injection, parallel slots, anchors, identity.
+"""What block drafters share, DFlash, DFlash 2 and DSpark: context injection, parallel slots, anchors, identity.
 
 A block of K slots, [token a, MASK, MASK, ...] at positions a..a+K-1, reads the target's features before its anchor a
-and its own slots in both directions; slot k predicts token a+k+1 ("sample from anchor": the anchor slot already
-predicts). With ``sample_from_anchor: false`` slot k predicts token a+k, the anchor's slot nothing: its K slots draft
-K - 1 tokens. Below, only the drafting slots are counted, so the first of them always predicts token a+1.
+and its own slots in both directions (``causal``: up to its own); slot k predicts token a+k+1 ("sample from anchor": the
+anchor slot already predicts). With ``sample_from_anchor: false`` slot k predicts token a+k, the anchor's slot nothing:
+its K slots draft K - 1 tokens. Below, only the drafting slots are counted, so the first of them always predicts token
+a+1.
 
 B batch, S sequence, N blocks (anchors), K slots, L target layers, D hidden size, R supervised slots of the micro-batch,
 P distinct target positions of those slots.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -41,6 +42,8 @@ from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.layer import RMSNorm
 from deepspec.nn.losses import HeadRows
 from deepspec.nn.ragged import attend_ragged, score_bias
+from deepspec.nn.selector import CandidateSelector
+from deepspec.nn.short_conv import ShortConvolution
 from deepspec.targets import TargetSpec
 
 
@@ -54,6 +57,16 @@ class BlockConfig(DraftConfig):
     num_anchors: int = 512  # of a sample in training, at most: each begins a block
     loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
+    causal: bool = False  # True (JetSpec): a slot sees its block's slots up to its own, not those after it
+    sliding_window: int | None = (
+        None  # a slot sees so many positions, its own the last of them; None: the whole context
+    )
+    full_layers: tuple[int, ...] = ()  # 0-based layers of the draft that no sliding_window narrows
+    conv_kernel_size: int = 0  # taps of the short convolutions around attention and MLP; 0: there are none
+    conv_group_size: int = 16  # channels whose taps are corrected together
+    selector_rank: int = 0  # of the candidate selector; 0: there is none
+    selector_top_k: int = 16  # candidates of a slot that it chooses among
+    selector_weight: float = 1.0  # of its cross-entropy in the loss
     markov_rank: int = field(default=0, init=False)  # of the sequential head; 0: there is none
     markov_head: Literal["vanilla", "gated", "rnn"] = field(default="vanilla", init=False)  # kind of that head
     confidence_with_markov: bool = field(default=False, init=False)  # it reads W1[x] of the previous token too
@@ -64,6 +77,13 @@ class BlockConfig(DraftConfig):
         gamma = self.loss_decay_gamma
         require(gamma is None or gamma > 0, "loss_decay_gamma", gamma, "above 0, or null for no decay")
         require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
+        window, layers = self.sliding_window, range(self.num_layers)
+        require(window is None or window >= self.block_size, "sliding_window", window, "at least block_size, or null")
+        require(set(self.full_layers) <= set(layers), "full_layers", list(self.full_layers), f"of {[*layers]}")
+        require_at_least(self, 0, "conv_kernel_size", "selector_rank", "selector_weight")
+        require_at_least(self, 1, "conv_group_size", "selector_top_k")
+        alone = not (self.selector_rank and self.markov_rank)
+        require(alone, "selector_rank", self.selector_rank, "0 where markov_rank is above 0: one of them chooses")
         require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
 
     @property
@@ -122,7 +142,14 @@ class BlockPlan(LossPlan):
         inside = label_BNK < supervision.lengths[:, None, None]
         supervised = mask.gather(1, label_BNK.clamp_max(S - 1).flatten(1)).view_as(label_BNK) & inside
         supervised = supervised.cumprod(dim=-1).bool() & kept_BN[..., None]
-        slot_R = supervised.flatten().nonzero()[:, 0]
+        return BlockPlan.of_slots(anchor_BN, supervised, S, gamma)
+
+    @staticmethod
+    def of_slots(anchor_BN: Tensor, supervised_BNK: Tensor, length: int, gamma: float | None) -> BlockPlan:
+        """The plan for the slots ``supervised``, in rows of ``length`` tokens."""
+        B, _N, block_size = supervised_BNK.shape
+        S, label_BNK = length, anchor_BN[..., None] + torch.arange(1, block_size + 1)
+        slot_R = supervised_BNK.flatten().nonzero()[:, 0]
         label = (label_BNK + S * torch.arange(B)[:, None, None]).flatten()[slot_R]
         label, order = label.sort(stable=True)
         slot_R = slot_R[order]
@@ -148,6 +175,13 @@ class BlockDraft(DraftModel):
             self.markov_head = MarkovHead(config.markov_head, shape.vocab_size, rank, size, draft_vocab)
         if config.confidence_head:
             self.confidence_head = ConfidenceHead(size, rank if config.confidence_with_markov else 0)
+        self.candidate_selector: CandidateSelector | None = None
+        if config.selector_rank:
+            self.candidate_selector = CandidateSelector(shape.vocab_size, draft_vocab, config.selector_rank, size)
+        if config.conv_kernel_size:
+            for layer in self.layers:
+                parts = (ShortConvolution(size, config.conv_kernel_size, config.conv_group_size) for _ in range(2))
+                layer.attention_conv, layer.mlp_conv = parts
 
     def context(self, features: Tensor) -> Tensor:
         """H_ctx [.., D] = RMSNorm(fc(features [.., L*D]))."""
@@ -163,10 +197,19 @@ class BlockDraft(DraftModel):
         """Normed hidden states [B, N, K, D] of the drafting slots, from every layer's context keys and values."""
         steps = torch.arange(self.config.block_size, device=anchor_BN.device)
         table = self.rotary(anchor_BN[..., None] + steps)
-        hidden = self.block_inputs(anchor_token_BN)
-        for layer, context in zip(self.layers, context_kv, strict=True):
-            hidden = self.run(_block_layer, layer, hidden, table, context, anchor_BN, self.attention)
+        hidden, causal = self.block_inputs(anchor_token_BN), self.config.causal
+        start_BNK = self.window_start(anchor_BN)
+        for number, (layer, context) in enumerate(zip(self.layers, context_kv, strict=True)):
+            start = None if number in self.config.full_layers else start_BNK
+            hidden = self.run(_block_layer, layer, hidden, table, context, anchor_BN, self.attention, causal, start)
         return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
+
+    def window_start(self, anchor_BN: Tensor) -> Tensor | None:
+        """The first position [B, N, K] that each slot sees in a layer with a sliding window; None: there is none."""
+        if self.config.sliding_window is None:
+            return None
+        steps = torch.arange(self.config.block_size, device=anchor_BN.device)
+        return anchor_BN[..., None] + steps - (self.config.sliding_window - 1)
 
     def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, max_context_len: int) -> Tensor:
         """Normed hidden states [B, N, K, D] with the context taken from ``features`` [B, S, L*D].
@@ -184,11 +227,13 @@ class BlockDraft(DraftModel):
 
 
 def _block_layer(
-    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, backend: str
-) -> Tensor:
-    normed = layer.input_layernorm(hidden)
-    queries, own = layer.self_attn.queries(normed, table), layer.self_attn.keys_values(normed, table)
-    return layer.finish(hidden, attend(queries, context, own, limit, layer.self_attn.scale, backend))
+    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, backend: str,
+    causal: bool, start: Tensor | None,
+) -> Tensor:  # fmt: skip
+    entered, delta = layer.enter(hidden)
+    queries, own = layer.self_attn.queries(entered, table), layer.self_attn.keys_values(entered, table)
+    mixed = attend(queries, context, own, limit, layer.self_attn.scale, backend, causal, start)
+    return layer.finish(hidden, mixed, delta=delta)
 
 
 def scattered(values_R: Tensor, index_R: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
@@ -244,12 +289,13 @@ class BlockDrafter(Drafter):
 
     @torch.no_grad()
     def propose(self, last_token: Tensor, sample: Sampler, max_draft: int | None = None) -> Proposal:
-        """One parallel pass over the block, then the slots left to right through the sequential head."""
+        """One parallel pass over the block, then the slots left to right: the sequential head or the selector."""
         count = min(max_draft or self.max_draft, self.max_draft)
-        model, markov = self.model, self.model.markov_head
+        model, markov, selector = self.model, self.model.markov_head, self.model.candidate_selector
         hidden = self._slots(last_token, count)
         logits = model.head.logits(hidden).float()  # [R, K, V']
         reduced = model.config.draft_vocab_size is not None
+        unary, candidates = logits.topk(model.config.selector_top_k, dim=-1) if selector is not None else (logits, None)
         tokens, probs, embeddings = [], [], []
         previous, state = last_token, None
         for k in range(count):
@@ -259,6 +305,9 @@ class BlockDrafter(Drafter):
                 latent, state = markov.step(embedded, hidden[:, k], state)
                 slot_logits = slot_logits + F.linear(latent, self._markov[1]).float()
                 embeddings.append(embedded)
+            if selector is not None and candidates is not None:
+                scores = unary[:, k] + selector.forward(hidden[:, k], previous, candidates[:, k])
+                slot_logits = torch.full_like(slot_logits, -torch.inf).scatter_(1, candidates[:, k], scores)
             previous, prob = sample(model.expand_to_target_vocab(slot_logits) if reduced else slot_logits, k)
             tokens.append(previous)
             if prob is not None:
@@ -276,15 +325,26 @@ class BlockDrafter(Drafter):
         length_R1 = self._length_B[:rows, None]
         slots, seen = length_R1 + self._slot_K, self._max_context_len + block
         table = self._rotary.at(slots, seen)
-        visible = torch.arange(seen, device=slots.device) < length_R1 + block
-        bias = score_bias(visible[:, None].expand(-1, block, -1), self._groups, model.dtype)
+        position, window = torch.arange(seen, device=slots.device), model.config.sliding_window
+        last = slots if model.config.causal else (length_R1 + (block - 1)).expand_as(slots)
+        visible = position <= last[..., None]  # [R, K, S]
+        full = narrow = score_bias(visible, self._groups, model.dtype)
+        if window is not None:
+            narrow = score_bias(visible & (position > slots[..., None] - window), self._groups, model.dtype)
         hidden, index = model.block_inputs(last_token[:, None])[:, 0], self._reserve(seen, slots, self._row_B[:rows])
-        for layer, cache in zip(self._layers, self._cache, strict=True):
-            queries, keys, values = layer.queries_keys_values(layer.input_norm(hidden), table)
+        for number, (layer, cache) in enumerate(zip(self._layers, self._cache, strict=True)):
+            entered, delta = layer.enter(hidden)
+            queries, keys, values = layer.queries_keys_values(entered, table)
             cache.write((keys, values), index)
-            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.scale)
-            hidden = layer.finish(hidden, mixed)
+            bias = full if number in model.config.full_layers else narrow
+            hidden = layer.finish(
+                hidden, attend_ragged(queries, cache.view(rows, seen), bias, layer.scale), delta=delta
+            )
         return self._norm(hidden[:, first : first + count])
+
+
+SLIDING = "sliding_attention"
+CONVOLUTIONS = ("layers.*.attention_conv.", "layers.*.mlp_conv.")
 
 
 class BlockAlgorithm(Algorithm):
@@ -301,10 +361,15 @@ class BlockAlgorithm(Algorithm):
         OwnField("sample_from_anchor", "sample_from_anchor", True, learned=True),  # not in released drafts, which do
         OwnField("markov_rank", "markov_rank"),
         OwnField("enable_confidence_head", "confidence_head"),
+        OwnField("causal", "causal", False, optional=True),
+        OwnField("conv_kernel_size", "conv_kernel_size", 0, optional=True),
+        OwnField("conv_group_size", "conv_group_size", 16, optional=True),
+        OwnField("selector_rank", "selector_rank", 0, optional=True),
+        OwnField("selector_top_k", "selector_top_k", 16, optional=True),
     )
-    heads = ("markov_head.", "confidence_head.")
+    heads = ("markov_head.", "confidence_head.", "candidate_selector.", *CONVOLUTIONS)
     neutral = ("markov_head.markov_w2.weight", "confidence_head.proj.weight", "confidence_head.proj.bias")
-    vocabulary_rows = ("markov_head.markov_w2.weight",)
+    vocabulary_rows = ("markov_head.markov_w2.weight", "candidate_selector.successor_codebook")
     tiny_section: ClassVar[dict[str, Any]] = {
         "num_layers": 2, "block_size": 4, "num_anchors": 5, "mask_token_id": 3,
     }  # fmt: skip
@@ -318,6 +383,27 @@ class BlockAlgorithm(Algorithm):
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
         check_mask_token(config.mask_token_id, target)
+        group, tokens = config.conv_group_size, config.draft_vocab_size or target.vocab_size
+        fits = not config.conv_kernel_size or target.hidden_size % group == 0
+        require(fits, "draft.conv_group_size", group, f"a divisor of {target.hidden_size}, the hidden size")
+        fits = not config.selector_rank or config.selector_top_k <= tokens
+        require(fits, "draft.selector_top_k", config.selector_top_k, f"at most {tokens}, the draft's vocabulary")
+
+    def read_config(self, published: Mapping[str, Any]) -> Any:
+        """See :meth:`Algorithm.read_config`; a sliding window is stated as transformers states one."""
+        config, kinds = super().read_config(published), published.get("layer_types") or ()
+        if SLIDING not in kinds:
+            return config
+        full = tuple(number for number, kind in enumerate(kinds) if kind != SLIDING)
+        return replace(config, sliding_window=published["sliding_window"], full_layers=full)
+
+    def own_config(self, config: Any) -> dict[str, Any]:
+        """See :meth:`Algorithm.own_config`."""
+        own = super().own_config(config)
+        if config.sliding_window is None:
+            return own
+        kinds = ["full_attention" if number in config.full_layers else SLIDING for number in range(config.num_layers)]
+        return own | {"layer_types": kinds, "sliding_window": config.sliding_window, "use_sliding_window": True}
 
     def card_rows(self, config: BlockConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""
@@ -329,4 +415,17 @@ class BlockAlgorithm(Algorithm):
             ("mask token", config.mask_token_id),
             ("sequential head", f"{config.markov_head}, rank {config.markov_rank}" if config.markov_rank else "none"),
             ("confidence head", "yes" if config.confidence_head else "none"),
+            *(row for row in _optional_rows(config) if row[1]),
         ]
+
+
+def _optional_rows(config: BlockConfig) -> list[tuple[str, str]]:
+    """The rows of what most drafts lack; "" where it does."""
+    taps, rank, window = config.conv_kernel_size, config.selector_rank, config.sliding_window
+    narrow = f"{window} positions, all of them in layers {list(config.full_layers)}"
+    return [
+        ("causal", "a slot sees its block's slots up to its own" if config.causal else ""),
+        ("sliding window", narrow if window else ""),
+        ("short convolutions", f"{taps} taps, groups of {config.conv_group_size} channels" if taps else ""),
+        ("candidate selector", f"rank {rank}, {config.selector_top_k} candidates" if rank else ""),
+    ]

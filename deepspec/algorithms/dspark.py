@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepspec.algorithms.base import OwnField, require, require_at_least
 from deepspec.algorithms.block import BlockConfig, BlockDraft, acceptance_metrics, by_block
-from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss
+from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss, select, with_selector
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.loss_chunk import LossWeights
@@ -114,7 +114,11 @@ class DSpark(DFlash):
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight
             metrics |= extra
-        return LossTerms(terms, factors, metrics)
+        complete = LossTerms(terms, factors, metrics)
+        if model.candidate_selector is None:
+            return complete
+        selected = select(model.candidate_selector, slots, model.head, slots.head.candidates_RC)
+        return with_selector(complete, model, slots, selected)
 
 
 DSPARK = DSpark()

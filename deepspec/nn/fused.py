@@ -129,7 +129,8 @@ class FusedLayer:
 
     Args:
         layer: ``self_attn`` with ``q_proj`` .. ``o_proj``, ``mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``,
-            ``input_layernorm`` and ``post_attention_layernorm``; of a ``DraftLayer`` also the sandwich of Gemma.
+            ``input_layernorm`` and ``post_attention_layernorm``; of a ``DraftLayer`` also the sandwich of Gemma and
+            the convolutions around attention and MLP.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -154,10 +155,16 @@ class FusedLayer:
         self._gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj])
         activation = mlp.act if hasattr(mlp, "act") else mlp.act_fn
         self._act: Callable[[Tensor], Tensor] = activation.forward
+        self._attention_conv, self._mlp_conv = (getattr(layer, f"{name}_conv", None) for name in ("attention", "mlp"))
         self._sandwich: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor] | None = None
         if getattr(layer, "sandwich", False):
             before, after = norm_of(layer.pre_feedforward_layernorm), norm_of(layer.post_feedforward_layernorm)
             self._sandwich = (before, after, layer.layer_scalar)
+
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What attention reads [.., D], and what its convolution gives to :meth:`finish`."""
+        normed = self.input_norm(hidden)
+        return (normed, None) if self._attention_conv is None else self._attention_conv.forward(normed)
 
     def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
         """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`.
@@ -190,9 +197,16 @@ class FusedLayer:
         values = heads[..., -self._keys :, :]  # where there is no v_proj: the keys before their norm
         return values if self._value_norm is None else self._value_norm(values)
 
-    def finish(self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""
+    def finish(
+        self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None, delta: Tensor | None = None
+    ) -> Tensor:
+        """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D].
+
+        ``gate`` [.., H, E] of the heads, and ``delta`` of the convolution, where the layer has them.
+        """
         attended = self._out((mixed if gate is None else mixed * gate).flatten(-2))
+        if self._attention_conv is not None and delta is not None:
+            attended, _ = self._attention_conv.forward(attended, delta)
         if self._sandwich is None:
             hidden = residual + attended
             return hidden + self._mlp(self._after_norm(hidden))
@@ -201,5 +215,12 @@ class FusedLayer:
         return (hidden + after(self._mlp(before(hidden)))) * scalar
 
     def _mlp(self, x: Tensor) -> Tensor:
+        if self._mlp_conv is None:
+            return self._plain_mlp(x)
+        convolved, delta = self._mlp_conv.forward(x)
+        output: Tensor = self._mlp_conv.forward(self._plain_mlp(convolved), delta)[0]
+        return output
+
+    def _plain_mlp(self, x: Tensor) -> Tensor:
         gate, up = self._gate_up(x).chunk(2, dim=-1)
         return self._down(self._act(gate) * up)

@@ -18,6 +18,7 @@ from transformers.activations import ACT2FN
 
 from deepspec.families.base import Family, Rope, Shape
 from deepspec.nn.cpu.matmul import Linear
+from deepspec.nn.short_conv import ShortConvolution
 
 Table = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
 
@@ -206,18 +207,38 @@ class DraftLayer(nn.Module):
         self.self_attn = DraftAttention(shape, family, input_size, gated)
         self.post_attention_layernorm = RMSNorm(size, eps)
         self.mlp = GatedMLP(shape)
+        self.attention_conv: ShortConvolution | None = None  # around attention and MLP, where an algorithm sets them
+        self.mlp_conv: ShortConvolution | None = None
         self.sandwich = family.sandwich
         if self.sandwich:  # norms before and after the MLP, and after attention
             self.pre_feedforward_layernorm = RMSNorm(size, eps)
             self.post_feedforward_layernorm = RMSNorm(size, eps)
             self.register_buffer("layer_scalar", torch.ones(1))
 
-    def finish(self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None) -> Tensor:
-        """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D]."""
+    def enter(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What attention reads [.., D], and what its convolution gives to :meth:`finish`."""
+        normed = self.input_layernorm(hidden)
+        return (normed, None) if self.attention_conv is None else self.attention_conv(normed)
+
+    def finish(
+        self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None, delta: Tensor | None = None
+    ) -> Tensor:
+        """Everything after attention: ``residual`` [.., D] and attended heads [.., H, E] -> [.., D].
+
+        ``gate`` [.., H, E] of the heads, and ``delta`` of the convolution, where the layer has them.
+        """
         attended = self.self_attn.output(mixed if gate is None else mixed * gate)
+        if self.attention_conv is not None and delta is not None:
+            attended, _ = self.attention_conv(attended, delta)
         if not self.sandwich:
             hidden = residual + attended
-            return hidden + self.mlp(self.post_attention_layernorm(hidden))
+            return hidden + self._mlp(self.post_attention_layernorm(hidden))
         hidden = residual + self.post_attention_layernorm(attended)
-        hidden = hidden + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(hidden)))
+        hidden = hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(hidden)))
         return hidden * self.layer_scalar
+
+    def _mlp(self, normed: Tensor) -> Tensor:
+        if self.mlp_conv is None:
+            return self.mlp(normed)
+        convolved, delta = self.mlp_conv(normed)
+        return self.mlp_conv(self.mlp(convolved), delta)[0]

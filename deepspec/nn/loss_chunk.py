@@ -9,7 +9,7 @@ r rows of the chunk, p target positions of it, R and P of the complete call, V v
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -56,6 +56,7 @@ class HeadInputs:
     target_PD: Tensor | None
     frozen: FrozenHead
     weights: LossWeights
+    candidates: int = 0  # C, how many of each row's likeliest tokens are wanted
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ChunkTerms:
 
     values: RowValues  # [r] each
     hit_r: Tensor
+    candidates_rC: Tensor | None = None
 
 
 class Gradients:
@@ -107,6 +109,8 @@ def compute_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None)
     terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, *rows, inputs.weights, gradients is not None)
     if gradients is not None and gradient_rV is not None:
         _collect(inputs, chunk, gradients, gradient_rV, slope_rV)
+    if inputs.candidates:
+        return replace(terms, candidates_rC=logits_rV.topk(inputs.candidates, dim=-1).indices)
     return terms
 
 

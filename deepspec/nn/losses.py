@@ -93,6 +93,7 @@ class HeadLoss:
     weight_R: Tensor  # of each row in the sums: as given, times D-PACE's
     accept_R: Tensor | None  # detached a of each row; None without a target distribution
     hit_R: Tensor  # detached 0/1: the label is the draft's most likely token
+    candidates_RC: Tensor  # each row's C likeliest tokens, the likeliest first
 
     @property
     def measured_R(self) -> Tensor:
@@ -118,6 +119,7 @@ def head_loss(
     w2_VM: Tensor | None = None,
     backend: str = "auto",
     chains: Chains | None = None,
+    candidates: int = 0,
 ) -> HeadLoss:
     """Loss terms of the supervised rows with gradients for ``hidden_RD``, ``latent`` and ``w2_VM``.
 
@@ -132,6 +134,7 @@ def head_loss(
         backend: "tiled" (in place, tile by tile of the vocabulary), "compiled" (torch.compile of the elementwise part)
             or "auto" (compiled on CUDA, else tiled; the environment variable DEEPSPEC_LOSS overrides).
         chains: which rows form a chain, where the weights or a term ask for it.
+        candidates: C, how many of each row's likeliest tokens are wanted.
     """
     if backend == "auto":
         backend = os.environ.get("DEEPSPEC_LOSS") or ("compiled" if hidden_RD.is_cuda else "tiled")
@@ -141,13 +144,13 @@ def head_loss(
     if latent is not None and w2_VM is not None:
         per_row = len(latent) == len(hidden_RD) != len(rows.starts) - 1
         markov = Markov(latent.detach(), w2_VM.detach(), per_row)
-    inputs = HeadInputs(hidden_RD.detach(), markov, target_hidden_PD, frozen, weights)
+    inputs = HeadInputs(hidden_RD.detach(), markov, target_hidden_PD, frozen, weights, candidates)
     call = _Call(inputs, rows, chains, differentiate, backend)
-    combined, sums, values, hit, weight_R = _HeadLoss.apply(hidden_RD, latent, w2_VM, call)
+    combined, sums, values, hit, weight_R, top = _HeadLoss.apply(hidden_RD, latent, w2_VM, call)
     compared = target_hidden_PD is not None
     found = RowValues(*values)
     totals = dict(zip(weights.reported, sums, strict=False))
-    return HeadLoss(combined, weights, totals, found, weight_R, found.accept if compared else None, hit)
+    return HeadLoss(combined, weights, totals, found, weight_R, found.accept if compared else None, hit, top)
 
 
 @dataclass(frozen=True)
@@ -160,8 +163,8 @@ class _Call:
     differentiate: bool
     backend: str
 
-    def run(self) -> tuple[RowValues, Tensor, Gradients | None, ChainedRows]:
-        """(values of the rows, hits, gradients, weights of the rows)."""
+    def run(self) -> tuple[RowValues, Tensor, Gradients | None, Tensor, ChainedRows]:
+        """(values of the rows, hits, gradients, candidates, weights of the rows)."""
         weights, chains, rows = self.inputs.weights, self.chains, self.rows
         if chains is None or (chains.d_pace is None and not weights.e2e_tv):
             if weights.e2e_tv:
@@ -173,14 +176,14 @@ class _Call:
         if scaled or not self.differentiate:
             bare = LossWeights(l1=1.0) if weights.e2e_tv and self.differentiate else weights
             ones = replace(rows, weight_R=torch.ones_like(rows.weight_R))
-            values, hit, gradients = replace(self, inputs=replace(self.inputs, weights=bare), rows=ones)._pass()
+            values, hit, gradients, top = replace(self, inputs=replace(self.inputs, weights=bare), rows=ones)._pass()
             chained = chained_rows(values, rows.weight_R, chains, bool(weights.e2e_tv))
             if gradients is not None:
                 gradients.scale_rows(self._factor(chained))
-            return values, hit, gradients, chained
+            return values, hit, gradients, top, chained
         target = self.inputs.target_PD if weights.e2e_tv else None
         known = replace(self.inputs, weights=LossWeights(), target_PD=target)
-        values, _, _ = replace(self, inputs=known, differentiate=False)._pass()
+        values, *_ = replace(self, inputs=known, differentiate=False)._pass()
         chained = chained_rows(values, rows.weight_R, chains, bool(weights.e2e_tv))
         tv_R = weights.e2e_tv * chained.tv_R if weights.e2e_tv else None
         return *replace(self, rows=replace(rows, weight_R=chained.weight_R, tv_R=tv_R))._pass(), chained
@@ -192,13 +195,14 @@ class _Call:
             return chained.weight_R
         return weights.share("l1", chained.weight_R) * chained.weight_R + 0.5 * weights.e2e_tv * chained.tv_R
 
-    def _pass(self) -> tuple[RowValues, Tensor, Gradients | None]:
+    def _pass(self) -> tuple[RowValues, Tensor, Gradients | None, Tensor]:
         """Once through all chunks."""
         hidden = self.inputs.hidden_RD
         buffers = TileBuffers(self.inputs.frozen.head_VD.shape[0], hidden.device)
         gradients = Gradients(self.inputs) if self.differentiate else None
         values = torch.zeros(len(RowValues._fields), len(hidden), dtype=torch.float32, device=hidden.device)
         hit = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        top = torch.zeros(len(hidden), self.inputs.candidates, dtype=torch.int64, device=hidden.device)
         for chunk in self.rows.chunks(buffers.max_rows):
             if self.backend == "compiled":
                 terms = compute_chunk(self.inputs, chunk, gradients)
@@ -206,17 +210,17 @@ class _Call:
                 terms = TiledChunk(self.inputs, chunk, buffers).run(gradients)
             values[:, chunk.rows] = torch.stack(terms.values)
             hit[chunk.rows] = terms.hit_r
-        return RowValues(*values), hit, gradients
+            if terms.candidates_rC is not None:
+                top[chunk.rows] = terms.candidates_rC
+        return RowValues(*values), hit, gradients, top
 
 
 class _HeadLoss(torch.autograd.Function):
     """The gradients are computed with the values; backward only scales them."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, call: _Call
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        values, hit, gradients, chained = call.run()
+    def forward(ctx: Any, hidden: Tensor, latent: Tensor | None, w2: Tensor | None, call: _Call) -> tuple[Tensor, ...]:
+        values, hit, gradients, top, chained = call.run()
         ctx.gradients = None if gradients is None else gradients.finished()
         weights, sums = call.inputs.weights, []
         combined = hidden.new_zeros((), dtype=torch.float32)
@@ -224,7 +228,7 @@ class _HeadLoss(torch.autograd.Function):
             value = LOSSES[name].value
             sums.append(chained.e2e_tv if value is None else (chained.weight_R * value(values)).sum())
             combined = combined + getattr(weights, name) * sums[-1]
-        results = torch.stack([*sums, combined]), torch.stack(values), hit, chained.weight_R.clone()
+        results = torch.stack([*sums, combined]), torch.stack(values), hit, chained.weight_R.clone(), top
         ctx.mark_non_differentiable(*results)
         return combined, *results
 

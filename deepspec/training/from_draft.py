@@ -14,6 +14,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -270,8 +271,8 @@ def _move_rows(
 def _fit_heads(given: dict[str, Tensor], own: dict[str, Tensor], owner: Algorithm, notes: list[str]) -> None:
     """Heads that only one side has, or of other shapes: the recipe's start anew, at zero effect."""
     for prefix in owner.heads:
-        theirs = {name: tensor.shape for name, tensor in given.items() if name.startswith(prefix)}
-        ours = {name: tensor.shape for name, tensor in own.items() if name.startswith(prefix)}
+        theirs = {name: tensor.shape for name, tensor in given.items() if fnmatchcase(name, f"{prefix}*")}
+        ours = {name: tensor.shape for name, tensor in own.items() if fnmatchcase(name, f"{prefix}*")}
         if theirs == ours:
             continue
         for name in theirs:

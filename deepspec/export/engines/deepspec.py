@@ -26,7 +26,9 @@ class DeepSpecEngine(ExportEngine):
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         """The draft with what its silence means written out, such as the slot convention of a released one."""
         silent = [
-            own for own in draft.algorithm.own_fields if own.default is not REQUIRED and own.key not in draft.config
+            own
+            for own in draft.algorithm.own_fields
+            if own.default is not REQUIRED and not own.optional and own.key not in draft.config
         ]
         stated = {own.key: own.default for own in silent}
         return DraftCheckpoint(draft.config | stated, draft.state, draft.file)

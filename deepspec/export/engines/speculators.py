@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from deepspec.export.engines.vllm import VLLMEngine
 from deepspec.export.forms.base import complete_vocabulary
 from deepspec.export.forms.block import vanilla_head
-from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorEagle3, SpeculatorPEagle
+from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorDFlash2, SpeculatorEagle3, SpeculatorPEagle
 
 EAGLE3 = SpeculatorEagle3(
     dict.fromkeys(("qwen3", "llama"), "Eagle3Speculator"), "its eagle3 has layers of qwen3 or llama"
@@ -18,6 +18,9 @@ P_EAGLE = SpeculatorPEagle(
 )
 DFLASH = SpeculatorBlock(
     {"qwen3": "DFlashSpeculator"}, "its dflash has layers of qwen3", (complete_vocabulary,), name="dflash"
+)
+DFLASH2 = SpeculatorDFlash2(
+    {"qwen3": "DFlash2DraftModel"}, "its dflash2 has layers of qwen3", (complete_vocabulary,), name="dflash2"
 )
 DSPARK = SpeculatorBlock(
     {"qwen3": "DSparkSpeculator"}, "its dspark has layers of qwen3", (vanilla_head,), name="dspark", heads=True
@@ -31,6 +34,7 @@ class SpeculatorsEngine(VLLMEngine):
     forms: ClassVar = {
         "eagle3": EAGLE3, "p_eagle": P_EAGLE,
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
+        "dflash2-k-1": DFLASH2,
     }  # fmt: skip
 
     def matches(self, config: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ import shlex
 from typing import ClassVar
 
 from deepspec.export.engines.base import ExportEngine
-from deepspec.export.forms.block import DFlash, DSpark, vanilla_head
+from deepspec.export.forms.block import DFlash, DFlash2, DSpark, vanilla_head
 from deepspec.export.forms.eagle3 import Eagle3
 from deepspec.export.forms.p_eagle import PEagle
 from deepspec.export.parts import DraftCheckpoint, Reason
@@ -30,16 +30,22 @@ DSPARK = DSpark(
     (keys_as_values, vanilla_head),
 )
 DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has only Qwen3 layers")
+DFLASH2 = DFlash2({"qwen3": "DFlash2DraftModel"}, "its DFlash 2 class has only Qwen3 layers")  # vLLM 0.28 and later
+FROM_ANCHOR = Reason(
+    "its K slots give K - 1 drafts", "sample_from_anchor", True, "train with draft.sample_from_anchor: false"
+)
 
 
 class VLLMEngine(ExportEngine):
-    """Eagle3 of one layer, P-EAGLE, DSpark with a vanilla head, DFlash in both conventions."""
+    """Eagle3 of one layer, P-EAGLE, DSpark with a vanilla head, DFlash in both conventions, DFlash 2 in one."""
 
     name = "vllm"
     forms: ClassVar = {
         "eagle3": EAGLE3, "p_eagle": P_EAGLE,
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
+        "dflash2-k-1": DFLASH2,
     }  # fmt: skip
+    refused: ClassVar = {"dflash2": FROM_ANCHOR}
     checked = "vLLM 0.32.0 on CPU: `make serve-check`"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:

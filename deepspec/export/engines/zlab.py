@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from deepspec.export.engines.vllm import VLLMEngine
-from deepspec.export.forms.block import DFlash
-from deepspec.export.parts import DraftCheckpoint, ImportHints, Reason
+from deepspec.export.engines.vllm import FROM_ANCHOR, VLLMEngine
+from deepspec.export.forms.block import PARTS, DFlash, DFlash2
+from deepspec.export.parts import DraftCheckpoint, ImportHints
 
 
 class ZLabEngine(VLLMEngine):
-    """Only DFlash, served by vLLM."""
+    """Only DFlash and DFlash 2, served by vLLM."""
 
     name = "zlab"
-    forms: ClassVar = {"dflash-k-1": DFlash({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's")}
-    no_form = "it holds only DFlash drafts"
-    refused: ClassVar = {
-        "dflash": Reason("its K slots give K - 1 drafts", "sample_from_anchor", True,
-                         "train with draft.sample_from_anchor: false"),
-    }  # fmt: skip
+    forms: ClassVar = {
+        "dflash-k-1": DFlash({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's"),
+        "dflash2-k-1": DFlash2({"qwen3": "DFlash2DraftModel"}, "its layers are Qwen3's"),
+    }
+    no_form = "it holds only DFlash and DFlash 2 drafts"
+    refused: ClassVar = dict.fromkeys(("dflash", "dflash2"), FROM_ANCHOR)
     checked = ""
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        """Its one form, whatever the architecture is called."""
-        return self.forms["dflash-k-1"].read(draft, hints)
+        """By the parts that it states, whatever the architecture is called."""
+        second = any(key in (draft.config.get("dflash_config") or {}) for key in PARTS)
+        return self.forms["dflash2-k-1" if second else "dflash-k-1"].read(draft, hints)
 
 
 ZLAB = ZLabEngine()

@@ -15,6 +15,7 @@ from deepspec.errors import DraftError
 from deepspec.export.parts import EMBED, EXTRAS, HEAD, DraftCheckpoint, ImportHints, Reason, missing
 from deepspec.targets.load import family_of
 
+SLIDING = "sliding_attention"
 Requirement = Callable[[DraftCheckpoint], Reason | None]  # None: the draft meets it
 
 
@@ -37,12 +38,18 @@ class Form(ABC):
     name: str = ""
     speculative: Mapping[str, object] = field(default_factory=dict)
     learned_row: bool = False
+    carries: tuple[str, ...] = ()  # fields of optional parts of a draft (``OwnField.optional``) that it has room for
     key: ClassVar[str] = "architectures"  # the field of config.json by which a draft of this form is known
 
     def reason(self, draft: DraftCheckpoint) -> Reason | None:
         """Why this form cannot hold a draft of our layout, or None."""
         if draft.family.name not in self.classes:
             return Reason(self.other_family, "model_type", draft.config["model_type"])
+        for own in draft.algorithm.own_fields:
+            if own.optional and own.key in draft.config and own.key not in self.carries:
+                return Reason("its class has no such part", own.key, draft.config[own.key])
+        if SLIDING in draft.config["layer_types"] and "layer_types" not in self.carries:
+            return Reason("its layers see the complete context", "layer_types", SLIDING)
         return next((reason for check in self.requires if (reason := check(draft))), None)
 
     def labels(self) -> tuple[str, ...]:
@@ -158,7 +165,7 @@ def our_layout(
     """
     extras = dict(draft.config.get(EXTRAS) or {})
     extras.pop("algorithm", None)
-    config = _complete_transformer(draft, transformer)
+    config = _complete_transformer(draft, algorithm, transformer)
     depth = extras.pop("num_target_layers", None) or draft.config.get("num_target_layers")
     if depth is None:
         if hints.target is None:
@@ -191,8 +198,8 @@ def _stated_layers(draft: DraftCheckpoint, layers: Sequence[int] | None, hints: 
     return stated
 
 
-def _complete_transformer(draft: DraftCheckpoint, transformer: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer config with the defaults of its model type filled in; full attention only."""
+def _complete_transformer(draft: DraftCheckpoint, algorithm: str, transformer: Mapping[str, Any]) -> dict[str, Any]:
+    """A transformer config with the defaults of its model type filled in; sliding windows where we have them."""
     from transformers import AutoConfig
 
     given = dict(transformer)
@@ -200,14 +207,17 @@ def _complete_transformer(draft: DraftCheckpoint, transformer: Mapping[str, Any]
     if kind is None:
         raise missing(draft, "model_type", "add the model type of the draft's layers (qwen3, llama) to its config.json")
     family_of(kind, draft.file)
-    if "sliding_attention" in (given.get("layer_types") or ()):
+    kinds = list(given.get("layer_types") or ())
+    if SLIDING not in kinds:
+        kinds = ["full_attention"] * len(kinds)
+    elif not hasattr(registry.algorithm(algorithm).config_class, "sliding_window"):
         raise DraftError("sliding-window attention is not a draft of ours", file=draft.file, key="layer_types")
     for key in ("_name_or_path", "auto_map", "torch_dtype", "quantization_config", EXTRAS, "transformers_version"):
         given.pop(key, None)
     config = AutoConfig.for_model(kind, **given).to_dict()
     return config | {
         "model_type": kind,
-        "layer_types": ["full_attention"] * int(config["num_hidden_layers"]),
+        "layer_types": kinds or ["full_attention"] * int(config["num_hidden_layers"]),
         "tie_word_embeddings": False,
     }
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,12 +17,15 @@ from deepspec.export.forms.base import Form, Requirement, complete_vocabulary, o
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
-# the keys allowed in dflash_config; anything else is a part of another model (Domino, DFlash-2, causal heads, trees)
-KNOWN = ("mask_token_id", "mask_token", "target_layer_ids", "block_size", "num_target_layers", "sample_from_anchor")
+# the keys allowed in dflash_config; anything else is a part of another model (Domino, causal heads, trees)
+KNOWN = ("mask_token_id", "mask_token", "target_layer_ids", "block_size", "num_target_layers", "sample_from_anchor",
+         "causal")  # fmt: skip
+PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # and those of DFlash 2
 NEUTRAL = {"projector_type": ("dflash",), "attention_mode": ("gqa", "mha")}  # values that change nothing
 OURS = ("block_size", "num_anchors", "mask_token_id", "sample_from_anchor", "markov_rank", "enable_confidence_head",
         "architectures", "target_layer_ids", "num_target_layers", "dspark_bonus_anchor", "dflash_config",
-        "markov_head_type", "confidence_head_with_markov", "draft_vocab_size")  # fmt: skip
+        "markov_head_type", "confidence_head_with_markov", "draft_vocab_size", "causal", "is_causal",
+        *PARTS)  # fmt: skip
 
 
 def vanilla_head(draft: DraftCheckpoint) -> Reason | None:
@@ -69,6 +72,8 @@ class DFlash(Form):
 
     requires: tuple[Requirement, ...] = (complete_vocabulary,)
     name: str = "dflash"
+    carries: tuple[str, ...] = ("causal", "layer_types")
+    parts: ClassVar[tuple[str, ...]] = ()
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         parsed = draft.parsed
@@ -83,19 +88,39 @@ class DFlash(Form):
             },
             EXTRAS: draft.extras,
         }
+        config["dflash_config"] |= {key: getattr(parsed, key) for key in self.parts}
+        if parsed.causal:  # the flat one wins in vLLM
+            config["dflash_config"]["causal"] = config["is_causal"] = True
         return DraftCheckpoint(config, dict(draft.state), draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         """See :meth:`Form.read`; the architecture states its convention."""
         config, inner = draft.config, dict(draft.config.get("dflash_config") or {})
-        odd = [key for key, value in inner.items() if key not in KNOWN and value and value not in NEUTRAL.get(key, ())]
-        flat = ("is_causal", "projector_type", "use_tree")
+        known = (*KNOWN, *self.parts)
+        odd = [key for key, value in inner.items() if key not in known and value and value not in NEUTRAL.get(key, ())]
+        flat = ("projector_type", "use_tree")
         odd += [key for key in flat if config.get(key) not in (None, False, "dflash")]
         if odd:
             raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd))
-        fields = config | {"markov_rank": 0, "enable_confidence_head": False} | inner
+        said, flat_said = bool(inner.get("causal")), config.get("is_causal")
+        if flat_said is not None and "causal" in inner and flat_said != said:
+            found, remedy = f"{flat_said}, dflash_config.causal {said}", "make the two agree: vLLM takes the flat one"
+            raise DraftError("says two things", file=draft.file, key="is_causal", found=found, remedy=remedy)
+        fields = config | {"markov_rank": 0, "enable_confidence_head": False} | inner | {"causal": flat_said or said}
         stated = fields.get("sample_from_anchor", False)
         return read_block(draft, hints, fields, config, fields.get("target_layer_ids"), stated)
+
+
+@dataclass(frozen=True, eq=False)
+class DFlash2(DFlash):
+    """``DFlash2DraftModel``: the same with the sizes of the convolutions and the selector in ``dflash_config``."""
+
+    carries: tuple[str, ...] = ("causal", "layer_types", *PARTS)
+    parts: ClassVar[tuple[str, ...]] = PARTS
+
+    def labels(self) -> tuple[str, ...]:
+        """The engines' name and the trainers', which begin with the family's."""
+        return (*self.classes.values(), *(f"Qwen3{name}" for name in self.classes.values()))
 
 
 def zero_markov(draft: DraftCheckpoint) -> dict[str, Tensor]:
@@ -159,6 +184,8 @@ def read_block(
         "markov_rank": rank,
         "enable_confidence_head": bool(config.get("enable_confidence_head")),
     }
+    parts = {key: config[key] for key in ("causal", *PARTS) if config.get(key)}
+    fields |= parts
     if "d2t" in state:
         fields["draft_vocab_size"] = int(state["d2t"].shape[0])
     heads = bool(rank or fields["enable_confidence_head"])
@@ -166,4 +193,5 @@ def read_block(
         fields["markov_head_type"] = config.get("markov_head_type", "vanilla")
         fields["confidence_head_with_markov"] = bool(rank and config.get("confidence_head_with_markov"))
     kept = {key: value for key, value in transformer.items() if key not in OURS}
-    return our_layout(draft, "dspark" if heads else "dflash", kept, state, layers, hints, fields)
+    algorithm = "dspark" if heads else "dflash2" if parts.get("selector_rank") else "dflash"
+    return our_layout(draft, algorithm, kept, state, layers, hints, fields)

@@ -7,15 +7,15 @@ library's false) and ``sample_from_anchor`` of block drafters (default false).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import Form, Requirement, with_head_rows
-from deepspec.export.forms.block import read_block, zero_markov
+from deepspec.export.forms.base import SLIDING, Form, Requirement, with_head_rows
+from deepspec.export.forms.block import PARTS, read_block, zero_markov
 from deepspec.export.forms.eagle3 import one_lower, read_eagle3, stated_norms
 from deepspec.export.forms.p_eagle import SERVED, learned_row_in, no_fc_norm, read_p_eagle
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
@@ -113,6 +113,8 @@ class SpeculatorBlock(Speculator):
     """Its DFlash, and its DSpark where ``heads``: the Markov and the confidence head are then written out."""
 
     heads: bool = False
+    carries: tuple[str, ...] = ("layer_types",)
+    non_causal: ClassVar[bool] = False  # what a missing ``sliding_window_non_causal`` means
 
     def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
         parsed, rank = draft.parsed, draft.config.get("markov_rank") or 0
@@ -122,8 +124,8 @@ class SpeculatorBlock(Speculator):
             "mask_token_id": parsed.mask_token_id,
             "sample_from_anchor": bool(parsed.sample_from_anchor),
         }
-        if not self.heads:
-            return fields
+        if not self.heads:  # vLLM lets every layer be causal where this is false, whatever its kind
+            return fields | {"sliding_window_non_causal": True}
         if not rank:
             state |= zero_markov(draft)
         return fields | {
@@ -142,7 +144,32 @@ class SpeculatorBlock(Speculator):
         stated = config.get("sample_from_anchor", None if self.heads else False)
         fields = config if self.heads else {**config, "markov_rank": 0, "enable_confidence_head": False}
         transformer, layers = config.get("transformer_layer_config") or {}, config.get("aux_hidden_state_layer_ids")
+        fields = {**fields, "causal": self.causal(draft, transformer.get("layer_types") or ())}
         return read_block(trained(draft), hints, fields, transformer, one_lower(layers), stated)
+
+    def causal(self, draft: DraftCheckpoint, kinds: Sequence[str]) -> bool:
+        """Whether its blocks are causal: there the flag is of the layers with a sliding window alone.
+
+        Raises:
+            DraftError: some of its layers are, some are not.
+        """
+        if SLIDING not in kinds or draft.config.get("sliding_window_non_causal", self.non_causal):
+            return False
+        if set(kinds) != {SLIDING}:
+            key, wanted = "sliding_window_non_causal", "true, or a sliding window in every layer"
+            raise DraftError("causal in some layers only", file=draft.file, key=key, found=False, wanted=wanted)
+        return True
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculatorDFlash2(SpeculatorBlock):
+    """Its DFlash 2."""
+
+    carries: tuple[str, ...] = ("layer_types", *PARTS)
+    non_causal: ClassVar[bool] = True
+
+    def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
+        return super().fields(draft, layers, state) | {key: getattr(draft.parsed, key) for key in PARTS}
 
 
 def trained(draft: DraftCheckpoint) -> DraftCheckpoint:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from deepspec.nn.cpu.matmul import add_matmul, exp_, linear, uses_onednn
+from deepspec.nn.cpu.top import TopTokens
 from deepspec.nn.loss_chunk import Chunk, ChunkTerms, Gradients, HeadInputs, Markov
 from deepspec.nn.loss_table import RowValues, log_ratio
 
@@ -139,6 +140,7 @@ class TiledChunk:
         self.positions = -(-(chunk.positions.stop - chunk.positions.start) // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self.draft_exp = _Exponentials(self.rows, buffers)
         self.target_exp = _Exponentials(self.positions, buffers)
+        self.top = TopTokens(inputs.candidates) if inputs.candidates else None
         self.reference = torch.zeros(self.rows, 1, device=buffers.device)
         zeros = torch.zeros(8, self.rows, device=buffers.device)
         self.at_label, self.cross, self.distance, self.inner = zeros[:4]  # logit; <q, logits>; |p - q|; <s, p>
@@ -163,7 +165,8 @@ class TiledChunk:
         jsd = 0.5 * (self.middle + self.middle_q)
         values = (log_total + behind, soft_ce, self.distance, self.entropy, self.reverse, jsd)
         real = RowValues(*(one[: self.num_rows] for one in values))
-        return ChunkTerms(real, (behind[: self.num_rows] == 0).float())
+        candidates = None if self.top is None else self.top.tokens()[: self.num_rows]
+        return ChunkTerms(real, (behind[: self.num_rows] == 0).float(), candidates)
 
     def _factors(self, accept: Tensor) -> None:
         """Of each direction of the gradient, [r, 1] each: known once the acceptance is."""
@@ -205,12 +208,16 @@ class TiledChunk:
                 self.cross += torch.linalg.vecdot(buffers.per_row(target, self.chunk.local_r), draft)
         column, inside = self._at_label(span)
         self.at_label += torch.where(inside, draft.gather(1, column)[:, 0], 0.0)
+        if self.top is not None:
+            self.top.see(draft)
         self.draft_exp.add_(draft)
 
     def _probabilities(self, number: int, span: slice) -> None:
         """Pass 2: p and q in place of the exponentials; this tile's part of |p - q| and <sign(p - q), p>."""
         buffers = self.buffers
         p = self.draft_exp.normalise_(buffers.tile("draft", self.rows, span), number)
+        if self.top is not None:
+            self.top.collect(number, p, span.start)
         if self.target is None:
             return
         q = self.target_exp.normalise_(buffers.tile("target", self.positions, span), number)
