@@ -14,7 +14,7 @@ help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
 	@echo "make real        three drafts for SmolLM2-135M-Instruct, two hours; make real SCALE=smoke  minutes"
 	@echo "make finetune    the drafts of make real fine-tuned on a narrow domain, half an hour; SCALE=smoke  minutes"
-	@echo "make ablate      what each choice costs or brings, on the quickstart's target, an hour"
+	@echo "make ablate      what each choice costs or brings, and every drafter and loss side by side, on the quickstart's target, two hours"
 	@echo "make results     docs/results.md from what real, finetune and ablate have measured"
 	@echo "make serve-check the quickstart's drafts in real engines (vLLM, llama.cpp, SGLang's draft classes on CPU), compared with ours"
 	@echo "make test        the quick tests"
@@ -46,6 +46,7 @@ finetune: $(READY)
 
 ablate: quickstart
 	@$(BIN)/python tools/ablate.py
+	@$(BIN)/python -m deepspec demo drafters
 
 results: $(READY)
 	@$(BIN)/python tools/results.py

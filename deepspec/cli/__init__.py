@@ -51,6 +51,7 @@ VERBS = {  # verb, or verb of a group -> (function, what it does)
     "demo real": ("deepspec.cli.demos:real", "three drafts for a small released model, with their tables"),
     "demo finetune": ("deepspec.cli.demos:finetune", "the real run's drafts fine-tuned on a domain"),
     "demo ablate": ("deepspec.cli.demos:ablate", "what each choice of a draft changes"),
+    "demo drafters": ("deepspec.cli.demos:drafters", "every drafter and loss, side by side"),
     "demo results": ("deepspec.cli.demos:results", "docs/results.md from what was measured"),
     "completion": ("deepspec.cli.completion:completion", "a script that completes all this in a shell"),
 }

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from deepspec import registry
-from deepspec.arguments import COUNT, POSITIVE, Parser
+from deepspec.arguments import COUNT, POSITIVE, SEED, Parser
 from deepspec.progress import made
 
 
@@ -69,6 +69,28 @@ def ablate() -> None:
     from deepspec.demos.smollm2.ablation import ablate as run
 
     run(given.cores)
+
+
+def drafters() -> None:
+    """Every drafter and loss on the quickstart's target, two seeds, at equal steps and at equal seconds.
+
+    Its output is under build/drafters in the current folder, and the tables are in docs/algorithms.md where that is.
+    Run again, it continues where it stopped.
+    """
+    parser = Parser(description=drafters.__doc__, example="--variant dflash --variant dflash2 --equal-steps-only")
+    parser.add_argument("--variant", action="append", default=[], help="only this; may be repeated")
+    parser.add_argument(
+        "--seed", type=SEED, action="append", help="of the trainings; may be repeated (default: 0 and 1)"
+    )
+    parser.add_argument("--equal-steps-only", action="store_true", help="not after equal seconds")
+    parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="drafts at a time, one process each")
+    given = parser.parse_args()
+
+    from deepspec.demos.quickstart.drafters import TABLE, compare, write
+
+    tables = compare(given.variant, given.seed or TABLE["seeds"], given.cores, not given.equal_steps_only)
+    print(tables)
+    made(next(iter(write(tables))))
 
 
 def results() -> None:
