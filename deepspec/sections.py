@@ -97,6 +97,8 @@ def _read_union(kind: Any, value: Any, where: str) -> Any:
     sections = [option for option in options if dataclasses.is_dataclass(option)]
     if len(sections) == 1 and (len(options) == 1 or isinstance(value, Mapping)):  # its own message names the inner key
         return read_value(sections[0], value, where)
+    if len(options) == 1 and isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+        return read_value(options[0], value, where)  # likewise of a list of sections
     for option in options:
         try:
             return read_value(option, value, where)

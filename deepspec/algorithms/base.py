@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
@@ -38,7 +39,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftConfig:
+class DraftConfig(LossFields):
     """What every algorithm's config has. A field that the algorithm's recipes cannot set has ``init=False``."""
 
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are read; -1 the embedding
@@ -47,6 +48,7 @@ class DraftConfig:
     confidence_head: bool = field(default=False, init=False)  # whether proposals come with acceptance probabilities
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require_at_least(self, 1, "num_layers")
         size = self.draft_vocab_size
         require(size is None or size >= 1, "draft_vocab_size", size, "at least 1, or null")

@@ -67,6 +67,11 @@ class BlockConfig(DraftConfig):
         require(self.max_draft >= 1, "block_size", self.block_size, "at least 2 where sample_from_anchor is false")
 
     @property
+    def slot_gamma(self) -> float | None:
+        """The decay's gamma; None where D-PACE replaces it."""
+        return self.loss_decay_gamma if self.d_pace is None else None
+
+    @property
     def max_draft(self) -> int:
         """K: every slot drafts one token, the anchor's too unless ``sample_from_anchor`` is false."""
         return self.block_size if self.sample_from_anchor else self.block_size - 1

@@ -1,4 +1,4 @@
-"""DFlash: a parallel block drafter trained with cross-entropy on the answer's tokens.
+"""DFlash: a parallel block drafter trained with cross-entropy on the answer's tokens, or what ``loss`` names.
 
 The target's features are injected as keys and values into every layer; one pass drafts K tokens. See
 ``deepspec.algorithms.block`` for the model, the anchors and decoding.
@@ -23,7 +23,8 @@ from deepspec.algorithms.block import (
     draw_anchors,
 )
 from deepspec.batch import Batch, Supervision
-from deepspec.metrics import LossTerms, WeightedSum
+from deepspec.metrics import LossTerms
+from deepspec.nn.chains import Chains
 from deepspec.nn.heads import MarkovHead
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadLoss, head_loss
@@ -53,9 +54,7 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLos
     hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, plan.slot_R)
     tokens = batch.input_ids.flatten()
     label_R, in_vocab_R = model.draft_ids(tokens[plan.label_R])
-    rows = plan.rows.with_labels(label_R)
-    if in_vocab_R is not None:  # a token outside the draft's vocabulary teaches nothing, and no draft of it is accepted
-        rows = replace(rows, weight_R=rows.weight_R * in_vocab_R)
+    rows = plan.rows.with_tokens(label_R, in_vocab_R)
     target = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
     latent = w2 = previous_RM = None
     if model.markov_head is not None:
@@ -65,7 +64,8 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLos
         if model.markov_head.depends_on_hidden:
             latent = _latents(model.markov_head, batch, hidden_BNKD, plan.anchor_BN).flatten(0, 2)
             latent = latent.index_select(0, plan.slot_R)
-    head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss)
+    chains = Chains(plan.slot_R, plan.anchor_BN.numel(), model.config.max_draft, model.config.d_pace)
+    head = head_loss(hidden_RD, model.head, rows, weights, target, latent, w2, model.loss, chains)
     if in_vocab_R is not None:
         accept_R = None if head.accept_R is None else head.accept_R * in_vocab_R
         head = replace(head, accept_R=accept_R, hit_R=head.hit_R * in_vocab_R)
@@ -89,19 +89,19 @@ class DFlash(BlockAlgorithm):
 
     def needs_last_hidden(self, config: Any) -> bool:
         """Cross-entropy needs only the tokens."""
-        return False
+        return config.loss_weights.needs_target
 
     def plan(self, config: Any, supervision: Supervision) -> BlockPlan:
         """Anchors drawn, and their supervised slots; the weight is the sum of the slots'."""
         anchors = draw_anchors(supervision, config.num_anchors)
-        return BlockPlan.make(supervision, anchors, config.max_draft, config.loss_decay_gamma)
+        return BlockPlan.make(supervision, anchors, config.max_draft, config.slot_gamma)
 
     def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
-        """CE over the supervised slots; a slot is accepted where the draft's most likely token is the answer's."""
-        slots = block_loss(model, batch, LossWeights(ce=1.0))
-        accept, mask = by_block(slots.head.hit_R, slots.plan, model.config.max_draft)
-        ce = WeightedSum(slots.head.combined, slots.plan.weight)
-        return LossTerms({"ce": ce}, {"ce": 1.0}, acceptance_metrics(accept, mask))
+        """The loss over the supervised slots; without a target's distribution a slot counts as accepted where the
+        draft's most likely token is the answer's."""
+        slots = block_loss(model, batch, model.config.loss_weights)
+        accept, mask = by_block(slots.head.measured_R, slots.plan, model.config.max_draft)
+        return slots.head.terms(slots.plan.weight, acceptance_metrics(accept, mask))
 
 
 DFLASH = DFlash()

@@ -2,14 +2,15 @@
 
     loss = ce * CE + l1 * ||p_draft - p_target||_1 + confidence * BCE(confidence, c*),   c* = 1 - L1 / 2
 
-each a mean over the supervised slots with weights exp(-k / gamma), or 1 without a gamma. The sequential head makes the
+each a mean over the supervised slots with weights exp(-k / gamma), or 1 without a gamma; ``loss`` replaces the first
+two terms, and D-PACE weighs those alone, not the confidence head's. The sequential head makes the
 parallel slots agree with one another; the confidence head predicts each slot's acceptance, which the prefix scheduler
 uses.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -33,15 +34,23 @@ class DSparkConfig(BlockConfig):
     markov_head: Literal["vanilla", "gated", "rnn"] = "vanilla"
     confidence_head: bool = True
     confidence_with_markov: bool = True
-    ce_weight: float = 0.1  # of cross-entropy in the loss
-    l1_weight: float = 0.9  # of the L1 distance to the target's distribution
+    ce_weight: float = 0.1  # of cross-entropy in the loss, where `loss` is null
+    l1_weight: float = 0.9  # of the L1 distance to the target's distribution, where `loss` is null
     confidence_weight: float = 1.0  # of the confidence head's cross-entropy
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_at_least(self, 0, "markov_rank", "ce_weight", "l1_weight", "confidence_weight")
+        for key in ("ce_weight", "l1_weight"):
+            given, usual = getattr(self, key), getattr(DSparkConfig, key)
+            require(self.loss is None or given == usual, key, given, "left out where loss is given: name it there")
         if self.confidence_head and self.confidence_with_markov:
             require(self.markov_rank > 0, "confidence_with_markov", True, "false where markov_rank is 0")
+
+    @property
+    def published_loss(self) -> LossWeights:
+        """Cross-entropy and L1, by their own keys."""
+        return LossWeights(ce=self.ce_weight, l1=self.l1_weight)
 
 
 def confidence_terms(
@@ -87,18 +96,20 @@ class DSpark(DFlash):
 
     def needs_last_hidden(self, config: Any) -> bool:
         """The L1 term and the confidence label compare with the target's distribution."""
-        return config.l1_weight > 0 or config.confidence_head
+        return config.loss_weights.needs_target or config.confidence_head
 
     def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""
         config: DSparkConfig = model.config
-        weights = LossWeights(ce=config.ce_weight, l1=config.l1_weight, report_l1=config.confidence_head)
+        weights = replace(config.loss_weights, report_l1=config.confidence_head)
         slots = block_loss(model, batch, weights)
-        measured = slots.head.hit_R if slots.head.accept_R is None else slots.head.accept_R
-        accept, mask = by_block(measured, slots.plan, config.max_draft)
+        accept, mask = by_block(slots.head.measured_R, slots.plan, config.max_draft)
         terms, factors = {"head": WeightedSum(slots.head.combined, slots.plan.weight)}, {"head": 1.0}
         metrics = acceptance_metrics(accept, mask)
-        metrics |= {name: WeightedSum(total, slots.plan.weight) for name, total in slots.head.sums.items()}
+        ce = (slots.head.weight_R * slots.head.rows.ce).sum()
+        metrics |= {
+            name: WeightedSum(total, slots.plan.weight) for name, total in ({"ce": ce} | slots.head.sums).items()
+        }
         if config.confidence_head:
             terms["confidence"], extra = confidence_terms(model, slots, accept, mask)
             factors["confidence"] = config.confidence_weight

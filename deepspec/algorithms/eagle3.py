@@ -3,7 +3,7 @@
 Slot t starts from g = fc(features[t]) and the token x_{t+1} and predicts x_{t+2}; at TTT step j it continues from its
 own output of step j - 1 and the token x_{t+1+j}, as it will when decoding, and predicts x_{t+2+j}. A query at step j
 sees the step-0 keys of positions <= t and its own slot's keys of steps 1..j. Each step is compared with the target's
-distribution at t + 1 + j by soft cross-entropy:
+distribution at t + 1 + j by soft cross-entropy, or by what ``loss`` names:
 
     loss = sum_j decay^j * mean over sequences of (sum over supervised slots of soft CE / length of the sequence)
 
@@ -37,9 +37,15 @@ from deepspec.algorithms.block import acceptance_metrics, scattered
 from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, wide_input
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
-from deepspec.metrics import LossTerms, WeightedSum
+from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
+<<<<<<< HEAD
 from deepspec.nn.fused import FusedLayer
+=======
+from deepspec.nn.chains import Chains
+from deepspec.nn.fused import FusedLayer, norm_of
+from deepspec.nn.layer import RMSNorm
+>>>>>>> s8_loss
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
@@ -59,6 +65,11 @@ class Eagle3Config(EagleConfig):
         super().__post_init__()
         require_at_least(self, 1, "ttt_length")
         require(0 < self.step_loss_decay <= 1, "step_loss_decay", self.step_loss_decay, "above 0, at most 1")
+
+    @property
+    def published_loss(self) -> LossWeights:
+        """Soft cross-entropy."""
+        return LossWeights(soft_ce=1.0)
 
     @property
     def max_draft(self) -> int:
@@ -83,7 +94,7 @@ class TTTPlan(LossPlan):
     active_BN: Tensor  # int64 slots t that some step supervises, 0 where a row has fewer
     pair_R: Tensor  # index of each supervised pair in [T, B, N] flattened
     position_P: Tensor  # index of each distinct target position t + 1 + j in [B, S] flattened
-    rows: HeadRows  # without labels: soft cross-entropy reads none
+    rows: HeadRows  # without labels, which soft cross-entropy does not read
     num_steps: int
     max_context_len: int  # one more than the last active slot: the step-0 keys that any slot sees
 
@@ -334,28 +345,33 @@ class Eagle3(Algorithm):
     tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 1, "ttt_length": 3}
 
     def needs_last_hidden(self, config: Eagle3Config) -> bool:
-        """Every term compares with the target's distribution."""
-        return True
+        """The published loss compares with the target's distribution."""
+        return config.loss_weights.needs_target
 
     def plan(self, config: Eagle3Config, supervision: Supervision) -> TTTPlan:
         """See :meth:`Algorithm.plan`; the loss is a mean of per-sequence means."""
         slots_TBS = supervised_slots(supervision, config.ttt_length)
-        return TTTPlan.make(slots_TBS, supervision.lengths, config.step_loss_decay)
+        decay = config.step_loss_decay if config.d_pace is None else 1.0
+        return TTTPlan.make(slots_TBS, supervision.lengths, decay)
 
     def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
-        """Soft cross-entropy of every step."""
-        plan = cast(TTTPlan, batch.plan)
+        """The loss of every step; the slots of a chain are the steps of a position."""
+        plan, config = cast(TTTPlan, batch.plan), model.config
+        weights: LossWeights = config.loss_weights
         where = (plan.active_BN, plan.num_steps, plan.max_context_len)
         hidden = model.train_hidden(batch.features, batch.input_ids, *where)
         hidden_RD = model.to_head(hidden.flatten(0, 2).index_select(0, plan.pair_R))
-        target_PD = target_states(batch, plan.position_P, model.dtype)
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        head = head_loss(hidden_RD, model.head, plan.rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
-        metrics = {}
-        if head.accept_R is not None:
-            accept_TN, mask_TN = scattered(head.accept_R, plan.pair_R, plan.num_steps, plan.active_BN.numel())
-            metrics = acceptance_metrics(accept_TN.T, mask_TN.T)
-        return LossTerms({"soft_ce": WeightedSum(head.combined, plan.weight)}, {"soft_ce": 1.0}, metrics)
+        target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
+        rows, slots = plan.rows, plan.active_BN.numel()
+        if weights.ce or config.d_pace is not None:
+            label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{t+2+j}
+            rows = rows.with_tokens(*model.draft_ids(label_R))
+        chain_R = plan.pair_R % max(slots, 1) * plan.num_steps + plan.pair_R // max(slots, 1)
+        chains = Chains(chain_R, slots, plan.num_steps, config.d_pace)
+        head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
+        accept_TN, mask_TN = scattered(head.measured_R, plan.pair_R, plan.num_steps, slots)
+        return head.terms(plan.weight, acceptance_metrics(accept_TN.T, mask_TN.T))
 
 
 EAGLE3 = Eagle3()

@@ -17,23 +17,9 @@ from torch import Tensor
 
 from deepspec.nn.cpu.matmul import add_matmul, matmul_fp32
 from deepspec.nn.heads import FrozenHead
+from deepspec.nn.loss_table import LossWeights, RowValues, log_ratio
 
 _W2_ROWS = 4096  # rows of the Markov head's output matrix whose gradient is summed at a time
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """Coefficients of the terms of the head loss."""
-
-    ce: float = 0.0
-    soft_ce: float = 0.0
-    l1: float = 0.0
-    report_l1: bool = False  # the distance is wanted though its coefficient is 0 (the confidence head's label)
-
-    @property
-    def needs_target(self) -> bool:
-        """Whether a term needs the target's distribution."""
-        return self.soft_ce != 0.0 or self.l1 != 0.0 or self.report_l1
 
 
 @dataclass(frozen=True)
@@ -45,6 +31,7 @@ class Chunk:
     local_r: Tensor  # each row's position within the chunk
     label_r: Tensor
     weight_r: Tensor
+    tv_r: Tensor | None = None  # coefficient of the row's TV beside the terms (deepspec.nn.chains)
 
 
 @dataclass(frozen=True)
@@ -75,8 +62,7 @@ class HeadInputs:
 class ChunkTerms:
     """Values of one chunk."""
 
-    sums: Tensor  # [3]: weighted sums of CE, soft CE, L1
-    accept_r: Tensor | None
+    values: RowValues  # [r] each
     hit_r: Tensor
 
 
@@ -90,6 +76,10 @@ class Gradients:
             self._w2_dtype = given.w2_VM.dtype
             w2 = torch.zeros_like(given.w2_VM, dtype=torch.float32)
             self.markov = Markov(torch.zeros_like(given.latent), w2, given.per_row)
+
+    def scale_rows(self, factor_R: Tensor) -> None:
+        """Weigh rows whose gradients were computed without weights (there are no Markov factors then)."""
+        self.hidden_RD.mul_(factor_R[:, None].to(self.hidden_RD.dtype))
 
     def finished(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Of the hidden states, the latents and W2, each in the dtype of its input."""
@@ -113,7 +103,7 @@ def compute_chunk(inputs: HeadInputs, chunk: Chunk, gradients: Gradients | None)
     if inputs.target_PD is not None:
         target_pV = matmul_fp32(inputs.target_PD[chunk.positions].to(head.dtype), inputs.frozen.teacher_VD.T)
         target_pV = target_pV if cap is None else cap * (target_pV / cap).tanh()
-    rows = (chunk.local_r, chunk.label_r, chunk.weight_r)
+    rows = (chunk.local_r, chunk.label_r, chunk.weight_r, chunk.tv_r)
     terms, gradient_rV = compiled_chunk_terms()(logits_rV, target_pV, *rows, inputs.weights, gradients is not None)
     if gradients is not None and gradient_rV is not None:
         _collect(inputs, chunk, gradients, gradient_rV, slope_rV)
@@ -142,7 +132,7 @@ def _collect(
 
 def chunk_terms(
     logits_rV: Tensor, target_pV: Tensor | None, local_r: Tensor, label_r: Tensor, weight_r: Tensor,
-    weights: LossWeights, differentiate: bool,
+    tv_r: Tensor | None, weights: LossWeights, differentiate: bool,
 ) -> tuple[ChunkTerms, Tensor | None]:  # fmt: skip
     """(values, d(combined)/d(logits) [r, V]) without in-place passes: what torch.compile fuses into a few kernels."""
     p = logits_rV.softmax(dim=-1)
@@ -150,21 +140,37 @@ def chunk_terms(
     label = label_r[:, None]
     at_label = logits_rV.gather(1, label)[:, 0]
     ce = log_total - at_label
-    soft_ce = distance = torch.zeros_like(ce)
-    gradient = weights.ce * (p - torch.zeros_like(p).scatter(1, label, 1.0))
-    if target_pV is not None:
-        q = target_pV.softmax(dim=-1)[local_r]
-        difference = p - q
-        distance = difference.abs().sum(dim=-1)
-        sign = difference.sign()
-        gradient = gradient + weights.l1 * p * (sign - (sign * p).sum(dim=-1, keepdim=True))
-        if weights.soft_ce:
-            soft_ce = log_total - (q * logits_rV).sum(dim=-1)
-            gradient = gradient + weights.soft_ce * difference
-    sums = torch.stack([(weight_r * term).sum() for term in (ce, soft_ce, distance)])
-    accept = None if target_pV is None else 1.0 - 0.5 * distance
     hit = (at_label == logits_rV.amax(dim=-1)).float()
-    return ChunkTerms(sums, accept, hit), gradient * weight_r[:, None] if differentiate else None
+    zero = torch.zeros_like(ce)
+    gradient = weights.ce * (p - torch.zeros_like(p).scatter(1, label, 1.0)) * weight_r[:, None]
+    if target_pV is None:
+        values = RowValues(ce, zero, zero, zero, zero, zero)
+        return ChunkTerms(values, hit), gradient if differentiate else None
+    q = target_pV.softmax(dim=-1)[local_r]
+    difference = p - q
+    distance = difference.abs().sum(dim=-1)
+    accept = (1.0 - 0.5 * distance)[:, None]
+    soft_ce = entropy = reverse_kl = jsd = zero
+    if weights.reads("l1") or tv_r is not None:
+        sign = difference.sign()
+        factor = weights.share("l1", accept) * weight_r[:, None] + (0.0 if tv_r is None else 0.5 * tv_r[:, None])
+        gradient = gradient + factor * p * (sign - (sign * p).sum(dim=-1, keepdim=True))
+    if weights.reads("soft"):
+        soft_ce = log_total - (q * logits_rV).sum(dim=-1)
+        entropy = torch.special.entr(q).sum(dim=-1)
+        gradient = gradient + weights.share("soft", accept) * difference * weight_r[:, None]
+    if weights.reads("reverse"):
+        ratio = log_ratio(p, q)
+        reverse_kl = ratio.sum(dim=-1)
+        gradient = gradient + weights.share("reverse", accept) * (ratio - p * reverse_kl[:, None]) * weight_r[:, None]
+    if weights.reads("middle"):
+        ratio = log_ratio(p, 0.5 * (p + q))
+        inner = ratio.sum(dim=-1)
+        jsd = 0.5 * (inner + log_ratio(q, 0.5 * (p + q)).sum(dim=-1))
+        middle = 0.5 * weights.share("middle", accept)
+        gradient = gradient + middle * (ratio - p * inner[:, None]) * weight_r[:, None]
+    values = RowValues(ce, soft_ce, distance, entropy, reverse_kl, jsd)
+    return ChunkTerms(values, hit), gradient if differentiate else None
 
 
 @cache

@@ -21,11 +21,13 @@ from torch import Tensor
 
 from deepspec.nn.cpu.matmul import add_matmul, exp_, linear, uses_onednn
 from deepspec.nn.loss_chunk import Chunk, ChunkTerms, Gradients, HeadInputs, Markov
+from deepspec.nn.loss_table import RowValues, log_ratio
 
 _ROW_MULTIPLE = 32  # rows are padded to it: oneDNN keeps code, a megabyte or two, for every shape that it multiplies
 _CHUNK_BYTES = {"cpu": 20 << 20, "cuda": 256 << 20}  # of one fp32 buffer [r, V]
 _MAX_ROWS = 1024
 _TILE_COLUMNS = 2048  # 1.5 MB at 192 rows; a GPU has no use for tiles
+_LOGS = ("reverse", "middle")  # directions with a logarithm of p
 
 
 class TileBuffers:
@@ -129,15 +131,18 @@ class TiledChunk:
         if given is not None:
             latent = _padded(given.latent[given.span(chunk)].to(given.w2_VM.dtype))
             self.markov = replace(given, latent=latent)
-        per_row = [_padded(part) for part in (chunk.local_r, chunk.label_r, chunk.weight_r)]  # padding weighs nothing
-        self.chunk = Chunk(chunk.positions, chunk.rows, *per_row)
+        tv_r = None if chunk.tv_r is None else _padded(chunk.tv_r)
+        local_r, label_r, weight_r = map(_padded, (chunk.local_r, chunk.label_r, chunk.weight_r))
+        self.chunk = Chunk(chunk.positions, chunk.rows, local_r, label_r, weight_r, tv_r)  # padding weighs nothing
+        self.weights, self.curved = inputs.weights, inputs.weights.reads("l1") or tv_r is not None
         self.rows = len(self.hidden)
         self.positions = -(-(chunk.positions.stop - chunk.positions.start) // _ROW_MULTIPLE) * _ROW_MULTIPLE
         self.draft_exp = _Exponentials(self.rows, buffers)
         self.target_exp = _Exponentials(self.positions, buffers)
         self.reference = torch.zeros(self.rows, 1, device=buffers.device)
-        zeros = torch.zeros(4, self.rows, device=buffers.device)
-        self.at_label, self.cross, self.distance, self.inner = zeros  # logit; <q, logits>; |p - q|; <sign(p - q), p>
+        zeros = torch.zeros(8, self.rows, device=buffers.device)
+        self.at_label, self.cross, self.distance, self.inner = zeros[:4]  # logit; <q, logits>; |p - q|; <s, p>
+        self.entropy, self.reverse, self.middle, self.middle_q = zeros[4:]  # of q; KL(p | q); KL(p | m); KL(q | m)
 
     def run(self, gradients: Gradients | None) -> ChunkTerms:
         """Values of the chunk; its gradients go to ``gradients``."""
@@ -145,18 +150,32 @@ class TiledChunk:
             self._logits(span, keep_slope=gradients is not None)
         for number, span in enumerate(self.buffers.spans()):
             self._probabilities(number, span)
+        accept = 1.0 - 0.5 * self.distance[:, None]
         if gradients is not None:
+            self._factors(accept)
             self._gradients(gradients)
         log_total = self.draft_exp.total[:, 0].log()
         behind = self.draft_exp.top[:, 0] - self.at_label
         soft_ce = torch.zeros_like(log_total)
-        if self.inputs.weights.soft_ce:
+        if self.weights.reads("soft"):
             mean = self.cross / self.target_exp.total[self.chunk.local_r, 0]
             soft_ce = log_total + (self.draft_exp.top[:, 0] - mean)
-        terms = (log_total + behind, soft_ce, self.distance)
-        sums = torch.stack([(self.chunk.weight_r * term).sum() for term in terms])
-        accept = None if self.target is None else 1.0 - 0.5 * self.distance[: self.num_rows]
-        return ChunkTerms(sums, accept, (behind[: self.num_rows] == 0).float())
+        jsd = 0.5 * (self.middle + self.middle_q)
+        values = (log_total + behind, soft_ce, self.distance, self.entropy, self.reverse, jsd)
+        real = RowValues(*(one[: self.num_rows] for one in values))
+        return ChunkTerms(real, (behind[: self.num_rows] == 0).float())
+
+    def _factors(self, accept: Tensor) -> None:
+        """Of each direction of the gradient, [r, 1] each: known once the acceptance is."""
+        weights, weight, tv = self.weights, self.chunk.weight_r[:, None], self.chunk.tv_r
+        inner, l1 = self.inner[:, None], weights.share("l1", accept)
+        self.by_l1 = l1 * weight
+        self.by_p = (weights.ce - l1 * inner) * weight  # of the parts of a direction that are p times a number
+        if tv is not None:
+            self.by_l1 = self.by_l1 + 0.5 * tv[:, None]
+            self.by_p = self.by_p - 0.5 * tv[:, None] * inner
+        self.by_difference = weights.share("soft", accept) * weight
+        self.by_log = [(name, weights.share(name, accept) * weight) for name in _LOGS if weights.reads(name)]
 
     def _at_label(self, span: slice) -> tuple[Tensor, Tensor]:
         """(each row's label as a column of the tile, whether it is there)."""
@@ -165,7 +184,7 @@ class TiledChunk:
 
     def _logits(self, span: slice, keep_slope: bool) -> None:
         """Pass 1. Logits count from the first tile's maximum where <q, logits> is wanted: a smaller sum."""
-        buffers, frozen, markov, soft = self.buffers, self.inputs.frozen, self.markov, self.inputs.weights.soft_ce
+        buffers, frozen, markov, soft = self.buffers, self.inputs.frozen, self.markov, self.weights.reads("soft")
         head, cap = frozen.head_VD[span], frozen.softcap
         draft = buffers.logits("draft", self.hidden, head, span)
         if cap is not None:
@@ -194,15 +213,28 @@ class TiledChunk:
         p = self.draft_exp.normalise_(buffers.tile("draft", self.rows, span), number)
         if self.target is None:
             return
-        self.target_exp.normalise_(buffers.tile("target", self.positions, span), number)
+        q = self.target_exp.normalise_(buffers.tile("target", self.positions, span), number)
+        if self.weights.needs_entropy:
+            self.entropy += torch.special.entr(q).sum(dim=-1)[self.chunk.local_r]
         difference = self._difference(p, span)
         self.distance += torch.abs(difference, out=buffers.scratch("sign", p.shape)).sum(dim=-1)
-        if self.inputs.weights.l1:
+        if self.curved:
             self.inner += torch.linalg.vecdot(difference.sign_(), p)
+        if self.weights.reads("reverse"):
+            self.reverse += log_ratio(p, self._q(span)).sum(dim=-1)
+        if self.weights.reads("middle"):
+            q = self._q(span)
+            middle = (p + q).mul_(0.5)
+            self.middle += log_ratio(p, middle).sum(dim=-1)
+            self.middle_q += log_ratio(q, middle).sum(dim=-1)
+
+    def _q(self, span: slice) -> Tensor:
+        """The target's probabilities of a tile [r, w], in scratch."""
+        return self.buffers.per_row(self.buffers.tile("target", self.positions, span), self.chunk.local_r)
 
     def _difference(self, p: Tensor, span: slice) -> Tensor:
         """p - q of a tile [r, w], in scratch."""
-        q = self.buffers.per_row(self.buffers.tile("target", self.positions, span), self.chunk.local_r)
+        q = self._q(span)
         return torch.sub(p, q, out=q)
 
     def _gradients(self, gradients: Gradients) -> None:
@@ -231,24 +263,32 @@ class TiledChunk:
 
     def _gradient(self, span: slice) -> Tensor:
         """d(combined)/d(logits) of a tile [r, w], in place of p."""
-        buffers, weights = self.buffers, self.inputs.weights
-        p, weight = buffers.tile("draft", self.rows, span), self.chunk.weight_r[:, None]
-        compared = self.target is not None and (weights.soft_ce or weights.l1)
-        difference = self._difference(p, span) if compared else None
-        if weights.l1 and difference is not None:
+        buffers, weights, soft = self.buffers, self.weights, self.weights.reads("soft")
+        p = buffers.tile("draft", self.rows, span)
+        logs = [factor * self._log_direction(name, p, span) for name, factor in self.by_log]
+        difference = self._difference(p, span) if self.target is not None and (soft or self.curved) else None
+        if self.curved and difference is not None:
             slope = torch.sign(difference, out=buffers.scratch("sign", p.shape))
-            slope.mul_(weights.l1 * weight).add_((weights.ce - weights.l1 * self.inner[:, None]) * weight)
-            p.mul_(slope)
-        elif weights.ce or not weights.soft_ce:
-            p.mul_(weights.ce * weight)
-        if weights.soft_ce and difference is not None:
-            difference.mul_(weights.soft_ce * weight)
-            p = p.add_(difference) if weights.ce or weights.l1 else difference
+            p.mul_(slope.mul_(self.by_l1).add_(self.by_p))
+        elif weights.ce or not soft:
+            p.mul_(self.by_p)
+        if soft and difference is not None:
+            difference.mul_(self.by_difference)
+            p = p.add_(difference) if weights.ce or self.curved else difference
+        for one in logs:
+            p.add_(one)
         if weights.ce:
             column, inside = self._at_label(span)
             here = torch.where(inside, -weights.ce * self.chunk.weight_r, 0.0)
             p.scatter_add_(1, column, here[:, None])
         return p
+
+    def _log_direction(self, name: str, p: Tensor, span: slice) -> Tensor:
+        """The directions ``reverse`` and ``middle`` of a tile [r, w]."""
+        q = self._q(span)
+        if name == "reverse":
+            return log_ratio(p, q).sub_(p * self.reverse[:, None])
+        return log_ratio(p, q.add_(p).mul_(0.5)).sub_(p * self.middle[:, None]).mul_(0.5)
 
 
 def _padded(x: Tensor) -> Tensor:
