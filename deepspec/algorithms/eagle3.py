@@ -39,13 +39,8 @@ from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
-<<<<<<< HEAD
-from deepspec.nn.fused import FusedLayer
-=======
 from deepspec.nn.chains import Chains
-from deepspec.nn.fused import FusedLayer, norm_of
-from deepspec.nn.layer import RMSNorm
->>>>>>> s8_loss
+from deepspec.nn.fused import FusedLayer
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
