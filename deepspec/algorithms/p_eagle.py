@@ -9,7 +9,7 @@ a + d + 1. The first layer is 2D wide as Eagle3's; the others read the hidden st
 Training every depth of every anchor would cost K passes, so chains are dropped conditionally (COD): of n supervised
 positions a sample keeps about n * max(r^d, floor) chains that reach depth d, all of them among those that reach d - 1.
 
-    loss = mean over the supervised elements of all depths of KL(target || draft)
+    loss = mean over the supervised elements of all depths of KL(target || draft), or what ``loss`` names
 
 B batch, S sequence, T positions whose features are read (the first T of S), M active positions of a row (those that are
 supervised at depth 0), N chains of a row, J = K - 1 depths below 0, C elements of all chains, L target layers, D hidden
@@ -41,7 +41,8 @@ from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend
-from deepspec.nn.loss_chunk import LossWeights
+from deepspec.nn.chains import Chains
+from deepspec.nn.loss_table import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.ragged import attend_ragged, score_bias
 from deepspec.targets import TargetSpec
@@ -64,6 +65,11 @@ class PEagleConfig(EagleConfig):
         require(self.mask_token_id >= 0, "mask_token_id", self.mask_token_id, "a token id")
         for key in ("keep_ratio", "keep_floor"):
             require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 to 1")
+
+    @property
+    def published_loss(self) -> LossWeights:
+        """KL to the target's distribution."""
+        return LossWeights(kl=1.0)
 
     @property
     def max_draft(self) -> int:
@@ -321,8 +327,8 @@ class PEagle(Algorithm):
         return model
 
     def needs_last_hidden(self, config: PEagleConfig) -> bool:
-        """Every term compares with the target's distribution."""
-        return True
+        """The published loss compares with the target's distribution."""
+        return config.loss_weights.needs_target
 
     def plan(self, config: PEagleConfig, supervision: Supervision) -> ChainPlan:
         """See :meth:`Algorithm.plan`; chains are drawn from the key of their sample."""
@@ -333,18 +339,21 @@ class PEagle(Algorithm):
         return ChainPlan.make(supervised, torch.stack(drawn), config.num_depths)
 
     def objective(self, model: PEagleDraft, batch: Batch) -> LossTerms:
-        """The divergence from the target over all supervised elements."""
-        plan = cast(ChainPlan, batch.plan)
+        """The loss over all supervised elements; the slots of a chain are the depths of an anchor."""
+        plan, config = cast(ChainPlan, batch.plan), model.config
+        weights: LossWeights = config.loss_weights
         hidden = model.train_hidden(batch.features, batch.input_ids, plan)
         hidden_RD = model.norm(hidden.index_select(0, plan.element_R))
-        target_PD = target_states(batch, plan.position_P, model.dtype)
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        head = head_loss(hidden_RD, model.head, plan.rows, LossWeights(soft_ce=1.0), target_PD, backend=model.loss)
-        metrics = {}
-        if head.accept_R is not None:
-            positions = len(batch.input_ids) * plan.max_context_len
-            metrics = chain_metrics(*scattered(head.accept_R, plan.grid_R, positions, plan.num_depths))
-        return LossTerms({"soft_ce": WeightedSum(head.combined, plan.weight)}, {"soft_ce": 1.0}, metrics)
+        target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
+        rows, anchors = plan.rows, len(batch.input_ids) * plan.max_context_len
+        if weights.ce or config.d_pace is not None:
+            label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{a+d+2}
+            rows = rows.with_tokens(*model.draft_ids(label_R))
+        chains = Chains(plan.grid_R, anchors, plan.num_depths, config.d_pace)
+        head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
+        metrics = chain_metrics(*scattered(head.measured_R, plan.grid_R, anchors, plan.num_depths))
+        return head.terms(plan.weight, metrics)
 
 
 P_EAGLE = PEagle()
