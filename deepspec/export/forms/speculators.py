@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import SLIDING, Form, with_head_rows
+from deepspec.export.forms.base import SLIDING, Form, refuse_windows, with_head_rows
 from deepspec.export.forms.block import PARTS, read_block, zero_markov
 from deepspec.export.forms.eagle3 import one_lower, read_eagle3, refuse_norms
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
@@ -127,6 +127,8 @@ class SpeculatorBlock(Speculator):
         Raises:
             DraftError: some of its layers are, some are not.
         """
+        if self.heads:
+            refuse_windows(draft, kinds)
         if SLIDING not in kinds or draft.config.get("sliding_window_non_causal", self.non_causal):
             return False
         if set(kinds) != {SLIDING}:
