@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,22 +18,24 @@ from deepspec.decoding.scheduler import Policy, StepCosts, Threshold, Throughput
 VOCAB, SAMPLES, ROWS, LENGTH = 5, 4_000, 200, 3
 PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))})
-CASES: dict[str, tuple[str, Policy | None]] = {
-    "eagle3": ("eagle3", None),
-    "p_eagle": ("p_eagle", None),
-    "dflash": ("dflash", None),
-    "dspark": ("dspark", None),
-    "dspark, threshold": ("dspark", Threshold(0.5)),
-    "dspark, scheduler": ("dspark", Throughput(COSTS)),
+CASES: dict[str, tuple[str, Policy | None, dict[str, Any]]] = {
+    "eagle3": ("eagle3", None, {}),
+    "p_eagle": ("p_eagle", None, {}),
+    "dflash": ("dflash", None, {}),
+    "dflash, causal": ("dflash", None, {"causal": True, "sliding_window": 4}),
+    "dflash2": ("dflash2", None, {"selector_top_k": 3}),
+    "dspark": ("dspark", None, {}),
+    "dspark, threshold": ("dspark", Threshold(0.5), {}),
+    "dspark, scheduler": ("dspark", Throughput(COSTS), {}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_joint_distribution_of_real_drafts(case: str) -> None:
-    algorithm, policy = CASES[case]
+    algorithm, policy, changes = CASES[case]
     sizes = {"vocab_size": VOCAB, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None}
     target = tiny_target("qwen3", **sizes, pad_token_id=None)
-    changes = {} if algorithm == "eagle3" else {"mask_token_id": 0}
+    changes = changes if algorithm == "eagle3" else {"mask_token_id": 0, **changes}
     draft = tiny_draft(algorithm, target, seed=1, **changes)
     if draft.algorithm.name == "dspark":
         with torch.no_grad():  # confidences on both sides of the threshold

@@ -33,7 +33,18 @@ REFUSED = {
     ("vllm", "dflash-k-1", "gemma4"): "only Qwen3 layers",
     ("sglang", "dspark", "gemma4"): "Qwen3's layers",
     **{("zlab", kind, "qwen3"): "only DFlash drafts" for kind in KINDS if not kind.startswith("dflash")},
-    **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced")},
+    **{("zlab", kind, "qwen3"): "K - 1 drafts" for kind in ("dflash", "dflash-reduced", "dflash2-anchor")},
+    ("vllm", "dflash2-anchor", "qwen3"): "K - 1 drafts",
+    ("vllm", "dflash2", "llama"): "only Qwen3 layers",
+    ("vllm", "dflash2-reduced", "qwen3"): "full vocabulary",
+    ("vllm", "dflash-causal-anchor", "qwen3"): "causal.*no such part",
+    ("speculators", "dflash-causal", "qwen3"): "causal.*no such part",
+    ("speculators", "dflash2-causal", "qwen3"): "causal.*no such part",
+    ("sglang", "dflash-causal", "qwen3"): "causal.*no such part",
+    ("sglang", "dflash-window", "qwen3"): "complete context",
+    ("sglang", "dflash2", "qwen3"): "no class for such a draft",
+    ("gguf", "dflash-causal", "qwen3"): "causal.*no such part",
+    ("gguf", "dflash2", "qwen3"): "no class for such a draft",
 }
 
 
@@ -65,7 +76,8 @@ FOREIGN = [
     ("vllm", "eagle3"), ("vllm", "eagle3-reduced"), ("vllm", "dflash"), ("vllm", "dspark"), ("vllm", "dspark-reduced"),
     ("vllm", "dflash-k-1"),
     ("speculators", "eagle3-reduced"), ("speculators", "dspark-reduced"), ("speculators", "dflash-k-1"),
-    ("speculators", "dspark"), ("zlab", "dflash-k-1"),
+    ("speculators", "dspark"), ("zlab", "dflash-k-1"), ("vllm", "dflash-causal"), ("zlab", "dflash-window"),
+    ("speculators", "dflash-window"), ("vllm", "dflash2"), ("speculators", "dflash2"), ("zlab", "dflash2-causal"),
 ]  # fmt: skip
 
 
@@ -92,7 +104,8 @@ def test_a_foreign_file_without_our_key_gives_the_same_draft(format_name: str, k
     length = model.config.max_draft if "eagle3" in kind else None
     _, found = import_draft(tmp_path / "out", tmp_path / "back", origin, ImportHints(target.spec, max_draft=length))
     back = load_draft(tmp_path / "back", target)
-    assert found == ("zlab" if kind == "dflash-k-1" and format_name != "speculators" else format_name)
+    zlabs = kind not in ("dflash", "dspark") and kind.startswith("dflash") and format_name != "speculators"
+    assert found == ("zlab" if zlabs else format_name)
     own = json.loads((tmp_path / "back" / "config.json").read_text())
     assert own["own_head"]
     assert own["own_embedding"]
@@ -283,7 +296,6 @@ def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:
     for key, value in {
         "projector_type": "domino",
         "attention_mode": "mla",
-        "causal": True,
         "causal_head": True,
     }.items():
         changed = {**config, "dflash_config": {**config["dflash_config"], key: value}}
@@ -360,3 +372,28 @@ def test_a_config_as_z_lab_publishes_it(tmp_path: Path) -> None:
     assert (found, draft.algorithm.name, back.config.max_draft) == ("zlab", "dflash", 3)
     assert back.shape.rope == model.shape.rope
     torch.testing.assert_close(logits(back), logits(model), rtol=0, atol=0)
+
+
+def test_a_causal_draft_says_so_in_both_places_and_one_that_disagrees_is_refused(tmp_path: Path) -> None:
+    target, _, ours = made(tmp_path, "dflash-causal")
+    export_draft(ours, tmp_path / "out", ExportOptions("vllm"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["is_causal"] is config["dflash_config"]["causal"] is True
+    path.write_text(json.dumps(config | {"is_causal": False}))
+    with pytest.raises(DraftError, match=r"is_causal: says two things"):
+        import_draft(tmp_path / "out", tmp_path / "back", "auto", ImportHints(target.spec))
+
+
+def test_layers_of_the_speculators_library_that_are_causal_only_in_part_are_refused(tmp_path: Path) -> None:
+    target, _, ours = made(tmp_path, "dflash-window")
+    export_draft(ours, tmp_path / "out", ExportOptions("speculators"))
+    (tmp_path / "out" / "provenance.json").unlink()  # changed on purpose
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["sliding_window_non_causal"]
+    del config["sliding_window_non_causal"]  # the library's default, false: the layers with a window are causal
+    path.write_text(json.dumps(config))
+    with pytest.raises(DraftError, match="causal in some layers only"):
+        import_draft(tmp_path / "out", tmp_path / "back", "auto", ImportHints(target.spec))

@@ -21,6 +21,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "dspark-k-1": ("dspark", {"sample_from_anchor": False}),
     "dspark-gated": ("dspark", {"markov_head": "gated"}),
     "dspark-no-markov": ("dspark", {"markov_rank": 0, "confidence_with_markov": False}),
+    "dflash-causal": ("dflash", {"sample_from_anchor": False, "causal": True}),
+    "dflash-causal-anchor": ("dflash", {"causal": True}),
+    "dflash-window": ("dflash", {"sample_from_anchor": False, "sliding_window": 8, "full_layers": [1]}),
+    "dflash2": ("dflash2", {}),
+    "dflash2-anchor": ("dflash2", {"sample_from_anchor": True}),
+    "dflash2-causal": ("dflash2", {"causal": True, "sliding_window": 8}),
+    "dflash2-reduced": ("dflash2", {"draft_vocab_size": 20}),
     "dspark-no-confidence": ("dspark", {"confidence_head": False, "confidence_with_markov": False}),
 }
 LAYERS = [0, 1, 2]  # without the embedding and the last layer, which SGLang does not hand out

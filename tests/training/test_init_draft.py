@@ -115,6 +115,14 @@ def test_new_heads_start_at_zero_effect(targets: Path, tmp_path: Path) -> None:
     assert model.markov_head.markov_w1.weight.any()  # else its gradient, and that of W2, would stay zero
 
 
+def test_new_convolutions_and_a_new_selector_start_at_zero_effect(targets: Path, tmp_path: Path) -> None:
+    target = load_target(targets / "qwen3", torch.float32)
+    _, plain, ours = made(tmp_path, "dflash-k-1")
+    model = started(recipe_for(targets / "qwen3", tmp_path / "run", "dflash2", ours), target)
+    assert proposed(model) == proposed(plain)
+    assert model.candidate_selector.predecessor_codebook.any()
+
+
 def test_another_head_starts_anew_and_one_more_is_left_out(
     targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

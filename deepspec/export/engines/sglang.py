@@ -52,7 +52,7 @@ EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     (one_layer, no_norms, targets_embedding),
 )
 DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own))
-DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own))
+DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())
 
 
 class SGLangEngine(ExportEngine):

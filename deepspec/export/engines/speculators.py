@@ -23,7 +23,12 @@ DFLASH2 = SpeculatorDFlash2(
     {"qwen3": "DFlash2DraftModel"}, "its dflash2 has layers of qwen3", (complete_vocabulary,), name="dflash2"
 )
 DSPARK = SpeculatorBlock(
-    {"qwen3": "DSparkSpeculator"}, "its dspark has layers of qwen3", (vanilla_head,), name="dspark", heads=True
+    {"qwen3": "DSparkSpeculator"},
+    "its dspark has layers of qwen3",
+    (vanilla_head,),
+    name="dspark",
+    carries=(),
+    heads=True,
 )
 
 

@@ -17,7 +17,7 @@ class ZLabEngine(VLLMEngine):
         "dflash-k-1": DFlash({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's"),
         "dflash2-k-1": DFlash2({"qwen3": "DFlash2DraftModel"}, "its layers are Qwen3's"),
     }
-    no_form = "it holds only DFlash and DFlash 2 drafts"
+    no_form = "it holds only DFlash drafts"
     refused: ClassVar = dict.fromkeys(("dflash", "dflash2"), FROM_ANCHOR)
     checked = ""
 

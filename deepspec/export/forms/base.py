@@ -198,6 +198,12 @@ def _stated_layers(draft: DraftCheckpoint, layers: Sequence[int] | None, hints: 
     return stated
 
 
+def refuse_windows(draft: DraftCheckpoint, kinds: Sequence[str]) -> None:
+    """Raise a :class:`DraftError` for layers with a sliding window, where that is not a draft of ours."""
+    if SLIDING in kinds:
+        raise DraftError("sliding-window attention is not a draft of ours", file=draft.file, key="layer_types")
+
+
 def _complete_transformer(draft: DraftCheckpoint, algorithm: str, transformer: Mapping[str, Any]) -> dict[str, Any]:
     """A transformer config with the defaults of its model type filled in; sliding windows where we have them."""
     from transformers import AutoConfig
@@ -211,7 +217,7 @@ def _complete_transformer(draft: DraftCheckpoint, algorithm: str, transformer: M
     if SLIDING not in kinds:
         kinds = ["full_attention"] * len(kinds)
     elif not hasattr(registry.algorithm(algorithm).config_class, "sliding_window"):
-        raise DraftError("sliding-window attention is not a draft of ours", file=draft.file, key="layer_types")
+        refuse_windows(draft, kinds)
     for key in ("_name_or_path", "auto_map", "torch_dtype", "quantization_config", EXTRAS, "transformers_version"):
         given.pop(key, None)
     config = AutoConfig.for_model(kind, **given).to_dict()

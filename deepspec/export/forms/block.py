@@ -13,7 +13,15 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import Form, Requirement, complete_vocabulary, our_layout, own_names, with_head_rows
+from deepspec.export.forms.base import (
+    Form,
+    Requirement,
+    complete_vocabulary,
+    our_layout,
+    own_names,
+    refuse_windows,
+    with_head_rows,
+)  # fmt: skip
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
 MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
@@ -59,6 +67,7 @@ class DSpark(Form):
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         config = draft.config
+        refuse_windows(draft, config.get("layer_types") or ())
         stated = config.get("sample_from_anchor", True)
         return read_block(draft, hints, config, config, config.get("target_layer_ids"), stated)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import SLIDING, Form, Requirement, with_head_rows
+from deepspec.export.forms.base import SLIDING, Form, Requirement, refuse_windows, with_head_rows
 from deepspec.export.forms.block import PARTS, read_block, zero_markov
 from deepspec.export.forms.eagle3 import one_lower, read_eagle3, stated_norms
 from deepspec.export.forms.p_eagle import SERVED, learned_row_in, no_fc_norm, read_p_eagle
@@ -153,6 +153,8 @@ class SpeculatorBlock(Speculator):
         Raises:
             DraftError: some of its layers are, some are not.
         """
+        if self.heads:
+            refuse_windows(draft, kinds)
         if SLIDING not in kinds or draft.config.get("sliding_window_non_causal", self.non_causal):
             return False
         if set(kinds) != {SLIDING}:
