@@ -18,7 +18,7 @@ import yaml
 
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Names, Stage, cache, evaluate, train
+from deepspec.demos.stages import PYTHON, Names, Stage, evaluate, train
 from deepspec.errors import DataError, RecipeError, nearest
 from deepspec.evaluate.compare import Run
 from deepspec.evaluate.measure import quantiles, resampled
@@ -94,31 +94,17 @@ def folder(kind: str, name: str, seed: int) -> Path:
 def _plan(kind: str, steps: dict[str, int], seeds: Sequence[int]) -> list[Stage]:
     write: Names = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(HELD_OUT))
     prompts = Stage("prompts", (*write, "--output", str(PROMPTS.parent)), PROMPTS.parent / "train.jsonl.manifest.json")
-    stages, caches = [prompts], {}
+    stages = [prompts]
     for name, count in steps.items():
         variant = VARIANTS[name]
-        cached = _cache(variant.recipe)
-        needs: Names = () if cached == QUICKSTART / "cache" else (f"cache {cached.name}",)
-        for need in needs:
-            caches[cached] = cache(need, variant.recipe, QUICKSTART / "conversations.jsonl", cached, ())
         for seed in seeds:
             place, title = folder(kind, name, seed), f"{name} {seed} {kind}"
             overrides = (*variant.overrides, f"train.max_steps={count}", f"train.save_every={count}", f"seed={seed}")
-            overrides += (f"data.cache=[{cached}]", f"output={place / 'run'}")
-            stages += train(title, variant.recipe, place / "draft", needs, 1, overrides)
-            greedy = ("evaluate.temperature=[0.0]",)
-            made = (f"export {title}", "prompts")
+            stages += train(title, variant.recipe, place / "draft", (), 1, (*overrides, f"output={place / 'run'}"))
             work = (f"evaluate {title}", variant.recipe, place / "draft", [PROMPTS], place / "results")
-            stages.append(evaluate(*work, made, DECODE, greedy))
-    return [*caches.values(), *stages]
-
-
-def _cache(recipe: str) -> Path:
-    """The quickstart's cache, or one of the layers that the recipe reads."""
-    layers = load_recipe(recipe).target.layers
-    shared = json.loads((QUICKSTART / "cache" / "manifest.json").read_text(encoding="utf-8"))
-    same = list(layers) == list(shared["fingerprint"]["layers"])
-    return QUICKSTART / "cache" if same else ROOT / f"cache-{'-'.join(map(str, layers))}"
+            needs = (f"export {title}", "prompts")
+            stages.append(evaluate(*work, needs, DECODE, ("evaluate.temperature=[0.0]",)))
+    return stages
 
 
 def step_seconds(run: Path) -> float:
