@@ -14,6 +14,7 @@ from deepspec.algorithms.block import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import supervised_slots
 from deepspec.errors import RecipeError
 from deepspec.nn.loss_table import LOSSES
+from deepspec.testing.case import Case, loss_and_gradients, terms_of
 from deepspec.testing.drafter import TrainingLossSuite
 
 TERMS = [{"name": "lk_hybrid", "weight": 0.7}, {"name": "ce", "weight": 0.2}, {"name": "e2e_tv", "weight": 0.5}]
@@ -25,6 +26,22 @@ class TestCoupledSlots(TrainingLossSuite):
     algorithms = ALGORITHMS
     families = ("qwen3",)
     section: ClassVar[dict[str, Any]] = {"loss": TERMS, "d_pace": 0.5}
+
+    def test_a_few_steps_lower_the_loss(self, case: Case) -> None:
+        """That of the table's terms without D-PACE: under it a slot weighs more the better the draft is.
+
+        A selector's term may rise too, as more labels come among its candidates.
+        """
+        model, batch = case.draft(), case.batch([40, 25])
+        plain = case.draft(d_pace=None)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        losses = []
+        for _ in range(4):
+            plain.load_state_dict(model.state_dict())
+            losses.append(float(next(iter(terms_of(plain, batch).terms.values())).value().detach()))
+            loss_and_gradients(model, batch)
+            optimizer.step()
+        assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
