@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.files import write_json
+from deepspec.tables import Table
 
 Bars = dict[str, dict[str, Any]]
 
@@ -21,6 +22,9 @@ def at_least(value: float, limit: float) -> dict[str, Any]:
 
 
 def write_bars(path: Path | None, bars: Bars) -> None:
-    """Write the bars where ``--json`` says; nowhere without it."""
+    """Print the bars, and write them where ``--json`` says."""
+    if bars:
+        rows = [[name, one["value"], one["limit"], "yes" if one["holds"] else "NO"] for name, one in bars.items()]
+        print(f"\n{Table(['bar', 'found', 'limit', 'holds'], rows).text()}", flush=True)
     if path is not None:
         write_json(path, {"bars": bars})

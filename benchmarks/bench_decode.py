@@ -1,9 +1,9 @@
 """What batching buys and what the loop costs: prompts/s at batch 16 against 1, overhead a round at batch 1.
 
-``python benchmarks/bench_decode.py --target T --draft D --tasks FILE.jsonl``: greedy, the same prompts at every batch
-size, the rows of the file taken again from the start until there are ``--samples`` of them; prefill and the draining of
-the last batch are inside the measured time. Overhead is the time of a round outside draft, verification and head,
-prefill not counted, as a share of the rest.
+``python benchmarks/bench_decode.py [--target T --draft D --tasks FILE.jsonl]``: the quickstart's without them. Greedy,
+the same prompts at every batch size, the rows of the file taken again from the start until there are ``--samples`` of
+them; prefill and the draining of the last batch are inside the measured time. Overhead is the time of a round outside
+draft, verification and head, prefill not counted, as a share of the rest.
 
 ``--baseline-checkout DIR`` decodes the same prompts with the code of another checkout in the same run, ``--pairs``
 pairs in turn: tokens per CPU second of each process, and whether the outputs are equal token for token.
@@ -23,7 +23,9 @@ from pathlib import Path
 import torch
 from bars import Bars, at_least, at_most, write_bars
 from decode_worker import compare
+from start import QUICKSTART, Benchmark, quickstart_inputs
 
+from deepspec.arguments import COUNT
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
@@ -36,21 +38,22 @@ from deepspec.targets import load_target, load_tokenizer
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", default="build/quickstart/target")
-    parser.add_argument("--draft", default="build/quickstart/dspark-draft")
+    bars = "the last batch size decodes 4x the prompts/s of the first; overhead at most 10 % of the models' time"
+    parser = Benchmark(__doc__, bars=bars, takes="a minute")
+    parser.add_argument("--target", default=str(QUICKSTART / "target"), help="folder or hub id")
+    parser.add_argument("--draft", default=str(QUICKSTART / "dspark-draft"), help="draft folder")
     parser.add_argument(
-        "--tasks", help='a JSONL of {"turns": [...]}', default="build/quickstart/prompts/held_out.jsonl"
+        "--tasks", help='a JSONL of {"turns": [...]}', default=str(QUICKSTART / "prompts" / "held_out.jsonl")
     )
-    parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--repeat", type=int, default=3, help="the fastest run of each size counts")
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--samples", type=COUNT, default=64, help="prompts to decode")
+    parser.add_argument("--max-new-tokens", type=COUNT, default=96, help="of each answer")
+    parser.add_argument("--batch-size", type=COUNT, nargs="+", default=[1, 16], help="prompts at a time")
+    parser.add_argument("--repeat", type=COUNT, default=3, help="the fastest run of each size counts")
+    parser.add_argument("--threads", type=COUNT, default=1, help="of torch")
     parser.add_argument("--baseline-checkout", type=Path, metavar="DIR", help="an older deepspec to compare with")
-    parser.add_argument("--pairs", type=int, default=7, help="with --baseline-checkout")
-    parser.add_argument("--json", type=Path, help="write the bars there")
+    parser.add_argument("--pairs", type=COUNT, default=7, help="with --baseline-checkout")
     given = parser.parse_args()
+    quickstart_inputs(target=given.target, draft=given.draft, tasks=given.tasks)
     torch.set_num_threads(given.threads)
 
     target = load_target(given.target, device=pick_device())

@@ -1,6 +1,6 @@
 """Accepted length of drafts trained on each cache level, from the same seed, on the quickstart's target.
 
-    make quickstart && python benchmarks/bench_levels.py [--levels near compact smallest] [--recipe R] [--json FILE]
+    make quickstart; python benchmarks/bench_levels.py [--levels near compact smallest] [--recipe R] [--json FILE]
 
 Recodes the quickstart's lossless cache to each level, trains the same recipe on each, and evaluates all drafts at T=0
 on the same held-out prompts: the text is the target's own, so the drafts are compared on identical tokens.
@@ -8,7 +8,6 @@ on the same held-out prompts: the text is the target's own, so the drafts are co
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -16,11 +15,16 @@ import sys
 from pathlib import Path
 
 from bars import Bars, at_most, write_bars
+from start import QUICKSTART, Benchmark, quickstart_inputs
 
+from deepspec.arguments import COUNT
 from deepspec.distributed import free_port
+from deepspec.errors import run_main
 
-ROOT = Path("build/quickstart")
+ROOT = QUICKSTART
 WORK = ROOT / "levels"
+DEEPSPEC = (sys.executable, "-m", "deepspec")
+LIMIT = 0.02  # of the accepted length
 
 
 def run(*command: str) -> None:
@@ -38,31 +42,14 @@ def accepted_length(level: str, recipe: str, prompts: Path) -> tuple[float, floa
     """(accepted length, tokens' bytes on disk) of the draft trained on ``level``."""
     cache, place = (ROOT / "cache" if level == "lossless" else WORK / f"cache-{level}"), WORK / level
     if not (cache / "manifest.json").exists():
-        run(sys.executable, "tools/cache.py", "recode", str(ROOT / "cache"), str(cache), "--level", level)
+        run(*DEEPSPEC, "cache", "recode", str(ROOT / "cache"), str(cache), "--level", level)
     if not (place / "draft" / "provenance.json").exists():
-        train = [
-            "deepspeed",
-            "--master_port",
-            str(free_port()),
-            "-q",
-            "--num_gpus",
-            "2",
-            "launch/train.py",
-            "--recipe",
-            recipe,
-        ]
+        launcher = ["deepspeed", "--master_port", str(free_port()), "-q", "--num_gpus", "2", "--module"]
+        train = [*launcher, "deepspec", "train", "--recipe", recipe]
         run(*train, "--set", f"data.cache=[{cache}]", "--set", f"cache.level={level}", "--set", f"output={place}/run")
-        run(sys.executable, "tools/zero_to_fp32.py", f"{place}/run", f"{place}/draft")
+        run(*DEEPSPEC, "consolidate", f"{place}/run", f"{place}/draft")
     if not (place / "results" / "results.json").exists():
-        evaluate = [
-            sys.executable,
-            "-m",
-            "deepspec.evaluate",
-            "--target",
-            str(ROOT / "target"),
-            "--draft",
-            f"{place}/draft",
-        ]
+        evaluate = [*DEEPSPEC, "evaluate", "--target", str(ROOT / "target"), "--draft", f"{place}/draft"]
         settings = ["--temperature", "0", "--max-new-tokens", "96", "--batch-size", "16", "--no-plain"]
         run(*evaluate, "--tasks", str(prompts), *settings, "--output", f"{place}/results")
     summary = json.loads((place / "results" / "results.json").read_text())["summaries"][0]
@@ -73,12 +60,13 @@ def accepted_length(level: str, recipe: str, prompts: Path) -> tuple[float, floa
 
 def main() -> None:
     """Parse arguments, run, print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levels", nargs="+", default=["near", "compact", "smallest"])
-    parser.add_argument("--recipe", default="recipes/quickstart_dspark.yaml")
-    parser.add_argument("--prompts", type=int, default=256)
-    parser.add_argument("--json", type=Path)
+    bars = f"a level loses at most {LIMIT:.0%} of lossless's accepted length"
+    parser = Benchmark(__doc__, bars=bars, takes="10 to 40 minutes; what is made under build/quickstart/levels stays")
+    parser.add_argument("--levels", nargs="+", default=["near", "compact", "smallest"], help="beside lossless")
+    parser.add_argument("--recipe", default="quickstart_dspark", help="that is trained")
+    parser.add_argument("--prompts", type=COUNT, default=256, help="held out, decoded greedily")
     given = parser.parse_args()
+    quickstart_inputs(target=ROOT / "target", cache=ROOT / "cache" / "manifest.json")
     WORK.mkdir(parents=True, exist_ok=True)
     prompts = WORK / "prompts" / "held_out.jsonl"
     if not prompts.exists():
@@ -91,9 +79,9 @@ def main() -> None:
         length, size = accepted_length(level, given.recipe, prompts)
         print(f"| {level} | {size:,.0f} | {length:.3f} | {length / exact - 1:+.1%} |", flush=True)
         if level != "lossless":
-            bars[f"{level} accepted length lost"] = at_most(1 - length / exact, 0.02)
+            bars[f"{level} accepted length lost"] = at_most(1 - length / exact, LIMIT)
     write_bars(given.json, bars)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

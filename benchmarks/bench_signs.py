@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bars import Bars, at_most, write_bars
+from start import Benchmark
 
-from deepspec.arguments import POSITIVE, Parser
+from deepspec.arguments import POSITIVE
 from deepspec.cli import VERBS
 from deepspec.errors import run_main
 from deepspec.tables import Table
@@ -204,11 +205,11 @@ def measure(given: argparse.Namespace, folder: Path) -> list[Recorded]:
 
 def main() -> int:
     """Record, print, write."""
-    parser = Parser(description=__doc__)
+    bars = f"first output within {FIRST:g} s, no silence above {SILENCE:g} s, no library's lines"
+    parser = Benchmark(__doc__, bars=bars, takes="10 to 20 minutes")
     parser.add_argument("--only", action="append", choices=tuple(VERBS), help="this verb; may be repeated")
     parser.add_argument("--long", type=POSITIVE, default=30.0, help="seconds of a verb that needs more than is here")
     parser.add_argument("--limit", type=POSITIVE, default=600.0, help="seconds of every other verb")
-    parser.add_argument("--json", type=Path, help="write the bars here")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="deepspec-signs-") as folder:
         found = measure(given, Path(folder))

@@ -14,7 +14,6 @@ computed tokens over an epoch, and the tokens of the rank with most of them at a
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import json
@@ -29,7 +28,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from bars import Bars, at_most, write_bars
+from start import QUICKSTART, Benchmark, quickstart_inputs
 
+from deepspec.arguments import COUNT
+from deepspec.cli import rank_word
 from deepspec.distributed import World
 from deepspec.errors import run_main
 from deepspec.recipe import load_recipe
@@ -44,7 +46,7 @@ WAYS = {  # name -> overrides of the recipe
     "online, samples": ["data.source=online"],
     "online, tokens": ["data.source=online", "train.micro_tokens=1024"],
 }
-LIMIT = 0.02
+WAIT, LIMIT = 0.05, 0.02  # shares
 
 
 def train(recipe: str, overrides: list[str], world: World, steps: int) -> dict[str, float]:
@@ -127,16 +129,17 @@ def report(measured: dict[str, dict[str, float]], world: World) -> None:
 
 def main() -> None:
     """Parse arguments, measure, print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", default="recipes/quickstart_dspark.yaml")
-    parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    limits = f"at most {WAIT:.0%} of a cache's step time is waiting for data; at most {LIMIT:.0%} is padding"
+    parser = Benchmark(__doc__, bars=limits, takes="10 minutes")
+    parser.add_argument("--recipe", default="quickstart_dspark", help="that is trained")
+    parser.add_argument("--steps", type=COUNT, default=60, help="of each training")
+    parser.add_argument("--rounds", type=COUNT, default=3, help="of all ways, in turn")
+    rank_word(parser)
     given = parser.parse_args()
+    quickstart_inputs(target=QUICKSTART / "target", cache=QUICKSTART / "cache" / "manifest.json")
     with training_processes() as world:
         measured: dict[str, Any] = throughput(given.recipe, world, given.steps, given.rounds)
-        bars: Bars = {"share of step time waiting for data": at_most(measured["cache, samples"]["data_wait"], 0.05)}
+        bars: Bars = {"share of step time waiting for data": at_most(measured["cache, samples"]["data_wait"], WAIT)}
         rows = padding_table(given.recipe, world, bars)
         if world.is_main:
             report(measured, world)

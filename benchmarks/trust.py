@@ -13,7 +13,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from deepspec.arguments import SEED, SHARE, Parser
+from start import Benchmark
+
+from deepspec.arguments import SEED, SHARE
 from deepspec.distributed import RANK_VARIABLES
 from deepspec.errors import run_main
 from deepspec.files import write_json
@@ -25,12 +27,12 @@ FORKED, GROUPED = 20, 7  # kills of a stage that is forked, and of one under a l
 
 def main() -> int:
     """Try, count, write."""
-    parser = Parser(description=__doc__)
+    bars = "no wrong result, no traceback, no hang, whatever is tried: a row each, against its own limit"
+    parser = Benchmark(__doc__, bars=bars, takes="an hour; with --share 0.1 some minutes")
     parser.add_argument("--share", type=SHARE, default=1.0, help="of the whole, for development")
     parser.add_argument("--seed", type=SEED, default=0, help="of the moments, bits and texts")
     parser.add_argument("--only", action="append", choices=KINDS, help="this kind; may be repeated")
     parser.add_argument("--stage", action="append", default=[], help="kills and disks of this stage; may be repeated")
-    parser.add_argument("--json", type=Path, help="write bars and rows here")
     parser.add_argument("--page", type=Path, help="write the table between the marks of this page")
     given = parser.parse_args()
     for name in list(os.environ):  # of a launcher around us: the commands are alone, or have launchers of their own

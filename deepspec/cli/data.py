@@ -19,7 +19,7 @@ from deepspec.arguments import (
     Parser,
 )
 from deepspec.cli import recipe_words
-from deepspec.errors import DataError
+from deepspec.errors import DataError, nearest
 from deepspec.files import refuse_same
 from deepspec.log import in_colour, say
 from deepspec.recipe import DataSection, load_recipe
@@ -33,7 +33,7 @@ def prepare() -> None:
     Writes train.jsonl, held_out.jsonl and report.json; duplicates and evaluation prompts (--exclude) are dropped.
     """
     following = "deepspec regenerate --recipe {recipe} --prompts {output}/train.jsonl --output answers.jsonl"
-    example = "--recipe dspark_qwen3_4b --output data/prompts"
+    example = "--recipe dspark_qwen3_4b --exclude gsm8k --output data/prompts"
     parser = Parser(description=prepare.__doc__, example=example, following=following)
     recipe_words(parser, text="states data.prompts and data.held_out; other words win over it")
     parser.add_argument("--source", action="append", metavar="NAME[=WEIGHT]",
@@ -42,8 +42,8 @@ def prepare() -> None:
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--held-out", type=SHARE_BELOW_ONE,
                         help="share kept from training (default: the recipe's, or 0.05)")  # fmt: skip
-    parser.add_argument("--exclude", action="append", default=[], metavar="FILE",
-                        help="evaluation prompts (JSONL, Parquet)")  # fmt: skip
+    parser.add_argument("--exclude", action="append", default=[], metavar="NAME",
+                        help="evaluation prompts: a JSONL, a Parquet, or a task such as gsm8k")  # fmt: skip
     parser.add_argument("--limit", type=COUNT, help="stop after this many conversations")
     parser.add_argument("--seed", type=SEED, default=0, help="of the mixing")
     given = parser.parse_args()
@@ -61,8 +61,25 @@ def prepare() -> None:
     from deepspec.data.prepare import prepare as run
 
     held_out = data.held_out if given.held_out is None else given.held_out
-    options = PrepareOptions(dict(pairs), held_out, tuple(given.exclude), given.limit, given.split, given.seed)
+    files, tasks = _excluded(given.exclude)
+    options = PrepareOptions(dict(pairs), held_out, files, given.limit, given.split, given.seed, tasks)
     say("\n".join(run(options, given.output).lines()))
+
+
+def _excluded(names: list[str]) -> tuple[tuple[str, ...], dict[str, list[str]]]:
+    """The files among ``names``, and the prompts of those that are evaluation tasks and no file."""
+    files = tuple(name for name in names if Path(name).exists() or Path(name).name != name or Path(name).suffix)
+    if len(files) == len(names):
+        return files, {}
+
+    from deepspec.evaluate.tasks import bare_prompts, registered_tasks
+
+    tasks = [name for name in names if name not in files]
+    for name in tasks:
+        if name not in registered_tasks():
+            remedy = f"name a file, or a task: {nearest(name, registered_tasks())}"
+            raise DataError("no such file or task", key="--exclude", found=name, remedy=remedy)
+    return files, {name: bare_prompts(name) for name in tasks}
 
 
 def _weighted(text: str) -> tuple[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import logging
 import random
 from collections import Counter
@@ -147,6 +148,7 @@ class PrepareOptions:
     limit: int | None = None  # conversations to keep
     split: str = "train"  # of hub datasets
     seed: int = 0
+    tasks: Mapping[str, Sequence[str]] = field(default_factory=dict)  # name -> its evaluation prompts
 
 
 def prepare(options: PrepareOptions, output: str | Path) -> Report:
@@ -170,10 +172,12 @@ def _prepare(options: PrepareOptions, output: Path) -> Report:
         refuse_same(output / name, [*options.sources, *options.exclude], DataError)
     for path in options.exclude:
         tasks.add_file(path)
+    for text in itertools.chain(*options.tasks.values()):
+        tasks.add(text)
     report, seen = Report(), set[int]()
     sources = {name: read_source(name, options.split) for name in options.sources}
     provenance = {"made_by": "prepare_data", "sources": dict(options.sources), "held_out": options.held_out}
-    provenance |= {"exclude": list(options.exclude), "limit": options.limit, "seed": options.seed}
+    provenance |= {"exclude": [*options.exclude, *options.tasks], "limit": options.limit, "seed": options.seed}
     progress = Progress("prepare", options.limit, unit="characters")
     with contextlib.ExitStack() as stack:
         train = stack.enter_context(ConversationWriter(output / "train.jsonl", provenance))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -170,13 +171,36 @@ def _turns(path: Path, number: int, row: Any) -> tuple[str, ...]:
 
 def _from_hub(name: str, samples: int | None, seed: int) -> Task:
     row = registered_tasks()[name]
+    rows = _all_rows(name, turns_of, "give a local file or folder of task files with --tasks")
+    return _take(name, rows, samples, seed, row["path"])
+
+
+def bare_prompts(name: str) -> list[str]:
+    """Every prompt of a registered task as its data set has it, without the words that the task puts around it.
+
+    Raises:
+        EvaluationError: the hub does not give it.
+    """
+    remedy = "give a local file of its prompts with --exclude"
+    return [text for texts in _all_rows(name, _bare, remedy) for text in texts]
+
+
+def _bare(row: dict[str, Any], item: dict[str, Any]) -> tuple[str, ...]:
+    if "turns" in row:
+        return turns_of(row, item)
+    named = [key for _, key, _, _ in Formatter().parse(row["text"]) if key]
+    return ("\n".join(str(item[key]) for key in named),)
+
+
+def _all_rows(
+    name: str, read: Callable[[dict[str, Any], dict[str, Any]], tuple[str, ...]], remedy: str
+) -> list[tuple[str, ...]]:
+    row = registered_tasks()[name]
     try:
-        rows = [turns_of(row, item) for item in _hub_rows(row)]
+        return [read(row, item) for item in _hub_rows(row)]
     except (OSError, ValueError, ConnectionError) as problem:
         first = str(problem).strip().splitlines()[0] if str(problem).strip() else type(problem).__name__
-        remedy = "give a local file or folder of task files with --tasks"
         raise EvaluationError(f"cannot load the task ({first})", key=name, found=row["path"], remedy=remedy) from None
-    return _take(name, rows, samples, seed, row["path"])
 
 
 def _hub_rows(row: dict[str, Any]) -> Iterable[dict[str, Any]]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from deepspec.cli.data import prepare as prepare_verb
 from deepspec.data.conversations import manifest_path, read_conversations, write_conversations
 from deepspec.data.prepare import Contamination, PrepareOptions, mix, normal, prepare
 from deepspec.data.sources import Unusable, to_messages
@@ -176,3 +177,22 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path) -> None:
     path.write_text(path.read_text() + json.dumps(row | {"id": "c"}) + "\n")
     with pytest.raises(DataError, match="not the one its manifest describes"):
         list(read_conversations(path))
+
+
+def test_an_evaluation_task_is_excluded_by_its_name(tmp_path: Path, monkeypatch) -> None:
+    question = "How many apples does Ann have?"
+    rows = [{"question": question}, {"question": " ".join(map(str, range(20)))}]
+    monkeypatch.setattr("deepspec.evaluate.tasks._hub_rows", lambda row: rows)
+    monkeypatch.chdir(tmp_path)
+    texts = [question, "Say 1 2 3 4 5 6 7 8 9 10 11 12 13 14", "Please reason step by step, and put your final answer"]
+    lines = [json.dumps({"id": str(n), "messages": [user(text)]}) for n, text in enumerate(texts)]
+    Path("in.jsonl").write_text("\n".join(lines) + "\n")
+    words = ["--source", "in.jsonl", "--held-out", "0", "--output", "out", "--exclude"]
+    monkeypatch.setattr(sys, "argv", ["deepspec prepare", *words, "gsm8k"])
+    prepare_verb()
+    kept = list(read_conversations("out/train.jsonl"))
+    assert [row["messages"][0]["content"] for row in kept] == texts[2:]
+    assert json.loads(manifest_path("out/train.jsonl").read_text())["provenance"]["exclude"] == ["gsm8k"]
+    monkeypatch.setattr(sys, "argv", ["deepspec prepare", *words, "gsm8"])
+    with pytest.raises(DataError, match=r"--exclude: no such file or task; found 'gsm8'.*did you mean 'gsm8k'"):
+        prepare_verb()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub
@@ -12,7 +13,7 @@ import pytest
 from evaluate_tools import write_task
 
 from deepspec.errors import EvaluationError
-from deepspec.evaluate.tasks import load_tasks, missing_tasks, registered_tasks, turns_of
+from deepspec.evaluate.tasks import bare_prompts, load_tasks, missing_tasks, registered_tasks, turns_of
 
 NOT_SHARED = {"alpaca", "aime24", "lbpp", "swe-bench"}  # no published file of theirs lies in shared/
 EVAL = Path(__file__).parents[2].parent / "shared" / "eval"
@@ -143,3 +144,24 @@ def test_an_ending_follows_its_column() -> None:
     row = {"text": "{q}\n\n", "ending": {"column": "code", "filled": "Use {code}", "empty": "Write"}}
     assert turns_of(row, {"q": "a", "code": "f()"}) == ("a\n\nUse f()",)
     assert turns_of(row, {"q": "a", "code": ""}) == ("a\n\nWrite",)
+
+
+def test_bare_prompts_are_all_rows_without_the_tasks_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {
+        "gsm8k": [{"question": f"q {number}", "answer": "no"} for number in range(600)],
+        "alpaca": [{"instruction": "a {b}", "input": "c", "output": "no"}],
+        "mt-bench": [{"prompt": ["one", "two"]}],
+    }
+    monkeypatch.setattr("deepspec.evaluate.tasks._hub_rows", lambda row: rows[next(n for n in rows if KNOWN[n] == row)])
+    assert bare_prompts("gsm8k") == [f"q {number}" for number in range(600)]
+    assert bare_prompts("alpaca") == ["a {b}\nc"]
+    assert bare_prompts("mt-bench") == ["one", "two"]
+
+
+def test_a_hub_that_does_not_answer_leaves_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(row: Any) -> Any:
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr("deepspec.evaluate.tasks._hub_rows", offline)
+    with pytest.raises(EvaluationError, match=r"gsm8k: cannot load the task \(offline\).*with --exclude"):
+        bare_prompts("gsm8k")
