@@ -1,20 +1,20 @@
-"""The plan of a large run, simulated in one process: ``python benchmarks/bench_scale.py [--samples N] [--json FILE]``.
+"""The plan of a large run, simulated in one process: ``python benchmarks/bench_scale.py [--samples N]``.
 
 Ten million samples on 8, 64 and 512 ranks, with the code that a training runs and no model: how long the plan of an
 epoch takes and how much memory, whether every sample comes once, and how evenly the tokens (padding included) fall on
-the ranks. About two minutes. Bars: 60 s and 2 GB for the plan of the epoch, 2 % between the ranks.
+the ranks.
 """
 
 from __future__ import annotations
 
 import resource
 import time
-from pathlib import Path
 
 import numpy as np
 from bars import Bars, at_least, at_most, write_bars
+from start import Benchmark
 
-from deepspec.arguments import COUNT, Parser
+from deepspec.arguments import COUNT
 from deepspec.errors import run_main
 from deepspec.progress import Progress
 from deepspec.tables import Table
@@ -26,9 +26,9 @@ RANKS = (8, 64, 512)
 
 def main() -> int:
     """Plan, deal, count."""
-    parser = Parser(description=__doc__)
+    bars = "60 CPU seconds and 2 GB for an epoch's plan on 512 ranks, 2 % between the ranks, every sample once"
+    parser = Benchmark(__doc__, bars=bars, takes="two minutes")
     parser.add_argument("--samples", type=COUNT, default=10_000_000, help="of the data")
-    parser.add_argument("--json", type=Path, help="write the bars here")
     given = parser.parse_args()
     lengths = np.clip(np.random.default_rng(0).lognormal(6.5, 0.8, given.samples), 16, LONGEST).astype(np.int32)
     rows: list[list[object]] = []

@@ -1,0 +1,137 @@
+"""What a person feels: SmolLM2-135M in llama.cpp with and without a draft, bf16, one thread, greedy.
+
+``make real && make finetune && python benchmarks/bench_llamacpp.py [--prompts 12]``. Of the drafts that these train
+llama.cpp takes none (it wants Eagle3 over three of the target's layers, and heads that are normed for block drafters),
+so this first trains an Eagle3 over three layers for the domain, 400 steps on the domain's answers, once. Then the
+domain's held-out prompts are answered without a draft and with it, ``--spec-draft-n-max`` swept, every run in a process
+of its own and in turn.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bars import Bars, at_least, write_bars
+from start import Benchmark
+
+from deepspec.arguments import COUNT
+from deepspec.data.chat import Renderer
+from deepspec.demos.runner import Runner
+from deepspec.demos.stages import DEEPSPEC, Stage, native, settings, train
+from deepspec.errors import DraftError, run_main
+from deepspec.export.convert import ExportOptions, export_draft
+from deepspec.progress import Progress
+from deepspec.serving.llamacpp import LlamaCppServer, write_target
+from deepspec.tables import Table
+from deepspec.targets import load_spec, load_tokenizer
+
+TARGET, DOMAIN = Path("build/real/target"), Path("build/finetune")
+WORK = Path("build/llamacpp")
+RECIPE, LAYERS = "eagle3_smollm2_135m", "target.layers=[1,14,27]"
+STEPS, SWEEP, MAX_TOKENS = 400, (1, 2, 3, 4, 5, 7), 96
+ROUNDS = 2  # of all runs, in turn
+
+
+def main() -> int:
+    """Make the draft where it is missing, serve, compare."""
+    bars = "the best n-max gives 1.2x the tokens per CPU second of plain decoding, and the same text"
+    parser = Benchmark(__doc__, bars=bars, takes="ten minutes for the draft, once, and five for the runs")
+    parser.add_argument("--prompts", type=COUNT, default=12, help="of the domain's held-out ones")
+    given = parser.parse_args()
+    for needed in (TARGET / "config.json", DOMAIN / "answers.jsonl.manifest.json"):
+        if not needed.is_file():
+            raise DraftError("is missing", file=needed, remedy="run make real and make finetune first")
+    Runner(stages(), WORK / "logs", 2).run()
+    server = LlamaCppServer(WORK, Path(".venv-llamacpp"))
+    server.prepare()
+    job = questions(given.prompts)
+    if not (WORK / "target.gguf").is_file():
+        write_target(TARGET, WORK / "target.gguf", job["stop_token_ids"], "bf16")
+    runs: dict[str, dict[str, Any] | None] = {"none": None}
+    for dtype in ("bf16", "q8_0"):
+        folder = WORK / f"draft-{dtype}"
+        if not (folder / "draft.gguf").is_file():
+            export_draft(WORK / "draft", folder, ExportOptions("gguf", dtype=dtype))
+        for most in SWEEP if dtype == "bf16" else SWEEP[2:4]:
+            runs[f"{dtype}, n-max {most}"] = speculative(folder, most)
+    return report(measured(server, job, runs), given.json)
+
+
+def stages() -> list[Stage]:
+    """The domain's hidden states at three layers, and a draft trained on them."""
+    folder, cached = WORK / "run", WORK / "cache"
+    command = (DEEPSPEC, "cache", "build", "--recipe", RECIPE, "--data", str(DOMAIN / "answers.jsonl"))
+    command += ("--output", str(cached), *settings(native(RECIPE, (LAYERS,))))
+    overrides = (LAYERS, f"data.cache=[{cached}]", f"output={folder}", f"train.max_steps={STEPS}")
+    return [
+        Stage("cache", command, cached / "manifest.json"),
+        *train("draft", RECIPE, WORK / "draft", ("cache",), 2, overrides),
+    ]
+
+
+def questions(count: int) -> dict[str, Any]:
+    """The job without its draft."""
+    renderer = Renderer(load_tokenizer(str(TARGET)), load_spec(str(TARGET)))
+    lines = (DOMAIN / "prompts" / "domain.jsonl").read_text(encoding="utf-8").splitlines()[:count]
+    texts = [json.loads(line)["turns"][0] for line in lines]
+    prompts = [list(renderer.prompt([{"role": "user", "content": text}])) for text in texts]
+    room = max(map(len, prompts)) + MAX_TOKENS + 16
+    return {
+        "target": str(TARGET.resolve()), "prompts": prompts, "max_tokens": MAX_TOKENS, "speculative_config": None,
+        "stop_token_ids": list(renderer.stop_token_ids), "max_model_len": -(-room // 128) * 128,
+    }  # fmt: skip
+
+
+def speculative(folder: Path, most: int) -> dict[str, Any]:
+    """How the server runs the draft in ``folder``, ``most`` tokens a round."""
+    return {"draft": str((folder / "draft.gguf").resolve()), "type": "draft-eagle3", "n_max": most}
+
+
+def measured(server: LlamaCppServer, job: dict[str, Any], runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The answers of every run, :data:`ROUNDS` times, all runs in turn."""
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in runs}
+    progress = Progress("llama.cpp", ROUNDS * len(runs), noun="runs")
+    for _ in range(ROUNDS):
+        for name, wanted in runs.items():
+            words = name.replace(", ", "-").replace(" ", "-")
+            found[name].append(server.generate(words, {**job, "speculative_config": wanted}))
+            progress.add(1)
+    progress.finish()
+    return found
+
+
+def report(found: dict[str, list[dict[str, Any]]], output: Path | None) -> int:
+    """The table and the bars."""
+
+    def tokens(run: dict[str, Any]) -> int:
+        return sum(len(row["tokens"]) for row in run["rows"])
+
+    def rate(runs: list[dict[str, Any]], seconds: str) -> float:
+        return max(tokens(run) / (run[seconds] - (run["ready_s"] if seconds == "seconds" else 0.0)) for run in runs)
+
+    plain = found["none"]
+    texts = [row["tokens"] for row in plain[0]["rows"]]
+    rows, best, same = [], 0.0, 0
+    for name, runs in found.items():
+        gain, wall = (rate(runs, one) / rate(plain, one) for one in ("cpu_seconds", "seconds"))
+        equal = sum(row["tokens"] == text for row, text in zip(runs[0]["rows"], texts, strict=True))
+        accepted = [taken + 1 for row in runs[0]["rows"] for _, taken in row["rounds"]] or [1]
+        length = sum(accepted) / len(accepted)
+        cells = (f"{length:.2f}", f"{rate(runs, 'cpu_seconds'):.1f}", f"{gain:.2f}x", f"{wall:.2f}x")
+        rows.append([name, *cells, f"{equal}/{len(texts)}"])
+        if name != "none" and gain > best:
+            best, same = gain, equal
+    head = ["draft", "accepted length", "tokens per CPU second", "of plain, CPU", "of plain, wall-clock", "text equal"]
+    print(f"{plain[0]['version']}, SmolLM2-135M bf16, one thread, T=0\n\n{Table(head, rows).markdown()}")
+    bars: Bars = {
+        "tokens per CPU second, the best n-max of plain": at_least(best, 1.2),
+        "answers equal to plain decoding's there": at_least(same, len(texts)),
+    }
+    write_bars(output, bars)
+    return int(not all(bar["holds"] for bar in bars.values()))
+
+
+if __name__ == "__main__":
+    run_main(main)
