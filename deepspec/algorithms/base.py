@@ -10,7 +10,7 @@ a round.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
+from deepspec.nn.initial import initialise
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
 from deepspec.nn.tree import Tree
@@ -320,6 +321,10 @@ class Algorithm(ABC):
             wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
             raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
 
+    def native(self, stored: Collection[str]) -> dict[str, str]:
+        """Our names -> a checkpoint's, of a draft of this kind among tensors that the target itself does not use."""
+        return {}
+
     def matches(self, published: Mapping[str, Any]) -> bool:
         """Whether a draft folder's config.json is of this algorithm."""
         return (published.get("architectures") or [""])[0].endswith(self.architecture)
@@ -440,14 +445,3 @@ def check_mask_token(token: int, target: TargetSpec) -> None:
     if token >= target.vocab_size:
         wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
         raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)
-
-
-def initialise(model: nn.Module, std: float, seed: int) -> None:
-    """Normal(0, std) for matrices, 0 for biases, 1 for norms; the same bits for the same seed."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                module.weight.normal_(0.0, std, generator=generator)
-            if isinstance(module, nn.Linear) and module.bias is not None:
-                module.bias.zero_()

@@ -35,6 +35,7 @@ pytest_plugins = ["training_fixtures"]
 
 DEPTHS = {"qwen3_4b": 36, "qwen3_8b": 36, "qwen3_14b": 40, "gemma4_12b": 48}
 RECIPES = [f"{algorithm}_{target}" for target in DEPTHS for algorithm in ("eagle3", "dflash", "dspark")]
+RECIPES.append("mtp_qwen3_8b")
 QUICK = "dspark_gemma4_12b"
 LAUNCHED = [name for name in RECIPES if "gemma4" in name]  # by the deepspeed command, as a user does
 IN_PROCESS = [name for name in RECIPES if "gemma4" not in name]
@@ -59,7 +60,7 @@ def settings_of(name: str, folder: Path) -> list[str]:
         f"target.path={folder / 'target'}", f"data.conversations={folder / 'c.jsonl'}", f"output={folder / 'run'}",
         f"data.cache=[{folder / 'cache'}]", "train.max_steps=2", "train.global_batch=2",
     ]  # fmt: skip
-    return overrides if name.startswith("eagle3") else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
+    return overrides if name.startswith(("eagle3", "mtp")) else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
 
 
 def prepare(folder: Path, name: str) -> tuple[Path, list[str]]:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from deepspec.export.engines.vllm import VLLMEngine
 from deepspec.export.forms.base import complete_vocabulary
 from deepspec.export.forms.block import vanilla_head
+from deepspec.export.forms.mtp import SpeculatorMTP
 from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorEagle3, SpeculatorPEagle
 
 EAGLE3 = SpeculatorEagle3(
@@ -22,6 +23,7 @@ DFLASH = SpeculatorBlock(
 DSPARK = SpeculatorBlock(
     {"qwen3": "DSparkSpeculator"}, "its dspark has layers of qwen3", (vanilla_head,), name="dspark", heads=True
 )
+MTP = SpeculatorMTP({"qwen3": "MTPDraftModel", "qwen3_5": "MTPDraftModel"}, "its mtp has layers of qwen3 or qwen3_5")
 
 
 class SpeculatorsEngine(VLLMEngine):
@@ -29,7 +31,7 @@ class SpeculatorsEngine(VLLMEngine):
 
     name = "speculators"
     forms: ClassVar = {
-        "eagle3": EAGLE3, "p_eagle": P_EAGLE,
+        "eagle3": EAGLE3, "p_eagle": P_EAGLE, "mtp": MTP,
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.block import DFlash, DSpark, vanilla_head
 from deepspec.export.forms.eagle3 import Eagle3
+from deepspec.export.forms.mtp import FROM_TARGET
 from deepspec.export.forms.p_eagle import PEagle
 from deepspec.export.parts import DraftCheckpoint, Reason
 
@@ -40,6 +41,7 @@ class VLLMEngine(ExportEngine):
         "eagle3": EAGLE3, "p_eagle": P_EAGLE,
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
     }  # fmt: skip
+    refused: ClassVar = {"mtp": FROM_TARGET}
     checked = "vLLM 0.32.0 on CPU: `make serve-check`"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:

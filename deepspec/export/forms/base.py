@@ -38,11 +38,16 @@ class Form(ABC):
     speculative: Mapping[str, object] = field(default_factory=dict)
     learned_row: bool = False
     key: ClassVar[str] = "architectures"  # the field of config.json by which a draft of this form is known
+    continues: ClassVar[bool] = False  # it continues the target's last state; else it reads outputs of layers
 
     def reason(self, draft: DraftCheckpoint) -> Reason | None:
         """Why this form cannot hold a draft of our layout, or None."""
         if draft.family.name not in self.classes:
             return Reason(self.other_family, "model_type", draft.config["model_type"])
+        normed = draft.config.get("num_target_layers")
+        if not self.continues and normed in draft.parsed.target_layers:
+            remedy = f"train with layers below {normed}"
+            return Reason("the state after the final norm is not handed out", "target_layer_ids", normed, remedy)
         return next((reason for check in self.requires if (reason := check(draft))), None)
 
     def labels(self) -> tuple[str, ...]:
