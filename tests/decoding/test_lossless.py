@@ -10,6 +10,7 @@ import torch
 from algorithm_tools import tiny_draft, tiny_target
 from decoding_tools import chi_square, exact_joint
 
+from deepspec import registry
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.decoding.scheduler import Policy, StepCosts, Threshold, Throughput
@@ -21,6 +22,7 @@ CASES: dict[str, tuple[str, Policy | None]] = {
     "eagle3": ("eagle3", None),
     "dflash": ("dflash", None),
     "dspark": ("dspark", None),
+    "mtp": ("mtp", None),
     "dspark, threshold": ("dspark", Threshold(0.5)),
     "dspark, scheduler": ("dspark", Throughput(COSTS)),
 }
@@ -31,7 +33,7 @@ def test_joint_distribution_of_real_drafts(case: str) -> None:
     algorithm, policy = CASES[case]
     sizes = {"vocab_size": VOCAB, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None}
     target = tiny_target("qwen3", **sizes, pad_token_id=None)
-    changes = {} if algorithm == "eagle3" else {"mask_token_id": 0}
+    changes = {"mask_token_id": 0} if "mask_token_id" in registry.algorithm(algorithm).tiny_section else {}
     draft = tiny_draft(algorithm, target, seed=1, **changes)
     if draft.algorithm.name == "dspark":
         with torch.no_grad():  # confidences on both sides of the threshold
