@@ -24,6 +24,7 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
 from deepspec.errors import RecipeError, TargetError
+from deepspec.families.base import Family
 from deepspec.recipe import Recipe, TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
@@ -91,7 +92,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
             "train.init: target reads the target's weights one by one", file=section.path,
             remedy="store the target as safetensors, not quantized, or set train.init: random",
         )  # fmt: skip
-    copy = partial(_copy, path=section.path, offset=spec.family.norm_offset)
+    copy = partial(_copy, path=section.path, family=spec.family)
     if native := model.algorithm.native(stored.unused):
         for name, weight in model.named_parameters():
             copy(weight, stored.unused, native.get(name, name))
@@ -116,11 +117,8 @@ def _counterpart(name: str) -> str:
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 
-def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str, offset: float) -> None:
-    """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns.
-
-    A norm's weight is stored less ``offset``.
-    """
+def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str, family: Family) -> None:
+    """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns."""
     stored = files.get(name)
     found = None if stored is None else stored.shape
     wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]
@@ -131,6 +129,5 @@ def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: st
         )  # fmt: skip
     source = stored.read(weight.dtype)
     check_finite({name: source}, path)
-    if offset and name.endswith("norm.weight"):
-        source = source + offset
+    source = source + family.offset_of(name)
     weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)

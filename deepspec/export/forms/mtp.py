@@ -52,11 +52,14 @@ def reads_prenorm(draft: DraftCheckpoint) -> Reason | None:
     return _reads(draft, draft.config["num_target_layers"] - 1, "before")
 
 
-def shifted(state: Mapping[str, Tensor], offset: float) -> dict[str, Tensor]:
-    """The tensors with ``offset`` added to every norm's weight."""
-    return {
-        name: tensor + offset if offset and name.endswith("norm.weight") else tensor for name, tensor in state.items()
-    }
+def as_stored(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """Our tensors as the family's checkpoints store them."""
+    return {name: tensor - offset if (offset := family.offset_of(name)) else tensor for name, tensor in state.items()}
+
+
+def as_ours(state: Mapping[str, Tensor], family: Family) -> dict[str, Tensor]:
+    """The reverse of :func:`as_stored`."""
+    return {name: tensor + offset if (offset := family.offset_of(name)) else tensor for name, tensor in state.items()}
 
 
 def from_library(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -109,14 +112,14 @@ class NativeMTP(Form):
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         own = {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}
-        state = {NATIVE + name: tensor for name, tensor in shifted(own, -draft.family.norm_offset).items()}
+        state = {NATIVE + name: tensor for name, tensor in as_stored(own, draft.family).items()}
         config = draft.transformer | {"architectures": [self.classes[draft.family.name]], EXTRAS: draft.extras}
         return DraftCheckpoint(config, state, draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         family = _family(draft.config, draft)
         state = {name.removeprefix(NATIVE): tensor for name, tensor in draft.state.items()}
-        return _read(draft, hints, draft.config, shifted(state, family.norm_offset), True, None)
+        return _read(draft, hints, draft.config, as_ours(state, family), True, None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +133,7 @@ class SpeculatorMTP(Speculator):
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         made = super().write(draft)
         own = {name: tensor for name, tensor in made.state.items() if name not in FROZEN}
-        state = {_to_library(name): tensor for name, tensor in shifted(own, -draft.family.norm_offset).items()}
+        state = {_to_library(name): tensor for name, tensor in as_stored(own, draft.family).items()}
         frozen = {name: made.state[name] for name in FROZEN if name in made.state}
         config = {key: value for key, value in made.config.items() if key != "draft_vocab_size"}
         return DraftCheckpoint(config, state | frozen, made.file)
@@ -147,7 +150,7 @@ class SpeculatorMTP(Speculator):
         family = _family(transformer, draft)
         frozen = {name: tensor for name, tensor in draft.state.items() if name in FROZEN}
         given = {name: tensor for name, tensor in trained(draft).state.items() if name not in FROZEN}
-        state = shifted(from_library(given), family.norm_offset) | frozen
+        state = as_ours(from_library(given), family) | frozen
         methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
         one = {**transformer, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
         return _read(draft, hints, one, state, False, methods[0].get("speculative_tokens"))
