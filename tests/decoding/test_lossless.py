@@ -20,6 +20,7 @@ PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))})
 CASES: dict[str, tuple[str, Policy | None]] = {
     "eagle3": ("eagle3", None),
+    "p_eagle": ("p_eagle", None),
     "dflash": ("dflash", None),
     "dspark": ("dspark", None),
     "mtp": ("mtp", None),
