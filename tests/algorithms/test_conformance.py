@@ -52,7 +52,7 @@ def test_a_draft_that_follows_the_target_is_accepted(algorithm: str) -> None:
     layers = model.config.target_layers
     batches = [_answer_batch(target, PROMPTS[i] + a.output_ids, len(PROMPTS[i]), layers) for i, a in enumerate(answers)]
     before = _accepted(target, model, settings)
-    for _ in range(60):
+    for _ in range(90 if algorithm == "p_eagle" else 60):  # of its elements a quarter draft the first token, not all
         for batch in batches:
             optimizer.zero_grad()
             model(batch).loss().backward()
