@@ -168,15 +168,24 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """
     state: dict[str, Tensor] = {}
     for path in weight_files(folder):
-        try:
-            tensors = load_file(path)
-        except FileNotFoundError:
-            raise DraftError("no such file", file=path, remedy="the index names it; fetch all of the folder") from None
-        except SafetensorError as problem:
-            raise DraftError(f"not a safetensors file ({problem})", file=path) from None
-        check_finite(tensors, path, DraftError)
-        state |= tensors
+        state |= read_tensors(path)
     return state
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file.
+
+    Raises:
+        DraftError: it is missing or cut, or a weight is not finite.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except FileNotFoundError:
+        raise DraftError("no such file", file=path, remedy="the index names it; fetch all of the folder") from None
+    except SafetensorError as problem:
+        raise DraftError(f"not a safetensors file ({problem})", file=path) from None
+    check_finite(tensors, path, DraftError)
+    return tensors
 
 
 def draft_algorithm(config: Mapping[str, Any], file: str | Path | None = None) -> Algorithm:

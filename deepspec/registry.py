@@ -27,6 +27,7 @@ ENGINES = {  # an import without a format tries them in this order: the more spe
     "vllm": "deepspec.export.engines.vllm:VLLM",
     "sglang": "deepspec.export.engines.sglang:SGLANG",
     "gguf": "deepspec.export.engines.gguf:GGUF",
+    "native_mtp": "deepspec.export.engines.native:NATIVE",
 }
 
 SERVERS = {  # engines that run here, for the serve check

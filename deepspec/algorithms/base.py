@@ -10,7 +10,7 @@ a round.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -26,6 +26,7 @@ from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
+from deepspec.nn.initial import initialise
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
 from deepspec.nn.start import initialise
@@ -321,6 +322,10 @@ class Algorithm(ABC):
         if size is not None and size > target.vocab_size:
             wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
             raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+
+    def native(self, stored: Collection[str]) -> dict[str, str]:
+        """Our names -> a checkpoint's, of a draft of this kind among tensors that the target itself does not use."""
+        return {}
 
     def matches(self, published: Mapping[str, Any]) -> bool:
         """Whether a draft folder's config.json is of this algorithm."""

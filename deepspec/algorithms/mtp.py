@@ -30,7 +30,7 @@ B batch, S sequence, N active slots of a row (those that any step supervises), T
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -48,6 +48,7 @@ from deepspec.algorithms.base import (
 )
 from deepspec.algorithms.eagle3 import Eagle3Drafter, TTTPlan, step_loss, supervised_slots
 from deepspec.batch import Batch, Supervision
+from deepspec.errors import TargetError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
@@ -209,7 +210,7 @@ class MTP(Algorithm):
     drafter_class = MTPDrafter
     architecture = "MTPModel"
     own_fields = (
-        OwnField("mtp_steps", "steps"),
+        OwnField("mtp_steps", "steps", training_only=True),
         OwnField("step_weight_decay", "step_weight_decay", training_only=True),
         OwnField("step_keys", "step_keys", training_only=True),
     )
@@ -222,6 +223,19 @@ class MTP(Algorithm):
         wanted = f"[{depth}], the state after the target's final norm, or [{depth - 1}], before it"
         layers = list(config.target_layers)
         require(depth - 1 <= layers[0] <= depth, "target_layers", layers, wanted)
+
+    def native(self, stored: Collection[str]) -> dict[str, str]:
+        """See :meth:`Algorithm.native`: what Qwen3-Next and Qwen3.5 call ``mtp.*``.
+
+        Raises:
+            TargetError: a head of another kind.
+        """
+        found = {name.removeprefix("mtp."): name for name in stored if name.startswith("mtp.")}
+        for name in [*found.values(), *(name for name in stored if ".eh_proj." in name)]:
+            if ".experts." in name or not name.startswith("mtp."):
+                problem = "the target's own head is of another kind: ours are dense, with standard attention"
+                raise TargetError(problem, key=name, remedy="set train.init: random")
+        return found
 
     def needs_last_hidden(self, config: MTPConfig) -> bool:
         """Cross-entropy needs only the tokens; the state that the head continues is a feature."""

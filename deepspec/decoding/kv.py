@@ -22,6 +22,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import Cache
 
 from deepspec.decoding.fused import FusedDecoder
+from deepspec.errors import TargetError
 from deepspec.nn.ragged import attend_ragged, grown, score_bias
 from deepspec.nn.tree import Tree
 from deepspec.targets.capture import TargetOutput
@@ -264,6 +265,12 @@ class PackedTarget:
         kinds = config.get("layer_types") or ()
         self._window = config.get("sliding_window") if "sliding_attention" in kinds else None
         self._kinds = kinds or ("full_attention",) * target.spec.num_layers
+        if recurrent := sorted({*self._kinds} - {"full_attention", "sliding_attention"}):
+            raise TargetError(
+                "its layers keep a state that cannot be taken back to the accepted token, so it is not decoded here",
+                file=target.spec.path, key="layer_types", found=recurrent,
+                remedy="serve it: deepspec regenerate --server, deepspec evaluate --server",
+            )  # fmt: skip
         self._fused = FusedDecoder.of(target)
 
     def forward(self, batch: PackedBatch, input_ids: Tensor) -> TargetOutput:

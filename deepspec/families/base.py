@@ -65,6 +65,10 @@ class Family:
     plain_layers: tuple[str, ...] = ()  # classes of transformers whose forward is that of a draft layer of this family
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
 
+    def offset_of(self, name: str) -> float:
+        """What the target adds to its stored weight ``name``: to those of norms ``norm_offset``."""
+        return self.norm_offset if "norm" in name.removesuffix(".weight").rpartition(".")[2] else 0.0
+
     def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:
         """Keyword arguments of the chat template that turn thinking on or off."""
         return {} if self.thinking_keyword is None else {self.thinking_keyword: thinking}

@@ -103,7 +103,8 @@ def rotate_pairs(x: Tensor, table: Table) -> Tensor:
     """Heads [.., H, E] rotated by a :func:`rotary_table`, in the dtype of the table."""
     cos, sin = table
     if cos.shape[-1] < x.shape[-1]:
-        return torch.cat((rotate_pairs(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]), dim=-1)
+        turned, rest = rotate_pairs(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]
+        return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), dim=-1)
     wide = x.to(cos.dtype)
     return (wide * cos).add_(wide.roll(cos.shape[-1] // 2, -1) * sin).to(x.dtype)
 

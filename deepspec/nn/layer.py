@@ -141,7 +141,8 @@ def rotate(x: Tensor, table: Table) -> Tensor:
     """
     cos, sin = (part.unsqueeze(-2) for part in table)
     if cos.shape[-1] < x.shape[-1]:
-        return torch.cat((rotate(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]), dim=-1)
+        turned, rest = rotate(x[..., : cos.shape[-1]], table), x[..., cos.shape[-1] :]
+        return torch.cat((turned, rest.expand(*turned.shape[:-1], -1)), dim=-1)
     first, second = x.float().chunk(2, dim=-1)
     return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 

@@ -49,9 +49,10 @@ class StoredTarget:
     """A model on ``meta`` and where its tensors are stored."""
 
     model: Any  # of transformers
-    found: Mapping[str, StoredTensor]  # by the model's name: what is stored as the model holds it
     transforms: list[Any] = field(repr=False)  # of names and values, as transformers has them for this model
+    found: Mapping[str, StoredTensor]  # by the model's name: what is stored as the model holds it
     parts: Mapping[str, list[StoredTensor]] = field(repr=False, default_factory=dict)  # what it is put together from
+    unused: Mapping[str, StoredTensor] = field(repr=False, default_factory=dict)  # by stored name: no part of the model
 
     def name_of(self, module: nn.Module) -> str:
         """The model's name of a module."""
@@ -110,8 +111,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     model.tie_weights(missing_keys=info.missing_keys, recompute_mapping=False)
     model._adjust_missing_and_unexpected_keys(info)
     check_fit(path, info.missing_keys, info.unexpected_keys, info.mismatched_keys, info.conversion_errors)
-    found, parts = _locate(model, stored, transforms)
-    return StoredTarget(model, found, transforms, parts)
+    return StoredTarget(model, transforms, *_locate(model, stored, transforms))
 
 
 def weight_files(path: str | Path, revision: str | None = None, fetch: bool = False) -> list[str]:
@@ -181,8 +181,8 @@ def run_loader(model: Any, tensors: Mapping[str, Tensor], transforms: list[Any],
 
 def _locate(
     model: Any, stored: Mapping[str, StoredTensor], transforms: list[Any]
-) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]]]:
-    """By the model's names: what is stored as it is, and what is put together from parts."""
+) -> tuple[dict[str, StoredTensor], dict[str, list[StoredTensor]], dict[str, StoredTensor]]:
+    """By the model's names: what is stored as it is, and what is put together from parts; and the rest as stored."""
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     renamings = [one for one in transforms if isinstance(one, WeightRenaming)]
@@ -190,17 +190,18 @@ def _locate(
     states = model.state_dict()
     found: dict[str, StoredTensor] = {}
     parts: dict[str, list[StoredTensor]] = {}
+    unused: dict[str, StoredTensor] = {}
     for key, tensor in stored.items():
         name, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, states)
         if name not in states and key in states:  # as the loader itself then does
             name, pattern = rename_source_key(key, [], [], model.base_model_prefix, states)
         if name not in states:
-            continue
-        if pattern is None:
+            unused[key] = tensor
+        elif pattern is None:
             found[name] = tensor
         else:
             parts.setdefault(name, []).append(tensor)
-    return found, parts
+    return found, parts, unused
 
 
 def check_fit(

@@ -4,7 +4,7 @@ A draft that starts at random first learns the language; one that starts from th
 Copied are the last layers and the final norm, and the projection of the features starts by passing the last feature
 on unchanged. The context keys and values of a block drafter's first layer are then exactly the target's own, where
 that feature is the input of the layer copied. What has no counterpart in the target (the heads, the embedding's half
-of a wide layer) starts at random.
+of a wide layer) starts at random. Where the checkpoint holds a draft of the very kind, that is the start.
 
 D hidden size, L target layers.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import cast
 
 import numpy as np
@@ -24,6 +25,7 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
 from deepspec.errors import RecipeError, TargetError
+from deepspec.families.base import Family
 from deepspec.recipe import Recipe, TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
@@ -106,20 +108,21 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
             "train.init: target reads the target's weights one by one", file=section.path,
             remedy="store the target as safetensors, not quantized, or set train.init: random",
         )  # fmt: skip
+    copy = partial(_copy, path=section.path, family=spec.family)
+    if native := model.algorithm.native(stored.unused):
+        for name, weight in model.named_parameters():
+            copy(weight, stored.unused, native.get(name, name))
+        log.info("starting from the target's own head: %d tensors", len(native))
+        return
     files, prefix = stored.found, stored.embedding_and_head()[0].removesuffix("embed_tokens.weight")
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
-            _copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}", section.path)
-    _copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight", section.path)
+            copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}")
+    copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight")
     if model.hidden_norm is not None:
         # what a block drafter norms before its context keys and values, the target's layer norms on its way in
-        _copy(
-            cast(Tensor, model.hidden_norm.weight),
-            files,
-            f"{prefix}layers.{first}.input_layernorm.weight",
-            section.path,
-        )
+        copy(cast(Tensor, model.hidden_norm.weight), files, f"{prefix}layers.{first}.input_layernorm.weight")
     size = model.fc.out_features
     model.fc.weight.mul_(NOISE)
     model.fc.weight[:, -size:] += torch.eye(size)
@@ -130,7 +133,7 @@ def _counterpart(name: str) -> str:
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 
-def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str) -> None:
+def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str, family: Family) -> None:
     """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns."""
     stored = files.get(name)
     found = None if stored is None else stored.shape
@@ -142,4 +145,5 @@ def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: st
         )  # fmt: skip
     source = stored.read(weight.dtype)
     check_finite({name: source}, path)
+    source = source + family.offset_of(name)
     weight[..., weight.shape[-1] - source.shape[-1] :].copy_(source)

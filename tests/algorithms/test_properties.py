@@ -75,7 +75,8 @@ def test_anchors_depend_on_seed_epoch_and_sample_alone() -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_a_plan_weighs_what_its_rows_weigh_and_so_does_every_term(algorithm: str) -> None:
-    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14, 19])
+    model = tiny_draft(algorithm, TARGET)
+    batch = random_batch([25, 14, 19], len(model.config.target_layers))
     plans = [model.algorithm.plan(model.config, rows_of(batch, [i]).supervision) for i in range(3)]
     weight = sum(float(plan.weight) for plan in plans)
     assert float(model.algorithm.plan(model.config, batch.supervision).weight) == pytest.approx(weight, rel=1e-6)
@@ -86,11 +87,12 @@ def test_a_plan_weighs_what_its_rows_weigh_and_so_does_every_term(algorithm: str
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_nothing_leaks_from_the_future(algorithm: str) -> None:
     """Features and tokens that a slot cannot know when decoding change nothing in it."""
-    model, batch = tiny_draft(algorithm, TARGET), random_batch([30], share=1.0)
+    model = tiny_draft(algorithm, TARGET)
+    batch = random_batch([30], len(model.config.target_layers), share=1.0)
     cut = 13
     tokens, features = batch.input_ids.clone(), batch.features.clone()
     features[:, cut:] += 5.0
-    if algorithm == "eagle3":  # slot t reads features <= t and, at step j, tokens <= t + 1 + j
+    if algorithm in ("eagle3", "mtp"):  # slot t reads features <= t and, at step j, tokens <= t + 1 + j
         tokens[:, cut + 1 :] = 3
         slots = torch.arange(cut)[None]
         before = model.train_hidden(batch.features, batch.input_ids, slots, 3, 30)
@@ -121,7 +123,8 @@ def test_nothing_leaks_from_the_future(algorithm: str) -> None:
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_the_attention_backends_train_alike(algorithm: str) -> None:
-    model, batch = tiny_draft(algorithm, TARGET), random_batch([25, 14])
+    model = tiny_draft(algorithm, TARGET)
+    batch = random_batch([25, 14], len(model.config.target_layers))
     loss, gradients = loss_and_gradients(model, batch)
     model.attention = "sdpa"
     again, changed = loss_and_gradients(model, batch)

@@ -11,6 +11,7 @@ import torch
 from algorithm_tools import tiny_draft, tiny_target
 from decoding_tools import chi_square, exact_joint
 
+from deepspec import registry
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.decoding.scheduler import Policy, StepCosts, Threshold, Throughput
@@ -25,6 +26,7 @@ CASES: dict[str, tuple[str, Policy | None, dict[str, Any]]] = {
     "dflash, causal": ("dflash", None, {"causal": True, "sliding_window": 4}),
     "dflash2": ("dflash2", None, {"selector_top_k": 3}),
     "dspark": ("dspark", None, {}),
+    "mtp": ("mtp", None, {}),
     "dspark, threshold": ("dspark", Threshold(0.5), {}),
     "dspark, scheduler": ("dspark", Throughput(COSTS), {}),
 }
@@ -35,7 +37,8 @@ def test_joint_distribution_of_real_drafts(case: str) -> None:
     algorithm, policy, changes = CASES[case]
     sizes = {"vocab_size": VOCAB, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None}
     target = tiny_target("qwen3", **sizes, pad_token_id=None)
-    changes = changes if algorithm == "eagle3" else {"mask_token_id": 0, **changes}
+    if "mask_token_id" in registry.algorithm(algorithm).tiny_section:
+        changes = {"mask_token_id": 0, **changes}
     draft = tiny_draft(algorithm, target, seed=1, **changes)
     if draft.algorithm.name == "dspark":
         with torch.no_grad():  # confidences on both sides of the threshold

@@ -21,7 +21,7 @@ from deepspec import registry
 from deepspec.algorithms.eagle3 import TTTPlan
 from deepspec.batch import Batch, Supervision
 from deepspec.errors import EvaluationError
-from deepspec.export.forms.mtp import from_speculators
+from deepspec.export.forms.mtp import as_ours, from_library
 from deepspec.files import read_json
 from deepspec.targets.load import family_of
 
@@ -49,7 +49,7 @@ def _model(case: Path, train: dict[str, Any]) -> Any:
         target_layers=(depth - 1,), steps=train["steps"], num_layers=1, step_weight_decay=0.6, step_keys="own"
     )
     model = owner.build_model(config, family.read_shape(layer), family)
-    model.load_state_dict(from_speculators(load_file(case / "model.safetensors"), family))
+    model.load_state_dict(as_ours(from_library(load_file(case / "model.safetensors")), family))
     frozen = load_file(common / "model.safetensors")
     model.attach(frozen["model.embed_tokens.weight"], frozen["lm_head.weight"])
     return model
@@ -154,7 +154,7 @@ def _compare_loss(
     if not reference["grads"]:
         return
     given = {name: torch.tensor(one["norm"]) for name, one in reference["grads"].items()}
-    norms = from_speculators(given, None)
+    norms = from_library(given)
     for name, parameter in model.named_parameters():
         found_norm = float(parameter.grad.norm())
         errors.worst("gradient", abs(found_norm - float(norms[name])) / max(float(norms[name]), 1e-12))

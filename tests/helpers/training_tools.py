@@ -29,8 +29,11 @@ LAYERS = [0, 1, 2]
 DRAFTS: dict[str, dict[str, Any]] = {
     "dspark": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3, "markov_rank": 8},
     "dflash": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3},
+    "p_eagle": {"num_layers": 2, "num_depths": 3, "mask_token_id": 3},
     "eagle3": {"num_layers": 1, "ttt_length": 3},
+    "mtp": {"num_layers": 1, "steps": 3},
 }
+STATES = {"mtp": [4]}  # that algorithms read which read no layers of one's choice
 
 
 def make_target(folder: Path, seed: int = 7) -> Path:
@@ -69,7 +72,7 @@ def make_draft(folder: Path, target: Path, algorithm: str = "dspark", seed: int 
     """A random draft for :func:`make_target`'s target, in our layout."""
     spec = load_spec(str(target))
     owner = registry.algorithm(algorithm)
-    config = owner.parse({**DRAFTS[algorithm], "target_layers": LAYERS}, spec)
+    config = owner.parse({**DRAFTS[algorithm], "target_layers": STATES.get(algorithm, LAYERS)}, spec)
     save_draft(folder, owner.build(config, spec, seed).state_dict(), owner.config_json(config, spec), {})
     return folder
 
@@ -79,20 +82,20 @@ class MemorySource(FeatureSource):
 
     count = 24
 
-    def __init__(self, target: Any, seed: int = 0) -> None:
+    def __init__(self, target: Any, seed: int = 0, layers: Sequence[int] = LAYERS) -> None:
         random = np.random.default_rng(seed)
         self.samples = []
         for _ in range(self.count):
             ids = torch.from_numpy(random.integers(4, 64, int(random.integers(12, 40))))
             mask = torch.arange(len(ids)) >= int(random.integers(2, 6))
-            made = target.forward(ids[None], LAYERS)
+            made = target.forward(ids[None], layers)
             self.samples.append((ids, mask, made.features[0], made.last_hidden[0]))
         self.lengths = np.array([len(ids) for ids, *_ in self.samples])
         self.group_sizes = (self.count,)
 
     @classmethod
     def open(cls, recipe: Any, target: Any, held_out: bool = False) -> MemorySource:
-        return cls(load_target(recipe.target.path, torch.float32))
+        return cls(load_target(recipe.target.path, torch.float32), layers=recipe.target.layers)
 
     def sample_id(self, number: int) -> int:
         return 100 + number
@@ -144,7 +147,7 @@ def write_recipe(
         "name": folder.name,
         "algorithm": algorithm,
         "seed": 3,
-        "target": {"path": str(target), "layers": LAYERS, "dtype": "float32"},
+        "target": {"path": str(target), "layers": STATES.get(algorithm, LAYERS), "dtype": "float32"},
         "draft": DRAFTS[algorithm],
         "data": data or {},
         "train": settings | train,

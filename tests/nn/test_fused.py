@@ -41,19 +41,21 @@ def randomise(module: nn.Module, seed: int) -> None:
 @given(
     family=st.sampled_from(["qwen3", "llama", "gemma4"]), dtype=DTYPES, joined=st.booleans(), wide=st.booleans(),
     hidden=st.integers(1, 9), kv_heads=st.integers(1, 3), groups=st.integers(1, 3), half=st.integers(1, 6),
-    bias=st.booleans(), shared=st.booleans(), tokens=st.integers(0, 5), seed=st.integers(0, 99),
+    bias=st.booleans(), shared=st.booleans(), gated=st.booleans(), part=st.booleans(), tokens=st.integers(0, 5),
+    seed=st.integers(0, 99),
 )  # fmt: skip
 def test_a_fused_layer_equals_the_drafts_layer(
     family: str, dtype: torch.dtype, joined: bool, wide: bool, hidden: int, kv_heads: int, groups: int, half: int,
-    bias: bool, shared: bool, tokens: int, seed: int,
+    bias: bool, shared: bool, gated: bool, part: bool, tokens: int, seed: int,
 ) -> None:  # fmt: skip
+    rope = Rope(100.0, partial_factor=0.5 if part and half % 2 == 0 else 1.0)
     shape = Shape(
         hidden_size=4 * hidden, intermediate_size=4 * hidden + 3, num_heads=kv_heads * groups, num_kv_heads=kv_heads,
-        head_dim=2 * half, vocab_size=7, norm_eps=1e-6, activation="silu", rope=Rope(100.0), max_positions=64,
+        head_dim=2 * half, vocab_size=7, norm_eps=1e-6, activation="silu", rope=rope, max_positions=64,
         attention_bias=bias, mlp_bias=bias, k_eq_v=shared,
     )  # fmt: skip
     width = 4 * hidden * (2 if wide else 1)
-    layer = DraftLayer(shape, registry.family(family), width)
+    layer = DraftLayer(shape, registry.family(family), width, gated)
     randomise(layer, seed)
     layer.to(dtype)
     with pytest.MonkeyPatch.context() as patch:
@@ -68,8 +70,11 @@ def test_a_fused_layer_equals_the_drafts_layer(
     table = rotary_table(plain)
     with torch.no_grad():
         keys, values = layer.self_attn.keys_values(x, plain)
-        wanted = [layer.self_attn.queries(x, plain), keys, values, keys, values, layer.finish(residual, mixed)]
-        found = [*fast.queries_keys_values(x, table), *fast.keys_values(x, table), fast.finish(residual, mixed)]
+        queries, gate = layer.self_attn.queries_gate(x, plain)
+        wanted = [queries, keys, values, keys, values, layer.finish(residual, mixed, gate)]
+        packed, *own = fast.queries_keys_values(x, table)
+        queries, gate = fast.parted(packed)
+        found = [queries, *own, *fast.keys_values(x, table), fast.finish(residual, mixed, gate)]
         if not wide:
             wanted, found = [*wanted, layer.input_layernorm(x)], [*found, fast.input_norm(x)]
     assert fast.scale == layer.self_attn.scale

@@ -9,6 +9,7 @@ import torch
 from algorithm_tools import random_batch, tiny_draft, tiny_target
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.qwen3_5.modeling_qwen3_5 import apply_rotary_pos_emb
 
 from deepspec.families.base import Rope
 from deepspec.nn.layer import Rotary, rotate
@@ -65,3 +66,16 @@ def test_bf16_loss_is_near_fp32(algorithm: str) -> None:
     exact = float(model(batch).loss().detach())
     model.to(torch.bfloat16)
     assert float(model(batch.to("cpu", torch.bfloat16)).loss().detach()) == pytest.approx(exact, rel=0.02)
+
+
+def test_a_part_of_a_head_is_turned_as_transformers_turns_it() -> None:
+    """Qwen3.5: the first quarter, as a head of that size; the rest stays."""
+    target = tiny_target("qwen3_5", head_dim=16, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.25})
+    positions, heads = torch.arange(40)[None], torch.randn(1, 40, 2, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = target.decoder.rotary_emb(heads, positions)
+    table = Rotary(target.spec.shape)(positions)
+    torch.testing.assert_close(table[0], cos)
+    mine = rotate(heads, table)
+    theirs, _ = apply_rotary_pos_emb(heads, heads, cos, sin, unsqueeze_dim=2)
+    torch.testing.assert_close(mine, theirs)
+    assert torch.equal(mine[..., 4:], heads[..., 4:])

@@ -35,6 +35,7 @@ pytest_plugins = ["training_fixtures"]
 
 DEPTHS = {"qwen3_4b": 36, "qwen3_8b": 36, "qwen3_14b": 40, "gemma4_12b": 48}
 RECIPES = [f"{algorithm}_{target}" for target in DEPTHS for algorithm in ("eagle3", "dflash", "dspark")]
+RECIPES.append("mtp_qwen3_8b")
 QUICK = "dspark_gemma4_12b"
 LAUNCHED = [name for name in RECIPES if "gemma4" in name]  # by the deepspeed command, as a user does
 IN_PROCESS = [name for name in RECIPES if "gemma4" not in name]
@@ -59,7 +60,7 @@ def settings_of(name: str, folder: Path) -> list[str]:
         f"target.path={folder / 'target'}", f"data.conversations={folder / 'c.jsonl'}", f"output={folder / 'run'}",
         f"data.cache=[{folder / 'cache'}]", "train.max_steps=2", "train.global_batch=2",
     ]  # fmt: skip
-    return overrides if name.startswith("eagle3") else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
+    return overrides if name.startswith(("eagle3", "mtp")) else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
 
 
 def prepare(folder: Path, name: str) -> tuple[Path, list[str]]:
@@ -118,7 +119,7 @@ def test_every_published_recipe_is_among_them_and_keeps_its_settings() -> None:
     folder = tools.ROOT / "recipes"
     assert {path.stem for path in folder.glob("*.yaml") if path.stem.split("_", 1)[1] in DEPTHS} == set(RECIPES)
     assert {QUICK, *IN_PROCESS, *LAUNCHED} == set(RECIPES)
-    assert len(RECIPES) == 12
+    assert len(RECIPES) == 13
     changed = {override.split("=")[0] for name in RECIPES for override in settings_of(name, Path("x"))}
     assert changed == {
         *("target.path", "data.conversations", "data.cache", "output", "train.max_steps", "train.global_batch"),

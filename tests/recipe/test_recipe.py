@@ -188,8 +188,8 @@ def test_a_bad_file_is_named(tmp_path: Path, text: str, words: list[str]) -> Non
 
 def test_a_recipe_is_checked_against_its_target(tmp_path: Path) -> None:
     recipe = load_recipe(write(tmp_path, SMALL), ["target.family=qwen3"])
-    spec = SimpleNamespace(num_layers=3, family=SimpleNamespace(name="qwen3"))
-    with pytest.raises(RecipeError, match=r"target\.layers: layer beyond the model.*layers below 3"):
+    spec = SimpleNamespace(num_layers=2, family=SimpleNamespace(name="qwen3"))
+    with pytest.raises(RecipeError, match=r"target\.layers: layer beyond the model.*layers below 2"):
         recipe.for_target(spec)
     other = SimpleNamespace(num_layers=8, family=SimpleNamespace(name="llama"))
     with pytest.raises(RecipeError, match=r"target\.family: family of another target"):

@@ -52,7 +52,7 @@ def test_an_objective_by_its_plan_waits_for_nothing(variant: str, monkeypatch: p
     monkeypatch.setattr(loss_chunk, "compiled_chunk_terms", lambda: loss_chunk.chunk_terms)  # as on a GPU
     model = tiny_draft(algorithm, tiny_target("qwen3"), **changes)
     model.loss, model.attention = "compiled", "sdpa"
-    batch = random_batch([25, 14, 19])
+    batch = random_batch([25, 14, 19], len(model.config.target_layers))
     batch = batch.planned(model.algorithm.plan(model.config, batch.supervision))
     with NoWait():
         terms = model(batch)

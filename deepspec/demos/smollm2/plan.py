@@ -9,6 +9,7 @@ from pathlib import Path
 from deepspec.demos.runner import Runner
 from deepspec.demos.stages import PYTHON, USUAL, Names, Stage, answers, cache, evaluate, recipes, shared_recipe, train
 from deepspec.errors import DataError, nearest
+from deepspec.recipe import load_recipe
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,10 @@ class Scale:
     def caches(self) -> list[Path]:
         """The cache of every shard."""
         return [self.root / f"cache-{shard}" for shard in range(self.shards)]
+
+    def answers(self) -> list[Path]:
+        """The target's answers of every shard."""
+        return [self.root / f"answers-{shard}.jsonl" for shard in range(self.shards)]
 
 
 SCALES = {
@@ -82,7 +87,7 @@ def plan(scale: Scale, tasks: list[Path], cores: int, drafters: str = USUAL) -> 
         cores: processes of a training.
         drafters: as of :func:`real`.
     """
-    root, prompts, found = scale.root, scale.root / "prompts", recipes(recipe_of, drafters)
+    prompts, found = scale.root / "prompts", recipes(recipe_of, drafters)
     shared = shared_recipe(recipes(recipe_of))
     counts = ("--shards", str(scale.shards), "--each", str(scale.each), "--held-out", str(scale.chat))
     kept_out = ("--exclude", *map(str, tasks)) if tasks else ()
@@ -93,8 +98,8 @@ def plan(scale: Scale, tasks: list[Path], cores: int, drafters: str = USUAL) -> 
         Stage("target", fetch, TARGET / "target.json"),
         Stage("prompts", write, prompts / "report.json"),
     ]
-    for shard, folder in enumerate(scale.caches()):
-        questions, conversations = prompts / f"train-{shard}.jsonl", root / f"answers-{shard}.jsonl"
+    for shard, (folder, conversations) in enumerate(zip(scale.caches(), scale.answers(), strict=True)):
+        questions = prompts / f"train-{shard}.jsonl"
         stages += [
             answers(f"answers {shard}", shared, questions, conversations, ("target", "prompts"), scale.answering),
             cache(f"cache {shard}", shared, conversations, folder, (f"answers {shard}",)),
@@ -110,6 +115,8 @@ def _draft_stages(scale: Scale, algorithm: str, recipe: str, tasks: list[Path], 
     needs, overrides = tuple(f"cache {shard}" for shard in range(scale.shards)), scale.training
     if root != SHARED:  # the recipes name the full run's folders
         overrides += (f"data.cache=[{','.join(map(str, scale.caches()))}]", f"output={root / algorithm}")
+        if load_recipe(recipe).data.files:  # it trains without a cache
+            overrides += (f"data.conversations=[{','.join(map(str, scale.answers()))}]",)
     stages = [*train(algorithm, recipe, draft, needs, min(cores, 2), overrides)]
     batched = ("--no-plain", "--batch-size", str(BATCH))
     greedy = (*scale.decoding, "evaluate.temperature=[0.0]")

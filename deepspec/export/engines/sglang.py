@@ -10,6 +10,7 @@ from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.base import complete_vocabulary, no_embedding, no_last_layer, one_layer, targets_own
 from deepspec.export.forms.block import DFlash, DSpark
 from deepspec.export.forms.eagle3 import Eagle3Midlayer, no_norms
+from deepspec.export.forms.mtp import FROM_TARGET
 from deepspec.export.parts import DraftCheckpoint, Reason
 
 OPTIONS = {  # of a form, besides the algorithm's name and the folder; K drafts a round
@@ -61,6 +62,7 @@ class SGLangEngine(ExportEngine):
     name = "sglang"
     forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK}
     requires = (no_embedding, no_last_layer)
+    refused: ClassVar = {"mtp": FROM_TARGET}
     checked = "SGLang 0.5.23: its draft classes on CPU (`make serve-check`); its server was not run"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:

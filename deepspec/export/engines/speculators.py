@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from deepspec.export.engines.vllm import VLLMEngine
 from deepspec.export.forms.base import complete_vocabulary
 from deepspec.export.forms.block import vanilla_head
+from deepspec.export.forms.mtp import SpeculatorMTP
 from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorDFlash2, SpeculatorEagle3, SpeculatorPEagle
 
 EAGLE3 = SpeculatorEagle3(
@@ -30,6 +31,7 @@ DSPARK = SpeculatorBlock(
     carries=(),
     heads=True,
 )
+MTP = SpeculatorMTP({"qwen3": "MTPDraftModel", "qwen3_5": "MTPDraftModel"}, "its mtp has layers of qwen3 or qwen3_5")
 
 
 class SpeculatorsEngine(VLLMEngine):
@@ -37,7 +39,7 @@ class SpeculatorsEngine(VLLMEngine):
 
     name = "speculators"
     forms: ClassVar = {
-        "eagle3": EAGLE3, "p_eagle": P_EAGLE,
+        "eagle3": EAGLE3, "p_eagle": P_EAGLE, "mtp": MTP,
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
         "dflash2-k-1": DFLASH2,
     }  # fmt: skip

@@ -9,6 +9,7 @@ from typing import ClassVar
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.block import DFlash, DFlash2, DSpark, vanilla_head
 from deepspec.export.forms.eagle3 import Eagle3
+from deepspec.export.forms.mtp import FROM_TARGET
 from deepspec.export.forms.p_eagle import PEagle
 from deepspec.export.parts import DraftCheckpoint, Reason
 
@@ -45,7 +46,7 @@ class VLLMEngine(ExportEngine):
         "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
         "dflash2-k-1": DFLASH2,
     }  # fmt: skip
-    refused: ClassVar = {"dflash2": FROM_ANCHOR}
+    refused: ClassVar = {"dflash2": FROM_ANCHOR, "mtp": FROM_TARGET}
     checked = "vLLM 0.32.0 on CPU: `make serve-check`"
 
     def command(self, draft: DraftCheckpoint, target: str, folder: str) -> str:

@@ -40,6 +40,7 @@ class Form(ABC):
     learned_row: bool = False
     carries: tuple[str, ...] = ()  # fields of optional parts of a draft (``OwnField.optional``) that it has room for
     key: ClassVar[str] = "architectures"  # the field of config.json by which a draft of this form is known
+    continues: ClassVar[bool] = False  # it continues the target's last state; else it reads outputs of layers
 
     def reason(self, draft: DraftCheckpoint) -> Reason | None:
         """Why this form cannot hold a draft of our layout, or None."""
@@ -50,6 +51,10 @@ class Form(ABC):
                 return Reason("its class has no such part", own.key, draft.config[own.key])
         if SLIDING in draft.config["layer_types"] and "layer_types" not in self.carries:
             return Reason("its layers see the complete context", "layer_types", SLIDING)
+        normed = draft.config.get("num_target_layers")
+        if not self.continues and normed in draft.parsed.target_layers:
+            remedy = f"train with layers below {normed}"
+            return Reason("the state after the final norm is not handed out", "target_layer_ids", normed, remedy)
         return next((reason for check in self.requires if (reason := check(draft))), None)
 
     def labels(self) -> tuple[str, ...]:
