@@ -435,13 +435,6 @@ def require_at_least(config: DraftConfig, least: int, *keys: str) -> None:
         require(getattr(config, key) >= least, key, getattr(config, key), f"at least {least}")
 
 
-def check_mask_token(token: int, target: TargetSpec) -> None:
-    """Raise a :class:`RecipeError` unless ``draft.mask_token_id`` is a token of the target's."""
-    if token >= target.vocab_size:
-        wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
-        raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)
-
-
 def initialise(model: nn.Module, std: float, seed: int) -> None:
     """Normal(0, std) for matrices, 0 for biases, 1 for norms; the same bits for the same seed."""
     generator = torch.Generator().manual_seed(seed)
