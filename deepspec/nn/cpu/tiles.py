@@ -103,17 +103,31 @@ class _Exponentials:
     def __init__(self, rows: int, buffers: TileBuffers) -> None:
         self.top = torch.full((rows, 1), -torch.inf, device=buffers.device)
         self.total = torch.zeros(rows, 1, device=buffers.device)
+        self.weighted = torch.zeros(rows, 1, device=buffers.device)  # sum of exp(x - top) (x - top), where wanted
         self._tops: list[Tensor] = []
 
-    def add_(self, tile: Tensor) -> Tensor:
-        """Make a tile of logits exponentials and add it up; returns the factor by which earlier sums shrink."""
+    def add_(self, tile: Tensor, copy: Tensor | None = None) -> Tensor:
+        """Make a tile of logits exponentials and add it up; returns the factor by which earlier sums shrink.
+
+        ``copy``: scratch of the tile's shape, where the entropy is wanted.
+        """
         top = torch.maximum(self.top, tile.amax(dim=-1, keepdim=True))
-        exp_(tile.sub_(top))
+        tile.sub_(top)
+        if copy is not None:
+            copy.copy_(tile)
+        exp_(tile)
         shrink = (self.top - top).exp()
+        if copy is not None:
+            moved = (self.top - top).clamp_min(torch.finfo(top.dtype).min) * self.total  # the first top is -inf
+            self.weighted = (self.weighted + moved) * shrink + torch.linalg.vecdot(tile, copy)[:, None]
         self.total = self.total * shrink + tile.sum(dim=-1, keepdim=True)
         self.top = top
         self._tops.append(top)
         return shrink
+
+    def entropy(self) -> Tensor:
+        """[r]: that of the distribution, once all tiles were added."""
+        return (self.total.log() - self.weighted / self.total)[:, 0]
 
     def normalise_(self, tile: Tensor, number: int) -> Tensor:
         """Tile ``number``, exponentials so far, as probabilities."""
@@ -142,9 +156,9 @@ class TiledChunk:
         self.target_exp = _Exponentials(self.positions, buffers)
         self.top = TopTokens(inputs.candidates) if inputs.candidates else None
         self.reference = torch.zeros(self.rows, 1, device=buffers.device)
-        zeros = torch.zeros(8, self.rows, device=buffers.device)
+        zeros = torch.zeros(7, self.rows, device=buffers.device)
         self.at_label, self.cross, self.distance, self.inner = zeros[:4]  # logit; <q, logits>; |p - q|; <s, p>
-        self.entropy, self.reverse, self.middle, self.middle_q = zeros[4:]  # of q; KL(p | q); KL(p | m); KL(q | m)
+        self.reverse, self.middle, self.middle_q = zeros[4:]  # KL(p | q); KL(p | m); KL(q | m)
 
     def run(self, gradients: Gradients | None) -> ChunkTerms:
         """Values of the chunk; its gradients go to ``gradients``."""
@@ -158,12 +172,14 @@ class TiledChunk:
             self._gradients(gradients)
         log_total = self.draft_exp.total[:, 0].log()
         behind = self.draft_exp.top[:, 0] - self.at_label
-        soft_ce = torch.zeros_like(log_total)
+        soft_ce = entropy = torch.zeros_like(log_total)
         if self.weights.reads("soft"):
             mean = self.cross / self.target_exp.total[self.chunk.local_r, 0]
             soft_ce = log_total + (self.draft_exp.top[:, 0] - mean)
+        if self.weights.needs_entropy:
+            entropy = self.target_exp.entropy()[self.chunk.local_r]
         jsd = 0.5 * (self.middle + self.middle_q)
-        values = (log_total + behind, soft_ce, self.distance, self.entropy, self.reverse, jsd)
+        values = (log_total + behind, soft_ce, self.distance, entropy, self.reverse, jsd)
         real = RowValues(*(one[: self.num_rows] for one in values))
         candidates = None if self.top is None else self.top.tokens()[: self.num_rows]
         return ChunkTerms(real, (behind[: self.num_rows] == 0).float(), candidates)
@@ -202,7 +218,8 @@ class TiledChunk:
             target = buffers.logits("target", self.target, frozen.teacher_VD[span], span)
             if cap is not None:
                 _softcap_(target, cap, None)
-            shrink = self.target_exp.add_(target)
+            wanted = self.weights.needs_entropy
+            shrink = self.target_exp.add_(target, buffers.scratch("sign", target.shape) if wanted else None)
             if soft:
                 self.cross.mul_(shrink[self.chunk.local_r, 0])
                 self.cross += torch.linalg.vecdot(buffers.per_row(target, self.chunk.local_r), draft)
@@ -220,9 +237,7 @@ class TiledChunk:
             self.top.collect(number, p, span.start)
         if self.target is None:
             return
-        q = self.target_exp.normalise_(buffers.tile("target", self.positions, span), number)
-        if self.weights.needs_entropy:
-            self.entropy += torch.special.entr(q).sum(dim=-1)[self.chunk.local_r]
+        self.target_exp.normalise_(buffers.tile("target", self.positions, span), number)
         difference = self._difference(p, span)
         self.distance += torch.abs(difference, out=buffers.scratch("sign", p.shape)).sum(dim=-1)
         if self.curved:
