@@ -13,6 +13,7 @@ from deepspec.errors import DeepSpecError, nearest
 
 ALGORITHMS = {
     "eagle3": "deepspec.algorithms.eagle3:EAGLE3",
+    "p_eagle": "deepspec.algorithms.p_eagle:P_EAGLE",
     "dflash": "deepspec.algorithms.dflash:DFLASH",
     "dspark": "deepspec.algorithms.dspark:DSPARK",
     "dflash2": "deepspec.algorithms.dflash2:DFLASH2",

@@ -157,7 +157,7 @@ class DraftModel(nn.Module):
         config: its frozen config.
         shape: sizes of its layers.
         family: their parts.
-        input_size: width of the attention streams; None: D.
+        wide_layers: how many of the first layers read two streams side by side, 2D wide.
     """
 
     config: Any  # the algorithm's own DraftConfig
@@ -166,15 +166,13 @@ class DraftModel(nn.Module):
     d2t: Tensor  # only with a reduced vocabulary
     t2d: Tensor
 
-    def __init__(
-        self, algorithm: Algorithm, config: Any, shape: Shape, family: Family, input_size: int | None = None
-    ) -> None:
+    def __init__(self, algorithm: Algorithm, config: Any, shape: Shape, family: Family, wide_layers: int = 0) -> None:
         super().__init__()
         self.hidden_norm = None
         self.algorithm, self.config, self.shape, self.family = algorithm, config, shape, family
         self.fc = Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
-        width = input_size or shape.hidden_size
-        self.layers = nn.ModuleList(DraftLayer(shape, family, width) for _ in range(config.num_layers))
+        widths = [shape.hidden_size * (2 if depth < wide_layers else 1) for depth in range(config.num_layers)]
+        self.layers = nn.ModuleList(DraftLayer(shape, family, width) for width in widths)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
         self.rotary = Rotary(shape)
         self.attention = "auto"  # backend of deepspec.nn.attention.attend
@@ -438,3 +436,10 @@ def require_at_least(config: DraftConfig, least: int, *keys: str) -> None:
     """Raise a :class:`RecipeError` for the first of the fields ``keys`` that is below ``least``."""
     for key in keys:
         require(getattr(config, key) >= least, key, getattr(config, key), f"at least {least}")
+
+
+def check_mask_token(token: int, target: TargetSpec) -> None:
+    """Raise a :class:`RecipeError` unless ``draft.mask_token_id`` is a token of the target's."""
+    if token >= target.vocab_size:
+        wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
+        raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)

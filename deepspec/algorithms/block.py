@@ -29,11 +29,11 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
+    check_mask_token,
     require,
     require_at_least,
 )
 from deepspec.batch import LossPlan, Supervision
-from deepspec.errors import RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.attention import attend
@@ -58,9 +58,7 @@ class BlockConfig(DraftConfig):
     loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
     causal: bool = False  # True (JetSpec): a slot sees its block's slots up to its own, not those after it
-    sliding_window: int | None = (
-        None  # a slot sees so many positions, its own the last of them; None: the whole context
-    )
+    sliding_window: int | None = None  # a slot sees so many positions up to its own; None: the whole context
     full_layers: tuple[int, ...] = ()  # 0-based layers of the draft that no sliding_window narrows
     conv_kernel_size: int = 0  # taps of the short convolutions around attention and MLP; 0: there are none
     conv_group_size: int = 16  # channels whose taps are corrected together
@@ -380,9 +378,7 @@ class BlockAlgorithm(Algorithm):
     def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        if config.mask_token_id >= target.vocab_size:
-            wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
-            raise RecipeError("no such token", key="draft.mask_token_id", found=config.mask_token_id, wanted=wanted)
+        check_mask_token(config.mask_token_id, target)
         group, tokens = config.conv_group_size, config.draft_vocab_size or target.vocab_size
         fits = not config.conv_kernel_size or target.hidden_size % group == 0
         require(fits, "draft.conv_group_size", group, f"a divisor of {target.hidden_size}, the hidden size")

@@ -7,6 +7,10 @@ distribution at t + 1 + j by soft cross-entropy, or by what ``loss`` names:
 
     loss = sum_j decay^j * mean over sequences of (sum over supervised slots of soft CE / length of the sequence)
 
+EAGLE-3.1 is four options: a norm of every target layer's features before fc (``fc_norm``), one norm of all of them
+(``norm_before_fc``), the normed g as the first layer's residual (``norm_before_residual``), and the normed output as
+what is fed back (``norm_output``). Without them: Eagle3 as released.
+
 B batch, S sequence, N active slots of a row (those that any step supervises), T TTT steps, L target layers, D hidden
 size, R supervised (step, slot) pairs, P distinct target positions of them.
 """
@@ -21,9 +25,7 @@ from torch import Tensor
 
 from deepspec.algorithms.base import (
     Algorithm,
-    DraftConfig,
     Drafter,
-    DraftModel,
     OwnField,
     Proposal,
     Sampler,
@@ -32,13 +34,13 @@ from deepspec.algorithms.base import (
     target_states,
 )
 from deepspec.algorithms.block import acceptance_metrics, scattered
+from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, wide_input
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
 from deepspec.nn.chains import Chains
-from deepspec.nn.fused import FusedLayer, norm_of
-from deepspec.nn.layer import RMSNorm
+from deepspec.nn.fused import FusedLayer
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
@@ -46,10 +48,11 @@ from deepspec.nn.tree import Tree
 
 
 @dataclass(frozen=True, kw_only=True)
-class Eagle3Config(DraftConfig):
+class Eagle3Config(EagleConfig):
     """The ``draft:`` section of an Eagle3 recipe."""
 
     algorithm: ClassVar[str] = "eagle3"
+    norm_output: bool = False  # the normed output is fed back and goes to the head, not the output before the norm
     ttt_length: int = 7  # steps unrolled in training, and tokens drafted a round
     step_loss_decay: float = 0.8  # each step's loss weighs so much of the one before
 
@@ -114,26 +117,28 @@ class TTTPlan(LossPlan):
         return TTTPlan(torch.tensor(float(B)), active_BN, pair_R, position_P, rows, T, context)
 
 
-class Eagle3Draft(DraftModel):
-    """Layers over [embedding | hidden state], each normed, 2D wide; the residual is the hidden state."""
+class Eagle3Draft(EagleDraft):
+    """All layers are wide; a layer's residual is the hidden state."""
 
     def __init__(self, algorithm: Algorithm, config: Eagle3Config, shape: Shape, family: Family) -> None:
-        super().__init__(algorithm, config, shape, family, input_size=2 * shape.hidden_size)
-        for layer in self.layers:
-            layer.hidden_norm = RMSNorm(shape.hidden_size, shape.norm_eps)
+        super().__init__(algorithm, config, shape, family, config.num_layers)
+
+    def fed_back(self, hidden: Tensor) -> Tensor:
+        """What the next step starts from, of the last layer's output [.., D]."""
+        return self.norm(hidden) if self.config.norm_output else hidden
+
+    def to_head(self, hidden: Tensor) -> Tensor:
+        """What the head reads, of what is fed back [.., D]: normed once in either case."""
+        return hidden if self.config.norm_output else self.norm(hidden)
 
     def draft_logits(self, hidden: Tensor) -> Tensor:
-        """fp32 logits [.., V] of hidden states before the final norm; -inf outside the reduced vocabulary."""
-        return self.expand_to_target_vocab(self.head.logits(self.norm(hidden)).float())
-
-    def start(self, features: Tensor) -> Tensor:
-        """g [.., D] = fc(features [.., L*D]), without a norm."""
-        return self.fc(features.to(self.dtype))
+        """fp32 logits [.., V] of what is fed back; -inf outside the reduced vocabulary."""
+        return self.expand_to_target_vocab(self.head.logits(self.to_head(hidden)).float())
 
     def train_hidden(
         self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, max_context_len: int
     ) -> Tensor:
-        """Hidden states before the final norm, [T, B, N, D], of the active slots at every TTT step.
+        """What the active slots feed back at every TTT step, [T, B, N, D].
 
         Args:
             features: [B, S, L*D].
@@ -154,7 +159,7 @@ class Eagle3Draft(DraftModel):
                 rows = active_BN
             hidden_BSD, kv = self._first_step(layer, embedded, hidden_BSD, positions, rows)
             context.append(kv)
-        outputs = [hidden_BSD]
+        outputs = [self.fed_back(hidden_BSD)]
         own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
         for j in range(1, steps):
             tokens = next_ids.gather(1, active_BN + j)
@@ -165,15 +170,15 @@ class Eagle3Draft(DraftModel):
         self, layer: Any, embedded: Tensor, hidden: Tensor, positions: Tensor, rows: Tensor
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Step 0 of one layer: keys and values of all positions, outputs of ``rows`` [B, n] only."""
-        joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+        joined, residual = wide_input(layer, embedded, hidden)
         kv = layer.self_attn.keys_values(joined, self.rotary(positions))
         if rows is not positions:
             index = rows[..., None]
             joined = joined.gather(1, index.expand(-1, -1, joined.shape[-1]))
-            hidden = hidden.gather(1, index.expand(-1, -1, hidden.shape[-1]))
+            residual = residual.gather(1, index.expand(-1, -1, residual.shape[-1]))
         queries = layer.self_attn.queries(joined, self.rotary(rows))[:, :, None]
         mixed = attend(queries, kv, None, rows + 1, layer.self_attn.scale, self.attention)
-        return layer.finish(hidden, mixed[:, :, 0]), kv
+        return layer.finish(residual, mixed[:, :, 0]), kv
 
     def step(
         self, hidden: Tensor, tokens: Tensor, positions: Tensor, limit: Tensor,
@@ -182,7 +187,7 @@ class Eagle3Draft(DraftModel):
         """One TTT step j >= 1 (or one drafted token) of slots [B, N]; appends the slots' keys and values to ``own``.
 
         Args:
-            hidden: [B, N, D], the previous step's output before the final norm.
+            hidden: [B, N, D], what the previous step feeds back.
             tokens: [B, N], x_{t+1+j}.
             positions: [B, N], t + j.
             limit: [B, N], t + 1: the step-0 keys that are seen.
@@ -194,30 +199,30 @@ class Eagle3Draft(DraftModel):
             arguments = (layer, embedded, hidden, table, seen, tuple(mine), limit, self.attention)
             hidden, kv = self.run(_step_layer, *arguments)
             mine.append(kv)
-        return hidden
+        return self.fed_back(hidden)
 
 
 def _step_layer(
     layer: Any, embedded: Tensor, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor],
     mine: tuple[tuple[Tensor, Tensor], ...], limit: Tensor, backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    joined = torch.cat((layer.input_layernorm(embedded), layer.hidden_norm(hidden)), dim=-1)
+    joined, residual = wide_input(layer, embedded, hidden)
     queries = layer.self_attn.queries(joined, table)[:, :, None]
     kv = layer.self_attn.keys_values(joined, table)
     keys, values = (torch.stack(parts, dim=2) for parts in zip(*mine, kv, strict=True))
     mixed = attend(queries, context, (keys, values), limit, layer.self_attn.scale, backend)
-    return layer.finish(hidden, mixed[:, :, 0]), kv
+    return layer.finish(residual, mixed[:, :, 0]), kv
 
 
 class Eagle3Drafter(Drafter):
-    """Keys and values of committed positions, and the output at the newest one."""
+    """Keys and values of committed positions, and what the newest one feeds back."""
 
     model: Eagle3Draft
 
     def __init__(self, model: Eagle3Draft, batch_size: int, max_length: int) -> None:
         super().__init__(model, batch_size, max_length)
         self.max_children = model.config.draft_vocab_size or model.shape.vocab_size
-        self._hidden_norms = [norm_of(layer.hidden_norm) for layer in model.layers]
+        self._inputs = [WideInput(*pair) for pair in zip(model.layers, self._layers, strict=True)]
         self._newest_BD = model.fc.weight.detach().new_zeros(batch_size, model.shape.hidden_size)
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
@@ -239,17 +244,17 @@ class Eagle3Drafter(Drafter):
         hidden, embedded = model.start(features), model.frozen.embed(tokens)
         table = self._rotary.at(slots, max_context_len + N)
         index = self._reserve(max_context_len + self.max_draft, slots, row_R)
-        for depth, (layer, norm, cache) in enumerate(zip(self._layers, self._hidden_norms, self._cache, strict=True)):
-            joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
+        for depth, (layer, wide, cache) in enumerate(zip(self._layers, self._inputs, self._cache, strict=True)):
+            joined, residual = wide(embedded, hidden)
             queries, keys, values = layer.queries_keys_values(joined, table)
             cache.write((keys, values), index)
             own = slots
             if depth == len(self._layers) - 1:  # beyond the last layer's keys only the newest position matters
                 row_R1, own = self._row_B[:R, None], slots.gather(1, last)
-                queries, hidden = queries[row_R1, last], hidden[row_R1, last]
+                queries, residual = queries[row_R1, last], residual[row_R1, last]
             visible = torch.arange(max_context_len, device=own.device) <= own[..., None]
-            hidden = self._attend(layer, cache, hidden, queries, visible, R if rows is None else rows)
-        newest = torch.where((counts > 0)[:, None], hidden[:, 0], self._newest_BD[row_R])
+            hidden = self._attend(layer, cache, residual, queries, visible, R if rows is None else rows)
+        newest = torch.where((counts > 0)[:, None], model.fed_back(hidden[:, 0]), self._newest_BD[row_R])
         self._newest_BD[row_R] = newest
         self._length_B[row_R] += counts
 
@@ -301,19 +306,19 @@ class Eagle3Drafter(Drafter):
         R = len(tokens)
         embedded, table = self.model.frozen.embed(tokens), self._rotary.at(positions, visible.shape[-1])
         index = self._reserve(visible.shape[-1], slots, self._row_B[:R])
-        for layer, norm, cache in zip(self._layers, self._hidden_norms, self._cache, strict=True):
-            joined = torch.cat((layer.input_norm(embedded), norm(hidden)), dim=-1)
+        for layer, wide, cache in zip(self._layers, self._inputs, self._cache, strict=True):
+            joined, residual = wide(embedded, hidden)
             queries, keys, values = layer.queries_keys_values(joined, table)
             cache.write((keys, values), index)
-            hidden = self._attend(layer, cache, hidden, queries, visible, R)
-        return hidden
+            hidden = self._attend(layer, cache, residual, queries, visible, R)
+        return self.model.fed_back(hidden)
 
     def _attend(
-        self, layer: FusedLayer, cache: RaggedKV, hidden: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
+        self, layer: FusedLayer, cache: RaggedKV, residual: Tensor, queries: Tensor, visible: Tensor, rows: int | Tensor
     ) -> Tensor:
-        bias = score_bias(visible, self._groups, hidden.dtype)
+        bias = score_bias(visible, self._groups, residual.dtype)
         mixed = attend_ragged(queries, cache.view(rows, visible.shape[-1]), bias, layer.scale)
-        return layer.finish(hidden, mixed)
+        return layer.finish(residual, mixed)
 
 
 class Eagle3(Algorithm):
@@ -328,7 +333,10 @@ class Eagle3(Algorithm):
         OwnField("draft_num_hidden_layers", "num_layers"),
         OwnField("ttt_length", "ttt_length", training_only=True),
         OwnField("step_loss_decay", "step_loss_decay", training_only=True),
+        *NORM_FIELDS,
+        OwnField("norm_output", "norm_output", False),
     )
+    heads = ("fc_norm.", "input_norm.")
     tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 1, "ttt_length": 3}
 
     def needs_last_hidden(self, config: Eagle3Config) -> bool:
@@ -347,7 +355,7 @@ class Eagle3(Algorithm):
         weights: LossWeights = config.loss_weights
         where = (plan.active_BN, plan.num_steps, plan.max_context_len)
         hidden = model.train_hidden(batch.features, batch.input_ids, *where)
-        hidden_RD = model.norm(hidden.flatten(0, 2).index_select(0, plan.pair_R))
+        hidden_RD = model.to_head(hidden.flatten(0, 2).index_select(0, plan.pair_R))
         # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
         target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
         rows, slots = plan.rows, plan.active_BN.numel()

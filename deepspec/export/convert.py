@@ -106,7 +106,7 @@ def _export(source: Path, output: Path, name: str, engine: ExportEngine, options
     _check_taken(draft, engine)  # before the target is loaded
     written = engine.write(_with_frozen(draft, engine, options))
     if not options.embeddings:
-        shared = _shared_frozen(draft)
+        shared = _shared_frozen(draft, engine)
         state = {name: tensor for name, tensor in written.state.items() if name not in shared}
         written = DraftCheckpoint(written.config, state, written.file)
     provenance = read_provenance(source)
@@ -131,10 +131,17 @@ def _check_taken(draft: DraftCheckpoint, engine: ExportEngine) -> None:
         raise engine.refusal(draft, reason, f"export to {' or '.join(others)}" if others else None)
 
 
-def _shared_frozen(draft: DraftCheckpoint) -> set[str]:
+def _learned_row(draft: DraftCheckpoint, engine: ExportEngine) -> bool:
+    """Whether the engine's file holds an embedding because a row of it is the draft's own."""
+    form = engine.forms.get(draft.kind)
+    return form is not None and form.learned_row
+
+
+def _shared_frozen(draft: DraftCheckpoint, engine: ExportEngine) -> set[str]:
     """The frozen tensors that a folder can do without, because every engine takes the target's."""
     owned = zip(FROZEN, ("own_embedding", "own_head"), strict=True)
     names = {name for name, key in owned if not draft.config.get(key)}
+    names -= {FROZEN[0]} if _learned_row(draft, engine) else set()
     return names - {FROZEN[1]} if "d2t" in draft.state else names
 
 
@@ -147,6 +154,7 @@ def _with_frozen(draft: DraftCheckpoint, engine: ExportEngine, options: ExportOp
         load_spec(options.target)  # refuses what is no target
         _check_weights(options.target, None, provenance, folder)
     wanted = (options.embeddings and engine.holds_frozen) or (engine.cuts_head and "d2t" in draft.state)
+    wanted |= _learned_row(draft, engine)
     if not lacking or not wanted:
         return draft
     path = options.target or draft.config.get("target_model_name_or_path")

@@ -41,6 +41,9 @@ VARIANTS: dict[str, dict[str, Any]] = {  # keys of `draft:`, for every algorithm
     "-causal-k-1": {"causal": True, ANCHOR: False},
     "-window-k-1": {"sliding_window": 8, "full_layers": [0], ANCHOR: False},
     "-convolutions": {"conv_kernel_size": 3, "conv_group_size": 8},
+    "-fc-norm": {"fc_norm": True},
+    "-norms": {"norm_before_fc": True, "norm_before_residual": True},
+    "-norm-output": {"norm_output": True},
     "-gated": {"markov_head": "gated"},
     "-rnn": {"markov_head": "rnn"},
     "-no-markov": {"markov_rank": 0, "confidence_with_markov": False},
@@ -161,6 +164,9 @@ class EngineSuite:
         expected = dict(ours.state)
         if not subject.holds_frozen or ("d2t" in expected and subject.cuts_head):  # the target has them, or the rest
             expected = {key: tensor for key, tensor in expected.items() if key not in FROZEN}
+        embedding = FROZEN[0]  # with a row of the draft's own in the file: the target has the rest
+        if embedding in written.state and not torch.equal(written.state[embedding], ours.state[embedding]):
+            expected.pop(embedding, None)
         assert sorted(back.state) == sorted(expected)
         assert all(torch.equal(back.state[key], tensor) for key, tensor in expected.items())
 

@@ -13,6 +13,7 @@ from plain_losses import supervised_slots_NK
 
 from deepspec.algorithms.block import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
+from deepspec.algorithms.p_eagle import ChainPlan
 from deepspec.testing.case import loss_and_gradients
 
 TARGET = tiny_target("qwen3")
@@ -98,6 +99,17 @@ def test_nothing_leaks_from_the_future(algorithm: str) -> None:
             torch.testing.assert_close(after[j, 0, : cut - j], before[j, 0, : cut - j])
         assert (after[0, 0, cut - 1] - before[0, 0, cut - 1]).abs().max() == 0
         assert (after[1, 0, cut - 1] - before[1, 0, cut - 1]).abs().max() > 1e-4  # the test can see a leak
+        return
+    if algorithm == "p_eagle":  # anchor a reads features <= a and tokens <= a + 1, and nothing of what it predicts
+        tokens[:, cut + 1 :] = 3
+        reached = torch.zeros(1, 30, dtype=torch.int64).index_fill(1, torch.tensor([3, cut - 1, cut]), 3)
+        plan = ChainPlan.make(
+            torch.zeros(1, 30, dtype=torch.bool).index_fill(1, torch.tensor([cut - 1]), True), reached, 4
+        )
+        before = model.train_hidden(batch.features, batch.input_ids, plan)
+        after = model.train_hidden(features, tokens, plan)
+        torch.testing.assert_close(after[:7], before[:7])  # depth 0, then three depths of two chains
+        assert (after[7:] - before[7:]).abs().amax(dim=1).min() > 1e-4  # the chain of an anchor that reads the change
         return
     tokens[:, cut + 1 :] = 3  # the block of anchor a reads features < a and token a
     anchors = torch.tensor([[3, cut, cut + 1]])

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.base import complete_vocabulary, no_embedding, no_last_layer, one_layer, targets_own
 from deepspec.export.forms.block import DFlash, DSpark
-from deepspec.export.forms.eagle3 import Eagle3Midlayer
+from deepspec.export.forms.eagle3 import Eagle3Midlayer, no_norms
 from deepspec.export.parts import DraftCheckpoint, Reason
 
 OPTIONS = {  # of a form, besides the algorithm's name and the folder; K drafts a round
@@ -49,7 +49,7 @@ class SGLangEagle3(Eagle3Midlayer):
 EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     {"llama": "LlamaForCausalLMEagle3"},
     "its Eagle3 class has Llama's layers, and would leave out the norms of the heads without a word",
-    (one_layer, targets_embedding),
+    (one_layer, no_norms, targets_embedding),
 )
 DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own))
 DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())

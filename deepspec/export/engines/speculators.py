@@ -8,10 +8,18 @@ from typing import Any, ClassVar
 from deepspec.export.engines.vllm import VLLMEngine
 from deepspec.export.forms.base import complete_vocabulary
 from deepspec.export.forms.block import vanilla_head
-from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorDFlash2, SpeculatorEagle3
+from deepspec.export.forms.speculators import (
+    SpeculatorBlock,
+    SpeculatorDFlash2,
+    SpeculatorEagle3,
+    SpeculatorPEagle,
+)
 
 EAGLE3 = SpeculatorEagle3(
     dict.fromkeys(("qwen3", "llama"), "Eagle3Speculator"), "its eagle3 has layers of qwen3 or llama"
+)
+P_EAGLE = SpeculatorPEagle(
+    dict.fromkeys(("qwen3", "llama"), "PEagleDraftModel"), "its peagle has layers of qwen3 or llama"
 )
 DFLASH = SpeculatorBlock(
     {"qwen3": "DFlashSpeculator"}, "its dflash has layers of qwen3", (complete_vocabulary,), name="dflash"
@@ -34,7 +42,8 @@ class SpeculatorsEngine(VLLMEngine):
 
     name = "speculators"
     forms: ClassVar = {
-        "eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
+        "eagle3": EAGLE3, "p_eagle": P_EAGLE,
+        "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
         "dflash2-k-1": DFLASH2,
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from typing import ClassVar
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.block import DFlash, DFlash2, DSpark, vanilla_head
 from deepspec.export.forms.eagle3 import Eagle3
+from deepspec.export.forms.p_eagle import PEagle
 from deepspec.export.parts import DraftCheckpoint, Reason
 
 
@@ -22,6 +23,7 @@ def keys_as_values(draft: DraftCheckpoint) -> Reason | None:
 EAGLE3 = Eagle3(
     {"qwen3": "Eagle3Qwen3ForCausalLM", "llama": "Eagle3LlamaForCausalLM"}, "there is no Eagle3 class of this family"
 )
+P_EAGLE = PEagle(EAGLE3.classes, EAGLE3.other_family)
 DSPARK = DSpark(
     {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"},
     "its block drafters norm every head",
@@ -35,11 +37,14 @@ FROM_ANCHOR = Reason(
 
 
 class VLLMEngine(ExportEngine):
-    """Eagle3 of one layer, DSpark with a vanilla head, DFlash in both conventions, DFlash 2 in the engines' own."""
+    """Eagle3 of one layer, P-EAGLE, DSpark with a vanilla head, DFlash in both conventions,
+    DFlash 2 in the engines' own.
+    """
 
     name = "vllm"
     forms: ClassVar = {
-        "eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
+        "eagle3": EAGLE3, "p_eagle": P_EAGLE,
+        "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
         "dflash2-k-1": DFLASH2,
     }  # fmt: skip
     refused: ClassVar = {"dflash2": FROM_ANCHOR}
@@ -51,8 +56,9 @@ class VLLMEngine(ExportEngine):
 
     def speculative(self, draft: DraftCheckpoint, folder: str) -> dict[str, object]:
         """Its ``speculative_config`` of a draft of our layout that was exported to ``folder``."""
-        method = self.forms[draft.kind].name
-        return {"model": folder, "method": method, "num_speculative_tokens": draft.parsed.max_draft}
+        form = self.forms[draft.kind]
+        told = {"model": folder, "method": form.name, "num_speculative_tokens": draft.parsed.max_draft}
+        return {**told, **form.speculative}
 
 
 VLLM = VLLMEngine()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +28,8 @@ class Form(ABC):
         other_family: why drafts of other families are refused.
         requires: what else a draft must meet.
         name: what the engine calls this way of drafting.
+        speculative: what else the engine is told of such a draft when it is started.
+        learned_row: whether the file holds an embedding with a row of the draft's own.
     """
 
     classes: Mapping[str, str]
@@ -35,6 +37,8 @@ class Form(ABC):
     requires: tuple[Requirement, ...] = ()
     name: str = ""
     carries: tuple[str, ...] = ()  # fields of optional parts of a draft (``OwnField.optional``) that it has room for
+    speculative: Mapping[str, object] = field(default_factory=dict)
+    learned_row: bool = False
     key: ClassVar[str] = "architectures"  # the field of config.json by which a draft of this form is known
 
     def reason(self, draft: DraftCheckpoint) -> Reason | None:

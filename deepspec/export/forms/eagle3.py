@@ -8,12 +8,13 @@ from typing import Any
 
 from deepspec.errors import DraftError
 from deepspec.export.forms.base import Form, Requirement, one_layer, our_layout, own_names, with_head_rows
-from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
+from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
-NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")  # of other people's: ours has none of them
+NORMS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")  # of EAGLE-3.1
+PARALLEL = "pard_token"
 LEFT_OUT = ("architectures", "eagle_aux_hidden_state_layer_ids", "eagle_config", "num_aux_hidden_states",
-            "draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "target_hidden_size",
-            "num_target_layers")  # fmt: skip
+            "draft_vocab_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output",
+            "target_hidden_size", "num_target_layers")  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,10 +24,15 @@ class Eagle3(Form):
     requires: tuple[Requirement, ...] = (one_layer,)
     name: str = "eagle3"
 
+    def label(self, config: Mapping[str, Any]) -> Any:
+        """Its parallel sibling has the same class, and a token in place of those that are not yet known."""
+        name = super().label(config)
+        return f"{name} {PARALLEL}" if config.get(PARALLEL) is not None else name
+
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         layers = [layer + 1 for layer in draft.parsed.target_layers]
         fields = {"eagle_aux_hidden_state_layer_ids": layers}
-        return self._flat(draft, fields, {"norm_before_residual": False})
+        return self._flat(draft, fields, stated_norms(draft))
 
     def _flat(self, draft: DraftCheckpoint, layers: dict[str, Any], norms: dict[str, Any]) -> DraftCheckpoint:
         config = draft.transformer | {
@@ -40,8 +46,8 @@ class Eagle3(Form):
         return DraftCheckpoint(config, with_head_rows(draft), draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
-        refuse_norms(draft)
-        return read_eagle3(draft, hints, draft.config, one_lower(draft.config.get("eagle_aux_hidden_state_layer_ids")))
+        layers = one_lower(draft.config.get("eagle_aux_hidden_state_layer_ids"))
+        return read_eagle3(draft, hints, draft.config, layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +64,7 @@ class Eagle3Midlayer(Eagle3):
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         if int(draft.config.get("num_hidden_layers", 1)) != 1:
             raise DraftError("further layers of an Eagle3 are not ours", file=draft.file, key="num_hidden_layers")
+        refuse_norms(draft)
         ids = (draft.config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         return read_eagle3(draft, hints, draft.config, ids)
 
@@ -67,14 +74,37 @@ def one_lower(ids: Sequence[int] | None) -> list[int] | None:
     return None if ids is None else [int(i) - 1 for i in ids]
 
 
+def no_norms(draft: DraftCheckpoint) -> Reason | None:
+    """Where the engine reads none of EAGLE-3.1's options, and would leave them out without a word."""
+    key = next((key for key in NORMS if getattr(draft.parsed, key)), None)
+    return Reason("its Eagle3 does not read it", key, True, f"train with draft.{key}: false") if key else None
+
+
+def stated_norms(draft: DraftCheckpoint) -> dict[str, bool]:
+    """EAGLE-3.1's options at the top level; the one whose default differs between engines is always written."""
+    on = {key: True for key in NORMS if getattr(draft.parsed, key, False)}
+    return {"norm_before_residual": False} | on
+
+
+def read_norms(config: Mapping[str, Any]) -> dict[str, bool]:
+    """The options of a config.json, by our names, which are the engines'; one may be in ``eagle_config``."""
+    inner = config.get("eagle_config") or {}
+    return {key: bool(config.get(key, inner.get(key) if key == "norm_before_fc" else False)) for key in NORMS}
+
+
 def refuse_norms(draft: DraftCheckpoint) -> None:
-    """Refuse an Eagle3 with norms that ours does not have.
+    """Refuse norms in a form whose engine reads none; ``norm_output`` also where it is false.
+
+    One trainer of this form means by it the norm before the head, which ours always has; elsewhere it is what is fed
+    back.
 
     Raises:
-        DraftError: it has one.
+        DraftError: the config states one.
     """
-    if odd := [key for key in NORMS if draft.config.get(key)]:
-        raise DraftError("an Eagle3 with norms that ours has not", file=draft.file, key=", ".join(odd), found=True)
+    if odd := [key for key in NORMS if draft.config.get(key) or (key == "norm_output" and key in draft.config)]:
+        remedy = "import the form it was trained in (speculators), or remove the key where it changes nothing"
+        problem, found = "an option of EAGLE-3.1 that means nothing, or different things, in this form", True
+        raise DraftError(problem, file=draft.file, key=", ".join(odd), found=found, remedy=remedy)
 
 
 def read_eagle3(
@@ -98,6 +128,7 @@ def read_eagle3(
         "draft_num_hidden_layers": int(transformer["num_hidden_layers"]),
         "ttt_length": int(length),
         "step_loss_decay": 1.0,  # of training alone; a draft of ours states its own
+        **read_norms(draft.config),
     }
     if "d2t" in state:
         fields["draft_vocab_size"] = int(state["d2t"].shape[0])

@@ -28,6 +28,7 @@ from deepspec.export.forms.base import (
     with_head_rows,
 )
 from deepspec.export.forms.block import MARKOV, vanilla_head, zero_markov
+from deepspec.export.forms.eagle3 import no_norms
 from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints, Reason
 from deepspec.families.base import Shape
 
@@ -163,7 +164,7 @@ class BlockGGUF(GGUFForm):
 class Eagle3GGUF(GGUFForm):
     """Eagle3: one layer without norms on the heads; queries and keys rotate neighbours, not halves."""
 
-    requires: tuple[Requirement, ...] = (*COMMON, one_layer, three_layers)
+    requires: tuple[Requirement, ...] = (*COMMON, one_layer, three_layers, no_norms)
 
     def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
         return {"target_hidden_size": draft.shape.hidden_size, "vocab_size": draft.shape.vocab_size}

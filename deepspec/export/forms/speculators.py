@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from deepspec.errors import DraftError
-from deepspec.export.forms.base import SLIDING, Form, refuse_windows, with_head_rows
+from deepspec.export.forms.base import SLIDING, Form, Requirement, refuse_windows, with_head_rows
 from deepspec.export.forms.block import PARTS, read_block, zero_markov
-from deepspec.export.forms.eagle3 import one_lower, read_eagle3, refuse_norms
+from deepspec.export.forms.eagle3 import one_lower, read_eagle3, stated_norms
+from deepspec.export.forms.p_eagle import SERVED, learned_row_in, no_fc_norm, read_p_eagle
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
 
 
@@ -68,18 +69,43 @@ class SpeculatorEagle3(Speculator):
     name: str = "eagle3"
 
     def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
-        return {"eagle_aux_hidden_state_layer_ids": layers, "norm_before_residual": False}
+        return {"eagle_aux_hidden_state_layer_ids": layers, **stated_norms(draft)}
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         config = draft.config
-        refuse_norms(draft)
         if "norm_before_residual" not in config:
             remedy = "write false or true into its config.json: the library and vLLM disagree on the default"
             raise missing(draft, "norm_before_residual", remedy)
-        methods = (config.get("speculators_config") or {}).get("proposal_methods") or [{}]
-        stated = replace(hints, max_draft=hints.max_draft or methods[0].get("speculative_tokens"))
         layers = one_lower(config.get("eagle_aux_hidden_state_layer_ids"))
-        return read_eagle3(trained(draft), stated, config.get("transformer_layer_config") or {}, layers)
+        transformer = config.get("transformer_layer_config") or {}
+        return read_eagle3(trained(draft), with_max_draft(draft, hints), transformer, layers)
+
+
+@dataclass(frozen=True, eq=False)
+class SpeculatorPEagle(Speculator):
+    """Its P-EAGLE; the embedding in the file has the learned row in place of the mask token's."""
+
+    requires: tuple[Requirement, ...] = (no_fc_norm,)
+    name: str = "peagle"
+    speculative: Mapping[str, object] = field(default_factory=lambda: SERVED)
+    learned_row: bool = True
+
+    def fields(self, draft: DraftCheckpoint, layers: list[int], state: dict[str, Tensor]) -> dict[str, Any]:
+        learned_row_in(draft, state)
+        mask = {"mask_token_id": draft.parsed.mask_token_id}
+        return {"eagle_aux_hidden_state_layer_ids": layers, **mask, **stated_norms(draft)}
+
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        config = draft.config
+        layers, transformer = one_lower(config.get("eagle_aux_hidden_state_layer_ids")), "transformer_layer_config"
+        stated = with_max_draft(draft, hints)
+        return read_p_eagle(trained(draft), stated, config.get(transformer) or {}, layers, config.get("mask_token_id"))
+
+
+def with_max_draft(draft: DraftCheckpoint, hints: ImportHints) -> ImportHints:
+    """The hints, with the drafts a round that the config proposes where the user states none."""
+    methods = (draft.config.get("speculators_config") or {}).get("proposal_methods") or [{}]
+    return replace(hints, max_draft=hints.max_draft or methods[0].get("speculative_tokens"))
 
 
 @dataclass(frozen=True, eq=False)
