@@ -8,6 +8,9 @@ Seconds are CPU seconds of the one thread, which a busy neighbour disturbs least
 above model and inputs (each measurement runs in its own process, after a tiny step that loads the libraries' code).
 ``--real`` adds the loss at V 151,936, 512 anchors, hidden 2560, S 4096.
 
+Then a row for every other drafter, every loss of the table and D-PACE (fp32): the rows of a group take turns in one
+process, a step each, and are compared with the group's base; memory again in processes of their own.
+
 Last comes the time between a micro-batch's arrival and its first kernel (S 4096, 512 anchors, 2048 tokens supervised):
 what the host does before the device has work. ``--before`` measures it also of another checkout, with the same Python;
 one that planned in the step (such as a06a0c0) does so between the two.
@@ -23,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,7 @@ from plain_objectives import plain_block_loss, plain_eagle3_loss
 
 from deepspec import registry
 from deepspec.batch import Batch, Supervision
+from deepspec.nn.loss_table import LOSSES
 from deepspec.targets import TargetSpec
 
 PUBLISHED = {  # (algorithm, dtype) -> seconds, MB above model and inputs
@@ -41,10 +46,41 @@ PUBLISHED = {  # (algorithm, dtype) -> seconds, MB above model and inputs
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = {"hidden": 256, "heads": 4, "kv": 2, "head_dim": 64, "mlp": 1024, "vocab": 32_768, "S": 1024, "anchors": 128}
 REAL = {"hidden": 2560, "heads": 32, "kv": 8, "head_dim": 128, "mlp": 9728, "vocab": 151_936, "S": 4096, "anchors": 512}
+MEMORY = 1.1  # of its base's, at most, for every row below
+
+
+@dataclass(frozen=True)
+class Row:
+    """A drafter or loss that is compared with another row."""
+
+    algorithm: str
+    section: dict[str, Any]  # keys of its draft section
+    base: str  # the row
+    limit: float | None = None  # of its time in the base's; None: no bar
+
+
+def _weighed(**terms: float) -> dict[str, Any]:
+    return {"loss": [{"name": name, "weight": weight} for name, weight in terms.items()]}
+
+
+ROWS = {  # those of drafters appear with the drafter
+    "dflash2": Row("dflash2", {}, "dflash", 1.35),
+    "p_eagle, K 7": Row("p_eagle", {"num_depths": 7}, "eagle3", 0.5),
+    "mtp": Row("mtp", {}, "eagle3"),
+    "dflash d_pace": Row("dflash", {"d_pace": 0.5}, "dflash", 1.05),
+    "dflash l1": Row("dflash", _weighed(l1=1.0), "dflash"),
+    **{
+        f"dflash {name}": Row("dflash", _weighed(**{name: 1.0}), "dflash l1", 1.05 if name == "lk_hybrid" else None)
+        for name in LOSSES
+        if name not in ("ce", "l1", "e2e_tv")
+    },
+    "dflash l1 + e2e_tv": Row("dflash", _weighed(l1=1.0, e2e_tv=1.0), "dflash l1", 1.05),
+    "dflash ce + l1 + e2e_tv": Row("dflash", _weighed(ce=0.1, l1=0.9, e2e_tv=1.0), "dflash l1"),
+}
 
 
 def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
-    """A draft of ``size`` with random frozen embedding and head."""
+    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head."""
     config = {
         "hidden_size": size["hidden"], "intermediate_size": size["mlp"], "num_attention_heads": size["heads"],
         "num_key_value_heads": size["kv"], "head_dim": size["head_dim"], "vocab_size": size["vocab"],
@@ -52,18 +88,21 @@ def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
     spec = TargetSpec("bench", registry.family("qwen3"), config, "qwen3")
+    row = ROWS.get(name, Row(name, {}, name))
+    algorithm = registry.algorithm(row.algorithm)
     section: dict[str, Any] = {"target_layers": [1, 9, 17, 25, 33]}
-    if name != "eagle3":
-        section |= {"num_anchors": size["anchors"], "mask_token_id": 5}
-    algorithm = registry.algorithm(name)
+    if "target_layers" in algorithm.tiny_section:  # it continues the target's last state
+        section["target_layers"] = [36]
+    known = {"num_anchors": size["anchors"], "mask_token_id": 5}
+    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section} | row.section
     model = algorithm.build(algorithm.parse(section, None), spec).to(dtype)
     weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
     model.attach(weights.to(dtype), weights.to(dtype))
     return model
 
 
-def make_batch(size: dict[str, int], dtype: torch.dtype, supervised: int) -> Batch:
-    """One conversation of S tokens, ``supervised`` of them in three spans."""
+def make_batch(size: dict[str, int], dtype: torch.dtype, supervised: int, layers: int = 5) -> Batch:
+    """One conversation of S tokens, ``supervised`` of them in three spans, with the states of ``layers`` layers."""
     S, generator = size["S"], torch.Generator().manual_seed(0)
     mask = torch.zeros(1, S, dtype=torch.bool)
     span = supervised // 3
@@ -73,7 +112,7 @@ def make_batch(size: dict[str, int], dtype: torch.dtype, supervised: int) -> Bat
     return Batch(
         Supervision(mask, torch.tensor([S]), (0,), 0, 0),
         torch.randint(0, size["vocab"], (1, S), generator=generator),
-        hidden[..., : 5 * size["hidden"]].contiguous(),
+        hidden[..., : layers * size["hidden"]].contiguous(),
         hidden[..., 5 * size["hidden"] :].contiguous(),
     )
 
@@ -94,8 +133,10 @@ def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, re
     torch.set_num_threads(1)
     size = REAL if real else SMALL
     tiny = {**SMALL, "vocab": 512, "S": 128, "anchors": 8}
-    step(build(name, DTYPES[dtype], tiny), make_batch(tiny, DTYPES[dtype], 48), plain)
-    model, batch = build(name, DTYPES[dtype], size), make_batch(size, DTYPES[dtype], supervised)
+    first = build(name, DTYPES[dtype], tiny)
+    layers = len(first.config.target_layers)
+    step(first, make_batch(tiny, DTYPES[dtype], 48, layers), plain)
+    model, batch = build(name, DTYPES[dtype], size), make_batch(size, DTYPES[dtype], supervised, layers)
     if plain:
         model.attention = "sdpa"
     if real:
@@ -131,6 +172,22 @@ def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
     return {"seconds": seconds, "megabytes": resident("VmHWM") - before, "loss": float(loss.combined.detach())}
 
 
+def measure_turns(names: str, dtype: str, supervised: int, rounds: int) -> dict[str, float]:
+    """Median seconds of each row of ``names`` (between |), which take turns."""
+    torch.set_num_threads(1)
+    models = {name: build(name, DTYPES[dtype], SMALL) for name in names.split("|")}
+    layers = {name: len(model.config.target_layers) for name, model in models.items()}
+    batches = {count: make_batch(SMALL, DTYPES[dtype], supervised, count) for count in set(layers.values())}
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 1):
+        for name, model in models.items():
+            start = time.process_time()
+            step(model, batches[layers[name]], plain=False)
+            if turn:
+                times[name].append(time.process_time() - start)
+    return {name: statistics.median(spent) for name, spent in times.items()}
+
+
 class FirstKernel(Exception):
     """The draft's first product is about to run."""
 
@@ -154,6 +211,26 @@ def measure_arrival(name: str, rounds: int) -> dict[str, float]:
             model(batch)
         times.append(1000 * (time.perf_counter() - start))
     return {"milliseconds": statistics.median(times)}
+
+
+def compare_rows(rounds: int, bars: Bars) -> None:
+    """The table of :data:`ROWS`, group by group."""
+    print("\n| row | base | s | of base's | MB | of base's |\n|---|---|---|---|---|---|")
+    there = {name: row for name, row in ROWS.items() if row.algorithm in registry.ALGORITHMS}
+    for base in dict.fromkeys(row.base for row in there.values()):
+        group = [base, *(name for name, row in there.items() if row.base == base)]
+        seconds = in_process("|".join(group), "fp32", "512", str(rounds), "turns")
+        memory = {name: in_process(name, "fp32", "512", "1", "fused")["megabytes"] for name in group}
+        for name in group:
+            ratio, more = seconds[name] / seconds[base], memory[name] / memory[base]
+            print(
+                f"| {name} | {base} | {seconds[name]:.2f} | {ratio:.2f} | {memory[name]:.0f} | {more:.2f} |", flush=True
+            )
+            if name == base:
+                continue
+            if there[name].limit is not None:
+                bars[f"{name} time of {base}"] = at_most(ratio, there[name].limit)
+            bars[f"{name} memory of {base}"] = at_most(more, MEMORY)
 
 
 def arrivals(before: Path | None, bars: Bars) -> None:
@@ -219,6 +296,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3, help="0: the time to the first kernel alone")
+    parser.add_argument("--rows", action="store_true", help="leave out the comparison with the plain twins")
     parser.add_argument("--real", action="store_true", help="also the loss at the real shape (about 10 GB, minutes)")
     parser.add_argument("--before", type=Path, help="a checkout to compare the time to the first kernel with")
     parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
@@ -228,9 +306,14 @@ def main() -> None:
         if mode == "arrival":
             print(json.dumps(measure_arrival(name, int(rounds))))
             return
+        if mode == "turns":
+            print(json.dumps(measure_turns(name, dtype, int(supervised), int(rounds))))
+            return
         print(json.dumps(measure(name, dtype, int(supervised), mode == "plain", int(rounds), mode == "real")))
         return
-    bars = compare(given.rounds) if given.rounds else {}
+    bars = compare(given.rounds) if given.rounds and not given.rows else {}
+    if given.rounds:
+        compare_rows(2 * given.rounds + 1, bars)
     arrivals(given.before, bars)
     if given.real:
         real = in_process("dspark", "bf16", "2048", "1", "real")

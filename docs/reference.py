@@ -72,12 +72,17 @@ def readers(kinds: dict[str, type]) -> Reads:
     for name, kind in kinds.items():
         if "." in name:
             inner[kinds[name.rpartition(".")[0]].__name__, name.rpartition(".")[2]] = kind.__name__
+    drafts = {
+        cls.__name__ for name in registry.ALGORITHMS for cls in registry.algorithm(name).config_class.__mro__[:-1]
+    }
     found: Reads = defaultdict(set)
     for module, path in modules().items():
         if module.split(".")[1] in NO_READERS:
             continue
         for scope in ast.parse(path.read_text(encoding="utf-8")).body:
             known = _known(scope, {*inner.values(), "Recipe"}, inner)
+            if isinstance(scope, ast.ClassDef) and scope.name in drafts:
+                known["self"] = "draft"
             for node in ast.walk(scope):
                 if isinstance(node, ast.Attribute) and (kind_name := _kind(node.value, known, inner)):
                     found[kind_name, node.attr].add(module)

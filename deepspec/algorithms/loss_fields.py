@@ -13,9 +13,7 @@ class LossFields:
     """Part of every ``draft:`` section."""
 
     loss: tuple[LossTerm, ...] | None = None  # its terms, [{name: l1, weight: 0.9}, ...]; null: as published
-    d_pace: float | None = (
-        None  # alpha of D-PACE, which weighs a slot by what it reaches, instead of a decay; null: off
-    )
+    d_pace: float | None = None  # alpha of D-PACE: a slot weighs by what it reaches, no decay; null: off
 
     def __post_init__(self) -> None:
         alpha = self.d_pace

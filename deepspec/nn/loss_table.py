@@ -78,18 +78,21 @@ def _nla_slope(accept: Tensor) -> Tensor:
 
 
 LOSSES: dict[str, Loss] = {
-    "ce": Loss("-log p[label]", "DFlash", lambda row: row.ce, compares=False, hard=1.0),
-    "soft_ce": Loss("-sum q log p", "Eagle3: the gradient of kl", lambda row: row.soft_ce, soft=1.0),
-    "kl": Loss("KL(q || p)", "P-EAGLE, arXiv 2602.01469; JetSpec", _kl, soft=1.0),
-    "reverse_kl": Loss("KL(p || q)", "speculators", lambda row: row.reverse_kl, reverse=1.0),
-    "jsd": Loss("KL(p || m) / 2 + KL(q || m) / 2, m = (p + q) / 2", "speculators", lambda row: row.jsd, middle=1.0),
-    "l1": Loss("sum abs(p - q) = 2 tv", "DSpark", lambda row: row.distance, l1=1.0),
+    "ce": Loss("-log p[label]", "the DFlash paper", lambda row: row.ce, compares=False, hard=1.0),
+    "soft_ce": Loss("-sum q log p", "the Eagle3 paper; its gradient is that of kl", lambda row: row.soft_ce, soft=1.0),
+    "kl": Loss("sum q (log q - log p)", "P-EAGLE, arXiv 2602.01469; JetSpec", _kl, soft=1.0),
+    "reverse_kl": Loss("sum p (log p - log q)", "speculators", lambda row: row.reverse_kl, reverse=1.0),
+    "jsd": Loss(
+        "half of sum p (log p - log m) + q (log q - log m), m = (p + q) / 2", "speculators", lambda row: row.jsd,
+        middle=1.0,
+    ),
+    "l1": Loss("sum abs(p - q) = 2 tv", "the DSpark paper", lambda row: row.distance, l1=1.0),
     "tv": Loss("1 - a", "speculators", lambda row: 0.5 * row.distance, l1=0.5),
     "nla": Loss(
         "-log max(a, 1e-5)", "speculators", lambda row: -row.accept.clamp_min(LEAST_ACCEPTED).log(), l1=_nla_slope
     ),
     "lk_hybrid": Loss(
-        "c KL(q || p) + (1 - c) tv, c = exp(-3 a) without gradient", "arXiv 2602.23881", _lk_hybrid, soft=_trust,
+        "c kl + (1 - c) tv, c = exp(-3 a) without gradient", "arXiv 2602.23881", _lk_hybrid, soft=_trust,
         l1=lambda accept: 0.5 - 0.5 * _trust(accept),
     ),
     "e2e_tv": Loss("1 - mean over a chain's slots k of a_1 .. a_k", "AngelSpec", None),
