@@ -53,11 +53,13 @@ class LossPlan:
 
 
 def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """``value`` with every tensor in it changed, those in fields that are dataclasses too."""
+    """``value`` with every tensor in it changed, those in fields that are dataclasses, or tuples of them, too."""
     if isinstance(value, Tensor):
         return change(value)
     if is_dataclass(value) and not isinstance(value, type):
         return replace(value, **{one.name: _each_tensor(getattr(value, one.name), change) for one in fields(value)})
+    if isinstance(value, tuple) and value and is_dataclass(value[0]):
+        return tuple(_each_tensor(one, change) for one in value)
     return value
 
 

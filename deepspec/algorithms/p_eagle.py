@@ -12,13 +12,14 @@ positions a sample keeps about n * max(r^d, floor) chains that reach depth d, al
     loss = mean over the supervised elements of all depths of KL(target || draft), or what ``loss`` names
 
 B batch, S sequence, T positions whose features are read (the first T of S), M active positions of a row (those that are
-supervised at depth 0), N chains of a row, J = K - 1 depths below 0, C elements of all chains, L target layers, D hidden
-size, R supervised elements, P distinct target positions of them.
+supervised at depth 0), N chains of a row, J = K - 1 depths below 0, C elements of all chains in the order of row,
+anchor and depth, L target layers, D hidden size, R supervised elements, P distinct target positions of them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, cast
 
 import torch
@@ -97,17 +98,38 @@ def draw_chains(supervised: Tensor, config: PEagleConfig, generator: torch.Gener
 
 
 @dataclass(frozen=True)
+class Span:
+    """Some depths of the chains that reach the first of them, attended together: 1, 2 to 3, 4 to 7, ...
+
+    One group of all depths would hold a query for every depth of a chain that ended long before.
+    """
+
+    anchor_BN: Tensor  # int64 anchors, 0 where a row has fewer chains
+    element_BNM: Tensor  # index of the chain's element of depths 1..M among the C, any where there is none
+    num_queries: int  # the last so many of the M depths are the span's
+
+    @staticmethod
+    def make(reached_BS: Tensor, number_BSJ: Tensor, first: int, last: int) -> tuple[Span, Tensor]:
+        """The span of depths ``first``..``last``, and which of its queries are elements, [B, N, K]."""
+        anchor_BN, real_BN = _columns(reached_BS >= first)
+        row_B1 = torch.arange(len(reached_BS))[:, None]
+        element_BNM = number_BSJ[row_B1, anchor_BN, :last] * real_BN[..., None]
+        own_BNK = torch.arange(first, last + 1) <= reached_BS[row_B1, anchor_BN, None]
+        return Span(anchor_BN, element_BNM, last + 1 - first), own_BNK & real_BN[..., None]
+
+
+@dataclass(frozen=True)
 class ChainPlan(LossPlan):
     """The elements of a micro-batch; the weight is the number of those that are supervised."""
 
     active_BM: Tensor  # int64 positions supervised at depth 0, 0 where a row has fewer
-    anchor_BN: Tensor  # int64 anchors of the chains, 0 where a row has fewer
-    cell_C: Tensor  # index of each chain element in [B, N, J] flattened
-    position_C: Tensor  # its position a + d
+    position_C: Tensor  # the position a + d of each chain element
+    spans: tuple[Span, ...]
+    cell_C: Tensor  # index of each chain element among the queries of all spans, flattened one after the other
     element_R: Tensor  # index of each supervised element among [B * M active | C of chains]
     grid_R: Tensor  # its index in [B, T, K] flattened: by anchor and depth
     position_P: Tensor  # index of each distinct target position a + d + 1 in [B, S] flattened
-    rows: HeadRows  # without labels: the divergence from the target reads none
+    rows: HeadRows  # without labels
     num_depths: int
     max_context_len: int  # T
 
@@ -116,24 +138,37 @@ class ChainPlan(LossPlan):
         """The plan for positions supervised at depth 0, and the depth that each anchor's chain reaches."""
         S = supervised_BS.shape[1]
         active_BM, is_active_BM = _columns(supervised_BS)
-        anchor_BN, is_anchor_BN = _columns(reached_BS > 0)
-        chain_BNJ = torch.arange(1, num_depths) <= reached_BS.gather(1, anchor_BN)[..., None]
-        chain_BNJ = chain_BNJ & is_anchor_BN[..., None]
-        row_C, column_C, depth_C = chain_BNJ.nonzero(as_tuple=True)
-        anchor_C = anchor_BN[row_C, column_C]
+        chain_BSJ = torch.arange(1, num_depths) <= reached_BS[..., None]
+        row_C, anchor_C, depth_C = chain_BSJ.nonzero(as_tuple=True)
+        spans, cell_C = _spans(reached_BS, chain_BSJ, len(row_C))
         row_A, column_A = is_active_BM.nonzero(as_tuple=True)
-        context = int(max(part.max() if part.numel() else 0 for part in (active_BM, anchor_BN))) + 1
         row_R, anchor_R = torch.cat((row_A, row_C)), torch.cat((active_BM[row_A, column_A], anchor_C))
         depth_R = torch.cat((torch.zeros_like(row_A), depth_C + 1))
-        element_R = torch.cat((row_A * active_BM.shape[1] + column_A, active_BM.numel() + torch.arange(len(row_C))))
+        context = int(anchor_R.max()) + 1 if len(anchor_R) else 1
+        chained_C = active_BM.numel() + torch.arange(len(row_C))
+        element_R = torch.cat((row_A * active_BM.shape[1] + column_A, chained_C))
         position, order = (row_R * S + anchor_R + depth_R + 1).sort(stable=True)
         position_P, position_R = torch.unique_consecutive(position, return_inverse=True)
         rows = HeadRows.plan(position_R, torch.ones(len(order)))
         grid_R = (row_R * context + anchor_R) * num_depths + depth_R
         return ChainPlan(
-            rows.weight_R.sum(), active_BM, anchor_BN, chain_BNJ.flatten().nonzero()[:, 0], anchor_C + depth_C + 1,
-            element_R[order], grid_R[order], position_P, rows, num_depths, context,
+            rows.weight_R.sum(), active_BM, anchor_C + depth_C + 1, spans, cell_C, element_R[order], grid_R[order],
+            position_P, rows, num_depths, context,
         )  # fmt: skip
+
+
+def _spans(reached_BS: Tensor, chain_BSJ: Tensor, count: int) -> tuple[tuple[Span, ...], Tensor]:
+    """The spans of all depths, and the index of each of the ``count`` elements among their queries."""
+    number_BSJ = (chain_BSJ.flatten().cumsum(0) - 1).clamp_min(0).view_as(chain_BSJ)
+    spans, cell_C, first, before = [], torch.zeros(count, dtype=torch.int64), 1, 0
+    while first <= chain_BSJ.shape[2]:
+        last = min(2 * first - 1, chain_BSJ.shape[2])
+        span, own_BNK = Span.make(reached_BS, number_BSJ, first, last)
+        query = own_BNK.flatten().nonzero()[:, 0]
+        cell_C[span.element_BNM[..., first - 1 :].flatten()[query]] = before + query
+        spans.append(span)
+        first, before = last + 1, before + own_BNK.numel()
+    return tuple(spans), cell_C
 
 
 def _columns(mask_BS: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,49 +200,58 @@ class PEagleDraft(EagleDraft):
             input_ids: [B, S].
             plan: on the same device.
         """
-        B, T, C = len(features), plan.max_context_len, len(plan.cell_C)
+        B, T = len(features), plan.max_context_len
         position_BT = torch.arange(T, device=features.device).expand(B, -1)
         next_ids = nn.functional.pad(input_ids[:, 1:], (0, 1))[:, :T]
         mask_embedded, mask_hidden = self.mask_inputs()
-        embedded = torch.cat((self.frozen.embed(next_ids).flatten(0, 1), mask_embedded.expand(C, -1)))
-        hidden = torch.cat((self.start(features[:, :T]).flatten(0, 1), mask_hidden.expand(C, -1)))  # [B * T + C, D]
-        table = self.rotary(torch.cat((position_BT.flatten(), plan.position_C)))
+        # below depth 0 all elements read the same: the first layer projects one row for all of them
+        hidden, deeper = self.start(features[:, :T]), mask_hidden[None]
+        read: tuple[Tensor, Tensor] | None = self.frozen.embed(next_ids), mask_embedded[None]
+        table, deep_table = self.rotary(position_BT), self.rotary(plan.position_C)
+        queried, tables = None, (table, table, deep_table)
         for depth, layer in enumerate(self.layers):
-            last = depth == len(self.layers) - 1  # beyond the last layer's keys only supervised elements matter
-            queried = plan.active_BM if last else position_BT
-            read = embedded if depth == 0 else None
-            hidden = self.run(_chain_layer, layer, read, hidden, table, queried, plan, self.attention)
-        return hidden
+            if depth == len(self.layers) - 1:  # beyond the last layer's keys only supervised elements matter
+                queried, tables = plan.active_BM, (table, self.rotary(plan.active_BM), deep_table)
+            arguments = (layer, read, hidden, deeper, tables, queried, plan, self.attention)
+            hidden, deeper = self.run(_chain_layer, *arguments)
+            read = None
+        return torch.cat((hidden.flatten(0, 1), deeper))
 
 
 def _chain_layer(
-    layer: Any, embedded: Tensor | None, hidden: Tensor, table: Any, queried_Bm: Tensor, plan: ChainPlan, backend: str
-) -> Tensor:
-    """One layer over all elements [B * T + C, D]; outputs of the positions ``queried`` [B, m] and of the chains."""
+    layer: Any, embedded: tuple[Tensor, Tensor] | None, hidden: Tensor, deeper: Tensor, tables: Any,
+    queried_BM: Tensor | None, plan: ChainPlan, backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """One layer over positions [B, T, D] and chains [C, D], or [1, D] where all read the same.
+
+    ``embedded`` of both for a wide layer; tables of positions, of queried positions (None: of all) and of chains.
+    """
     if embedded is None:
-        read, residual = layer.input_layernorm(hidden), hidden
+        (first, residual), (deep, deep_residual) = ((layer.input_layernorm(x), x) for x in (hidden, deeper))
     else:
-        read, residual = wide_input(layer, embedded, hidden)
-    (B, m), (N, T, J) = queried_Bm.shape, (plan.anchor_BN.shape[1], plan.max_context_len, plan.num_depths - 1)
-    kv = layer.self_attn.keys_values(read, table)
-    if queried_Bm is plan.active_BM:
-        first = (queried_Bm + T * torch.arange(B, device=queried_Bm.device)[:, None]).flatten()
-        index = torch.cat((first, torch.arange(B * T, len(read), device=first.device)))
-        read, residual, *table = (part.index_select(0, index) for part in (read, residual, *table))
-    queries = layer.self_attn.queries(read, table)
+        (first, residual), (deep, deep_residual) = map(partial(wide_input, layer), embedded, (hidden, deeper))
+    attention, C, T = layer.self_attn, len(plan.position_C), plan.max_context_len
+    context = attention.keys_values(first, tables[0])
+    own = [part.expand(C, -1, -1) for part in attention.keys_values(deep, tables[2])]
+    queried = torch.arange(T, device=first.device).expand(len(first), -1) if queried_BM is None else queried_BM
+    if queried_BM is not None:
+        index = queried_BM[..., None]
+        first, residual = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in (first, residual))
+    queries = attention.queries(first, tables[1])[:, :, None]
+    mixed = attend(queries, context, None, queried + 1, attention.scale, backend)[:, :, 0]
+    deep_queries, chains = attention.queries(deep, tables[2]).expand(C, -1, -1), []
+    for span in plan.spans:
+        span_queries = _take(deep_queries, span.element_BNM[..., -span.num_queries :])
+        keys, values = (_take(part, span.element_BNM) for part in own)
+        where = (span.anchor_BN + 1, attention.scale, backend)
+        chains.append(attend(span_queries, context, (keys, values), *where, causal=True).flatten(0, 2))
+    deep_mixed = torch.cat(chains).index_select(0, plan.cell_C)
+    return layer.finish(residual, mixed), layer.finish(deep_residual.expand(C, -1), deep_mixed)
 
-    def chains(x: Tensor) -> Tensor:  # [C, ..] -> [B, N, J, ..]; what no chain reaches is 0, and nothing reads it
-        grid = x.new_zeros(B * N * J, *x.shape[1:]).index_copy(0, plan.cell_C, x)
-        return grid.view(B, N, J, *x.shape[1:])
 
-    keys, values = kv
-    context = keys[: B * T].unflatten(0, (B, T)), values[: B * T].unflatten(0, (B, T))
-    own = chains(keys[B * T :]), chains(values[B * T :])
-    scale, first_queries = layer.self_attn.scale, queries[: B * m].view(B, m, 1, *queries.shape[1:])
-    mixed = attend(first_queries, context, None, queried_Bm + 1, scale, backend)
-    deeper = attend(chains(queries[B * m :]), context, own, plan.anchor_BN + 1, scale, backend, causal=True)
-    deeper = deeper.flatten(0, 2).index_select(0, plan.cell_C)
-    return layer.finish(residual, torch.cat((mixed.flatten(0, 2), deeper)))
+def _take(rows: Tensor, index: Tensor) -> Tensor:
+    """``rows[index]``, whose gradient is added row by row."""
+    return rows.index_select(0, index.flatten()).view(*index.shape, *rows.shape[1:])
 
 
 class PEagleDrafter(Drafter):

@@ -114,8 +114,10 @@ def check_fit(draft: DraftCheckpoint, recipe: Recipe, spec: TargetSpec) -> None:
     if sorted(layers) != sorted(wanted_layers):
         _refuse(draft, "target_layer_ids", layers, f"target.layers {wanted_layers}", f"set target.layers: {layers}")
     for own in draft.algorithm.own_fields:
+        if not own.learned:
+            continue
         found, value = getattr(draft.parsed, own.attribute), getattr(recipe.draft, own.attribute)
-        if own.learned and found != value:
+        if found != value:
             key = f"draft.{own.attribute}"
             _refuse(draft, own.key, found, f"{value!r} as {key}", f"set {key}: {found!r}")
     _check_layers(draft, recipe)
@@ -212,8 +214,8 @@ def start_from(model: DraftModel, draft: DraftCheckpoint, section: DraftStart, t
     for name, tensor in given.items():
         own[name].copy_(tensor)
     for key in sorted({one.attribute for one in draft.algorithm.own_fields} - {"num_layers", "confidence_head"}):
-        found, now = getattr(draft.parsed, key), getattr(model.config, key)
-        if found != now:
+        found, now = getattr(draft.parsed, key), getattr(model.config, key, None)
+        if now is not None and found != now:
             notes.append(f"{key} {found!r} -> {now!r}")
     log.info("starting from %s%s", draft.file and draft.file.parent, "".join(f"\n  {note}" for note in notes))
 
@@ -269,7 +271,7 @@ def _move_rows(
 
 
 def _fit_heads(given: dict[str, Tensor], own: dict[str, Tensor], owner: Algorithm, notes: list[str]) -> None:
-    """Heads that only one side has, or of other shapes: the recipe's start anew, at zero effect."""
+    """Heads that only one side has, or of other shapes: the recipe's start anew, at zero effect where they can."""
     for prefix in owner.heads:
         theirs = {name: tensor.shape for name, tensor in given.items() if fnmatchcase(name, f"{prefix}*")}
         ours = {name: tensor.shape for name, tensor in own.items() if fnmatchcase(name, f"{prefix}*")}
@@ -280,7 +282,8 @@ def _fit_heads(given: dict[str, Tensor], own: dict[str, Tensor], owner: Algorith
         for name in owner.neutral:
             if name in ours:
                 own[name].zero_()
-        notes.append(f"{prefix.rstrip('.')}: {'new, it starts at zero effect' if ours else 'left out'}")
+        fresh = "new, it starts at zero effect" if any(name.startswith(prefix) for name in owner.neutral) else "new"
+        notes.append(f"{prefix.rstrip('._')}: {fresh if ours else 'left out'}")
 
 
 # -- its identity -----------------------------------------------------------------------------------------------------
