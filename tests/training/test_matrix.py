@@ -37,6 +37,7 @@ QUICK = {  # each algorithm with each family, each precision at each stage, Gemm
     *(("eagle3", "qwen3", "fp32", 3), ("dflash", "qwen3", "bf16", 0), ("dspark", "qwen3", "fp32", 0)),
     *(("eagle3", "llama", "fp32", 1), ("dflash", "llama", "fp32", 2), ("dspark", "llama", "bf16", 2)),
     ("p_eagle", "qwen3", "fp32", 3),  # a newer algorithm: one; the others are slow
+    ("dflash2", "qwen3", "bf16", 3),
 }
 EVERY_FAMILY = ("eagle3", "dflash", "dspark")
 
