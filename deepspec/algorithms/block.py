@@ -57,9 +57,7 @@ class BlockConfig(DraftConfig):
     loss_decay_gamma: float | None = 4.0  # draft k of a block weighs exp(-k / gamma); None: all weigh the same
     sample_from_anchor: bool = True  # False (z-lab, speculators): the anchor's slot drafts nothing
     causal: bool = False  # True (JetSpec): a slot sees its block's slots up to its own, not those after it
-    sliding_window: int | None = (
-        None  # a slot sees so many positions, its own the last of them; None: the whole context
-    )
+    sliding_window: int | None = None  # a slot sees so many positions up to its own; None: the whole context
     full_layers: tuple[int, ...] = ()  # 0-based layers of the draft that no sliding_window narrows
     conv_kernel_size: int = 0  # taps of the short convolutions around attention and MLP; 0: there are none
     conv_group_size: int = 16  # channels whose taps are corrected together

@@ -29,6 +29,7 @@ LAYERS = [0, 1, 2]
 DRAFTS: dict[str, dict[str, Any]] = {
     "dspark": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3, "markov_rank": 8},
     "dflash": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3},
+    "dflash2": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3, "selector_rank": 6},
     "p_eagle": {"num_layers": 2, "num_depths": 3, "mask_token_id": 3},
     "eagle3": {"num_layers": 1, "ttt_length": 3},
     "mtp": {"num_layers": 1, "steps": 3},

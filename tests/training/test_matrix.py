@@ -38,6 +38,7 @@ QUICK = {  # each algorithm with each family, each precision at each stage, Gemm
     *(("eagle3", "llama", "fp32", 1), ("dflash", "llama", "fp32", 2), ("dspark", "llama", "bf16", 2)),
     ("p_eagle", "qwen3", "fp32", 3),  # a newer algorithm or family: one; the others are slow
     ("mtp", "qwen3_5", "fp32", 3),
+    ("dflash2", "qwen3", "bf16", 3),
 }
 EVERY_FAMILY = ("eagle3", "dflash", "dspark")
 EVERY_ALGORITHM = ("qwen3", "llama", "gemma4")
