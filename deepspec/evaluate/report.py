@@ -215,7 +215,7 @@ def write_report(results: Mapping[str, Any], output: Path) -> list[Mapping[str, 
     parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
     parts.append(f"<details><summary>Provenance</summary><pre>{html.escape(provenance)}</pre></details>")
-    prompts = list(open_rows(output, "results").values())
+    prompts: list[Mapping[str, Any]] = list(open_rows(output, "results").values())
     answers = section(prompts)
     parts[1:1] = answers
     title = f"{results['algorithm']} on {Path(results['provenance']['target']).name}"
