@@ -21,7 +21,8 @@ help:
 	@echo "make lint        ruff, mypy, import contracts, and the site built strictly"
 	@echo "make docs        the site of docs/, with the reference made from the code, in build/site"
 	@echo "make test-slow   the tests of minutes each;  make test-mpi  those under mpirun"
-	@echo "make screenshots the pages in a headless Chromium (of the system: chromium), pictures in build/screenshots"
+	@echo "make screenshots the pages in a headless Chromium (of the system: chromium), pictures in build/screenshots;"
+	@echo "                 after the quickstart also those of the documentation, in docs/images"
 	@echo "make trust       kills, rot, hostile servers, full disks, fuzzing: an hour; writes docs/trust.md"
 	@echo "make house       size, length and names of the code against their limits"
 	@echo "make format      format the code"
@@ -62,8 +63,8 @@ test-slow: $(READY)
 
 screenshots: $(READY)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,browser]'
-	@$(BIN)/python -m pytest -m browser tests/browser
-	@echo "build/screenshots"
+	@DEEPSPEC_IMAGES=$(if $(wildcard build/quickstart/report.html),docs/images) $(BIN)/python -m pytest -m browser tests/browser
+	@echo "build/screenshots$(if $(wildcard build/quickstart/report.html), and docs/images)"
 
 test-mpi: $(READY)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,mpi]'

@@ -61,7 +61,7 @@ WINDOW = 512  # tokens
 WIDTH = 2560  # of the reading benchmark: windows joined side by side
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SIZE_LIMITS = {"lossless": 0.68, "near": 0.52, "compact": 0.47, "smallest": 0.40}  # of raw
-TAKES = "5 minutes"
+TAKES = "5 to 10 minutes; `read` needs 5 GB of disk meanwhile"
 SKIPPED = 512  # rows that the codecs were calibrated on are not measured
 
 

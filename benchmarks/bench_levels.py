@@ -61,7 +61,7 @@ def accepted_length(level: str, recipe: str, prompts: Path) -> tuple[float, floa
 def main() -> None:
     """Parse arguments, run, print the table."""
     bars = f"a level loses at most {LIMIT:.0%} of lossless's accepted length"
-    parser = Benchmark(__doc__, bars=bars, takes="10 to 40 minutes; what is made under build/quickstart/levels stays")
+    parser = Benchmark(__doc__, bars=bars, takes="25 to 45 minutes; what is made under build/quickstart/levels stays")
     parser.add_argument("--levels", nargs="+", default=["near", "compact", "smallest"], help="beside lossless")
     parser.add_argument("--recipe", default="quickstart_dspark", help="that is trained")
     parser.add_argument("--prompts", type=COUNT, default=256, help="held out, decoded greedily")

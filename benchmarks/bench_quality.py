@@ -102,7 +102,7 @@ def main() -> None:
     """Parse arguments, train, measure, print the table."""
     known = sorted(recipes(recipe_of))
     bars = f"accepted length at T=0 after 600 steps at least {', '.join(f'{k} {v}' for k, v in LIMITS.items())}"
-    parser = Benchmark(__doc__, bars=bars, takes="20 minutes to an hour; what is made under build/bench_quality stays")
+    parser = Benchmark(__doc__, bars=bars, takes="25 to 50 minutes; what is made under build/bench_quality stays")
     parser.add_argument("--steps", type=COUNT, default=600, help="optimizer steps of every training")
     parser.add_argument("--prompts", type=COUNT, default=288, help="held-out prompts")
     parser.add_argument("--drafters", nargs="+", default=known, choices=known, help="of the quickstart's recipes")

@@ -296,7 +296,7 @@ def compare(rounds: int) -> Bars:
 def main() -> None:
     """Parse arguments and print the table."""
     limits = "time at most 0.45 of the plain twin's and the published (24 tokens: 0.25), memory 0.20; 0.5 ms to start"
-    parser = Benchmark(__doc__, bars=limits, takes="10 to 20 minutes; --rounds 0 half a minute")
+    parser = Benchmark(__doc__, bars=limits, takes="10 minutes; --rounds 0 half a minute")
     parser.add_argument("--rounds", type=int, default=3, help="0: the time to the first kernel alone")
     parser.add_argument("--rows", action="store_true", help="leave out the comparison with the plain twins")
     parser.add_argument("--real", action="store_true", help="also the loss at the real shape (about 10 GB, minutes)")

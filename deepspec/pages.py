@@ -28,6 +28,12 @@ def shipped(name: str) -> str:
     return Path(__file__).with_name("assets").joinpath(name).read_text(encoding="utf-8")
 
 
+def colours() -> tuple[dict[str, str], dict[str, str]]:
+    """The named colours of a page, by light and by dark."""
+    light, dark = re.findall(r":root\{(.*?)\}", shipped("page.css"), re.DOTALL)
+    return tuple(dict(re.findall(r"--(\w+):(#\w+)", scheme)) for scheme in (light, dark))  # type: ignore[return-value]
+
+
 def data_block(name: str, value: Any) -> str:
     """A value for a page's scripts, as JSON in an element of that id."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,6 +1,8 @@
 "use strict";
 (() => {
-  const rows = JSON.parse(document.getElementById("transcripts").textContent);
+  const read = (name) => JSON.parse(document.getElementById(name).textContent);
+  const rows = read("transcripts"), meanings = read("kinds"); // of a token: its kind's name -> what that is
+  const names = Object.fromEntries(Object.keys(meanings).map((name) => [name[0], name]));
   const box = document.getElementById("answers"), told = document.getElementById("told");
   const find = document.getElementById("find"), order = document.getElementById("order");
   const more = document.getElementById("more"), STEP = 20;
@@ -26,24 +28,25 @@
         text.append(one);
         return one;
       };
-      const own = turn.rounds.reduce((sum, round) => sum + round[0], 0);
-      while (at < turn.pieces.length - own) add("first", "the target's first token, before any round");
-      turn.rounds.forEach(([count, accepted, refused], index) => {
-        const sure = row.sure[before + index] || [];
-        for (let position = 0; position < count; position++) {
-          const kind = position < accepted ? "accepted" : refused === null ? "bonus" : "corrected";
+      const [ahead, ...rounds] = turn.kinds; // a letter a token: before any round, then round by round
+      for (const letter of ahead) add(names[letter], meanings[names[letter]]);
+      rounds.forEach((letters, index) => {
+        const sure = row.sure[before + index] || [], refused = turn.refused[index];
+        for (let position = 0; position < letters.length; position++) {
+          const kind = names[letters[position]];
           let words = `round ${index + 1}, position ${position + 1}: ${kind}`;
           if (position < sure.length && kind !== "bonus") words += `, the draft's confidence ${sure[position]}`;
           if (kind === "corrected" && refused) words += `; drafted was ${JSON.stringify(refused)}`;
           add(kind, words).dataset.round = index;
         }
         const bar = make("i");
+        const count = letters.length, accepted = letters.split("a").length - 1;
         bar.style.height = `${4 * count}px`;
         bar.dataset.round = index;
         bar.dataset.told = `round ${index + 1}: ${count} tokens, ${accepted} of them drafted`;
         bars.append(bar);
       });
-      before += turn.rounds.length;
+      before += rounds.length;
       place.append(text, bars);
     }
   };

@@ -80,6 +80,7 @@ def main(group: str = "") -> int:
         found = " ".join(named[: 2 if verbs else 1])
         raise DeepSpecError("no such verb", found=found, remedy=nearest(found, verbs or VERBS))
     lines = ["verbs (each has its own --help):", *(f"  {verb:15s} {VERBS[verb][1]}" for verb in verbs)]
+    lines += [] if named else ["", "example:", f"  {PROGRAM} quickstart"]
     program = " ".join([PROGRAM, *named])
     own = Parser(prog=program, usage=f"{program} VERB ...", epilog="\n".join(lines))
     own.parse_args(words[len(named) :] or ["--help"])

@@ -8,7 +8,7 @@ from deepspec.arguments import Parser
 from deepspec.log import say
 from deepspec.progress import made
 from deepspec.recipe import load_recipe
-from deepspec.recipe_files import copy_recipe, own_recipes
+from deepspec.recipe_files import copy_recipe, own_recipes, read_files
 from deepspec.tables import Table
 
 
@@ -17,8 +17,8 @@ def list_recipes() -> None:
     Parser(
         description=list_recipes.__doc__, example="", piped=True, following="deepspec recipes show NAME"
     ).parse_args()
-    recipes = [load_recipe(name) for name in own_recipes()]
-    rows = [[recipe.name, recipe.algorithm, recipe.target.path] for recipe in recipes]
+    read = {name: read_files(name) for name in own_recipes()}  # checked, they would wait for torch
+    rows = [[name, values["algorithm"], values["target"]["path"]] for name, values in read.items()]
     print(Table(["name", "algorithm", "target"], rows).text())
 
 

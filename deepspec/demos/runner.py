@@ -74,7 +74,6 @@ class Runner:
             DeepSpecError: a command failed; its log's last lines were printed. What else was running is ended.
         """
         about(output=self.logs.parent)
-        self._begun = time.monotonic()
         for stage in self.stages:
             if stage.name in self.complete:
                 self._report(stage, f"complete already ({stage.artefact})")

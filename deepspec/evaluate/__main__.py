@@ -280,13 +280,12 @@ def _evaluate(given: argparse.Namespace) -> int:
     }
     results = Evaluation(Options(**_fields(Options, vars(given) | more)), world).run()
     if results is not None:
-        write_report(results.to_row(), Path(given.output))
+        rows = write_report(results.to_row(), Path(given.output))
         print(markdown(results.to_row()))
         if given.show:
-            from deepspec.evaluate.results import open_rows
             from deepspec.evaluate.transcript import show
 
-            print(f"\n{show(open_rows(Path(given.output), 'results').values(), given.show, in_colour())}\n")
+            print(f"\n{show(rows, given.show, in_colour())}\n")
     return 0
 
 

@@ -199,8 +199,8 @@ def _name_rows(axes: Any, rows: Rows) -> None:
     axes.invert_yaxis()
 
 
-def write_report(results: Mapping[str, Any], output: Path) -> None:
-    """Write ``report.html`` and ``results.md`` into ``output``."""
+def write_report(results: Mapping[str, Any], output: Path) -> list[Mapping[str, Any]]:
+    """Write ``report.html`` and ``results.md`` into ``output``; the rows of its prompts, which it reads."""
     rows = results["summaries"]
     write_text(output / "results.md", markdown(results) + "\n")
     height = 1.2 + 0.26 * len(rows)
@@ -215,7 +215,9 @@ def write_report(results: Mapping[str, Any], output: Path) -> None:
     parts += [f"<p>{html.escape(remark)}</p>" for remark in remarks(rows)]
     provenance = "\n".join(f"{key}: {value}" for key, value in results["provenance"].items())
     parts.append(f"<details><summary>Provenance</summary><pre>{html.escape(provenance)}</pre></details>")
-    answers = section(open_rows(output, "results").values())
+    prompts: list[Mapping[str, Any]] = list(open_rows(output, "results").values())
+    answers = section(prompts)
     parts[1:1] = answers
     title = f"{results['algorithm']} on {Path(results['provenance']['target']).name}"
     write_text(output / "report.html", page(title, parts, *([script()] if answers else [])))
+    return prompts

@@ -17,7 +17,7 @@ from deepspec.decoding.records import Generation
 from deepspec.errors import printable
 from deepspec.pages import data_block, shipped
 
-KINDS = {  # of a token -> what it is
+KINDS = {  # of a token -> what it is; in a page each is its first letter
     "first": "the target's first token, before any round",
     "accepted": "drafted, and accepted by the target",
     "corrected": "the target's own, where it refused the draft",
@@ -145,7 +145,7 @@ def section(rows: Iterable[Row]) -> list[str]:
                  '<option value="worst">worst first</option></select></div>'
                  '<section><div id="answers"></div><button id="more">more</button>'
                  '<div id="told" aria-live="polite">point at a token, or touch it</div></section>')  # fmt: skip
-    return [*parts, data_block("transcripts", [_for_page(row) for row in shown])]
+    return [*parts, data_block("kinds", KINDS), data_block("transcripts", [_for_page(row) for row in shown])]
 
 
 def script() -> str:
@@ -157,4 +157,14 @@ def _for_page(row: Row) -> dict[str, Any]:
     """What the page shows of a row; confidences as probabilities of the drafted tokens, by round."""
     sure = [[round(1 / (1 + math.exp(-logit)), 2) for logit in slots] for slots in row["confidence"]]
     name = f"{row['task']} {row['index']}, T={row['temperature']:g}"
-    return {"name": name, "tau": round(length_of(row) or 0.0, 2), "sure": sure, "turns": row["turns"]}
+    turns = [_turn_for_page(turn) for turn in row["turns"]]
+    return {"name": name, "tau": round(length_of(row) or 0.0, 2), "sure": sure, "turns": turns}
+
+
+def _turn_for_page(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """A turn's ``pieces``; ``kinds``: of the tokens before any round, then of each round's, a letter a token."""
+    kinds = [""] * (1 + len(turn["rounds"]))
+    for token in tokens_of(turn):
+        kinds[token.number] += token.kind[0]
+    refused = [draft for _, _, draft in turn["rounds"]]
+    return {"asked": turn["asked"], "pieces": turn["pieces"], "kinds": kinds, "refused": refused}

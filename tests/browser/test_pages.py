@@ -21,8 +21,12 @@ from deepspec.evaluate.report import write_report
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 api = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is not installed")
 SHOTS = Path(os.environ.get("DEEPSPEC_SCREENSHOTS", "build/screenshots"))
+IMAGES, LARGEST = (
+    os.environ.get("DEEPSPEC_IMAGES") or None,
+    150_000,
+)  # for the documentation
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome")
-SIZES = {"wide": (1200, 900), "phone": (390, 844)}
+SIZES = {"wide": (1200, 900), "phone": (390, 844), "picture": (1000, 640)}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +71,7 @@ def finish(tab: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["wide", "phone"])
 def test_the_report_is_readable(browser: Any, output: Path, size: str, scheme: str) -> None:
     tab = opened(browser, output / "report.html", size, scheme)
     assert tab.locator("figure svg").count() == 3
@@ -156,3 +160,24 @@ def test_the_pages_of_a_finished_quickstart(browser: Any) -> None:
         assert tab.locator(".tokens .accepted").count() > 0
         finish(tab, f"quickstart-{name}")
         tab.go_back()
+
+
+@pytest.mark.skipif(IMAGES is None, reason="DEEPSPEC_IMAGES names no folder for the documentation's pictures")
+def test_the_pictures_of_the_documentation(browser: Any) -> None:
+    root = Path("build/quickstart")
+    assert (root / "report.html").exists(), "run `make quickstart` first"
+    name = list(json.loads((root / "results.json").read_text())["algorithms"])[-1]
+    shown = {
+        "quickstart": opened(browser, root / "report.html", "picture"),
+        "answers": opened(browser, root / f"{name}-results" / "report.html", "picture"),
+        "answers-phone": opened(browser, root / f"{name}-results" / "report.html", "phone", "dark"),
+    }
+    for picture, tab in shown.items():
+        if "answers" in picture:
+            tab.select_option("#order", "worst")  # it has tokens of every kind
+            tab.evaluate("document.querySelector('.legend').previousElementSibling.scrollIntoView()")
+            tab.locator(".answer .corrected").first.hover()
+        path = Path(str(IMAGES)) / f"{picture}.png"
+        tab.screenshot(path=path)
+        assert path.stat().st_size < LARGEST
+        assert tab.problems == []

@@ -137,3 +137,20 @@ def test_an_installed_package_is_no_project(tmp_path: Path) -> None:
     config = site / "deepspec" / "share" / "deepspeed_configs" / "zero1_bf16.json"
     wanted = f"{work}/runs/dspark_qwen3_4b {work}/caches/qwen3_4b {config}"
     assert done.stdout.splitlines() == [wanted, wanted]
+
+
+NO_TORCH = """
+import sys
+from deepspec.cli import main
+sys.argv = ["deepspec", "recipes", *sys.argv[1:]]
+main()
+print("torch" in sys.modules, file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [("list",), ("copy", NAME)])
+def test_listing_and_copying_wait_for_no_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NO_TORCH, *words]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "False"
+    assert NAME in done.stdout

@@ -94,6 +94,8 @@ def test_a_verb_runs_by_module_from_any_folder(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "deepspec"]
     done = subprocess.run([*command, "cache"], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert re.findall(r"^  (cache \w+) ", done.stdout, flags=re.M) == [verb for verb in VERBS if verb[:6] == "cache "]
+    done = subprocess.run([*command, "--help"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\nexample:\n  deepspec quickstart\n")
     done = subprocess.run([*command, "recipes", "show", "none"], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("error: none: no such recipe file; name a YAML file, or one of deepspec's own")

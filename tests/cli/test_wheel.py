@@ -10,7 +10,7 @@ import sys
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,8 @@ import yaml
 from cache_tools import conversation_rows
 
 from deepspec.data.conversations import write_conversations
+from deepspec.demos.quickstart.plan import recipe_of
+from deepspec.demos.stages import recipes
 from deepspec.distributed import free_port
 
 PARTS = ("deepspec", "recipes", "deepspeed_configs", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md",
@@ -104,6 +106,23 @@ def installed() -> Iterator[Installed]:
     shutil.rmtree(root)
 
 
+def pipeline(here: Installed, recipe: tuple[str, ...], tasks: str, cache: str, run: str) -> None:
+    """The README's steps, from the recipe's conversations to a draft in an engine's form."""
+    here.run("estimate", *recipe)
+    here.run("cache", "build", *recipe, "--output", cache)
+    assert "complete" in here.run("cache", "verify", cache)
+    launcher = ("-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", free_port(), "--module")
+    here.run(*launcher, "deepspec", "train", *recipe)
+    assert "finished" in here.run("train", *recipe, "--check")
+    here.run("consolidate", run, "draft")
+    more = ("--tasks", tasks, "--samples", "1", "--dtype", "float32")
+    here.run("evaluate", *recipe, "--draft", "draft", *more)
+    summaries = json.loads((here.work / "draft/evaluation/results.json").read_text())["summaries"]
+    assert {(one["prompts"], one["equal_to_plain"]) for one in summaries if one["temperature"] == 0} == {(1, 1.0)}
+    assert "vllm" in here.run("export", "draft", "served", "--format", "vllm")
+    assert (here.work / "served" / "README.md").is_file()
+
+
 @pytest.mark.slow
 def test_the_package_is_the_wheels_and_the_user_cannot_write_it(installed: Installed) -> None:
     where = (
@@ -138,18 +157,46 @@ def test_a_copied_recipe_trains_and_its_draft_is_measured_and_exported(installed
     settings = [word for text in SETTINGS for word in ("--set", text)]
     recipe = ("--recipe", "mine/own.yaml", *settings)
 
-    installed.run("cache", "build", *recipe, "--output", "mine/caches/a")
-    assert "complete" in installed.run("cache", "verify", "mine/caches/a")
-    launcher = ("-m", "deepspeed.launcher.runner", "-q", "--num_gpus", "2", "--master_port", free_port(), "--module")
-    installed.run(*launcher, "deepspec", "train", *recipe)
-    assert "finished" in installed.run("train", *recipe, "--check")
-    installed.run("consolidate", "mine/runs/own", "draft")
-    installed.run("evaluate", *recipe, "--draft", "draft", "--tasks", "prompts.jsonl", "--dtype", "float32")
-    (summary,) = json.loads((work / "draft/evaluation/results.json").read_text())["summaries"]
-    assert (summary["prompts"], summary["equal_to_plain"]) == (1, 1.0)
-    assert "vllm" in installed.run("export", "draft", "served", "--format", "vllm")
-    assert (work / "served" / "README.md").is_file()
-
+    pipeline(installed, recipe, "prompts.jsonl", "mine/caches/a", "mine/runs/own")
     assert {path: path.stat().st_mtime_ns for path in installed.site.rglob("*")} == before
     assert {path.name for path in work.iterdir()} >= {"mine", "draft", "served", "target"}
     assert not (work / "runs").exists()
+
+
+@pytest.mark.slow
+def test_the_quickstart_ends_and_its_target_goes_the_readmes_way(installed: Installed) -> None:
+    """As long as `make quickstart`; DEEPSPEC_QUICKSTART names a finished one, whose copy is then continued."""
+    here = replace(installed, work=installed.work / "empty")
+    here.work.mkdir()
+    if given := os.environ.get("DEEPSPEC_QUICKSTART"):
+        shutil.copytree(given, here.work / "build" / "quickstart")
+    if os.geteuid() == 0:
+        for path in [here.work, *here.work.rglob("*")]:
+            os.chown(path, NOBODY, NOBODY)
+    before = {path: path.stat().st_mtime_ns for path in here.site.rglob("*")}
+
+    printed = here.run("quickstart")
+    assert "accepted length (95 %)" in printed
+    assert "now you can" in printed
+    root = here.work / "build" / "quickstart"
+    measured = json.loads((root / "results.json").read_text())["algorithms"]
+    assert set(measured) == set(recipes(recipe_of))
+    greedy = [row for one in measured.values() for row in one["summaries"] if row["temperature"] == 0]
+    assert [row["equal_to_plain"] for row in greedy] == [1.0] * len(measured)
+    assert min(row["accepted_length"] for row in greedy) > 3
+    assert (root / "report.html").stat().st_size > 10_000
+
+    (here.work / "few.jsonl").write_text("".join((root / "prompts/train.jsonl").open().readlines()[:64]))
+    settings = (
+        "data.conversations=answers.jsonl", "data.cache=[caches/few]", "output=runs/few", "train.max_steps=4",
+        "train.save_every=4", "evaluate.max_new_tokens=16",
+    )  # fmt: skip
+    words = [word for text in settings for word in ("--set", text)]
+    held_out = "build/quickstart/prompts/held_out.jsonl"
+    recipe = ("--recipe", "quickstart_dspark", *words)
+    here.run("prepare", "--source", "few.jsonl", "--exclude", held_out, "--held-out", "0.2", "--output", "prompts")
+    here.run("regenerate", *recipe, "--prompts", "prompts/train.jsonl", "--output", "answers.jsonl")
+    here.run("inspect", "answers.jsonl", "--recipe", "quickstart_dspark", "--html", "answers.html")
+    pipeline(here, recipe, held_out, "caches/few", "runs/few")
+
+    assert {path: path.stat().st_mtime_ns for path in here.site.rglob("*")} == before

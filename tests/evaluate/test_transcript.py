@@ -110,7 +110,11 @@ def test_the_page_holds_every_answer_and_the_figures_of_the_results(folders: Fol
     shown = {one["name"]: one for one in json.loads(block)}
     for row in rows_of(tmp_path / "out"):
         one = shown[f"{row['task']} {row['index']}, T={row['temperature']:g}"]
-        assert one["turns"] == row["turns"]
+        for turn, known in zip(one["turns"], row["turns"], strict=True):
+            assert (turn["asked"], turn["pieces"]) == (known["asked"], known["pieces"])
+            assert "".join(turn["kinds"]) == "".join(token.kind[0] for token in tokens_of(known))
+            assert [len(kinds) for kinds in turn["kinds"][1:]] == [count for count, _, _ in known["rounds"]]
+            assert turn["refused"] == [refused for _, _, refused in known["rounds"]]
         assert one["tau"] == round(sum(row["committed"]) / len(row["committed"]), 2)
     for row in results.summaries:
         assert f"{row.acceptance_length:.2f}" in page
@@ -125,7 +129,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
     turn = TURN | {"asked": "</script><script>alert(1)</script>\x1b[2J\ud800", "pieces": ["\x1b]0;x\x07", *["<b>"] * 5]}
     row = {"task": "t", "index": 0, "temperature": 0.0, "committed": [3, 2], "confidence": [], "turns": [turn]}
     page = "".join(transcript.section([row]))
-    assert page.count("</script>") == 1
+    assert page.count("</script>") == 2
     page.encode()
     assert "\x1b" not in show([row], 1, colour=False)
     assert "\x1b]" not in show([row], 1, colour=True)

@@ -10,17 +10,15 @@ from typing import Any
 from deepspec.demos.measured import length, pick
 from deepspec.demos.quickstart.plan import ROOT, results_folder
 from deepspec.evaluate.results import open_rows
-from deepspec.evaluate.transcript import length_of, tokens_of
+from deepspec.evaluate.transcript import KINDS, length_of, tokens_of
 from deepspec.files import read_json, write_text
+from deepspec.pages import colours
 
 PICTURE = Path("docs/drafting.svg")
 COLUMNS, ADVANCE, LINE = 76, 9.0, 26.0  # characters of a line, and pixels of a character and of a line
 TOKENS = range(40, 110)  # of the answer that is shown
 LEGEND = {"accepted": "drafted and accepted", "corrected": "corrected by the target", "bonus": "bonus token"}
-STYLE = """text{font:15px ui-monospace,Menlo,Consolas,monospace;fill:#222}.small{font-size:13px;fill:#666}
-.accepted{fill:#cdebd3}.corrected{fill:#ffcfbf}.bonus{fill:#cbe0fa}.first{fill:#e8e8e8}.bar{fill:#4c8bf5}
-@media(prefers-color-scheme:dark){text{fill:#e4e4e4}.small{fill:#a0a0a0}.accepted{fill:#1d4a28}.corrected{fill:#6b2c17}
-.bonus{fill:#1b4068}.first{fill:#3a3a3a}}"""
+FILLED = {"text": "ink", ".small": "faint"} | {f".{kind}": kind for kind in KINDS}  # selector -> colour of the pages
 
 
 def write_picture() -> tuple[Path, ...]:
@@ -43,10 +41,17 @@ def write_picture() -> tuple[Path, ...]:
     return (PICTURE,)
 
 
+def style() -> str:
+    """The picture's style, in the colours of the pages."""
+    light, dark = ("".join(f"{one}{{fill:{scheme[name]}}}" for one, name in FILLED.items()) for scheme in colours())
+    fonts = "text{font:15px ui-monospace,Menlo,Consolas,monospace}.small{font-size:13px}.bar{fill:#4c8bf5}"
+    return f"{fonts}{light}@media(prefers-color-scheme:dark){{{dark}}}"
+
+
 def _svg(parts: Sequence[str], height: float, greedy: Mapping[str, Any]) -> str:
     width, total = COLUMNS * ADVANCE + 16, height + 50 + LINE * len(greedy)
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {total:.0f}" role="img"'
-    return f'{head} aria-label="an answer as it was drafted"><style>{STYLE}</style>{"".join(parts)}</svg>\n'
+    return f'{head} aria-label="an answer as it was drafted"><style>{style()}</style>{"".join(parts)}</svg>\n'
 
 
 def _text(x: float, y: float, text: str, more: str = 'class="small"') -> str:

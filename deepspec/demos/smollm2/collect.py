@@ -15,6 +15,7 @@ from deepspec.demos.measured import cache_sizes, tau_by_step
 from deepspec.demos.runner import stage_seconds
 from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.plan import EVALUATIONS, SCALES
+from deepspec.errors import EvaluationError
 from deepspec.files import read_json, write_json
 from deepspec.registry import ALGORITHMS
 
@@ -27,7 +28,15 @@ PROVENANCE = ("seed", "max_new_tokens", "batch_size", "versions", "threads", "ta
 
 
 def gather(known: Path) -> dict[str, Any]:
-    """Everything measured: what the folders under build/ hold, over what ``known`` holds already."""
+    """Everything measured: what the folders under build/ hold, over what ``known`` holds already.
+
+    Raises:
+        EvaluationError: neither holds anything.
+    """
+    runs = (SCALES["full"].root, finetune.SCALES["full"].root, ablation.ROOT)
+    if not known.exists() and not any(root.exists() for root in runs):
+        wanted = f"{known}, or a run in one of {', '.join(map(str, runs))}"
+        raise EvaluationError("nothing was measured in this folder", wanted=wanted, remedy="run `deepspec demo real`")
     value = read_json(known) if known.exists() else {}
     merged = _merge(value, {"format": FORMAT, "real": _real(), "finetuned": _finetuned(), "ablations": _ablations()})
     write_json(known, merged)

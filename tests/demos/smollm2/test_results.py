@@ -37,6 +37,10 @@ def evaluation(folder: Path, temperatures: tuple[float, ...], tokens: int, task:
 
 @pytest.mark.usefixtures("_folder")
 def test_where_nothing_has_run_every_table_says_so() -> None:
+    with pytest.raises(DeepSpecError, match=r"nothing was measured in this folder.*docs/results\.json.*build/real"):
+        results.write_results()
+    assert list(Path("docs").iterdir()) == []
+    write_json(results.MEASURED, {})
     results.write_results()
     text = Path("docs/results.md").read_text()
     assert text.count(results.NOT_RUN) > 20
