@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -30,6 +31,13 @@ class TestTrainingLoss(TrainingLossSuite):
 
 class TestDecoding(DecodingSuite):
     algorithms = ALGORITHMS
+
+
+class TestNorms(TrainingLossSuite, DecodingSuite):
+    """The options of EAGLE-3.1, with a further layer."""
+
+    algorithms, families = ("eagle3",), ("qwen3",)
+    section: ClassVar = {"num_layers": 2, "fc_norm": True, "norm_output": True, "norm_before_residual": True}
 
 
 class TestTrainingRun(TrainingRunSuite):

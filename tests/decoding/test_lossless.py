@@ -19,6 +19,7 @@ PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))})
 CASES: dict[str, tuple[str, Policy | None]] = {
     "eagle3": ("eagle3", None),
+    "eagle3, norms": ("eagle3", None),
     "p_eagle": ("p_eagle", None),
     "dflash": ("dflash", None),
     "dspark": ("dspark", None),
@@ -32,7 +33,9 @@ def test_joint_distribution_of_real_drafts(case: str) -> None:
     algorithm, policy = CASES[case]
     sizes = {"vocab_size": VOCAB, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None}
     target = tiny_target("qwen3", **sizes, pad_token_id=None)
-    changes = {} if algorithm == "eagle3" else {"mask_token_id": 0}
+    changes: dict[str, object] = {} if algorithm == "eagle3" else {"mask_token_id": 0}
+    if case.endswith("norms"):
+        changes = {"fc_norm": True, "norm_output": True, "norm_before_residual": True}
     draft = tiny_draft(algorithm, target, seed=1, **changes)
     if draft.algorithm.name == "dspark":
         with torch.no_grad():  # confidences on both sides of the threshold
