@@ -19,8 +19,10 @@ from deepspec.decoding.scheduler import Policy, StepCosts, Threshold, Throughput
 VOCAB, SAMPLES, ROWS, LENGTH = 5, 4_000, 200, 3
 PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))})
+NORMS = {"fc_norm": True, "norm_output": True, "norm_before_residual": True}
 CASES: dict[str, tuple[str, Policy | None, dict[str, Any]]] = {
     "eagle3": ("eagle3", None, {}),
+    "eagle3, norms": ("eagle3", None, NORMS),
     "p_eagle": ("p_eagle", None, {}),
     "dflash": ("dflash", None, {}),
     "dflash, causal": ("dflash", None, {"causal": True, "sliding_window": 4}),

@@ -35,9 +35,12 @@ def sharp_target(family: str = "qwen3"):
     return tiny_target(family, initializer_range=0.5)
 
 
-def followed_draft(target, ttt_length: int = 4):
+NORMS = {"fc_norm": True, "norm_output": True, "norm_before_residual": True}
+
+
+def followed_draft(target, ttt_length: int = 4, **changes):
     """An Eagle3 draft that is accepted now and then: it carries on what the target's last hidden state says."""
-    draft = tiny_draft("eagle3", target, target_layers=[-1, 1, 3], ttt_length=ttt_length)
+    draft = tiny_draft("eagle3", target, target_layers=[-1, 1, 3], ttt_length=ttt_length, **changes)
     with torch.no_grad():
         draft.fc.weight[:, -draft.shape.hidden_size :] += torch.eye(draft.shape.hidden_size)
     return draft
@@ -221,10 +224,11 @@ def test_a_wider_tree_accepts_no_less_on_the_same_context() -> None:
     assert any(first < second for first, second in pairs)
 
 
-def test_draft_nodes_are_what_the_chain_proposes_after_each_path() -> None:
+@pytest.mark.parametrize("changes", [{}, NORMS], ids=["released", "norms"])
+def test_draft_nodes_are_what_the_chain_proposes_after_each_path(changes: dict) -> None:
     """Draft: the children of a node are the likeliest tokens that a chain forced along its path would see."""
     target = sharp_target()
-    draft = followed_draft(target)
+    draft = followed_draft(target, **changes)
     tree = Tree((3, 2, 2))
     chain, wide = (draft.algorithm.drafter(draft, 2, 8) for _ in range(2))
     features = torch.randn(2, 5, 3 * 32, generator=torch.Generator().manual_seed(2))
