@@ -28,7 +28,6 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
-    check_mask_token,
     require,
     require_at_least,
 )
@@ -317,7 +316,7 @@ class BlockAlgorithm(Algorithm):
     def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        check_mask_token(config.mask_token_id, target)
+        target.check_token(config.mask_token_id, "draft.mask_token_id")
 
     def card_rows(self, config: BlockConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""

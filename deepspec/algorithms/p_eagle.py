@@ -31,7 +31,6 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
-    check_mask_token,
     require,
     require_at_least,
     target_states,
@@ -369,7 +368,7 @@ class PEagle(Algorithm):
     def check_target(self, config: PEagleConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        check_mask_token(config.mask_token_id, target)
+        target.check_token(config.mask_token_id, "draft.mask_token_id")
 
     def card_rows(self, config: PEagleConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""

@@ -1,4 +1,4 @@
-"""First weights."""
+"""The first weights of a draft."""
 
 from __future__ import annotations
 
