@@ -81,15 +81,16 @@ LOSSES: dict[str, Loss] = {
     "ce": Loss("-log p[label]", "the DFlash paper", lambda row: row.ce, compares=False, hard=1.0),
     "soft_ce": Loss("-sum q log p", "the Eagle3 paper; its gradient is that of kl", lambda row: row.soft_ce, soft=1.0),
     "kl": Loss("sum q (log q - log p)", "P-EAGLE, arXiv 2602.01469; JetSpec", _kl, soft=1.0),
-    "reverse_kl": Loss("sum p (log p - log q)", "speculators", lambda row: row.reverse_kl, reverse=1.0),
+    "reverse_kl": Loss("sum p (log p - log q)", "kl the other way round", lambda row: row.reverse_kl, reverse=1.0),
     "jsd": Loss(
-        "half of sum p (log p - log m) + q (log q - log m), m = (p + q) / 2", "speculators", lambda row: row.jsd,
-        middle=1.0,
+        "half of sum p (log p - log m) + q (log q - log m), m = (p + q) / 2", "both ways, bounded by log 2",
+        lambda row: row.jsd, middle=1.0,
     ),
     "l1": Loss("sum abs(p - q) = 2 tv", "the DSpark paper", lambda row: row.distance, l1=1.0),
-    "tv": Loss("1 - a", "speculators", lambda row: 0.5 * row.distance, l1=0.5),
+    "tv": Loss("1 - a", "half of l1", lambda row: 0.5 * row.distance, l1=0.5),
     "nla": Loss(
-        "-log max(a, 1e-5)", "speculators", lambda row: -row.accept.clamp_min(LEAST_ACCEPTED).log(), l1=_nla_slope
+        "-log max(a, 1e-5)", "the acceptance's logarithm",
+        lambda row: -row.accept.clamp_min(LEAST_ACCEPTED).log(), l1=_nla_slope,
     ),
     "lk_hybrid": Loss(
         "c kl + (1 - c) tv, c = exp(-3 a) without gradient", "arXiv 2602.23881", _lk_hybrid, soft=_trust,

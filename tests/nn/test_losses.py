@@ -233,9 +233,14 @@ def test_compiled_body_equals_the_tiles() -> None:
 
 @pytest.mark.slow
 def test_compiled_by_inductor_on_the_cpu() -> None:
-    problem = Problem(3, 40, "position", None, False, torch.float32)
-    weights = LossWeights(0.1, 0.0, 0.9)
-    torch.testing.assert_close(problem.fused(weights, "compiled").combined, problem.fused(weights, "tiled").combined)
+    everything = LossWeights(**dict.fromkeys(ROW_LOSSES, 0.3), e2e_tv=0.4)
+    for latent, weights in (
+        ("position", LossWeights(0.1, 0.0, 0.9)),
+        ("row", everything),
+        (None, LossWeights(nla=1.0)),
+    ):
+        problem = Problem(3, 40, latent, None, False, torch.float32)
+        equals_plain(problem, weights, chains_of(problem, 0.5), "compiled")
 
 
 def test_without_gradients_nothing_is_kept() -> None:
