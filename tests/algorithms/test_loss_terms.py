@@ -114,3 +114,18 @@ def test_the_published_loss_is_what_its_terms_say() -> None:
         assert torch.equal(published.weighted_sum(), given.weighted_sum())
         assert set(published.terms) == set(given.terms)
         assert set(published.metrics) == set(given.metrics)
+
+
+@pytest.mark.parametrize("algorithm", ["dflash", "eagle3"])
+def test_a_label_outside_a_reduced_vocabulary_teaches_nothing(algorithm: str) -> None:
+    """Here it is so of every label: nothing is left of any term, and the step's weight stays that of the masks."""
+    changes: dict[str, Any] = {"draft_vocab_size": 20, "loss": TERMS}
+    model, batch = tiny_draft(algorithm, tiny_target("qwen3"), **changes), random_batch([25])
+    used = set(batch.input_ids[0].tolist())
+    others = [token for token in range(model.shape.vocab_size) if token not in used]
+    model.set_draft_vocab(torch.tensor(others[:20]))
+    terms = model(batch)
+    assert float(terms.weighted_sum().detach()) == 0.0
+    assert all(float(term.weight) > 0 for term in terms.terms.values())
+    terms.loss().backward()
+    assert all(not parameter.grad.any() for parameter in model.parameters())

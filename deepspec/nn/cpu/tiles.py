@@ -202,7 +202,7 @@ class TiledChunk:
         return column.clamp(0, width - 1)[:, None], (column >= 0) & (column < width)
 
     def _logits(self, span: slice, keep_slope: bool) -> None:
-        """Pass 1. Logits count from the first tile's maximum where <q, logits> is wanted: a smaller sum."""
+        """Pass 1. For soft CE logits count from the first tile's maximum: <q, logits> is a smaller sum."""
         buffers, frozen, markov, soft = self.buffers, self.inputs.frozen, self.markov, self.weights.reads("soft")
         head, cap = frozen.head_VD[span], frozen.softcap
         draft = buffers.logits("draft", self.hidden, head, span)
@@ -211,7 +211,7 @@ class TiledChunk:
         if markov is not None:
             bias = buffers.linear(markov.latent, markov.w2_VM[span], "bias")
             draft += bias if markov.per_row else buffers.per_row(bias, self.chunk.local_r)
-        if soft:
+        if self.weights.soft_ce:
             self.reference = draft.amax(dim=-1, keepdim=True) if span.start == 0 else self.reference
             draft.sub_(self.reference)
         if self.target is not None:
@@ -295,8 +295,10 @@ class TiledChunk:
         elif weights.ce or not soft:
             p.mul_(self.by_p)
         if soft and difference is not None:
-            difference.mul_(self.by_difference)
-            p = p.add_(difference) if weights.ce or self.curved else difference
+            if weights.ce or self.curved:
+                p.addcmul_(difference, self.by_difference)
+            else:
+                p = difference.mul_(self.by_difference)
         for one in logs:
             p.add_(one)
         if weights.ce:
