@@ -436,10 +436,3 @@ def require_at_least(config: DraftConfig, least: int, *keys: str) -> None:
     """Raise a :class:`RecipeError` for the first of the fields ``keys`` that is below ``least``."""
     for key in keys:
         require(getattr(config, key) >= least, key, getattr(config, key), f"at least {least}")
-
-
-def check_mask_token(token: int, target: TargetSpec) -> None:
-    """Raise a :class:`RecipeError` unless ``draft.mask_token_id`` is a token of the target's."""
-    if token >= target.vocab_size:
-        wanted = f"below {target.vocab_size}, the vocabulary of {target.path}"
-        raise RecipeError("no such token", key="draft.mask_token_id", found=token, wanted=wanted)

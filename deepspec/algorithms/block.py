@@ -29,7 +29,6 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
-    check_mask_token,
     require,
     require_at_least,
 )
@@ -378,7 +377,7 @@ class BlockAlgorithm(Algorithm):
     def check_target(self, config: BlockConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        check_mask_token(config.mask_token_id, target)
+        target.check_token(config.mask_token_id, "draft.mask_token_id")
         group, tokens = config.conv_group_size, config.draft_vocab_size or target.vocab_size
         fits = not config.conv_kernel_size or target.hidden_size % group == 0
         require(fits, "draft.conv_group_size", group, f"a divisor of {target.hidden_size}, the hidden size")

@@ -1,10 +1,10 @@
 """P-EAGLE: Eagle3's parallel sibling, which drafts all K tokens in one pass (arXiv 2602.01469).
 
 An element (a, d) drafts from anchor a at depth d. At depth 0 it has the features of position a and the token x_{a+1},
-as in Eagle3; deeper it has neither, and reads a learned state in place of the features (``mask_hidden``, which passes
-fc like real ones) and a learned row in place of the token's embedding (``mask_embedding``). It is at position a + d,
-sees depth 0 up to its anchor and its own chain up to d, and predicts x_{a+d+2} by the target's distribution at
-a + d + 1. The first layer is 2D wide as Eagle3's; the others read the hidden state alone.
+as in Eagle3; deeper it has neither, and reads a learned state in place of the features, which passes fc like real
+ones, and a learned row in place of the token's embedding (engines: ``mask_hidden``, and the mask token's row). It is at
+position a + d, sees depth 0 up to its anchor and its own chain up to d, and predicts x_{a+d+2} by the target's
+distribution at a + d + 1. The first layer is 2D wide as Eagle3's; the others read the hidden state alone.
 
 Training every depth of every anchor would cost K passes, so chains are dropped conditionally (COD): of n supervised
 positions a sample keeps about n * max(r^d, floor) chains that reach depth d, all of them among those that reach d - 1.
@@ -31,7 +31,6 @@ from deepspec.algorithms.base import (
     OwnField,
     Proposal,
     Sampler,
-    check_mask_token,
     require,
     require_at_least,
     target_states,
@@ -180,17 +179,30 @@ def _columns(mask_BS: Tensor) -> tuple[Tensor, Tensor]:
     return order * real_Bn, real_Bn
 
 
+class MaskInputs(nn.Module):
+    """What an element below depth 0 reads; a module of its own, whose ``forward`` ZeRO-3's hooks see and gather."""
+
+    def __init__(self, features: int, size: int) -> None:
+        super().__init__()
+        self.hidden = nn.Parameter(torch.zeros(1, 1, features))  # in place of the target's features
+        self.embedding = nn.Parameter(torch.zeros(size))  # in place of a token's row, not yet scaled as embeddings are
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        """(hidden, embedding), copies: ZeRO-3 frees the originals."""
+        return self.hidden.clone(), self.embedding.clone()
+
+
 class PEagleDraft(EagleDraft):
     """Eagle3's wide layer, then plain ones; and what is read where token and features are unknown."""
 
     def __init__(self, algorithm: Algorithm, config: PEagleConfig, shape: Shape, family: Family) -> None:
         super().__init__(algorithm, config, shape, family, wide_layers=1)
-        self.mask_hidden = nn.Parameter(torch.zeros(1, 1, len(config.target_layers) * shape.hidden_size))
-        self.mask_embedding = nn.Parameter(torch.zeros(shape.hidden_size))  # a row, not yet scaled as embeddings are
+        self.mask = MaskInputs(len(config.target_layers) * shape.hidden_size, shape.hidden_size)
 
     def mask_inputs(self) -> tuple[Tensor, Tensor]:
         """(embedding, g), [D] each, of an element below depth 0."""
-        return self.mask_embedding * self.frozen.embed_scale, self.start(self.mask_hidden)[0, 0]
+        hidden, embedding = self.mask()
+        return embedding * self.frozen.embed_scale, self.start(hidden)[0, 0]
 
     def train_hidden(self, features: Tensor, input_ids: Tensor, plan: ChainPlan) -> Tensor:
         """Hidden states before the final norm, [B * M + C, D], of the active positions and the chains' elements.
@@ -350,13 +362,13 @@ class PEagle(Algorithm):
         *NORM_FIELDS,
     )
     starts_from = ("eagle3",)
-    heads = ("fc_norm.", "input_norm.", "mask_")
+    heads = ("fc_norm.", "input_norm.", "mask.")
     tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 2, "num_depths": 4, "mask_token_id": 3}
 
     def check_target(self, config: PEagleConfig, target: TargetSpec) -> None:
         """See :meth:`Algorithm.check_target`."""
         super().check_target(config, target)
-        check_mask_token(config.mask_token_id, target)
+        target.check_token(config.mask_token_id, "draft.mask_token_id")
 
     def card_rows(self, config: PEagleConfig, shape: Shape) -> list[tuple[str, object]]:
         """See :meth:`Algorithm.card_rows`."""
@@ -366,7 +378,7 @@ class PEagle(Algorithm):
         """See :meth:`Algorithm.build`; what stands for unknown features and tokens starts as an embedding does."""
         model = cast(PEagleDraft, super().build(config, target, seed))
         generator = torch.Generator().manual_seed(seed + 1)
-        for parameter in (model.mask_hidden, model.mask_embedding):
+        for parameter in model.mask.parameters():
             nn.init.normal_(parameter, 0.0, float(target.config.get("initializer_range", 0.02)), generator)
         return model
 

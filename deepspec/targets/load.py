@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deepspec import registry
 from deepspec.distributed import world_from_environment
-from deepspec.errors import DeepSpecError, TargetError
+from deepspec.errors import DeepSpecError, RecipeError, TargetError
 from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
 from deepspec.files import read_json
 from deepspec.progress import waiting
@@ -71,6 +71,16 @@ class TargetSpec:
     def embed_scale(self) -> float:
         """The factor between an embedding row and the embedding of its token."""
         return self.family.embedding_scale(self.hidden_size)
+
+    def check_token(self, token: int, key: str) -> None:
+        """Check that ``token``, which a recipe's ``key`` names, is one of the vocabulary.
+
+        Raises:
+            RecipeError: it is not.
+        """
+        if token >= self.vocab_size:
+            wanted = f"below {self.vocab_size}, the vocabulary of {self.path}"
+            raise RecipeError("no such token", key=key, found=token, wanted=wanted)
 
     def check_layers(self, layers: Sequence[int], file: str | Path | None = None, key: str = "target.layers") -> None:
         """Check that every layer id exists.

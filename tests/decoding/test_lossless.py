@@ -20,6 +20,7 @@ PROMPT = (1, 3, 2, 4)
 COSTS = StepCosts({ROWS: (np.array([1.0, 5.0]) * ROWS, np.array([1.0, 1.5]))})
 CASES: dict[str, tuple[str, Policy | None, dict[str, Any]]] = {
     "eagle3": ("eagle3", None, {}),
+    "eagle3, norms": ("eagle3", None, {"fc_norm": True, "norm_output": True, "norm_before_residual": True}),
     "p_eagle": ("p_eagle", None, {}),
     "dflash": ("dflash", None, {}),
     "dflash, causal": ("dflash", None, {"causal": True, "sliding_window": 4}),

@@ -16,7 +16,7 @@ from deepspec import registry
 from deepspec.drafts import load_draft, read_provenance, read_weights, save_draft
 from deepspec.errors import DraftError
 from deepspec.export.convert import ExportOptions, _is_rewritten, export_draft, import_draft
-from deepspec.export.parts import DraftCheckpoint, ImportHints
+from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints
 
 # what a format cannot carry, and a word of the reason
 REFUSED = {
@@ -259,17 +259,60 @@ def test_imports_refuse_what_is_not_stated(tmp_path: Path) -> None:
     (tmp_path / "eagle" / "provenance.json").unlink()  # changed on purpose
     path = tmp_path / "eagle" / "config.json"
     config = json.loads(path.read_text())
-    for change, reason in (({"norm_before_residual": True}, "norms that ours has not"), ({}, "norm_before_residual")):
-        config.pop("norm_before_residual", None)
-        path.write_text(json.dumps(config | change))
-        with pytest.raises(DraftError, match=reason):
-            import_draft(tmp_path / "eagle", tmp_path / "never")
+    del config["norm_before_residual"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(DraftError, match="norm_before_residual"):
+        import_draft(tmp_path / "eagle", tmp_path / "never")
     config |= {"norm_before_residual": False}
     config.pop("eagle_aux_hidden_state_layer_ids")
     path.write_text(json.dumps(config))
     with pytest.raises(DraftError, match="--target-layers"):
         import_draft(tmp_path / "eagle", tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+def test_norms_of_eagle_3_1_are_stated_to_engines_that_read_them_and_refused_by_the_others(tmp_path: Path) -> None:
+    _, _, ours = made(tmp_path, "eagle3-norms", "llama")
+    for name in ("vllm", "speculators"):
+        export_draft(ours, tmp_path / name, ExportOptions(name))
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["fc_norm"], config["norm_output"], config["norm_before_residual"]) == (True, True, True)
+    for name in ("sglang", "gguf"):
+        with pytest.raises(DraftError, match=r"norm_before_residual: the \w+ format cannot .*does not read it"):
+            export_draft(ours, tmp_path / "never", ExportOptions(name))
+    made(tmp_path / "plain", "eagle3", "llama")
+    export_draft(tmp_path / "plain" / "ours", tmp_path / "sgl", ExportOptions("sglang"))
+    (tmp_path / "sgl" / "provenance.json").unlink()
+    config = json.loads((tmp_path / "sgl" / "config.json").read_text())
+    for change in ({"norm_output": False}, {"norm_output": True}, {"fc_norm": True}):  # the first means two things
+        (tmp_path / "sgl" / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(DraftError, match=next(iter(change))):
+            import_draft(tmp_path / "sgl", tmp_path / "never")
+    assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize("format_name", ["vllm", "speculators"])
+def test_a_p_eagle_has_its_learned_row_in_the_embedding_of_its_file(format_name: str, tmp_path: Path) -> None:
+    """Also where the target's embeddings are left out; the engine is told to draft in parallel."""
+    target, model, ours = made(tmp_path, "p_eagle")
+    draft = export_draft(ours, tmp_path / "out", ExportOptions(format_name, embeddings=False))
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert HEAD not in state
+    token = model.config.mask_token_id
+    wanted = target.embed_weight.clone()
+    wanted[token] = model.mask.embedding.detach()
+    assert torch.equal(state[EMBED], wanted)
+    assert config["mask_token_id"] == token
+    told = registry.engine(format_name).speculative(draft, "out")
+    assert (told["method"], told["parallel_drafting"], told["num_speculative_tokens"]) == ("eagle3", True, 4)
+    (tmp_path / "out" / "provenance.json").unlink()
+    (tmp_path / "out" / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "deepspec"}))
+    foreign = ImportHints(target=target.spec, max_draft=4)  # its embedding is then its own
+    import_draft(tmp_path / "out", tmp_path / "back", format_name, foreign)
+    loaded = load_draft(tmp_path / "back", target)
+    assert torch.equal(loaded.mask.embedding, model.mask.embedding)
+    assert torch.equal(loaded.frozen.embed_VD, wanted)
 
 
 def test_imports_are_strict_about_weights_and_targets(tmp_path: Path) -> None:

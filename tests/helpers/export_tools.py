@@ -13,6 +13,8 @@ from deepspec.drafts import FROZEN, save_draft
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "eagle3": ("eagle3", {}),
     "eagle3-reduced": ("eagle3", {"draft_vocab_size": 20}),
+    "eagle3-norms": ("eagle3", {"fc_norm": True, "norm_output": True, "norm_before_residual": True}),
+    "p_eagle": ("p_eagle", {}),
     "dflash": ("dflash", {}),
     "dflash-k-1": ("dflash", {"sample_from_anchor": False}),
     "dflash-reduced": ("dflash", {"draft_vocab_size": 20}),

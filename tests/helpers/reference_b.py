@@ -92,5 +92,5 @@ def _compare_training(
     errors.worst("loss", abs(float(loss.detach()) - wanted) / max(1.0, abs(wanted)))
     gradients = {name: one.grad for name, one in model.named_parameters()}
     table = embedding.grad.clone()  # type: ignore[union-attr]
-    table[model.config.mask_token_id] += model.mask_embedding.grad
-    compare_gradients(errors, gradients | {FROZEN[0]: table}, train["grads"])
+    table[model.config.mask_token_id] += model.mask.embedding.grad
+    compare_gradients(errors, gradients | {FROZEN[0]: table, "mask_hidden": model.mask.hidden.grad}, train["grads"])

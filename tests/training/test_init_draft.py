@@ -123,6 +123,22 @@ def test_new_convolutions_and_a_new_selector_start_at_zero_effect(targets: Path,
     assert model.candidate_selector.predecessor_codebook.any()
 
 
+def test_a_p_eagle_starts_from_an_eagle3_and_new_norms_are_told(
+    targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer and fc are the Eagle3's; what it has no counterpart of is fresh."""
+    monkeypatch.setattr(logging.getLogger("deepspec"), "propagate", True)
+    caplog.set_level("INFO", "deepspec")
+    target = load_target(targets / "qwen3", torch.float32)
+    _, given, ours = made(tmp_path, "eagle3")
+    for kind, changes in (("p_eagle", {"num_layers": 2}), ("eagle3-norms", {})):
+        model = started(recipe_for(targets / "qwen3", tmp_path / kind, kind, ours, changes), target)
+        assert torch.equal(model.layers[0].self_attn.q_proj.weight, given.layers[0].self_attn.q_proj.weight)
+        assert torch.equal(model.fc.weight, given.fc.weight)
+    for line in ("mask: new", "1 new layers after them", "fc_norm: new", "norm_output False -> True"):
+        assert line in caplog.text
+
+
 def test_another_head_starts_anew_and_one_more_is_left_out(
     targets: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from deepspec.export.forms.base import Requirement, our_layout, own_names
 from deepspec.export.forms.eagle3 import LEFT_OUT, PARALLEL, Eagle3, one_lower, read_norms, stated_norms
 from deepspec.export.parts import EMBED, EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
-ROW = "mask_embedding"
+ROW, HIDDEN, THEIRS = "mask.embedding", "mask.hidden", "mask_hidden"  # ours, ours, engines' name of the second
 SERVED = {"method": "eagle3", "parallel_drafting": True}
 
 
@@ -54,7 +54,7 @@ class PEagle(Eagle3):
 
 
 def learned_row_in(draft: DraftCheckpoint, state: dict[str, Tensor]) -> None:
-    """Put the learned row into the embedding of ``state``, at the mask token.
+    """Put the learned row into the embedding of ``state``, at the mask token, and the learned state under its name.
 
     Raises:
         DraftError: there is no embedding.
@@ -64,6 +64,7 @@ def learned_row_in(draft: DraftCheckpoint, state: dict[str, Tensor]) -> None:
         raise DraftError(problem, file=draft.file, key=EMBED, remedy=remedy)
     state[EMBED] = state[EMBED].clone()
     state[EMBED][draft.parsed.mask_token_id] = state.pop(ROW)
+    state[THEIRS] = state.pop(HIDDEN)
 
 
 def read_p_eagle(
@@ -90,6 +91,8 @@ def read_p_eagle(
     if EMBED not in state:
         raise missing(draft, EMBED, "its mask token's row was learned: fetch the weights with the embedding")
     state[ROW] = state[EMBED][token].clone()
+    if THEIRS in state:
+        state[HIDDEN] = state.pop(THEIRS)
     if extras is not None and not extras.get("own_embedding"):  # the target has the rest of it
         del state[EMBED]
     # what belongs to training alone is the published recipe's; a draft of ours states its own
