@@ -66,7 +66,7 @@ def _weighed(**terms: float) -> dict[str, Any]:
 
 
 ROWS = {  # those of drafters appear with the drafter
-    "dflash2": Row("dflash2", {}, "dflash", 1.35),
+    "dflash2": Row("dflash2", {"block_size": 7, "sample_from_anchor": True}, "dflash", 1.35),  # of the same shape
     "p_eagle, K 7": Row("p_eagle", {"num_depths": 7, "num_layers": 1}, "eagle3", 0.5),
     "mtp": Row("mtp", {}, "eagle3"),
     "dflash d_pace": Row("dflash", {"d_pace": 0.5}, "dflash", 1.05),

@@ -24,10 +24,7 @@ from deepspec.targets import load_target
 def check(case: Path) -> CaseErrors:
     """Every run of one case."""
     reference = read_json(case / "results.json", EvaluationError)
-    folder = Path(reference["target_dir"])
-    target = load_target(
-        case.parents[1].joinpath(*folder.parts[1:]) if folder.parts[0] == "shared" else case / folder, torch.float32
-    )
+    target = load_target(target_folder(case, Path(reference["target_dir"])), torch.float32)
     config = dict(read_json(case / "draft" / "config.json", EvaluationError))
     model = imported(case / "draft", "zlab", config, load_file(case / "draft" / "model.safetensors"), target.spec)
     model.attach(target.embed_weight, target.head_weight)
@@ -48,6 +45,13 @@ def check(case: Path) -> CaseErrors:
             wrong = [key for key, value in mine.items() if theirs[key] != value]
             errors.worst("index", float(len(wrong)))
     return errors
+
+
+def target_folder(case: Path, given: Path) -> Path:
+    """The target's folder, which is stated from the folder above ``shared``."""
+    below = Path(*given.parts[given.parts[0] == "shared" :])
+    places = [case / given, case.parents[1] / below, Path(__file__).parents[2].parent / "shared" / below]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 class Rounds:

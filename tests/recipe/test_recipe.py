@@ -226,3 +226,23 @@ def test_sections_read_nested_optional_and_typed_lists() -> None:
         parse_section(Outer, {"names": ["a", 1]}, "o")
     with pytest.raises(RecipeError, match=r"o\.either.*int or str"):
         parse_section(Outer, {"either": [1]}, "o")
+
+
+def test_recipes_of_newer_block_drafters_have_the_published_values() -> None:
+    second, causal = (load_recipe(RECIPES / f"{name}_qwen3_8b.yaml") for name in ("dflash2", "jetspec"))
+    draft = second.draft
+    assert (draft.block_size, draft.loss_decay_gamma, draft.num_anchors, draft.sample_from_anchor) == (
+        16,
+        7.0,
+        256,
+        False,
+    )
+    assert (draft.conv_kernel_size, draft.conv_group_size, draft.selector_rank, draft.selector_top_k) == (
+        2,
+        16,
+        256,
+        16,
+    )
+    assert (draft.selector_weight, second.train.lr, second.train.betas) == (1.0, 6e-4, (0.9, 0.95))
+    assert (causal.algorithm, causal.draft.causal, causal.draft.loss_decay_gamma) == ("dflash", True, None)
+    assert [(term.name, term.weight) for term in causal.draft.loss] == [("kl", 1.0)]
