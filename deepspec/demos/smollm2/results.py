@@ -11,6 +11,7 @@ from deepspec.demos.quickstart.picture import write_picture
 from deepspec.demos.smollm2 import ablation, finetune
 from deepspec.demos.smollm2.collect import gather
 from deepspec.demos.smollm2.plan import EVALUATIONS, recipe_of
+from deepspec.demos.stages import MORE
 from deepspec.evaluate.calibration import mean_ece
 from deepspec.evaluate.study import sentence
 from deepspec.files import write_text
@@ -58,7 +59,7 @@ def with_results(readme: str, measured: Row) -> str:
         DeepSpecError: it has no such marks.
     """
     real, tuned = measured["real"], measured.get("finetuned", {}).get("drafts", {})
-    sampled = ", ".join(f"{name} {length(pick(real['chat'].get(name), 1.0))}" for name in ALGORITHMS)
+    sampled = ", ".join(f"{name} {length(pick(real['chat'].get(name), 1.0))}" for name in shown(real["chat"]))
     own = [
         accepted_lengths(real, 0.0),
         f"At T=1 on held-out chat: {sampled}.",
@@ -69,6 +70,11 @@ def with_results(readme: str, measured: Row) -> str:
         f"[{MEASURED.name}]({MEASURED}).",
     ]
     return fill_page(readme, "results", "\n\n".join(own))
+
+
+def shown(measured: Row) -> list[str]:
+    """The usual drafters, and the others that were measured."""
+    return [name for name in ALGORITHMS if name not in MORE or name in measured]
 
 
 def real_text(real: Row) -> str:
@@ -92,11 +98,11 @@ def real_text(real: Row) -> str:
 
 def accepted_lengths(real: Row, temperature: float) -> str:
     """A row a task, a column an algorithm."""
-    chat, tasks = real["chat"], real["tasks"]
+    chat, tasks, drafters = real["chat"], real["tasks"], shown(real["chat"])
     names = list(dict.fromkeys(row["task"] for one in tasks.values() for row in one["summaries"]))
-    rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in ALGORITHMS)]]
-    rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in ALGORITHMS)] for name in names]
-    return Table([f"accepted length, T={temperature:g}", *ALGORITHMS], rows).markdown()
+    rows = [["held-out chat", *(length(pick(chat.get(a), temperature)) for a in drafters)]]
+    rows += [[name, *(length(pick(tasks.get(a), temperature, name)) for a in drafters)] for name in names]
+    return Table([f"accepted length, T={temperature:g}", *drafters], rows).markdown()
 
 
 def positions(rows: Mapping[str, Row | None]) -> str:
@@ -110,7 +116,7 @@ def positions(rows: Mapping[str, Row | None]) -> str:
 def speeds(timed: Mapping[str, Row]) -> str:
     """Speed-up and equality of every draft."""
     rows = []
-    for name in ALGORITHMS:
+    for name in shown(timed):
         for temperature in (0.0, 1.0):
             row, cells = pick(timed.get(name), temperature), [NOT_RUN, "", "", ""]
             if row is not None and row["speed_up"] is not None:
@@ -121,7 +127,7 @@ def speeds(timed: Mapping[str, Row]) -> str:
 
 def exactness(exact: Mapping[str, Row]) -> str:
     """Why greedy outputs differ in bfloat16, and how many do not in float32."""
-    shares = "; ".join(f"{name} {equality(pick(exact.get(name), 0.0))}" for name in ALGORITHMS)
+    shares = "; ".join(f"{name} {equality(pick(exact.get(name), 0.0))}" for name in shown(exact))
     return f"Greedy output in float32 (bfloat16 rounds a check of many tokens otherwise than of one) equal: {shares}."
 
 
@@ -158,8 +164,9 @@ def gains(drafts: Row, algorithm: str) -> list[str]:
         return tuned / compared if tuned and compared else math.nan
 
     over = {other: ratio("domain", other) for other in STARTS if other != finetune.TUNED}
+    over = {other: value for other, value in over.items() if not math.isnan(value)}
     chat = ratio("chat", finetune.GENERAL)
-    if any(map(math.isnan, (chat, *over.values()))):
+    if math.isnan(chat) or not over:
         return []
     compared = ", ".join(f"{value:.2f}x ({STARTS[other]})" for other, value in over.items())
     line = f"- {algorithm}: accepted length of the fine-tuned draft on the domain over that of the others: {compared}"
@@ -243,7 +250,7 @@ def provenance_text(measured: Row) -> str:
             origin = trained.get(name, trained.get(ablation.BASE if name.startswith("step-") else name))
             seeds = f"{NOT_RUN if origin is None else origin['provenance']['seed']} / {about['seed']}"
             rows.append([f"{key} {name}", about["finished"], seeds, versions, f"`{about['command']}`"])
-    files = [f"`recipes/{name}.yaml`" for name in (*map(recipe_of, ALGORITHMS), ablation.RECIPE)]
+    files = [f"`recipes/{name}.yaml`" for name in (*map(recipe_of, shown(measured["real"]["chat"])), ablation.RECIPE)]
     lines = [f"Recipes: {', '.join(files[:-1])}; ablations: {files[-1]}."]
     for section, title in (("real", "The real run"), ("finetuned", "The fine-tuning"), ("ablations", "The ablations")):
         spent = measured[section].get("stages", {})

@@ -87,7 +87,7 @@ def test_the_fine_tuning_has_its_table_and_its_gains() -> None:
     row = "| dspark, fine-tuned | 5.00 (5.00-5.00) | 5.00 (5.00-5.00) | 3.00 (3.00-3.00) | 3.00 (3.00-3.00) |"
     assert row in text
     assert row in Path("README.md").read_text()
-    assert "At T=0:" not in text  # one start has not run
+    assert "2.50x (the general draft), 1.25x (from the target's layers); on chat -25.0%" in text  # one has not run
     shutil.copytree(path.parent, finetune.results_of("full", "dspark", "random"))
     results.write_results()
     text = Path("docs/results.md").read_text()
