@@ -1,4 +1,4 @@
-"""The twelve published recipes, each run from its own file: cache, training, consolidation, decoding.
+"""The published recipes and those of newer drafters, each run from its own file: cache, training, draft, decoding.
 
 Depth of the target, its layers that are read, the draft's layers, precision, ZeRO configuration and micro-batch are the
 recipe's; only widths, vocabulary, paths and the number of steps are small.
@@ -35,10 +35,15 @@ pytest_plugins = ["training_fixtures"]
 
 DEPTHS = {"qwen3_4b": 36, "qwen3_8b": 36, "qwen3_14b": 40, "gemma4_12b": 48}
 RECIPES = [f"{algorithm}_{target}" for target in DEPTHS for algorithm in ("eagle3", "dflash", "dspark")]
-RECIPES.append("mtp_qwen3_8b")
+RECIPES += [f"{drafter}_qwen3_8b" for drafter in ("eagle31", "p_eagle", "dflash2", "jetspec", "mtp")]
 QUICK = "dspark_gemma4_12b"
 LAUNCHED = [name for name in RECIPES if "gemma4" in name]  # by the deepspeed command, as a user does
 IN_PROCESS = [name for name in RECIPES if "gemma4" not in name]
+
+
+def target_of(name: str) -> str | None:
+    """The target of a recipe among those of DEPTHS."""
+    return next((target for target in DEPTHS if name.endswith(f"_{target}")), None)
 
 
 def make_target(folder: Path, recipe: Recipe, depth: int) -> None:
@@ -60,14 +65,14 @@ def settings_of(name: str, folder: Path) -> list[str]:
         f"target.path={folder / 'target'}", f"data.conversations={folder / 'c.jsonl'}", f"output={folder / 'run'}",
         f"data.cache=[{folder / 'cache'}]", "train.max_steps=2", "train.global_batch=2",
     ]  # fmt: skip
-    return overrides if name.startswith(("eagle3", "mtp")) else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
+    return overrides if name.startswith(("eagle", "mtp")) else [*overrides, f"draft.mask_token_id={MASK_TOKEN_ID}"]
 
 
 def prepare(folder: Path, name: str) -> tuple[Path, list[str]]:
     """Target, conversations and cache of a recipe in ``folder``; (its own file, what the command line sets)."""
     path, overrides = tools.ROOT / "recipes" / f"{name}.yaml", settings_of(name, folder)
     recipe = load_recipe(path, overrides)
-    make_target(folder / "target", recipe, DEPTHS[name.split("_", 1)[1]])
+    make_target(folder / "target", recipe, DEPTHS[target_of(name) or ""])
     write_conversations(folder / "c.jsonl", conversation_rows(16), {"made by": "a test"})
     build_cache(recipe, folder / "c.jsonl", folder / "cache")
     return path, overrides
@@ -117,9 +122,9 @@ def test_runs_from_its_own_file_on_two_processes(name: str, tmp_path: Path) -> N
 
 def test_every_published_recipe_is_among_them_and_keeps_its_settings() -> None:
     folder = tools.ROOT / "recipes"
-    assert {path.stem for path in folder.glob("*.yaml") if path.stem.split("_", 1)[1] in DEPTHS} == set(RECIPES)
+    assert {path.stem for path in folder.glob("*.yaml") if target_of(path.stem)} == set(RECIPES)
     assert {QUICK, *IN_PROCESS, *LAUNCHED} == set(RECIPES)
-    assert len(RECIPES) == 13
+    assert len(RECIPES) == 17
     changed = {override.split("=")[0] for name in RECIPES for override in settings_of(name, Path("x"))}
     assert changed == {
         *("target.path", "data.conversations", "data.cache", "output", "train.max_steps", "train.global_batch"),

@@ -12,7 +12,7 @@ import pytest
 from deepspec.demos.quickstart.plan import plan
 from deepspec.demos.runner import Runner, _resolve, stage_seconds
 from deepspec.demos.stages import PYTHON, Stage
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, RecipeError
 from deepspec.registry import ALGORITHMS
 
 
@@ -71,7 +71,7 @@ def test_a_stage_wider_than_the_machine_still_runs(tmp_path: Path) -> None:
 
 
 def test_the_plan_covers_every_algorithm_in_an_order_that_works() -> None:
-    stages = plan()
+    stages = plan("all")
     before: set[str] = set()
     for stage in stages:
         assert set(stage.needs) <= before
@@ -80,10 +80,18 @@ def test_the_plan_covers_every_algorithm_in_an_order_that_works() -> None:
 
 
 def test_every_stage_starts_a_module_of_this_environment_from_any_folder() -> None:
-    for command in (_resolve(stage.command) for stage in plan()):
+    for command in (_resolve(stage.command) for stage in plan("all")):
         assert command[:2] == [sys.executable, "-m"]
         assert find_spec(command[2]) is not None
         assert not [word for word in command if word.endswith(".py")]
     launched = next(_resolve(stage.command) for stage in plan() if stage.name.startswith("train"))
     assert launched[2:4] == ["deepspeed.launcher.runner", "--master_port"]
     assert launched[launched.index("--module") + 1 :][:2] == ["deepspec", "train"]
+
+
+def test_the_usual_plan_has_three_drafters_and_a_name_takes_one_more() -> None:
+    trained = [stage.name for stage in plan() if stage.name.startswith("train ")]
+    assert trained == ["train eagle3", "train dflash", "train dspark"]
+    assert [stage.name for stage in plan("dflash2") if stage.name.startswith("train ")] == ["train dflash2"]
+    with pytest.raises(RecipeError, match=r"--drafters: no such drafter here"):
+        plan("dflesh")
