@@ -77,7 +77,7 @@ def drafters() -> None:
     Its output is under build/drafters in the current folder, and the tables are in docs/algorithms.md where that is.
     Run again, it continues where it stopped.
     """
-    parser = Parser(description=drafters.__doc__, example="--variant dflash --variant dflash2 --equal-steps-only")
+    parser = Parser(description=drafters.__doc__, example="--equal-steps-only")
     parser.add_argument("--variant", action="append", default=[], help="only this; may be repeated")
     parser.add_argument(
         "--seed", type=SEED, action="append", help="of the trainings; may be repeated (default: 0 and 1)"

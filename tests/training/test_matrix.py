@@ -171,8 +171,8 @@ def _note(seen: dict[str, torch.dtype], name: str, out: Any) -> None:
 
 
 def _noting(seen: dict[str, torch.dtype], finish: Any) -> Any:
-    def run_and_note(residual: torch.Tensor, mixed: torch.Tensor, *gate: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = finish(residual, mixed, *gate)
+    def run_and_note(residual: torch.Tensor, mixed: torch.Tensor, *gate: Any, **delta: Any) -> torch.Tensor:
+        out: torch.Tensor = finish(residual, mixed, *gate, **delta)
         seen["attended heads"], seen["a layer's output"] = mixed.dtype, out.dtype
         return out
 

@@ -53,7 +53,7 @@ def test_the_recipes_name_the_full_run() -> None:
         recipe = load_recipe(recipe_of(algorithm))
         assert [Path(path) for path in recipe.data.cache] == scale.caches()
         assert Path(recipe.output) == scale.root / algorithm
-        trained = next(stage for stage in plan(scale, [], 2) if stage.name == f"train {algorithm}")
+        trained = next(stage for stage in plan(scale, [], 2, "all") if stage.name == f"train {algorithm}")
         assert trained.artefact.parent.parent.parent == Path(recipe.output)
 
 
