@@ -26,7 +26,7 @@ WANTED = {
     *("calibrate", "compare", "export", "import", "serve-check", "push", "quickstart", "completion"),
     *(f"cache {name}" for name in ("build", "verify", "inspect", "recode", "append", "export", "import", "estimate")),
     *(f"recipes {name}" for name in ("list", "show", "copy")),
-    *(f"demo {name}" for name in ("real", "finetune", "ablate", "results")),
+    *(f"demo {name}" for name in ("real", "finetune", "ablate", "drafters", "results")),
 }
 
 
