@@ -371,16 +371,14 @@ def step_loss(model: DraftModel, batch: Batch, hidden_RD: Tensor) -> LossTerms:
     weights: LossWeights = config.loss_weights
     # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
     target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
-    rows, slots, in_vocab_R = plan.rows, plan.active_BN.numel(), None
+    rows, slots = plan.rows, plan.active_BN.numel()
     if weights.ce or config.d_pace is not None:
         label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{t+2+j}
-        label_R, in_vocab_R = model.draft_ids(label_R)
-        rows = rows.with_tokens(label_R, in_vocab_R)
+        rows = rows.with_tokens(*model.draft_ids(label_R))
     chain_R = plan.pair_R % max(slots, 1) * plan.num_steps + plan.pair_R // max(slots, 1)
     chains = Chains(chain_R, slots, plan.num_steps, config.d_pace)
     head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
-    measured_R = head.measured_R if in_vocab_R is None else head.measured_R * in_vocab_R
-    accept_TN, mask_TN = scattered(measured_R, plan.pair_R, plan.num_steps, slots)
+    accept_TN, mask_TN = scattered(head.measured_R, plan.pair_R, plan.num_steps, slots)
     return head.terms(plan.weight, acceptance_metrics(accept_TN.T, mask_TN.T))
 
 

@@ -97,8 +97,8 @@ class HeadLoss:
 
     @property
     def measured_R(self) -> Tensor:
-        """What acceptance is told by: a; without a target's distribution the hits."""
-        return self.hit_R if self.accept_R is None else self.accept_R
+        """What acceptance is told by: a; without a target's distribution the hits. 0 of a row that weighs nothing."""
+        return (self.hit_R if self.accept_R is None else self.accept_R) * (self.weight_R > 0)
 
     def terms(self, weight: Tensor, metrics: Mapping[str, WeightedSum]) -> LossTerms:
         """The loss as one term, with every term's mean beside ``metrics``."""
