@@ -78,13 +78,13 @@ class Chat:
         answer = self.renderer.tokenizer.decode(drafted.output_ids, skip_special_tokens=True)
         self.messages.append({"role": "assistant", "content": answer})
         lengths = drafted.acceptance_lengths
-        said = f"{len(drafted.output_ids)} tokens, {speed:.1f} tokens/s"
+        line = f"{len(drafted.output_ids)} tokens, {speed:.1f} tokens/s"
         if lengths:
-            said += f", {sum(lengths) / len(lengths):.2f} tokens a round"
+            line += f", {sum(lengths) / len(lengths):.2f} tokens a round"
         if self.compare:
             _, alone = self._decode(request, None, None, min(self.compare, len(drafted.output_ids)))
-            said += f"; without the draft {alone:.1f} tokens/s: {speed / max(alone, 1e-9):.2f}x"
-        return f"({said})"
+            line += f"; without the draft {alone:.1f} tokens/s: {speed / max(alone, 1e-9):.2f}x"
+        return f"({line})"
 
     def _decode(
         self, request: DecodeRequest, drafter: Any, watch: Callable[[Generation], object] | None, limit: int = 0

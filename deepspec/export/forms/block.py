@@ -111,11 +111,16 @@ class DFlash(Form):
         odd += [key for key in flat if config.get(key) not in (None, False, "dflash")]
         if odd:
             raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd))
-        said, flat_said = bool(inner.get("causal")), config.get("is_causal")
-        if flat_said is not None and "causal" in inner and flat_said != said:
-            found, remedy = f"{flat_said}, dflash_config.causal {said}", "make the two agree: vLLM takes the flat one"
+        causal, flat_causal = bool(inner.get("causal")), config.get("is_causal")
+        if flat_causal is not None and "causal" in inner and flat_causal != causal:
+            found, remedy = (
+                f"{flat_causal}, dflash_config.causal {causal}",
+                "make the two agree: vLLM takes the flat one",
+            )
             raise DraftError("says two things", file=draft.file, key="is_causal", found=found, remedy=remedy)
-        fields = config | {"markov_rank": 0, "enable_confidence_head": False} | inner | {"causal": flat_said or said}
+        fields = (
+            config | {"markov_rank": 0, "enable_confidence_head": False} | inner | {"causal": flat_causal or causal}
+        )
         stated = fields.get("sample_from_anchor", False)
         return read_block(draft, hints, fields, config, fields.get("target_layer_ids"), stated)
 
