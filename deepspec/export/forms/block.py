@@ -107,20 +107,14 @@ class DFlash(Form):
         config, inner = draft.config, dict(draft.config.get("dflash_config") or {})
         known = (*KNOWN, *self.parts)
         odd = [key for key, value in inner.items() if key not in known and value and value not in NEUTRAL.get(key, ())]
-        flat = ("projector_type", "use_tree")
-        odd += [key for key in flat if config.get(key) not in (None, False, "dflash")]
+        odd += [key for key in ("projector_type", "use_tree") if config.get(key) not in (None, False, "dflash")]
         if odd:
             raise DraftError("a variant of DFlash that we do not have", file=draft.file, key=", ".join(odd))
-        causal, flat_causal = bool(inner.get("causal")), config.get("is_causal")
-        if flat_causal is not None and "causal" in inner and flat_causal != causal:
-            found, remedy = (
-                f"{flat_causal}, dflash_config.causal {causal}",
-                "make the two agree: vLLM takes the flat one",
-            )
+        causal, flat = bool(inner.get("causal")), config.get("is_causal")
+        if flat is not None and "causal" in inner and flat != causal:
+            found, remedy = f"{flat}, dflash_config.causal {causal}", "make the two agree: vLLM takes the flat one"
             raise DraftError("says two things", file=draft.file, key="is_causal", found=found, remedy=remedy)
-        fields = (
-            config | {"markov_rank": 0, "enable_confidence_head": False} | inner | {"causal": flat_causal or causal}
-        )
+        fields = config | {"markov_rank": 0, "enable_confidence_head": False} | inner | {"causal": flat or causal}
         stated = fields.get("sample_from_anchor", False)
         return read_block(draft, hints, fields, config, fields.get("target_layer_ids"), stated)
 
