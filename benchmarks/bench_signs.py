@@ -31,7 +31,8 @@ from deepspec.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("helpers", "trust")]
-LONG = ("quickstart", "demo real", "demo finetune", "demo ablate", "demo drafters", "demo results", "serve-check", "push")
+LONG = ("quickstart", *(f"demo {name}" for name in ("real", "finetune", "ablate", "drafters", "results")), "serve-check",
+        "push")  # fmt: skip
 FIRST, SILENCE = 2.0, 10.0  # seconds
 CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 FOREIGN = re.compile(r"\w+Warning\b|\[WARNING\]|\[INFO\]|\[W\d|\[rank\d|it/s\]|\d%\|")  # of a library
