@@ -31,8 +31,8 @@ from deepspec.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "tests" / name) for name in ("helpers", "trust")]
-LONG = ("quickstart", *(f"demo {name}" for name in ("real", "finetune", "ablate", "drafters", "results")), "serve-check",
-        "push")  # fmt: skip
+DEMOS = ("real", "finetune", "ablate", "drafters", "results")
+LONG = ("quickstart", *(f"demo {name}" for name in DEMOS), "serve-check", "push")
 FIRST, SILENCE = 2.0, 10.0  # seconds
 CONTROL = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 FOREIGN = re.compile(r"\w+Warning\b|\[WARNING\]|\[INFO\]|\[W\d|\[rank\d|it/s\]|\d%\|")  # of a library
