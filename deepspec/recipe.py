@@ -47,9 +47,7 @@ class TargetSection:
     """The model that is to be sped up."""
 
     path: str  # a local folder or a hub id
-    layers: tuple[
-        int, ...
-    ]  # 0-based decoder layers whose OUTPUT is read; -1 = the embedding, their number = the final norm
+    layers: tuple[int, ...]  # 0-based layers whose OUTPUT is read; -1 = the embedding, their number = the final norm
     family: str | None = None  # checked against the model's own config where given
     revision: str | None = None  # of a hub id: a branch, tag or commit
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # that it runs in

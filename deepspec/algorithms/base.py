@@ -413,9 +413,10 @@ class Algorithm(ABC):
     def objective(self, model: Any, batch: Batch) -> LossTerms:
         """Loss terms and metrics of a micro-batch by its plan; never waits for the GPU."""
 
-    @abstractmethod
     def needs_last_hidden(self, config: Any) -> bool:
-        """Whether the objective reads the target's last hidden states."""
+        """Whether the objective reads the target's last hidden states: a term compares with its distribution."""
+        needed: bool = config.loss_weights.needs_target
+        return needed
 
 
 def target_states(batch: Batch, position_P: Tensor, dtype: torch.dtype) -> Tensor:

@@ -334,9 +334,8 @@ class BlockDrafter(Drafter):
             queries, keys, values = layer.queries_keys_values(entered, table)
             cache.write((keys, values), index)
             bias = full if number in model.config.full_layers else narrow
-            hidden = layer.finish(
-                hidden, attend_ragged(queries, cache.view(rows, seen), bias, layer.scale), delta=delta
-            )
+            mixed = attend_ragged(queries, cache.view(rows, seen), bias, layer.scale)
+            hidden = layer.finish(hidden, mixed, delta=delta)
         return self._norm(hidden[:, first : first + count])
 
 

@@ -126,10 +126,6 @@ class DFlash(BlockAlgorithm):
     name = "dflash"
     config_class: ClassVar[type[BlockConfig]] = DFlashConfig
 
-    def needs_last_hidden(self, config: Any) -> bool:
-        """Cross-entropy needs only the tokens."""
-        return config.loss_weights.needs_target
-
     def plan(self, config: Any, supervision: Supervision) -> BlockPlan:
         """Anchors drawn, and their supervised slots; the weight is the sum of the slots'."""
         anchors = draw_anchors(supervision, config.num_anchors)

@@ -95,8 +95,8 @@ class DSpark(DFlash):
     tiny_section: ClassVar[dict[str, Any]] = {**DFlash.tiny_section, "markov_rank": 6}
 
     def needs_last_hidden(self, config: Any) -> bool:
-        """The L1 term and the confidence label compare with the target's distribution."""
-        return config.loss_weights.needs_target or config.confidence_head
+        """See :meth:`Algorithm.needs_last_hidden`; the confidence head's label compares too."""
+        return super().needs_last_hidden(config) or config.confidence_head
 
     def objective(self, model: BlockDraft, batch: Batch) -> LossTerms:
         """The three terms over the supervised slots (teacher-forced), with acceptance by position and tau."""

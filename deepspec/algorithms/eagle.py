@@ -15,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, OwnField, require
+from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, OwnField, require, target_states
+from deepspec.batch import Batch
 from deepspec.families.base import Family, Shape
+from deepspec.nn.chains import Chains
 from deepspec.nn.fused import FusedLayer, norm_of
 from deepspec.nn.layer import RMSNorm
+from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +78,21 @@ def wide_input(layer: Any, embedded: Tensor, hidden: Tensor) -> tuple[Tensor, Te
     normed = layer.hidden_norm(hidden)
     joined = torch.cat((layer.input_layernorm(embedded), normed), dim=-1)
     return joined, normed if layer.normed_residual else hidden
+
+
+def chain_loss(
+    model: DraftModel, batch: Batch, rows: HeadRows, position_P: Tensor, hidden_RD: Tensor, chains: Chains
+) -> HeadLoss:
+    """The head loss of rows that are verified along ``chains``; each predicts the token after its target position.
+
+    Over a reduced vocabulary the target's distribution is renormalised, as the draft's is.
+    """
+    config, weights = model.config, model.config.loss_weights
+    target_PD = target_states(batch, position_P, model.dtype) if weights.needs_target else None
+    if weights.ce or config.d_pace is not None:
+        label_R = batch.input_ids.flatten()[position_P + 1][rows.position_R]
+        rows = rows.with_tokens(*model.draft_ids(label_R))
+    return head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
 
 
 class WideInput:

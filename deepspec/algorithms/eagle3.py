@@ -33,10 +33,9 @@ from deepspec.algorithms.base import (
     Sampler,
     require,
     require_at_least,
-    target_states,
 )
 from deepspec.algorithms.block import acceptance_metrics, scattered
-from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, wide_input
+from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, chain_loss, wide_input
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
@@ -44,7 +43,7 @@ from deepspec.nn.attention import attend
 from deepspec.nn.chains import Chains
 from deepspec.nn.fused import FusedLayer
 from deepspec.nn.loss_chunk import LossWeights
-from deepspec.nn.losses import HeadRows, head_loss
+from deepspec.nn.losses import HeadRows
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
 from deepspec.nn.tree import Tree
 
@@ -346,10 +345,6 @@ class Eagle3(Algorithm):
     heads = ("fc_norm.", "input_norm.")
     tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 1, "ttt_length": 3}
 
-    def needs_last_hidden(self, config: Eagle3Config) -> bool:
-        """The published loss compares with the target's distribution."""
-        return config.loss_weights.needs_target
-
     def plan(self, config: Eagle3Config, supervision: Supervision) -> TTTPlan:
         """See :meth:`Algorithm.plan`; the loss is a mean of per-sequence means."""
         slots_TBS = supervised_slots(supervision, config.ttt_length)
@@ -367,17 +362,11 @@ class Eagle3(Algorithm):
 
 def step_loss(model: DraftModel, batch: Batch, hidden_RD: Tensor) -> LossTerms:
     """The loss of the supervised pairs of a :class:`TTTPlan`, by what the head reads of each."""
-    plan, config = cast(TTTPlan, batch.plan), model.config
-    weights: LossWeights = config.loss_weights
-    # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-    target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
-    rows, slots = plan.rows, plan.active_BN.numel()
-    if weights.ce or config.d_pace is not None:
-        label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{t+2+j}
-        rows = rows.with_tokens(*model.draft_ids(label_R))
+    plan = cast(TTTPlan, batch.plan)
+    slots = plan.active_BN.numel()
     chain_R = plan.pair_R % max(slots, 1) * plan.num_steps + plan.pair_R // max(slots, 1)
-    chains = Chains(chain_R, slots, plan.num_steps, config.d_pace)
-    head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
+    chains = Chains(chain_R, slots, plan.num_steps, model.config.d_pace)
+    head = chain_loss(model, batch, plan.rows, plan.position_P, hidden_RD, chains)
     accept_TN, mask_TN = scattered(head.measured_R, plan.pair_R, plan.num_steps, slots)
     return head.terms(plan.weight, acceptance_metrics(accept_TN.T, mask_TN.T))
 

@@ -166,9 +166,11 @@ class MTPDraft(DraftModel):
 def _dense_layer(
     layer: Any, hidden: Tensor, table: Any, rows: Tensor, rows_table: Any, backend: str
 ) -> tuple[Tensor, KV]:
-    kv = layer.self_attn.keys_values(layer.input_layernorm(hidden), table)
-    hidden = hidden.gather(1, rows[..., None].expand(-1, -1, hidden.shape[-1]))
-    queries, gate = layer.self_attn.queries_gate(layer.input_layernorm(hidden), rows_table)
+    normed = layer.input_layernorm(hidden)
+    kv = layer.self_attn.keys_values(normed, table)
+    index = rows[..., None].expand(-1, -1, hidden.shape[-1])
+    normed, hidden = normed.gather(1, index), hidden.gather(1, index)
+    queries, gate = layer.self_attn.queries_gate(normed, rows_table)
     mixed = attend(queries[:, :, None], kv, None, rows + 1, layer.self_attn.scale, backend)
     return layer.finish(hidden, mixed[:, :, 0], gate), kv
 
@@ -236,10 +238,6 @@ class MTP(Algorithm):
                 problem = "the target's own head is of another kind: ours are dense, with standard attention"
                 raise TargetError(problem, key=name, remedy="set train.init: random")
         return found
-
-    def needs_last_hidden(self, config: MTPConfig) -> bool:
-        """Cross-entropy needs only the tokens; the state that the head continues is a feature."""
-        return config.loss_weights.needs_target
 
     def plan(self, config: MTPConfig, supervision: Supervision) -> TTTPlan:
         """The supervised (step, slot) pairs; the weight is the sum of theirs."""

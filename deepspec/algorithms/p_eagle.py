@@ -33,17 +33,17 @@ from deepspec.algorithms.base import (
     Sampler,
     require,
     require_at_least,
-    target_states,
 )
 from deepspec.algorithms.block import scattered
-from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, wide_input
+from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, chain_loss, wide_input
+from deepspec.algorithms.eagle3 import supervised_slots
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.attention import attend
 from deepspec.nn.chains import Chains
 from deepspec.nn.loss_table import LossWeights
-from deepspec.nn.losses import HeadRows, head_loss
+from deepspec.nn.losses import HeadRows
 from deepspec.nn.ragged import attend_ragged, score_bias
 from deepspec.targets import TargetSpec
 
@@ -382,32 +382,20 @@ class PEagle(Algorithm):
             nn.init.normal_(parameter, 0.0, float(target.config.get("initializer_range", 0.02)), generator)
         return model
 
-    def needs_last_hidden(self, config: PEagleConfig) -> bool:
-        """The published loss compares with the target's distribution."""
-        return config.loss_weights.needs_target
-
     def plan(self, config: PEagleConfig, supervision: Supervision) -> ChainPlan:
         """See :meth:`Algorithm.plan`; chains are drawn from the key of their sample."""
-        mask = supervision.loss_mask.bool()
-        inside = torch.arange(mask.shape[1]) < supervision.lengths[:, None]
-        supervised = nn.functional.pad((mask & inside)[:, 2:], (0, min(2, mask.shape[1])))
+        supervised = supervised_slots(supervision, 1)[0]
         drawn = [draw_chains(row, config, supervision.generator(number)) for number, row in enumerate(supervised)]
         return ChainPlan.make(supervised, torch.stack(drawn), config.num_depths)
 
     def objective(self, model: PEagleDraft, batch: Batch) -> LossTerms:
         """The loss over all supervised elements; the slots of a chain are the depths of an anchor."""
-        plan, config = cast(ChainPlan, batch.plan), model.config
-        weights: LossWeights = config.loss_weights
+        plan = cast(ChainPlan, batch.plan)
         hidden = model.train_hidden(batch.features, batch.input_ids, plan)
         hidden_RD = model.norm(hidden.index_select(0, plan.element_R))
-        # over a reduced vocabulary the target's distribution is renormalised, as the draft's is
-        target_PD = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
-        rows, anchors = plan.rows, len(batch.input_ids) * plan.max_context_len
-        if weights.ce or config.d_pace is not None:
-            label_R = batch.input_ids.flatten()[plan.position_P + 1][rows.position_R]  # x_{a+d+2}
-            rows = rows.with_tokens(*model.draft_ids(label_R))
-        chains = Chains(plan.grid_R, anchors, plan.num_depths, config.d_pace)
-        head = head_loss(hidden_RD, model.head, rows, weights, target_PD, backend=model.loss, chains=chains)
+        anchors = len(batch.input_ids) * plan.max_context_len
+        chains = Chains(plan.grid_R, anchors, plan.num_depths, model.config.d_pace)
+        head = chain_loss(model, batch, plan.rows, plan.position_P, hidden_RD, chains)
         metrics = chain_metrics(*scattered(head.measured_R, plan.grid_R, anchors, plan.num_depths))
         return head.terms(plan.weight, metrics)
 

@@ -161,7 +161,8 @@ def chunk_terms(
         gradient = gradient + factor * p * (sign - (sign * p).sum(dim=-1, keepdim=True))
     if weights.reads("soft"):
         soft_ce = log_total - (q * logits_rV).sum(dim=-1)
-        entropy = torch.special.entr(q).sum(dim=-1)
+        if weights.needs_entropy:
+            entropy = torch.special.entr(q).sum(dim=-1)
         gradient = gradient + weights.share("soft", accept) * difference * weight_r[:, None]
     if weights.reads("reverse"):
         ratio = log_ratio(p, q)

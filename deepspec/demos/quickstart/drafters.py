@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
+from deepspec.demos.quickstart.plan import DECODE, more_prompts, require_finished
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import PYTHON, Names, Stage, evaluate, train
-from deepspec.errors import DataError, RecipeError, nearest
+from deepspec.demos.stages import Names, Stage, evaluate, train
+from deepspec.errors import RecipeError, nearest
 from deepspec.evaluate.compare import Run
 from deepspec.evaluate.measure import quantiles, resampled
 from deepspec.files import write_json, write_text
@@ -29,8 +29,7 @@ from deepspec.tables import Table, fill_page
 
 ROOT = Path("build/drafters")
 PROMPTS, HELD_OUT = ROOT / "prompts" / "held_out.jsonl", 256
-PAGE, MARK = Path("docs/algorithms.md"), "drafters"
-DECODE = ("--batch-size", "16", "--no-plain")
+PAGE = Path("docs/algorithms.md")
 TABLE = yaml.safe_load((RECIPES / "ablations" / "drafters.yaml").read_text(encoding="utf-8"))
 STEPS, SECONDS = "steps", "seconds"  # what is equal
 
@@ -63,9 +62,7 @@ def compare(names: Sequence[str], seeds: Sequence[int], cores: int, seconds: boo
     for name in names:
         if name not in VARIANTS:
             raise RecipeError("no such variant", key="--variant", found=name, remedy=nearest(name, VARIANTS))
-    made = QUICKSTART / "results.json"
-    if not made.exists():
-        raise DataError("no finished quickstart", file=made, remedy="run `deepspec quickstart` first, for its target")
+    require_finished()
     chosen = list(names) or list(VARIANTS)
     steps = dict.fromkeys(chosen, int(TABLE["steps"]))
     Runner(_plan(STEPS, steps, seeds), ROOT / "logs", cores).run()
@@ -82,7 +79,7 @@ def write(tables: str) -> tuple[Path, ...]:
     write_text(ROOT / "drafters.md", tables + "\n")
     if not PAGE.is_file():
         return (ROOT / "drafters.md",)
-    write_text(PAGE, fill_page(PAGE.read_text(encoding="utf-8"), MARK, tables))
+    write_text(PAGE, fill_page(PAGE.read_text(encoding="utf-8"), "drafters", tables))
     return ROOT / "drafters.md", PAGE
 
 
@@ -92,9 +89,7 @@ def folder(kind: str, name: str, seed: int) -> Path:
 
 
 def _plan(kind: str, steps: dict[str, int], seeds: Sequence[int]) -> list[Stage]:
-    write: Names = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(HELD_OUT))
-    prompts = Stage("prompts", (*write, "--output", str(PROMPTS.parent)), PROMPTS.parent / "train.jsonl.manifest.json")
-    stages = [prompts]
+    stages = [more_prompts(PROMPTS.parent, HELD_OUT)]
     for name, count in steps.items():
         variant = VARIANTS[name]
         for seed in seeds:
@@ -123,24 +118,20 @@ def equal_seconds(steps: dict[str, int], seeds: Sequence[int]) -> dict[str, int]
 def text(kind: str, steps: dict[str, int], seeds: Sequence[int]) -> str:
     """The table of the drafts and that of the differences; figures as JSON beside the runs."""
     found = {name: [Run.load(folder(kind, name, seed) / "results") for seed in seeds] for name in steps}
-    rows, value = [], dict[str, Any]()
+    draws = {name: np.divide(*(resampled(part, 0) for part in _sums(runs))) for name, runs in found.items()}
+    rows, value, pairs = [], dict[str, Any](), []
     for name, runs in found.items():
         lengths = [run.results.summaries[0].acceptance_length for run in runs]
-        low, high = quantiles(np.divide(*_draws(runs)))
+        low, high = quantiles(draws[name])
         pooled = np.divide(*(part.sum() for part in _sums(runs)))
         took = np.mean([step_seconds(folder(kind, name, seed) / "run") for seed in seeds])
-        each = ", ".join(f"{one:.2f}" for one in lengths if one is not None)
-        rows.append(
-            [VARIANTS[name].about, steps[name], f"{1000 * took:.0f}", f"{pooled:.2f} ({low:.2f}-{high:.2f})", each]
-        )
+        measured = f"{pooled:.2f} ({low:.2f}-{high:.2f})", ", ".join(f"{one:.2f}" for one in lengths if one is not None)
+        rows.append([VARIANTS[name].about, steps[name], f"{1000 * took:.0f}", *measured])
         value[name] = {"steps": steps[name], "step_seconds": took, "accepted_length": pooled, "interval": [low, high]}
     head = ["draft", "steps", "ms a step", "accepted length, T=0 (95 %)", f"of the seeds {', '.join(map(str, seeds))}"]
-    pairs = []
-    for pair in TABLE["pairs"]:
-        one, other = pair["variant"], pair["with"]
+    for one, other in ((pair["variant"], pair["with"]) for pair in TABLE["pairs"]):
         if one in found and other in found:
-            change = np.divide(*_draws(found[one])) - np.divide(*_draws(found[other]))
-            low, high = quantiles(change)
+            low, high = quantiles(draws[one] - draws[other])
             by = value[one]["accepted_length"] - value[other]["accepted_length"]
             pairs.append([VARIANTS[one].about, VARIANTS[other].about, f"{by:+.2f} ({low:+.2f} to {high:+.2f})"])
             value[one][f"above {other}"] = [by, low, high]
@@ -155,9 +146,3 @@ def _sums(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
     committed = [[run.rows[key]["committed"] for run in runs] for key in keys]
     tokens = np.array([sum(map(sum, one)) for one in committed], dtype=float)
     return tokens, np.array([sum(map(len, one)) for one in committed], dtype=float)
-
-
-def _draws(runs: Sequence[Run]) -> tuple[np.ndarray, np.ndarray]:
-    """Sums over prompts drawn anew, the same prompts for all."""
-    tokens, rounds = _sums(runs)
-    return resampled(tokens, 0), resampled(rounds, 0)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from deepspec.demos.runner import Runner
 from deepspec.demos.stages import PYTHON, USUAL, Stage, answers, cache, evaluate, recipes, shared_recipe, train
+from deepspec.errors import DataError
 
 ROOT = Path("build/quickstart")  # of everything generated, in the working directory; the recipes name it too
 LOGS = ROOT / "logs"
+DECODE = ("--batch-size", "16", "--no-plain")  # of a study, which compares accepted lengths
 
 
 def quickstart(drafters: str = USUAL) -> None:
@@ -29,6 +31,23 @@ def quickstart(drafters: str = USUAL) -> None:
     print(f"- talk to it, and see it draft: deepspec chat --target {ROOT}/target --draft {draft}")
     print("- take a real model, a few hours on a CPU: deepspec demo real")
     print("- train for your own target: deepspec recipes list")
+
+
+def require_finished() -> None:
+    """Check that the target, prompts and cache of a quickstart are there, for what is studied on them.
+
+    Raises:
+        DataError: it has not run to its end.
+    """
+    made = ROOT / "results.json"
+    if not made.exists():
+        raise DataError("no finished quickstart", file=made, remedy="run `deepspec quickstart` first, for its target")
+
+
+def more_prompts(folder: Path, held_out: int) -> Stage:
+    """The stage that writes the quickstart's prompts again, with ``held_out`` of them to evaluate on."""
+    write = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(held_out), "--output", str(folder))
+    return Stage("prompts", write, folder / "train.jsonl.manifest.json")
 
 
 def recipe_of(algorithm: str) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import yaml
 
+from deepspec.demos.quickstart.plan import DECODE, more_prompts, require_finished
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import DEEPSPEC, PYTHON, Names, Stage, evaluate, export, train
-from deepspec.errors import DataError
+from deepspec.demos.stages import DEEPSPEC, Names, Stage, evaluate, export, train
 from deepspec.recipe_files import RECIPES
 
 ROOT = Path("build/ablations")
@@ -26,7 +26,6 @@ HELD_OUT = 256  # prompts
 STEPS = 500  # of every variant: half of the quickstart's
 CURVE = (100, 200, 300, 400)  # optimizer steps of the base whose drafts are measured too
 BASE = "base"  # the variant that changes nothing
-DECODE = ("--batch-size", "16", "--no-plain")
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,7 @@ def ablate(cores: int) -> None:
     Raises:
         DeepSpecError: the quickstart has not run, or a stage failed.
     """
-    made = QUICKSTART / "results.json"
-    if not made.exists():
-        raise DataError("no finished quickstart", file=made, remedy="run `deepspec quickstart` first, for its target")
+    require_finished()
     Runner(plan(), LOGS, cores).run()
 
 
@@ -64,9 +61,7 @@ def cache_of(level: str) -> Path:
 
 def plan() -> list[Stage]:
     """All stages; the quickstart's target, prompts and cache must be complete."""
-    write: Names = (PYTHON, "-m", "deepspec.demos.quickstart", "prompts", "--held-out", str(HELD_OUT))
-    write += ("--output", str(PROMPTS.parent))
-    stages = [Stage("prompts", write, PROMPTS.parent / "train.jsonl.manifest.json")]
+    stages = [more_prompts(PROMPTS.parent, HELD_OUT)]
     for level in LEVELS:
         recode = (DEEPSPEC, "cache", "recode", str(cache_of("lossless")), str(cache_of(level)), "--level", level)
         stages.append(Stage(f"recode {level}", recode, cache_of(level) / "manifest.json"))
