@@ -8,7 +8,7 @@ An imported draft may have trained its own: its config then has ``own_embedding`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from deepspec.targets.stored import check_finite
 FROZEN = ("embed_tokens.weight", "lm_head.weight")
 OWN = ("own_embedding", "own_head")  # keys of a config.json whose draft trained these two for itself
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-CONFIG, PROVENANCE = "config.json", "provenance.json"
+CONFIG, PROVENANCE, RECIPE = "config.json", "provenance.json", "recipe.yaml"
 SHARD_BYTES = 5 * 10**9
 IMPORT = "import it first: deepspec import FOLDER OUT"
 
@@ -77,10 +77,17 @@ def save_draft(
         folder.mkdir(parents=True, exist_ok=True)
         names = [*_write_weights(folder, state, shard_bytes), CONFIG]
         write_json(folder / CONFIG, dict(config))
-        if recipe_text is not None:
-            write_text(folder / "recipe.yaml", recipe_text)
-            names.append("recipe.yaml")
-        write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, names)}))
+        seal_draft(folder, names, provenance, recipe_text)
+
+
+def seal_draft(
+    folder: Path, names: Sequence[str], provenance: Mapping[str, Any], recipe_text: str | None = None
+) -> None:
+    """Write the recipe beside the draft's files ``names``, and last the provenance with the SHA-256 of them all."""
+    if recipe_text is not None:
+        write_text(folder / RECIPE, recipe_text)
+        names = [*names, RECIPE]
+    write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, names)}))
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor], shard_bytes: int) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from deepspec.drafts import RECIPE
 from deepspec.errors import EvaluationError, without_logins
 from deepspec.evaluate.measure import TaskSummary
 from deepspec.evaluate.tasks import Task, registered_tasks
@@ -22,7 +23,6 @@ from deepspec.rows import RowLog
 
 FORMAT = "deepspec.results/2"
 RESULTS = "results.json"
-RECIPE = "recipe.yaml"  # in a draft folder
 PACKAGES = ("deepspec", "torch", "transformers")
 Key = tuple[str, float, int]  # task, temperature, index of the prompt
 

@@ -15,6 +15,7 @@ from deepspec import registry
 from deepspec.checkpoints import steps_of
 from deepspec.drafts import (
     FROZEN,
+    RECIPE,
     SHARD_BYTES,
     build_draft,
     check_files,
@@ -261,7 +262,7 @@ def _is_rewritten(provenance: Mapping[str, Any], taken: ExportEngine, config: Ma
 
 
 def _recipe(folder: Path) -> str | None:
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 

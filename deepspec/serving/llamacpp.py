@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspec.errors import DeepSpecError, DraftError
+from deepspec.errors import DeepSpecError, DraftError, TargetError
 from deepspec.export.forms.gguf import interleaved, layer_keys
 from deepspec.export.gguf_file import package, tokenizer_keys, write_file
 from deepspec.files import read_json
@@ -110,10 +110,16 @@ def write_target(folder: Path, output: Path, stop_token_ids: Sequence[int] = (),
         output: the file.
         stop_token_ids: at which the engine ends an answer, at most three.
         dtype: of the matrices; see :mod:`deepspec.export.gguf_file`.
+
+    Raises:
+        TargetError: its positions are scaled, which these keys do not say.
     """
     import torch
 
     spec = load_spec(str(folder))
+    if (rope := spec.shape.rope.kind) != "default":
+        remedy = "convert it with llama.cpp's own convert_hf_to_gguf.py"
+        raise TargetError("only plain positions are written", file=folder, key="rope_type", found=rope, remedy=remedy)
     config, shape, arch = spec.config, spec.shape, spec.family.name
     named = layer_keys(shape, spec.num_layers) | {"vocab_size": spec.vocab_size}
     keys = {"general.architecture": arch} | {f"{arch}.{key}": value for key, value in named.items()}

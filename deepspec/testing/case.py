@@ -20,7 +20,7 @@ from deepspec.data.conversations import write_conversations
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.demos.quickstart.tokenizer import VOCAB_SIZE, train_tokenizer
-from deepspec.drafts import FROZEN, save_draft
+from deepspec.drafts import FROZEN, RECIPE, save_draft
 from deepspec.errors import DraftError
 from deepspec.export.convert import read_draft
 from deepspec.export.parts import ImportHints, ascending
@@ -176,6 +176,6 @@ def write_run(folder: Path, case: Case, zero_stage: int) -> Path:
             "tensorboard": False,
         },
     }  # fmt: skip
-    path = folder / "recipe.yaml"
+    path = folder / RECIPE
     path.write_text(yaml.safe_dump(recipe))
     return path

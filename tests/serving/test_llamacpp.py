@@ -19,7 +19,7 @@ from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.demos.subjects import batch_of, learn
 from deepspec.drafts import load_draft, save_draft
-from deepspec.errors import DeepSpecError
+from deepspec.errors import DeepSpecError, TargetError
 from deepspec.export.convert import ExportOptions, export_draft, read_draft
 from deepspec.export.forms.gguf import BlockGGUF, Eagle3GGUF, GGUFForm
 from deepspec.serving import llamacpp
@@ -242,3 +242,11 @@ def test_a_trace_that_lacks_a_request_is_made_again_and_then_refused(
     with pytest.raises(DeepSpecError, match=r"run\.log: the engine's trace is not whole; found 0; wanted 2 requests"):
         server.generate("run", {"target": ""})
     assert logs == []
+
+
+def test_a_target_with_scaled_positions_is_not_written_as_a_plain_one(tmp_path: Path) -> None:
+    rope = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+    tiny_config("llama", rope_parameters=rope).save_pretrained(tmp_path)
+    with pytest.raises(TargetError, match="rope_type"):
+        llamacpp.write_target(tmp_path, tmp_path / "target.gguf")
+    assert not (tmp_path / "target.gguf").exists()

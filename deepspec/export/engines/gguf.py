@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from deepspec.drafts import PROVENANCE, SHARD_BYTES
+from deepspec.drafts import SHARD_BYTES, seal_draft
 from deepspec.errors import DraftError
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.gguf import BlockGGUF, Eagle3GGUF
 from deepspec.export.gguf_file import read_keys, read_tensors, tokenizer_keys, tokenizer_keys_of, write_file
 from deepspec.export.parts import DraftCheckpoint
-from deepspec.files import digests_of, sealed, sha256_file, write_json, write_text
+from deepspec.files import sha256_file
 
 FILE = "draft.gguf"
 HEADS = "its block drafters norm every head"
@@ -67,9 +67,7 @@ class GGUFEngine(ExportEngine):
         folder.mkdir(parents=True, exist_ok=True)
         keys = written.config | {"deepspec.provenance": json.dumps(dict(provenance), sort_keys=True)}
         write_file(folder / FILE, keys | _tokenizer(ours, target), written.state, dtype or _stored(written))
-        if recipe_text is not None:
-            write_text(folder / "recipe.yaml", recipe_text)
-        write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, [FILE])}))
+        seal_draft(folder, [FILE], provenance, recipe_text)
 
 
 def _stored(written: DraftCheckpoint) -> str:

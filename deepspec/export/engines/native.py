@@ -16,12 +16,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from deepspec.drafts import INDEX, PROVENANCE, SHARD_BYTES, read_tensors
+from deepspec.drafts import INDEX, SHARD_BYTES, read_tensors, seal_draft
 from deepspec.errors import DraftError
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.mtp import NativeMTP
 from deepspec.export.parts import EXTRAS, DraftCheckpoint
-from deepspec.files import digests_of, read_json, sealed, sha256_file, temporary_file, write_json, write_text
+from deepspec.files import read_json, sha256_file, temporary_file, write_json
 from deepspec.targets.stored import weight_files
 
 FILE, CONFIG = "mtp.safetensors", "mtp.json"
@@ -69,10 +69,7 @@ class NativeEngine(ExportEngine):
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(folder / CONFIG, dict(written.config))
         write_json(folder / INDEX, {"metadata": {}, "weight_map": dict(sorted(index.items()))})
-        if recipe_text is not None:
-            write_text(folder / "recipe.yaml", recipe_text)
-        names = [FILE, CONFIG, INDEX]
-        write_json(folder / PROVENANCE, sealed({**provenance, "sha256": digests_of(folder, names)}))
+        seal_draft(folder, [FILE, CONFIG, INDEX], provenance, recipe_text)
 
 
 def _stored(path: str | None, file: Path | None) -> dict[str, str]:
