@@ -68,9 +68,10 @@ def consolidate() -> None:
     parser.add_argument("output", help="the draft folder to create")
     parser.add_argument("--dtype", choices=["bf16", "fp32"], help="of the weights; default: as trained")
     parser.add_argument("--without-embeddings", action="store_true", help="leave the target's embedding and head out")
+    parser.add_argument("--target", help="where the target is now; default: where the recipe has it")
     given = parser.parse_args()
 
     from deepspec.export.consolidate import consolidate as run
 
-    taken = run(given.checkpoint, given.output, given.dtype, not given.without_embeddings)
+    taken = run(given.checkpoint, given.output, given.dtype, not given.without_embeddings, given.target)
     say(f"{taken} -> {given.output}")

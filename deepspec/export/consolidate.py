@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from deepspec.checkpoints import (
 )
 from deepspec.drafts import FROZEN, OWN, save_draft
 from deepspec.drafts import read_weights as read_draft_weights
-from deepspec.errors import CheckpointError, DraftError
+from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.identity import target_fields
 from deepspec.locks import one_writer
 from deepspec.progress import about, bytes_in, bytes_read, waiting
-from deepspec.recipe import recipe_at
+from deepspec.recipe import Recipe, recipe_at
 from deepspec.targets import TargetSpec, load_spec, load_target_embeddings
 from deepspec.targets.stored import check_finite
 
@@ -47,7 +48,13 @@ def checkpoint_folder(path: Path) -> Path:
     return list(complete.values())[-1]
 
 
-def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = None, embeddings: bool = True) -> Path:
+def consolidate(
+    checkpoint: str | Path,
+    output: str | Path,
+    dtype: str | None = None,
+    embeddings: bool = True,
+    target: str | None = None,
+) -> Path:
     """Write the draft of a checkpoint as a draft folder.
 
     Args:
@@ -55,6 +62,7 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         output: the draft folder to create.
         dtype: ``bf16`` or ``fp32``; None takes the run's precision.
         embeddings: whether the folder carries the target's embedding and head, so that no target is needed to load it.
+        target: where the target is now; None: where the recipe has it.
 
     Returns:
         The checkpoint folder that was taken.
@@ -65,14 +73,17 @@ def consolidate(checkpoint: str | Path, output: str | Path, dtype: str | None = 
         DraftError: ``output`` already holds a draft, or another process works there.
     """
     with one_writer(output, "consolidation", DraftError):
-        return _consolidate(checkpoint_folder(Path(checkpoint)), Path(output), dtype, embeddings)
+        return _consolidate(checkpoint_folder(Path(checkpoint)), Path(output), dtype, embeddings, target)
 
 
-def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool) -> Path:
+def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool, moved: str | None) -> Path:
     manifest = read_manifest(folder)
     recipe = recipe_at(folder, manifest.recipe)
-    spec = load_spec(recipe.target.path, recipe.target.revision)
+    spec = _spec(recipe, moved)
     recipe = recipe.for_target(spec)
+    digest = recipe.digest()  # of the recipe that was trained, wherever its target is now
+    if moved is not None:
+        recipe = replace(recipe, target=replace(recipe.target, path=spec.path, revision=None))
     kind = DTYPES[dtype] if dtype else getattr(torch, manifest.dtype)
     about(target=spec.path)
     _check_target(spec, manifest, folder, embeddings)
@@ -92,7 +103,7 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
         "step": manifest.step,
         "total_steps": manifest.total_steps,
         "seed": recipe.seed,
-        "recipe_digest": recipe.digest(),
+        "recipe_digest": digest,
         "target": {"path": spec.path, "revision": spec.revision, "weights": manifest.target_digest}
         | {key: value for key, value in manifest.identity.get("target", {}).items() if key in ("config", "reader")},
         "data": manifest.fingerprint,
@@ -107,6 +118,21 @@ def _consolidate(folder: Path, output: Path, dtype: str | None, embeddings: bool
     with waiting(f"writing {output}", sum(tensor.nbytes for tensor in state.values()), partial(bytes_in, output)):
         save_draft(output, state, config, provenance, recipe.to_yaml(output))
     return folder
+
+
+def _spec(recipe: Recipe, moved: str | None) -> TargetSpec:
+    """The recipe's target, or the folder to which it was ``moved``.
+
+    Raises:
+        TargetError: it is not there.
+    """
+    if moved is not None:
+        return load_spec(moved)
+    try:
+        return load_spec(recipe.target.path, recipe.target.revision)
+    except TargetError as error:
+        remedy = "say where the target is now: --target FOLDER"
+        raise TargetError(error.problem, file=error.file, key=error.key, wanted=error.wanted, remedy=remedy) from None
 
 
 def _own_weights(manifest: Manifest, folder: Path) -> dict[str, Tensor]:
@@ -124,7 +150,7 @@ def _check_target(spec: TargetSpec, manifest: Manifest, folder: Path, embeddings
     """
     now = {"target": target_fields(spec, weights=embeddings)}
     if lines := target_differences(manifest, now, ("training", "now"), folder):
-        remedy = "put the target back"
+        remedy = "put the target back, or say where it is (--target)"
         if all(line.startswith("target.weights") for line in lines):
             remedy += ", or leave its embeddings out (--without-embeddings)"
         problem = f"the target's files are not those of the training: {'; '.join(lines)}"

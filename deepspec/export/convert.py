@@ -95,7 +95,7 @@ def export_draft(source: str | Path, output: str | Path, options: ExportOptions)
             raise DraftError("nothing to export", file=source, wanted=wanted)
         draft = inside / ".consolidated"
         dtype = options.dtype if options.dtype in ExportEngine.types else None
-        consolidate(source, draft, dtype, embeddings=False)
+        consolidate(source, draft, dtype, embeddings=False, target=options.target)
         try:
             return _export(draft, inside, output.name, engine, options)
         finally:

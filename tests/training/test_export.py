@@ -70,6 +70,28 @@ def test_an_earlier_checkpoint_without_embeddings(place: Path, tmp_path: Path) -
     load_draft(tmp_path / "draft", load_target(place / "target", torch.bfloat16))
 
 
+def test_a_run_whose_target_was_moved_is_told_where_it_is(place: Path, tmp_path: Path) -> None:
+    run, moved, gone = place / "a" / "run", tmp_path / "moved", tmp_path / "gone"
+    consolidate(run, tmp_path / "before")
+    shutil.copytree(place / "target", moved)
+    (place / "target").rename(gone)
+    try:
+        with pytest.raises(TargetError, match="--target"):
+            consolidate(run, tmp_path / "draft")
+        done = tools.launch(TOOL, [str(run), str(tmp_path / "draft"), "--target", str(moved)])
+        export_draft(run, tmp_path / "out", ExportOptions(target=str(moved)))
+    finally:
+        gone.rename(place / "target")
+    assert done.returncode == 0, done.stderr
+    one, other = (json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("before", "draft"))
+    assert one["recipe_digest"] == other["recipe_digest"]
+    assert other["target"]["path"] == str(moved)
+    for name in ("draft", "out"):
+        stored = load_file(tmp_path / name / "model.safetensors")
+        assert all(torch.equal(stored[key], value) for key, value in load_file(
+            tmp_path / "before" / "model.safetensors").items())  # fmt: skip
+
+
 def test_refusals_are_one_line(place: Path, tmp_path: Path) -> None:
     consolidate(place / "a" / "run", tmp_path / "draft")
     again = tools.launch(TOOL, [str(place / "a" / "run"), str(tmp_path / "draft")])
