@@ -73,6 +73,7 @@ class DataSection:
     conversation_weights: tuple[float, ...] | None = None  # as cache_weights, of each file where no cache is read
     cache: tuple[str, ...] = ()  # folders or URLs
     cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
+    write_cache: str | None = None  # folder of a cache that the run writes of what it computes: source online or served
     max_length: int = 4096  # tokens; longer conversations are cut
     min_supervised: int = 14  # samples with fewer answer tokens are dropped
     thinking: bool = False  # whether the target thinks before it answers, by its template's own switch

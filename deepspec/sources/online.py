@@ -16,11 +16,13 @@ from deepspec import registry
 from deepspec.batch import Batch
 from deepspec.cache.fingerprint import fingerprint_of
 from deepspec.cache.plan import Source, read_rows, scan
+from deepspec.cache.write_through import Samples
 from deepspec.data.chat import Renderer, load_renderer, render_row
 from deepspec.data.refusals import RenderCounts
 from deepspec.errors import DataError
 from deepspec.recipe import Recipe
 from deepspec.sources.base import FeatureSource, pad
+from deepspec.sources.written import WrittenCache
 from deepspec.targets import Target, TargetEmbeddings
 from deepspec.targets.served import ServedTarget
 
@@ -46,6 +48,7 @@ class OnlineSource(FeatureSource):
     name = "online"
     required: ClassVar[tuple[str, ...]] = ("conversations",)
     needs_model = True
+    computes = True
     reads_ahead = False  # the target runs on the training's own device and thread
 
     def __init__(self, recipe: Recipe, target: Target | ServedTarget, *files: str | Path) -> None:
@@ -53,24 +56,32 @@ class OnlineSource(FeatureSource):
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
         self._announced: list[int] = []
         self._ready: dict[int, tuple[Tensor, Tensor]] = {}
-        renderer = load_renderer(recipe, target.spec)
+        self._renderer = renderer = load_renderer(recipe, target.spec)
         self._ids: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
         self._sample_ids: list[int] = []
+        self._names: list[str] = []
+        self._rejected: list[tuple[int, str, str]] = []  # row, the conversation's own id, reason
+        self.written: WrittenCache | None = None
         self.rejected: Counter[str] = Counter()  # reason -> conversations of all files
-        found = [scan(path) for path in files]
-        self.group_sizes = tuple(self._read(group, one, renderer, recipe) for group, one in enumerate(found))
+        self._files = [scan(path) for path in files]
+        self.group_sizes = tuple(self._read(group, one, renderer, recipe) for group, one in enumerate(self._files))
         self.lengths = np.array([len(ids) for ids in self._ids], dtype=np.int64)
-        self._fingerprints = [fingerprint_of(recipe, target.spec, renderer.tokenizer, [one.entry()]) for one in found]
+        self._fingerprints = [
+            fingerprint_of(recipe, target.spec, renderer.tokenizer, [one.entry()]) for one in self._files
+        ]
 
     def _read(self, group: int, found: Source, renderer: Renderer, recipe: Recipe) -> int:
         """Render the rows of one file; returns how many samples they are."""
         counts, before = RenderCounts(), len(self._ids)
         for number, row in read_rows(found.path, 0, 0, found.rows):
             rendered = render_row(renderer, row, recipe.data.min_supervised)
+            name = row["id"] if isinstance(row, dict) else f"row {number + 1}"
             if isinstance(rendered, str):
-                counts.drop(rendered, row["id"] if isinstance(row, dict) else f"row {number + 1}")
+                counts.drop(rendered, name)
+                self._rejected.append((number, name, rendered))
                 continue
+            self._names.append(name)
             self._ids.append(np.array(rendered.input_ids, dtype=np.int32))
             self._masks.append(np.array(rendered.loss_mask, dtype=bool))
             self._sample_ids.append(number + (group << 40))
@@ -90,7 +101,14 @@ class OnlineSource(FeatureSource):
             return cls(recipe, target, str(validation.path))  # type: ignore[arg-type]  # complete: needs_model is set
         source = cls(recipe, target, *recipe.data.files)  # type: ignore[arg-type]
         source.group_weights = recipe.data.conversation_weights
+        if recipe.data.write_cache is not None:
+            source.written = source._write_cache(recipe)
         return source
+
+    def _write_cache(self, recipe: Recipe) -> WrittenCache:
+        rows, paths = np.array(self._sample_ids, np.int64), [one.path for one in self._files]
+        samples = Samples(self._files[0].sha256, rows, self._names, self._ids, self._masks, self._rejected)
+        return WrittenCache(recipe, self.target, self._renderer, paths, samples, self.last_hidden)
 
     def sample_id(self, number: int) -> int:
         """The row's number in its file, as in a cache of it, made distinct over several files."""
@@ -110,11 +128,18 @@ class OnlineSource(FeatureSource):
         self._ready.clear()
 
     def batch(self, numbers: Sequence[int], seed: int, epoch: int) -> Batch:
-        """See :meth:`FeatureSource.batch`; on the target's device."""
+        """See :meth:`FeatureSource.batch`; on the target's device, or on the host where a cache is written."""
+        if self.written is not None:
+            return self.written.batch(self, numbers, seed, epoch)
         features, last = zip(*self.hidden_states(numbers), strict=True)
         ids = pad([torch.from_numpy(self.tokens(number)) for number in numbers])
         supervision = self.supervision(numbers, seed, epoch)
         return Batch(supervision, ids, pad(features), pad(last) if self.last_hidden else None)
+
+    def close(self, whole: bool) -> None:
+        """See :meth:`FeatureSource.close`."""
+        if self.written is not None:
+            self.written.close(whole)
 
     def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """Features [s, L*D] and last hidden states [s, D] of each; announced ones are computed in larger batches."""

@@ -67,13 +67,16 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total or exhausted(prepared.recipe.train, start.stale):
+            prepared.source.close(start.step >= prepared.plan.steps_per_epoch)
             log.info("already finished: %s", start.folder)
             return 0
         if start.folder is not None:
             log.info("\n  changed: ".join([f"resuming {start.folder}, {total} steps in all", *start.changes]))
         trainer = assemble(prepared, world, profile)
         del prepared
-        trainer.run(start.step)
+        ended = trainer.run(start.step)
+        source, epoch = trainer.prefetcher.source, trainer.prefetcher.plan.steps_per_epoch
+        source.close(ended and (trainer.saved or 0) >= epoch)
         trainer.engine.close()
         return 0
 
