@@ -164,10 +164,12 @@ class WriteThrough:
             reader.array("features").read(start, stored_view(features))
             if last is not None:
                 read_supervised(mask, last, lambda out: reader.array("last_hidden").read(row, out))
-        except CacheError:
-            if reader.store is self.spool and self.is_whole(part):  # it became part of a part meanwhile
+        except CacheError as problem:
+            if reader.store is self.store:
+                raise
+            if self.is_whole(part):  # the batch was taken into its part meanwhile
                 return self._read(number, table, features, last)
-            raise
+            raise self._spool_error(problem) from None
         return True
 
     def _name(self, part: int, batch: int | None = None) -> str:
@@ -234,8 +236,15 @@ class WriteThrough:
         for batch in range(len(self._open().batches[part])):
             if (part, batch) in self._fresh:
                 yield self._fresh[part, batch]
-            else:
+                continue
+            try:
                 yield from self._spooled(self._name(part, batch)).blocks()
+            except CacheError as problem:
+                raise self._spool_error(problem) from None
+
+    def _spool_error(self, problem: CacheError) -> CacheError:
+        remedy = f"end the run, delete {self.spool.url} and run it again: it is computed anew"
+        return CacheError(problem.problem, file=problem.file, key=problem.key, remedy=remedy)
 
     def complete(self, world: World) -> None:
         """Compute what no step has asked for, and finish the cache; each rank begins elsewhere.

@@ -110,6 +110,26 @@ class TestOnlineSource(SourceSuite):
         return inputs.open(inputs.of("cache"))
 
 
+class TestOnlineSourceThatWritesACache(SourceSuite):
+    """To the bit the cache that it writes; each source writes another one."""
+
+    @pytest.fixture
+    def opened(self, inputs: Inputs, tmp_path: Path) -> Iterator[Callable[[], FeatureSource]]:
+        sources: list[FeatureSource] = []
+
+        def opened() -> FeatureSource:
+            sources.append(inputs.open(inputs.of("online", write_cache=str(tmp_path / f"{len(sources)}"))))
+            return sources[-1]
+
+        yield opened
+        for source in sources:
+            source.close(whole=False)
+
+    @pytest.fixture
+    def cache(self, inputs: Inputs) -> FeatureSource:
+        return inputs.open(inputs.of("cache"))
+
+
 class TestServedSource(TestOnlineSource):
     @pytest.fixture
     def opened(self, inputs: Inputs) -> Callable[[], FeatureSource]:
