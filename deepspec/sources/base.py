@@ -28,6 +28,9 @@ class FeatureSource(ABC):
     needs_model: ClassVar[bool] = False  # whether it runs the complete target in this process; else embedding and head
     reads_ahead: ClassVar[bool] = True  # whether several threads may call `batch`, ahead of the step
 
+    samples_ahead: ClassVar[int] = 0  # that `announce` wants to know of beyond those of the step that begins
+    can_be_lost: ClassVar[bool] = False  # whether `batch` may raise SourceLost in the middle of a run
+
     lengths: np.ndarray  # [N] int64, tokens of each sample
     group_sizes: tuple[int, ...]  # samples of each group (a cache, or a file of conversations); sums to N
     group_weights: tuple[float, ...] | None = None  # share of each group in an epoch; None: by its size
@@ -62,7 +65,10 @@ class FeatureSource(ABC):
         """``{"source": name, "caches": [...]}``: all that identifies the data, compared when a run is resumed."""
 
     def announce(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources need no notice
-        """Note the samples that the next batches will read, in order."""
+        """Note the samples of a step, in the order in which its batches will read them."""
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """End what runs for it, at the end of the run."""
 
     def supervision(self, numbers: Sequence[int], seed: int, epoch: int) -> Supervision:
         """The masks of a batch, padded: all that its loss plan depends on."""

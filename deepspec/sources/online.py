@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 import torch
@@ -22,7 +22,6 @@ from deepspec.errors import DataError
 from deepspec.recipe import Recipe
 from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import Target, TargetEmbeddings
-from deepspec.targets.served import ServedTarget
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +35,7 @@ class OnlineSource(FeatureSource):
 
     Args:
         recipe: names layers and rendering.
-        target: the frozen target, on this process's device.
+        target: the frozen target, complete (``needs_model``), on this process's device.
         files: JSONL of prompts with the target's answers.
 
     Raises:
@@ -48,11 +47,11 @@ class OnlineSource(FeatureSource):
     needs_model = True
     reads_ahead = False  # the target runs on the training's own device and thread
 
-    def __init__(self, recipe: Recipe, target: Target | ServedTarget, *files: str | Path) -> None:
+    def __init__(self, recipe: Recipe, target: TargetEmbeddings, *files: str | Path) -> None:
         self.target, self.layers, self.size = target, recipe.target.layers, recipe.train.online_micro_batch
         self.last_hidden = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
         self._announced: list[int] = []
-        self._ready: dict[int, tuple[Tensor, Tensor]] = {}
+        self._ready: dict[int, tuple[Tensor, Tensor | None]] = {}
         renderer = load_renderer(recipe, target.spec)
         self._ids: list[np.ndarray] = []
         self._masks: list[np.ndarray] = []
@@ -87,8 +86,8 @@ class OnlineSource(FeatureSource):
         """See :meth:`FeatureSource.open`."""
         validation = recipe.train.validation
         if held_out and validation is not None:
-            return cls(recipe, target, str(validation.path))  # type: ignore[arg-type]  # complete: needs_model is set
-        source = cls(recipe, target, *recipe.data.files)  # type: ignore[arg-type]
+            return cls(recipe, target, str(validation.path))
+        source = cls(recipe, target, *recipe.data.files)
         source.group_weights = recipe.data.conversation_weights
         return source
 
@@ -111,13 +110,16 @@ class OnlineSource(FeatureSource):
 
     def batch(self, numbers: Sequence[int], seed: int, epoch: int) -> Batch:
         """See :meth:`FeatureSource.batch`; on the target's device."""
-        features, last = zip(*self.hidden_states(numbers), strict=True)
+        states = self.hidden_states(numbers)
         ids = pad([torch.from_numpy(self.tokens(number)) for number in numbers])
-        supervision = self.supervision(numbers, seed, epoch)
-        return Batch(supervision, ids, pad(features), pad(last) if self.last_hidden else None)
+        last = pad([one for _, one in states if one is not None]) if self.last_hidden else None
+        return Batch(self.supervision(numbers, seed, epoch), ids, pad([one for one, _ in states]), last)
 
-    def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Features [s, L*D] and last hidden states [s, D] of each; announced ones are computed in larger batches."""
+    def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Features [s, L*D] and last hidden states [s, D] of each; announced ones are computed in larger batches.
+
+        A step's samples pass here once each, unpadded.
+        """
         while missing := [number for number in numbers if number not in self._ready]:
             chosen = list(dict.fromkeys([*missing, *self._announced]))[: self.size]
             self._announced = [number for number in self._announced if number not in chosen]
@@ -127,13 +129,13 @@ class OnlineSource(FeatureSource):
             del self._ready[number]
         return states
 
-    def forward(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    def forward(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """One pass of the target over these samples side by side."""
         lengths = torch.from_numpy(self.lengths[list(numbers)])
         ids = pad([torch.from_numpy(self.tokens(number)) for number in numbers])
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         device = self.target.device
-        made = self.target.forward(ids.to(device), self.layers, attention_mask=mask.to(device))
+        made = cast(Target, self.target).forward(ids.to(device), self.layers, attention_mask=mask.to(device))
         return [(made.features[row, :s], made.last_hidden[row, :s]) for row, s in enumerate(lengths.tolist())]
 
     def fingerprint(self) -> dict[str, object]:

@@ -65,6 +65,8 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
         on_rank0(world, lambda: keep_draft(recipe))
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
+        for source in (prepared.source, *prepared.held_out.values()):
+            stack.callback(source.close)
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total or exhausted(prepared.recipe.train, start.stale):
             log.info("already finished: %s", start.folder)
