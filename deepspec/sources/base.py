@@ -29,6 +29,9 @@ class FeatureSource(ABC):
     reads_ahead: ClassVar[bool] = True  # whether several threads may call `batch`, ahead of the step
     computes: ClassVar[bool] = False  # whether hidden states are made in training, and can be kept: `data.write_cache`
 
+    samples_ahead: ClassVar[int] = 0  # that `announce` wants to know of beyond those of the step that begins
+    can_be_lost: ClassVar[bool] = False  # whether `batch` may raise SourceLost in the middle of a run
+
     lengths: np.ndarray  # [N] int64, tokens of each sample
     group_sizes: tuple[int, ...]  # samples of each group (a cache, or a file of conversations); sums to N
     group_weights: tuple[float, ...] | None = None  # share of each group in an epoch; None: by its size
@@ -63,10 +66,13 @@ class FeatureSource(ABC):
         """``{"source": name, "caches": [...]}``: all that identifies the data, compared when a run is resumed."""
 
     def announce(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources need no notice
-        """Note the samples that the next batches will read, in order."""
+        """Note the samples of a step, in the order in which its batches will read them."""
 
-    def close(self, whole: bool) -> None:  # noqa: B027 - most sources hold nothing
-        """The run is over, or stopped; ``whole``: after an epoch or more. Every rank calls it."""
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """End what runs for it, at the end of the run."""
+
+    def finish(self) -> None:  # noqa: B027 - most sources leave nothing
+        """Complete what it leaves on disk: the run is over, after an epoch or more. Every rank calls it."""
 
     def supervision(self, numbers: Sequence[int], seed: int, epoch: int) -> Supervision:
         """The masks of a batch, padded: all that its loss plan depends on."""

@@ -6,24 +6,23 @@ import logging
 import threading
 from collections.abc import Sequence
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
+from typing import cast
 
 from torch import Tensor
 
 from deepspec.batch import Batch
-from deepspec.cache.forward import forward_batch
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.plan import BuildJob, plan_build
 from deepspec.cache.store import FolderStore, build_lock, open_store
-from deepspec.cache.write_through import AGAIN, Samples, WriteThrough
+from deepspec.cache.write_through import AGAIN, Forward, Samples, WriteThrough
 from deepspec.data.chat import Renderer
 from deepspec.distributed import world_from_environment
 from deepspec.errors import RecipeError
 from deepspec.recipe import Recipe
+from deepspec.registry import algorithm
 from deepspec.sources.base import FeatureSource, stacked
-from deepspec.targets import Target
-from deepspec.targets.served import ServedTarget
+from deepspec.targets import Target, TargetEmbeddings
 
 log = logging.getLogger(__name__)
 KEY = "data.write_cache"
@@ -34,11 +33,11 @@ class WrittenCache:
 
     Args:
         recipe: with ``data.write_cache``.
-        target: what computes.
+        target: whose hidden states they are.
         renderer: of the recipe.
         files: of the conversations: one.
         samples: of that file.
-        last_hidden: whether batches hold the target's last hidden states.
+        forward: one batch of the cache through the target.
 
     Rank 0 holds the lock of the cache and writes its plan, the one of a build.
 
@@ -48,25 +47,26 @@ class WrittenCache:
     """
 
     def __init__(
-        self, recipe: Recipe, target: Target | ServedTarget, renderer: Renderer, files: Sequence[Path],
-        samples: Samples, last_hidden: bool,
+        self, recipe: Recipe, target: TargetEmbeddings, renderer: Renderer, files: Sequence[Path], samples: Samples,
+        forward: Forward,
     ) -> None:  # fmt: skip
         self.world, store = world_from_environment(), _folder(recipe, files)
-        layers, D = recipe.target.layers, target.spec.hidden_size
-        self.widths, self.dtype = (D * len(layers), D if last_hidden else None), target.dtype
-        self.cache = WriteThrough(store, samples, partial(forward_batch, target, layers, last_hidden))
-        self._completing, self._complete = threading.Lock(), False
+        D, keeps_last = target.spec.hidden_size, algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
+        self.widths, self.dtype = (D * len(recipe.target.layers), D if keeps_last else None), target.dtype
+        self.cache = WriteThrough(store, samples, forward)
+        self._finishing, self._finished = threading.Lock(), False
         if self.world.is_main:
             with ExitStack() as stack:
                 stack.enter_context(build_lock(store))
-                plan_build(BuildJob(recipe, store, files[0], target, renderer), append=False)
+                job = BuildJob(recipe, store, files[0], cast(Target, target), renderer)  # a plan reads only its spec
+                plan_build(job, append=False)
                 self.cache.hold(stack.pop_all())
             log.info("%s: %d of %d parts are there, this run writes the others", store.url, *self.cache.counts())
 
     def batch(self, source: FeatureSource, numbers: Sequence[int], seed: int, epoch: int) -> Batch:
         """See :meth:`FeatureSource.batch`; in the host's memory."""
         if epoch > 0:
-            self._finish()  # with what the first epoch left out
+            self.finish()  # with what the first epoch left out
 
         def read_into(row: int, features: Tensor, last: Tensor | None) -> None:
             self.cache.read_into(numbers[row], features, last)
@@ -74,20 +74,19 @@ class WrittenCache:
         tokens = [source.tokens(number) for number in numbers]
         return stacked(source.supervision(numbers, seed, epoch), tokens, self.widths, self.dtype, read_into)
 
-    def close(self, whole: bool) -> None:
-        """Finish the cache after an epoch or more; else what is there stays, for the next run."""
-        if whole:
-            self._finish()
+    def finish(self) -> None:
+        """Compute what no step has asked for, and finish the cache; once."""
+        with self._finishing:
+            if not self._finished:
+                self.cache.complete(self.world)
+                self._finished = True
+
+    def close(self) -> None:
+        """Keep what is there, for the next run where the cache is not finished."""
         made, parts = self.cache.counts()
         self.cache.close()
         if made < parts and self.world.is_main:
             log.info("%s: %d of %d parts are there; %s", self.cache.store.url, made, parts, AGAIN)
-
-    def _finish(self) -> None:
-        with self._completing:
-            if not self._complete:
-                self.cache.complete(self.world)
-                self._complete = True
 
 
 def _folder(recipe: Recipe, files: Sequence[Path]) -> FolderStore:
@@ -99,11 +98,11 @@ def _folder(recipe: Recipe, files: Sequence[Path]) -> FolderStore:
     if not isinstance(store, FolderStore):
         remedy = "name a folder, or build it there: deepspec cache build"
         raise RecipeError("a run writes its cache to a folder", key=KEY, found=store.url, remedy=remedy)
-    for key in ("level", "features_level", "last_hidden_level"):
-        level = getattr(recipe.cache, key)
+    levels = {f"cache.{key}": getattr(recipe.cache, key) for key in ("level", "features_level", "last_hidden_level")}
+    for key, level in (levels | {"data.server_level": recipe.data.server_level}).items():
         if level in LEVELS and not LEVELS[level].exact:
             problem = "later epochs would not read what the first one computed"
             remedy = "write it lossless, then deepspec cache recode"
             wanted = "raw or lossless"
-            raise RecipeError(problem, key=f"cache.{key}", found=level, wanted=wanted, remedy=remedy)
+            raise RecipeError(problem, key=key, found=level, wanted=wanted, remedy=remedy)
     return store

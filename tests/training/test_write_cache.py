@@ -11,6 +11,7 @@ import pytest
 import torch
 import training_tools as tools
 from cache_tools import contents, conversation_rows, run_tool
+from feature_server import RunningServer
 
 from deepspec.batch import Batch
 from deepspec.cache import write_through
@@ -20,9 +21,10 @@ from deepspec.cache.store import FolderStore, build_lock
 from deepspec.checkpoints import read_manifest, read_weights, steps_of
 from deepspec.data.conversations import write_conversations
 from deepspec.distributed import World
-from deepspec.errors import CacheError, RecipeError
+from deepspec.errors import CacheError, RecipeError, SourceLost
 from deepspec.recipe import load_recipe
 from deepspec.sources.base import FeatureSource, source_class
+from deepspec.streaming.batcher import Limits
 from deepspec.targets import load_target
 
 CUT = ["cache.samples_per_part=7", "cache.tokens_per_batch=150"]  # 5 parts of about 4 batches
@@ -35,6 +37,10 @@ class Inputs:
 
     recipe: Path
     built: Path
+    server: RunningServer
+
+    def served(self) -> list[str]:
+        return ["data.source=served", f"data.servers=[{self.server.url}]"]
 
     def open(self, *overrides: str) -> FeatureSource:
         recipe = load_recipe(self.recipe, [*CUT, *overrides])
@@ -52,12 +58,19 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the target's sums are those of the runs in other processes
     build_cache(load_recipe(recipe, CUT), folder / "a.jsonl", folder / "built")
-    yield Inputs(recipe, folder / "built")
+    server = RunningServer(load_target(str(target), torch.float32), limits=Limits(batch_tokens=150))
+    yield Inputs(recipe, folder / "built", server)
+    server.stop()
     torch.set_num_threads(threads)
 
 
 def read(source: FeatureSource, numbers: list[int], epoch: int = 0) -> list[Batch]:
     return [source.batch([number], 1, epoch) for number in numbers]
+
+
+def finish(source: FeatureSource) -> None:
+    source.finish()
+    source.close()
 
 
 def check_equal_to_cache(batches: list[Batch], numbers: list[int], built: Path) -> None:
@@ -70,16 +83,16 @@ def check_equal_to_cache(batches: list[Batch], numbers: list[int], built: Path) 
         assert torch.equal(batch.last_hidden[0], sample.last_hidden)
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "served"), [(0, False), (1, False), (2, True)])
 def test_in_whatever_order_it_is_asked_the_cache_has_the_bytes_of_a_build(
-    inputs: Inputs, tmp_path: Path, seed: int
+    inputs: Inputs, tmp_path: Path, seed: int, served: bool
 ) -> None:
-    source = inputs.open(f"data.write_cache={tmp_path / 'c'}")
+    source = inputs.open(f"data.write_cache={tmp_path / 'c'}", *(inputs.served() if served else ()))
     numbers = random.Random(seed).sample(range(len(source.lengths)), 20)  # never all of them
     check_equal_to_cache(read(source, numbers), numbers, inputs.built)
     with pytest.raises(CacheError, match="not finished"):
         TargetCache.open(tmp_path / "c")
-    source.close(whole=True)
+    finish(source)
     assert contents(tmp_path / "c") == contents(inputs.built)
 
 
@@ -99,13 +112,13 @@ def test_what_is_there_is_not_computed_again(inputs: Inputs, tmp_path: Path, mon
         count = len(source.lengths)
         numbers = [number * 7 % count for number in range(begin, begin + 10)]
         check_equal_to_cache(read(source, numbers), numbers, inputs.built)
-        source.close(whole=False)
+        source.close()
         assert (tmp_path / "c" / "spool").exists()
     source = inputs.open(f"data.write_cache={tmp_path / 'c'}")
     everything = list(range(count))
     check_equal_to_cache(read(source, everything, epoch=1), everything, inputs.built)
     assert contents(tmp_path / "c") == contents(inputs.built)  # a later epoch begins with the whole cache
-    source.close(whole=True)
+    finish(source)
     assert sorted(seen) == TargetCache.open(inputs.built).sample_ids.tolist()
 
 
@@ -119,7 +132,7 @@ def test_two_ranks_share_the_work(inputs: Inputs, tmp_path: Path, monkeypatch: p
     for source, numbers in zip(ranks, ([3, 9, 27], [9, 4, 27, 1]), strict=True):
         check_equal_to_cache(read(source, numbers), numbers, inputs.built)
     for source in ranks:
-        source.close(whole=True)
+        finish(source)
     assert contents(tmp_path / "c") == contents(inputs.built)
 
 
@@ -128,7 +141,7 @@ def test_a_build_goes_on_where_a_run_stopped(inputs: Inputs, tmp_path: Path) -> 
     read(source, list(range(9)))
     with pytest.raises(CacheError, match=r"another process works here"), build_lock(FolderStore(tmp_path / "c")):
         pass
-    source.close(whole=False)
+    source.close()
     recipe = load_recipe(inputs.recipe, CUT)
     build_cache(recipe, recipe.data.files[0], tmp_path / "c")
     assert contents(tmp_path / "c") == contents(inputs.built)
@@ -137,19 +150,20 @@ def test_a_build_goes_on_where_a_run_stopped(inputs: Inputs, tmp_path: Path) -> 
 def test_a_broken_batch_in_the_spool_is_named(inputs: Inputs, tmp_path: Path) -> None:
     source = inputs.open(f"data.write_cache={tmp_path / 'c'}")
     read(source, [0])
-    source.close(whole=False)
+    source.close()
     (shard,) = (tmp_path / "c" / "spool").rglob("features/c/0/0")
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     source = inputs.open(f"data.write_cache={tmp_path / 'c'}")
     with pytest.raises(CacheError, match=rf"features.*delete {tmp_path}/c/spool"):
         read(source, [0])
-    source.close(whole=False)
+    source.close()
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["cache.level=near"], r"cache\.level: .*found 'near'; wanted raw or lossless.*recode"),
+        (["data.server_level=near"], r"data\.server_level: .*found 'near'; wanted raw or lossless"),
         (["data.source=cache"], r"data\.write_cache: data\.source cache computes nothing"),
         (["data.conversations=[{data}, {data}]"], r"data\.write_cache: a run writes the cache of one file"),
         (["data.write_cache=memory://c"], r"data\.write_cache: a run writes its cache to a folder"),
@@ -162,6 +176,14 @@ def test_a_cache_that_a_run_cannot_write_is_refused(
     with pytest.raises(RecipeError, match=message):
         inputs.open(f"data.write_cache={tmp_path / 'c'}", *(text.format(data=data) for text in overrides))
     assert not (tmp_path / "c").exists()
+
+
+def test_a_server_that_takes_smaller_batches_says_so(inputs: Inputs, tmp_path: Path) -> None:
+    """The batches of the plan are the recipe's; a build with other ones would have other bytes."""
+    source = inputs.open(f"data.write_cache={tmp_path / 'c'}", "cache.tokens_per_batch=400", *inputs.served())
+    with pytest.raises(SourceLost, match=r"this server takes 150 \(--batch-tokens\)"):
+        read(source, list(range(9)))
+    source.close()
 
 
 def test_another_cache_in_the_folder_is_refused(inputs: Inputs) -> None:
