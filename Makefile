@@ -5,6 +5,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 SCALE ?= full
 DRAFTERS ?= usual
+SOURCE ?= cache
 TASKS ?= ../shared/eval
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
 
@@ -37,7 +38,7 @@ $(READY): setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/python tools/quickstart.py --drafters $(DRAFTERS)
+	@$(BIN)/python tools/quickstart.py --drafters $(DRAFTERS) --source $(SOURCE)
 
 real: $(READY)
 	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS) --drafters $(DRAFTERS)

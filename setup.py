@@ -29,6 +29,7 @@ CORE = [
     "shtab>=1.7,<2",
 ]
 LLAMACPP = ["gguf>=0.19,<0.20", "xllamacpp>=2026.10"]  # drafts as GGUF; a whole llama.cpp server
+SERVE = ["starlette>=0.40,<2", "uvicorn>=0.30,<1"]  # `deepspec serve-features`
 DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.29,<2"]
 DEV = [
     "pytest>=8,<10",
@@ -40,6 +41,7 @@ DEV = [
     "types-PyYAML>=6,<7",
     "pre-commit>=4,<5",
     *LLAMACPP,
+    *SERVE,
     *DOCS,
 ]
 
@@ -66,6 +68,7 @@ setup(
         "llamacpp": LLAMACPP,
         "browser": ["playwright>=1.50,<2"],
         "mpi": ["mpich>=5,<6"],
+        "serve": SERVE,
         "s3": ["s3fs>=2024.6"],
         "wandb": ["wandb>=0.19"],
     },

@@ -73,6 +73,10 @@ class TargetError(DeepSpecError):
     """A target model that cannot be loaded or is of an unknown family."""
 
 
+class SourceLost(DeepSpecError):
+    """A source of training data that cannot go on, through no fault of the run: it saves a checkpoint and ends."""
+
+
 class CacheError(DeepSpecError):
     """A target cache that is missing, broken, or of another target than the recipe's."""
 

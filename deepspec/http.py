@@ -2,19 +2,25 @@
 
 Nothing that a server sends costs more memory than ``MAX_BYTES`` and its parsing: a body that states a greater length is
 not begun, one that grows beyond it is dropped, and a compressed one, which can grow a thousandfold, is refused.
+A body of gigabytes is read by :func:`stream`, piece by piece into memory that the caller has.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 import os
+import socket
 import ssl
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 
 import httpx2 as httpx  # httpx as its maintainers continue it; huggingface_hub needs it too
@@ -157,6 +163,120 @@ async def _exchange(
             if len(body) > max_bytes:
                 raise too_long
         return Reply(reply.status_code, reply.headers, bytes(body), first, time.monotonic() - start)
+
+
+class Body:
+    """The body of a reply, read as it comes.
+
+    Args:
+        connection: that it comes from.
+        url: for messages.
+        stall: seconds without a byte after which the server counts as hung.
+        seconds: for the complete body.
+    """
+
+    def __init__(self, connection: socket.socket, url: str, stall: float, seconds: float) -> None:
+        self.url, self.received = url, 0
+        timed = _Timed(connection, stall, time.monotonic() + seconds)
+        self._reply = HTTPResponse(timed)  # type: ignore[arg-type]  # it asks a socket only for a file
+        self._reply.begin()
+        self.status = self._reply.status
+
+    def read_into(self, memory: memoryview) -> None:
+        """Fill ``memory``.
+
+        Raises:
+            NoReply: the body ends before, or does not come.
+        """
+        done = 0
+        while done < len(memory):
+            with _named(self.url):
+                count = self._reply.readinto(memory[done:])
+            if not count:
+                raise NoReply(f"the reply ends after {self.received:,} bytes", self.url)
+            done += count
+            self.received += count
+
+    def rest(self, most: int = EXCERPT) -> Reply:
+        """Status and the beginning of the body, for a message."""
+        with _named(self.url):
+            return Reply(self.status, dict(self._reply.headers), self._reply.read(most))
+
+
+class _Timed(io.RawIOBase):
+    """A socket as a file, whose every read ends by a deadline: a server that drips bytes holds nobody up for long."""
+
+    def __init__(self, connection: socket.socket, stall: float, end: float) -> None:
+        self.connection, self.stall, self.end = connection, stall, end
+
+    def makefile(self, _mode: str) -> io.BufferedReader:
+        return io.BufferedReader(self, 1 << 16)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, memory: Any) -> int:
+        left = self.end - time.monotonic()
+        if left <= 0:
+            raise TimeoutError("it takes too long")
+        self.connection.settimeout(min(left, self.stall))
+        return self.connection.recv_into(memory)
+
+
+@contextmanager
+def stream(
+    url: str, value: object, headers: Mapping[str, str], *, stall: float, seconds: float, receive: int | None = None
+) -> Iterator[Body]:
+    """POST a JSON value over a connection of its own, and read the reply's body as it comes.
+
+    The client of :func:`request` parses a body in Python, at a third of the speed at which hidden states are decoded;
+    this one has the system copy it once, into the caller's memory.
+
+    Args:
+        url: a name and password in it are sent as basic authentication.
+        value: sent as JSON.
+        headers: to send.
+        stall: seconds without a byte after which the server counts as hung.
+        seconds: of the call.
+        receive: bytes that the system may hold for the reader; None: its own default.
+
+    Raises:
+        NoReply: no server, or none that replies in time.
+    """
+    address, text = httpx.URL(url), json.dumps(value).encode()
+    head = [f"POST {address.raw_path.decode()} HTTP/1.1", f"Host: {address.netloc.decode().rpartition('@')[2]}"]
+    sent = {"Accept-Encoding": "identity", "Connection": "close", "Content-Type": "application/json"} | dict(headers)
+    if address.userinfo:
+        login = f"{address.username}:{address.password}".encode()
+        sent["Authorization"] = f"Basic {base64.b64encode(login).decode()}"
+    head += [f"{name}: {line}" for name, line in sent.items()]
+    if not "".join(head).isprintable():
+        raise NoReply("a request that cannot be sent: its URL or a header holds control characters", url)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    with _named(url):
+        connection = socket.create_connection((address.host, port), min(stall, seconds))
+    with closing(connection):
+        with _named(url):
+            if receive:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+            if address.scheme == "https":
+                connection = _trust().wrap_socket(connection, server_hostname=address.host)
+            connection.sendall("\r\n".join([*head, f"Content-Length: {len(text)}", "", ""]).encode() + text)
+            body = Body(connection, url, stall, seconds)
+        yield body
+
+
+@contextmanager
+def _named(url: str) -> Iterator[None]:
+    """What the system and the parser refuse, as :class:`NoReply`."""
+    try:
+        yield
+    except TimeoutError as late:
+        raise NoReply(f"no reply in time ({late})", url) from None
+    except (OSError, HTTPException, ValueError) as problem:
+        if _is_refused(problem):
+            raise NoReply("connection refused", url, refused=True) from None
+        raise NoReply(f"{type(problem).__name__} {problem}", url) from None
 
 
 def _is_refused(problem: BaseException | None) -> bool:

@@ -16,8 +16,9 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 from deepspec.errors import DeepSpecError
@@ -110,6 +111,25 @@ def lock_file(path: Path, guarded: Path, work: str, error: type[DeepSpecError] =
             with suppress(OSError):
                 one.unlink()
         os.close(handle)
+
+
+def hold_in_turn(path: Path) -> Callable[[], None]:
+    """Hold a lock file of threads and processes that work together, after its holder; any thread may release it.
+
+    Returns:
+        What releases it; the file stays.
+
+    Raises:
+        OSError: it cannot be made, or its file system has no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    except OSError:
+        os.close(handle)
+        raise
+    return partial(os.close, handle)
 
 
 def _take(path: Path, guarded: Path, work: str, error: type[DeepSpecError]) -> int:

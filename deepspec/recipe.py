@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 
 from deepspec import registry
-from deepspec.arguments import COUNT, SEED, TEMPERATURE, check_fields
+from deepspec.arguments import COUNT, NOT_NEGATIVE, POSITIVE, SEED, TEMPERATURE, check_fields
 from deepspec.errors import RecipeError, nearest, without_logins
 from deepspec.files import sha256_json, write_text
 from deepspec.http import check_url
@@ -73,12 +73,17 @@ class DataSection:
     conversation_weights: tuple[float, ...] | None = None  # as cache_weights, of each file where no cache is read
     cache: tuple[str, ...] = ()  # folders or URLs
     cache_weights: tuple[float, ...] | None = None  # share of each cache in an epoch; None: by its sample count
+    write_cache: str | None = None  # folder of a cache that the run writes of what it computes: source online or served
     max_length: int = 4096  # tokens; longer conversations are cut
     min_supervised: int = 14  # samples with fewer answer tokens are dropped
     thinking: bool = False  # whether the target thinks before it answers, by its template's own switch
     system_prompt: str | None = None  # before every conversation without one
-    servers: tuple[str, ...] = ()  # URLs that serve the target with hidden-state extraction, for `source: served`
-    server_storage: str | None = None  # the folder that these servers write to; no file elsewhere is read or removed
+    servers: tuple[str, ...] = ()  # URLs that serve the target's hidden states, for `source: served`
+    server_storage: str | None = None  # the folder that engines among them write to; no file elsewhere is read, removed
+    server_level: str = "lossless"  # codec level of what feature servers send
+    server_memory: int = 1 << 30  # bytes of hidden states on their way to a process, or waiting in it
+    server_timeout: float = 600.0  # seconds that a server may take for a conversation
+    server_patience: float = 120.0  # seconds without any server, after which the run saves and ends
 
     def __post_init__(self) -> None:
         _require(self.max_length >= 2, "max_length", self.max_length, "at least 2 tokens")
@@ -89,6 +94,8 @@ class DataSection:
             raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
         for url in self.servers:
             check_url(url, "servers", RecipeError)
+        limits = {"server_memory": POSITIVE, "server_timeout": POSITIVE, "server_patience": NOT_NEGATIVE}
+        check_fields(self, limits, RecipeError)
         _check_weights("cache_weights", self.cache_weights, len(self.cache), "cache")
         _check_weights("conversation_weights", self.conversation_weights, len(self.files), "file of conversations")
 

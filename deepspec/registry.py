@@ -54,6 +54,11 @@ SOURCES = {
     "served": "deepspec.sources.served:ServedSource",
 }
 
+FEATURE_SERVERS = {  # that training asks for hidden states; the first that knows a server is taken
+    "stream": "deepspec.streaming.client:StreamClient",
+    "extraction": "deepspec.streaming.client:ExtractionClient",
+}
+
 
 def lookup(kind: str, table: dict[str, str], name: str) -> Any:
     """The object that ``name`` means in ``table``.
@@ -90,3 +95,8 @@ def source(name: str) -> Any:
 def client(name: str) -> Any:
     """The class of the :class:`deepspec.serving.client.EngineClient` called ``name``."""
     return lookup("engine", CLIENTS, name)
+
+
+def feature_server(name: str) -> Any:
+    """The class of the :class:`deepspec.streaming.client.FeatureClient` called ``name``."""
+    return lookup("feature server", FEATURE_SERVERS, name)

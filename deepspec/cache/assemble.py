@@ -22,6 +22,7 @@ from deepspec.cache.format import (
     PLAN,
     REJECTED,
     SAMPLE_COLUMNS,
+    SPOOL,
     ArrayInfo,
     CacheManifest,
     PartEntry,
@@ -90,7 +91,7 @@ def finish_cache(store: Store, plan: CachePlan) -> CacheManifest:
     )
     _write_changed(store, MANIFEST, manifest.to_bytes())
     for old in store.names(""):
-        if old.startswith("samples-") and old != name:
+        if old == SPOOL or (old.startswith("samples-") and old != name):
             store.remove(old)
     return manifest
 

@@ -20,6 +20,7 @@ from deepspec.files import sealed, unsealed
 FORMAT = "deepspec.cache/1"
 MANIFEST, PART_MANIFEST, PLAN, PARTS = "manifest.json", "part.json", "plan.json", "parts"
 REJECTED = "rejected.jsonl"
+SPOOL = "spool"  # batches that wait for the others of their part, see `write_through.py`
 HIDDEN_CHUNK = 64  # tokens of one inner chunk of features and last_hidden: what a random read must decode too much
 TOKEN_CHUNK = 1024  # tokens of one inner chunk of input_ids and loss_mask
 REBUILD = "deepspec cache verify names all broken parts and has them rebuilt"

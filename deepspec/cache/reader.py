@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,10 +15,12 @@ from torch import Tensor
 
 from deepspec.cache.format import PARTS, CacheManifest, PartManifest
 from deepspec.cache.memory import empty
+from deepspec.cache.parts import Block
 from deepspec.cache.shard import ShardReader
 from deepspec.cache.store import Store, open_store
 from deepspec.errors import CacheError
 
+BLOCK_TOKENS = 4096  # of a block, at most
 OPEN_PARTS = 256  # whose indexes and calibration tables are kept in memory
 _SAMPLE_ID, _PART, _START, _LENGTH, _ROW_START, _ROWS = range(6)
 
@@ -36,7 +39,7 @@ class Sample:
 class PartReader:
     """The arrays of one part, opened when first used."""
 
-    def __init__(self, store: Store, name: str, sha256: str) -> None:
+    def __init__(self, store: Store, name: str, sha256: str | None = None) -> None:
         self.store, self.name = store, f"{PARTS}/{name}"
         self.manifest = PartManifest.load(store, name, sha256)
         self._arrays: dict[str, ShardReader] = {}
@@ -48,6 +51,28 @@ class PartReader:
                 raise CacheError("the cache has no such array", file=f"{self.store.url}/{self.name}", key=name)
             self._arrays[name] = ShardReader(self.store, f"{self.name}/{name}", self.manifest.arrays[name])
         return self._arrays[name]
+
+    def blocks(self) -> Iterator[Block]:
+        """Its samples in their order, about BLOCK_TOKENS at a time."""
+        manifest = self.manifest
+        first = token = row = 0
+        while first < len(manifest.lengths):
+            last, tokens = first, 0
+            while last < len(manifest.lengths) and (last == first or tokens + manifest.lengths[last] <= BLOCK_TOKENS):
+                tokens += manifest.lengths[last]
+                last += 1
+            rows = sum(manifest.rows[first:last])
+            values: dict[str, Any] = {}
+            for name in manifest.arrays:
+                array = self.array(name)
+                start, count = (row, rows) if name == "last_hidden" else (token, tokens)
+                values[name] = np.empty((count, *array.info.shape[1:]), array.dtype)
+                array.read(start, values[name])
+            chosen = slice(first, last)
+            samples, lengths = list(manifest.sample_ids[chosen]), list(manifest.lengths[chosen])
+            names = list(manifest.conversations[chosen])
+            yield Block(samples, names, lengths, **({"last_hidden": None} | values))
+            first, token, row = last, token + tokens, row + rows
 
 
 class TargetCache:
@@ -132,24 +157,10 @@ class TargetCache:
         try:
             part.array("features").read(int(row[_START]), stored_view(features))
             if last_hidden is not None:
-                self._read_last_hidden(number, part, last_hidden)
+                start, array = int(row[_ROW_START]), part.array("last_hidden")
+                read_supervised(self.masks(number)[0], last_hidden, lambda out: array.read(start, out))
         except CacheError as problem:
             raise self._name_sample(problem, number) from None
-
-    def _read_last_hidden(self, number: int, part: PartReader, out: Tensor) -> None:
-        row = self.table[number]
-        kept = np.flatnonzero(self.masks(number)[0][1:])  # [R] tokens whose next token is supervised
-        first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
-        rows = stored_view(out)
-        if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
-            part.array("last_hidden").read(int(row[_ROW_START]), rows[first : first + count])
-            rows[:first] = 0
-            rows[first + count :] = 0
-            return
-        packed = np.empty((int(row[_ROWS]), rows.shape[1]), rows.dtype)
-        part.array("last_hidden").read(int(row[_ROW_START]), packed)
-        rows[...] = 0
-        rows[kept] = packed
 
     def _name_sample(self, problem: CacheError, number: int) -> CacheError:
         row = self.table[number]
@@ -173,6 +184,28 @@ class TargetCache:
         last = empty((length, hidden), self.dtype) if self.has_last_hidden else None
         self.read_into(number, features, last)
         return Sample(int(self.sample_ids[number]), ids, mask, features, last)
+
+
+def read_supervised(loss_mask: NDArray[Any], out: Tensor, read: Callable[[NDArray[Any]], object]) -> None:
+    """Rows of last_hidden, which are kept packed, to their places in ``out`` [n, D]; zeros elsewhere.
+
+    Args:
+        loss_mask: [n].
+        out: contiguous.
+        read: fills [R, D], the rows whose next token is supervised.
+    """
+    kept = np.flatnonzero(loss_mask[1:])
+    first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
+    rows = stored_view(out)
+    if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
+        read(rows[first : first + count])
+        rows[:first] = 0
+        rows[first + count :] = 0
+        return
+    packed = np.empty((count, rows.shape[1]), rows.dtype)
+    read(packed)
+    rows[...] = 0
+    rows[kept] = packed
 
 
 def stored_view(tensor: Tensor) -> NDArray[Any]:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.format import CacheManifest
 from deepspec.cache.levels import LEVELS, codec_for
-from deepspec.cache.parts import Block, is_complete, layout_of, write_part
+from deepspec.cache.parts import is_complete, layout_of, write_part
 from deepspec.cache.plan import CachePlan
-from deepspec.cache.reader import PartReader, TargetCache
+from deepspec.cache.reader import TargetCache
 from deepspec.cache.store import build_lock, open_store
 from deepspec.errors import CacheError
 from deepspec.progress import Progress
-
-BLOCK_TOKENS = 4096
 
 
 def recode_cache(source: str | Path, output: str | Path, features_level: str, last_hidden_level: str) -> CacheManifest:
@@ -54,29 +48,6 @@ def recode_cache(source: str | Path, output: str | Path, features_level: str, la
         for number, planned in enumerate(plan.parts):
             part = cache.part(number)
             if not is_complete(store, planned.name):
-                write_part(store, planned.name, layout, pool, _blocks(part), part.manifest.rejected)
+                write_part(store, planned.name, layout, pool, part.blocks(), part.manifest.rejected)
             progress.add(1, sum(part.manifest.lengths))
         return finish_cache(store, plan)
-
-
-def _blocks(part: PartReader) -> Iterator[Block]:
-    """A part's samples in their order, about BLOCK_TOKENS at a time."""
-    manifest = part.manifest
-    first = token = row = 0
-    while first < len(manifest.lengths):
-        last, tokens = first, 0
-        while last < len(manifest.lengths) and (last == first or tokens + manifest.lengths[last] <= BLOCK_TOKENS):
-            tokens += manifest.lengths[last]
-            last += 1
-        rows = sum(manifest.rows[first:last])
-        values: dict[str, Any] = {}
-        for name in manifest.arrays:
-            array = part.array(name)
-            start, count = (row, rows) if name == "last_hidden" else (token, tokens)
-            values[name] = np.empty((count, *array.info.shape[1:]), array.dtype)
-            array.read(start, values[name])
-        chosen = slice(first, last)
-        samples, lengths = list(manifest.sample_ids[chosen]), list(manifest.lengths[chosen])
-        names = list(manifest.conversations[chosen])
-        yield Block(samples, names, lengths, **({"last_hidden": None} | values))
-        first, token, row = last, token + tokens, row + rows

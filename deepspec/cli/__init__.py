@@ -32,6 +32,7 @@ VERBS = {  # verb, or verb of a group -> (function, what it does)
     "cache recode": ("deepspec.cli.cache:recode", "an exact cache at another level"),
     "cache export": ("deepspec.cli.cache:export_raw", "ours as a raw-binary cache of the release"),
     "cache import": ("deepspec.cli.cache:import_raw", "a raw-binary cache of the release into ours"),
+    "serve-features": ("deepspec.cli.features:serve_features", "a target's hidden states, served to trainings"),
     "train": ("deepspec.cli.train:train", "train a draft"),
     "finetune": ("deepspec.cli.train:finetune", "train on from a finished draft"),
     "consolidate": ("deepspec.cli.train:consolidate", "a draft folder from a training checkpoint"),

@@ -18,11 +18,17 @@ def quickstart() -> None:
     """
     parser = Parser(description=quickstart.__doc__, example="--drafters all", following="deepspec serve-check")
     parser.add_argument("--drafters", default="usual", help="usual (three), all, or names with commas between them")
+    parser.add_argument(
+        "--source",
+        choices=("cache", *(name for name in registry.SOURCES if name != "cache")),
+        default="cache",
+        help="of hidden states: a cache built before, or one that the first training writes of what it gets",
+    )
     given = parser.parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
 
-    run(given.drafters)
+    run(given.drafters, given.source)
 
 
 def real() -> None:

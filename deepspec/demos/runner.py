@@ -83,7 +83,11 @@ class Runner:
         try:
             while waiting or self.running:
                 for stage in [one for one in waiting if self._may_start(one)]:
-                    if self._has_room(stage):
+                    if stage.artefact.exists():  # a stage that it needs has made it too
+                        waiting.remove(stage)
+                        self.complete.add(stage.name)
+                        self._report(stage, f"made already ({stage.artefact})")
+                    elif self._has_room(stage):
                         waiting.remove(stage)
                         self._start(stage)
                 time.sleep(PAUSE)
@@ -109,7 +113,7 @@ class Runner:
         with open(log, "ab") as handle:
             _own(handle, log)
             process = subprocess.Popen(
-                _resolve(stage.command),
+                resolve(stage.command),
                 stdout=handle,
                 stderr=subprocess.STDOUT,
                 env=_environment(),
@@ -180,7 +184,7 @@ def stage_seconds(logs: Path) -> dict[str, Any]:
     return dict(read_json(path)) if path.exists() else {}
 
 
-def _resolve(command: tuple[str, ...]) -> list[str]:
+def resolve(command: tuple[str, ...]) -> list[str]:
     """The command by this interpreter, whatever the PATH says, and a free port for a launcher."""
     program, *words = command
     if program == LAUNCHER:

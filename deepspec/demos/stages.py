@@ -6,7 +6,7 @@ The functions here write the commands of the pipeline's own tools; each demonstr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
@@ -89,6 +89,19 @@ def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, o
     """The target answers ``prompts`` in this process."""
     command = (DEEPSPEC, "regenerate", "--recipe", recipe, "--prompts", str(prompts), "--output", str(output))
     return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs, work=2)
+
+
+def beside_server(stage: Stage, recipe: str, log: Path, start: Names) -> Stage:
+    """A training whose hidden states a feature server computes that runs as long as it does.
+
+    Args:
+        stage: the training.
+        recipe: whose target is served.
+        log: of the server.
+        start: the command that starts both.
+    """
+    words = ("--recipe", recipe, *settings(native(recipe)), "--log", str(log), "--")
+    return replace(stage, command=(*start, *words, *stage.command))
 
 
 def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:

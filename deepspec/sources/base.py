@@ -6,7 +6,7 @@ B samples of a batch, S its padded length.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -27,6 +27,10 @@ class FeatureSource(ABC):
     required: ClassVar[tuple[str, ...]] = ()  # keys of the recipe's `data:` section that it cannot do without
     needs_model: ClassVar[bool] = False  # whether it runs the complete target in this process; else embedding and head
     reads_ahead: ClassVar[bool] = True  # whether several threads may call `batch`, ahead of the step
+    computes: ClassVar[bool] = False  # whether hidden states are made in training, and can be kept: `data.write_cache`
+
+    samples_ahead: ClassVar[int] = 0  # that `announce` wants to know of beyond those of the step that begins
+    can_be_lost: ClassVar[bool] = False  # whether `batch` may raise SourceLost in the middle of a run
 
     lengths: np.ndarray  # [N] int64, tokens of each sample
     group_sizes: tuple[int, ...]  # samples of each group (a cache, or a file of conversations); sums to N
@@ -62,7 +66,13 @@ class FeatureSource(ABC):
         """``{"source": name, "caches": [...]}``: all that identifies the data, compared when a run is resumed."""
 
     def announce(self, numbers: Sequence[int]) -> None:  # noqa: B027 - most sources need no notice
-        """Note the samples that the next batches will read, in order."""
+        """Note the samples of a step, in the order in which its batches will read them."""
+
+    def close(self) -> None:  # noqa: B027 - most sources hold nothing
+        """End what runs for it, at the end of the run."""
+
+    def finish(self) -> None:  # noqa: B027 - most sources leave nothing
+        """Complete what it leaves on disk: the run is over, after an epoch or more. Every rank calls it."""
 
     def supervision(self, numbers: Sequence[int], seed: int, epoch: int) -> Supervision:
         """The masks of a batch, padded: all that its loss plan depends on."""
@@ -81,6 +91,9 @@ def source_class(recipe: Recipe) -> type[FeatureSource]:
     for key in found.required:
         if not getattr(recipe.data, key):
             raise RecipeError(f"data.source {recipe.data.source} needs it, and it is not set", key=f"data.{key}")
+    if recipe.data.write_cache and not found.computes:
+        problem = f"data.source {recipe.data.source} computes nothing that could be written"
+        raise RecipeError(problem, key="data.write_cache", found=recipe.data.write_cache, remedy="remove the key")
     return found
 
 
@@ -89,6 +102,30 @@ def batch_memory(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     if torch.cuda.is_available():
         return torch.empty(shape, dtype=dtype, pin_memory=True)
     return empty(shape, dtype)
+
+
+def stacked(
+    supervision: Supervision, tokens: Sequence[np.ndarray], widths: tuple[int, int | None], dtype: torch.dtype,
+    read_into: Callable[[int, Tensor, Tensor | None], object],
+) -> Batch:  # fmt: skip
+    """A batch whose hidden states are read in place.
+
+    Args:
+        supervision: of its B samples.
+        tokens: of each.
+        widths: of the features (L*D) and of the last hidden state (D), None where that is not read.
+        dtype: of both.
+        read_into: fills features [s, L*D] and last hidden state [s, D] of the b-th sample.
+    """
+    shape, lengths = tuple(supervision.loss_mask.shape), supervision.lengths.tolist()
+    ids, features = batch_memory(shape, torch.int64), batch_memory((*shape, widths[0]), dtype)
+    last = batch_memory((*shape, widths[1]), dtype) if widths[1] is not None else None
+    for row, length in enumerate(lengths):
+        read_into(row, features[row, :length], None if last is None else last[row, :length])
+        ids[row, :length] = torch.from_numpy(tokens[row])
+        for tensor in (ids, features) if last is None else (ids, features, last):
+            tensor[row, length:] = 0
+    return Batch(supervision, ids, features, last)
 
 
 def pad(rows: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from deepspec import registry
 from deepspec.batch import Batch
@@ -15,7 +15,7 @@ from deepspec.cache.fingerprint import fingerprint_of, require_fingerprint
 from deepspec.cache.reader import TargetCache
 from deepspec.errors import CacheError
 from deepspec.recipe import Recipe
-from deepspec.sources.base import FeatureSource, batch_memory
+from deepspec.sources.base import FeatureSource, stacked
 from deepspec.targets import TargetEmbeddings, load_tokenizer
 
 
@@ -89,20 +89,16 @@ class CacheSource(FeatureSource):
         Raises:
             CacheError: a broken chunk, named by part, array and samples.
         """
-        supervision = self.supervision(numbers, seed, epoch)
         cache = self.caches[0]
         width = int(cache.fingerprint["target"]["hidden_size"])
-        shape = tuple(supervision.loss_mask.shape)
-        ids = batch_memory(shape, torch.int64)
-        features = batch_memory((*shape, width * len(cache.fingerprint["layers"])), cache.dtype)
-        last = batch_memory((*shape, width), cache.dtype) if self.last_hidden else None
-        for row, (number, length) in enumerate(zip(numbers, supervision.lengths.tolist(), strict=True)):
-            group, inside = self._locate(number)
-            self.caches[group].read_into(inside, features[row, :length], None if last is None else last[row, :length])
-            ids[row, :length] = torch.from_numpy(self.tokens(number))
-            for tensor in (ids, features) if last is None else (ids, features, last):
-                tensor[row, length:] = 0
-        return Batch(supervision, ids, features, last)
+        widths = width * len(cache.fingerprint["layers"]), width if self.last_hidden else None
+
+        def read_into(row: int, features: Tensor, last: Tensor | None) -> None:
+            group, inside = self._locate(numbers[row])
+            self.caches[group].read_into(inside, features, last)
+
+        tokens = [self.tokens(number) for number in numbers]
+        return stacked(self.supervision(numbers, seed, epoch), tokens, widths, cache.dtype, read_into)
 
     def fingerprint(self) -> dict[str, object]:
         """The caches' own fingerprints, in order."""

@@ -2,50 +2,90 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from deepspec.cache import forward as cache
+from deepspec.cache.parts import Block
+from deepspec.cache.reader import stored_view
 from deepspec.distributed import world_from_environment
 from deepspec.recipe import Recipe
 from deepspec.sources.online import OnlineSource
+from deepspec.streaming.client import Conversation, wanted_of
+from deepspec.streaming.pool import ServerPool
 from deepspec.targets import TargetEmbeddings
-from deepspec.targets.served import ServedTarget
 
 
 class ServedSource(OnlineSource):
-    """As :class:`OnlineSource`, the hidden states from ``data.servers``: each process uses one of them, in turn.
+    """As :class:`OnlineSource`, the hidden states from any of ``data.servers``.
 
-    ``train.workers`` threads read ahead of the step, each a micro-batch at a time.
+    Conversations are asked for in the order of the run's steps, as many ahead as ``data.server_memory`` holds. What
+    comes is the same from every server: which one computes a sample does not change a loss.
 
     Args:
         recipe: names servers, layers and rendering.
-        target: not used: the servers have it.
+        target: whose embedding and head this process has; the servers have the rest.
         files: JSONL of prompts with the target's answers.
 
     Raises:
-        TargetError: a server that does not answer.
+        TargetError: no server answers, or one serves something else.
         DataError: no such file, or no usable conversation in one.
     """
 
     name = "served"
-    required: ClassVar[tuple[str, ...]] = ("conversations", "servers", "server_storage")
+    required: ClassVar[tuple[str, ...]] = ("conversations", "servers")
     needs_model = False
     reads_ahead = True
+    samples_ahead = 256  # of a rank; their bytes are limited by `data.server_memory`
+    can_be_lost = True
 
     def __init__(self, recipe: Recipe, target: TargetEmbeddings, *files: str | Path) -> None:
-        section, data = recipe.target, recipe.data
-        url = data.servers[world_from_environment().rank % len(data.servers)]
-        dtype = getattr(torch, section.dtype)
-        served = ServedTarget(url, section.path, section.layers, dtype, section.revision, storage=data.server_storage)
-        super().__init__(recipe, served, *files)
+        super().__init__(recipe, target, *files)
+        data = recipe.data
+        self.pool = ServerPool(
+            data.servers, wanted_of(recipe, target), limit=data.server_memory, patience=data.server_patience,
+            first=world_from_environment().rank,
+        )  # fmt: skip
+
+    def _conversations(self, numbers: Sequence[int]) -> list[Conversation]:
+        return [Conversation(number, self._ids[number], self._masks[number]) for number in numbers]
 
     def announce(self, numbers: Sequence[int]) -> None:
-        """Nothing: several threads read at once."""
+        """The samples of a step to come; where a cache is written, its batches are asked for instead."""
+        if self.written is None:
+            self.pool.announce(self._conversations(numbers))
 
-    def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-        """Features [s, L*D] and last hidden states [s, D] of each."""
-        return self.forward(numbers)
+    def forward_block(self, rows: Sequence[cache.Conversation]) -> tuple[int, Callable[[], Block]]:
+        """One batch of a cache through a server, in one pass of its own as in a build.
+
+        Raises:
+            SourceLost: no server is left.
+        """
+        samples, names = [sample for sample, _, _ in rows], [name for _, name, _ in rows]
+        lengths = [len(rendered.input_ids) for _, _, rendered in rows]
+        ids = np.concatenate([np.asarray(rendered.input_ids, np.int32) for _, _, rendered in rows])
+        mask = np.concatenate([np.asarray(rendered.loss_mask, np.uint8) for _, _, rendered in rows])
+        asked = Conversation(-1 - samples[0], ids, mask.astype(bool), tuple(lengths))
+        states = next(self.pool.take([asked]))
+        last = None
+        if self.last_hidden and states.last_hidden is not None:
+            last = stored_view(states.last_hidden)[asked.last_rows()]
+        block = Block(samples, names, lengths, ids, mask, stored_view(states.features), last)
+        return states.nbytes, lambda: block
+
+    def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
+        """Features [s, L*D] and last hidden states [s, D] of each, on the host; zeros where no loss reads the last.
+
+        Raises:
+            SourceLost: no server is left.
+        """
+        return [(one.features, one.last_hidden) for one in self.pool.take(self._conversations(numbers))]
+
+    def close(self) -> None:
+        """Leave the servers."""
+        super().close()
+        self.pool.close()

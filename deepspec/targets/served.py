@@ -46,94 +46,68 @@ def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
     return sorted({layer + 1 for layer in layers if layer < spec.num_layers} | {spec.num_layers})
 
 
-class ServedTarget(TargetEmbeddings):
-    """Runs forward passes where a :class:`~deepspec.targets.Target` would: for the cache builder, online training.
+class Extraction:
+    """One server that hands hidden states out through files.
 
     Args:
         url: of the server, such as ``http://127.0.0.1:8000``.
-        path: the target's folder or hub id, for its embedding, head, final norm and digest.
+        target: what it serves; gives sizes, dtype and the final norm.
         layers: 0-based layers that the server was started for; see :func:`server_layers`.
-        dtype: of embedding, head and hidden states.
-        revision: of the hub id.
+        revision: of the target's hub id.
         timeout: seconds the server may take for one prompt.
-        concurrency: prompts in flight.
         storage: the folder that the server writes its files to (its ``shared_storage_path``); no other is read.
+        attempts: of a request.
 
     Raises:
-        TargetError: no such target, no server that serves it, or no storage stated.
+        TargetError: no such layers, no storage stated, or a final norm that cannot be read alone.
     """
 
     def __init__(
-        self, url: str, path: str | Path, layers: Sequence[int], dtype: torch.dtype = torch.bfloat16,
-        revision: str | None = None, timeout: float = 600.0, concurrency: int = 8, *, storage: str | Path | None,
+        self, url: str, target: TargetEmbeddings, layers: Sequence[int], revision: str | None = None,
+        timeout: float = 600.0, *, storage: str | Path | None, attempts: int = ATTEMPTS,
     ) -> None:  # fmt: skip
         check_url(url, "server", TargetError)
-        self._url, self.timeout = url.rstrip("/"), timeout
+        self._url, self.timeout, self.attempts = url.rstrip("/"), timeout, attempts
         self.url = without_password(self._url)  # in messages
         if storage is None or not Path(storage).is_dir():
             remedy = "name the folder of its shared_storage_path: data.server_storage, or --server-storage"
             problem = "no folder is stated from which the server's files may be read and removed"
             problem = problem if storage is None else "no such folder to read the server's files from"
             raise TargetError(problem, file=self.url, key="data.server_storage", found=storage, remedy=remedy)
-        self.storage = Path(storage)
-        load_spec(path, revision).check_layers(layers)
-        loaded = load_target_embeddings(path, dtype, "cpu", revision)
-        super().__init__(loaded.spec, loaded.embed_weight, loaded.head_weight)
+        self.storage, self.spec, self.dtype = Path(storage), target.spec, target.dtype
+        self.spec.check_layers(layers)
         self._index = {layer: index for index, layer in enumerate(server_layers(layers, self.spec))}
-        self._norm = load_final_norm(path, dtype, revision)
-        self._pool = ThreadPoolExecutor(concurrency)
-        self._name = self._served_name()
+        self._norm = load_final_norm(self.spec.path, self.dtype, revision)
+        self._name = ""
+
+    def connect(self) -> None:
+        """Ask for the model's name.
+
+        Raises:
+            TargetError: no server that serves one.
+        """
+        reply = self._ask("GET", "/v1/models", None)
+        try:
+            self._name = str(reply["data"][0]["id"])
+        except (KeyError, IndexError, TypeError):
+            raise TargetError("no model is served there", file=self.url, found=reply) from None
 
     @torch.no_grad()
-    def forward(
-        self,
-        input_ids: Tensor,
-        layers: Sequence[int],
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | dict[str, Tensor] | None = None,
-        past_key_values: Any = None,
-    ) -> TargetOutput:
-        """The same as :meth:`Target.forward` of right-padded rows from position 0; padding comes back as zeros.
-
-        Args:
-            input_ids: [B, S] int64.
-            layers: of those that the server was started for.
-            position_ids: None, the engine counts itself.
-            attention_mask: [B, S], ones and then zeros; None for full rows.
-            past_key_values: None, the engine has its own cache.
-
-        Returns:
-            features [B, S, L*D] and the normed last hidden state [B, S, D].
+    def states(self, tokens: list[int], layers: Sequence[int]) -> TargetOutput:
+        """Features [S, L*D] of ``layers`` and the normed last hidden state [S, D] of one prompt.
 
         Raises:
             TargetError: layers that the server does not give, a request that failed, or hidden states of other tokens.
         """
-        if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
-            raise TargetError("a served target takes only complete prompts", found="positions, cache or special masks")
         normed = self.spec.num_layers
         unknown = [layer for layer in layers if layer != normed and layer + 1 not in self._index]
         if unknown:
             raise TargetError("the server does not give these layers", file=self.url, found=unknown,
                               remedy="start it for the recipe's layers")  # fmt: skip
-        B, S = input_ids.shape
-        lengths = [S] * B if attention_mask is None else attention_mask.sum(dim=1).tolist()
-        rows = [input_ids[row, : int(length)].tolist() for row, length in enumerate(lengths)]
-        D = self.spec.hidden_size
-        features = torch.zeros(B, S, len(layers) * D, dtype=self.dtype)
-        last = torch.zeros(B, S, D, dtype=self.dtype)
-        for row, hidden in enumerate(self._pool.map(self._hidden_states, rows)):
-            final = self._norm(hidden[:, self._index[normed]])
-            chosen = [final if layer == normed else hidden[:, self._index[layer + 1]] for layer in layers]
-            features[row, : len(hidden)] = torch.cat(chosen, dim=-1) if chosen else hidden[:, 0, :0]
-            last[row, : len(hidden)] = final
-        return TargetOutput(features, last)
-
-    def _served_name(self) -> str:
-        reply = self._ask("GET", "/v1/models", None)
-        try:
-            return str(reply["data"][0]["id"])
-        except (KeyError, IndexError, TypeError):
-            raise TargetError("no model is served there", file=self.url, found=reply) from None
+        hidden = self._hidden_states(tokens)
+        final = self._norm(hidden[:, self._index[normed]])
+        chosen = [final if layer == normed else hidden[:, self._index[layer + 1]] for layer in layers]
+        return TargetOutput(torch.cat(chosen, dim=-1) if chosen else hidden[:, 0, :0], final)
 
     def _hidden_states(self, tokens: list[int]) -> Tensor:
         """[S, layers of the server, D] of one prompt."""
@@ -176,7 +150,7 @@ class ServedTarget(TargetEmbeddings):
             TargetError: it refuses, or does not answer.
         """
         problem = ""
-        for attempt in range(ATTEMPTS):
+        for attempt in range(self.attempts):
             if attempt:
                 time.sleep(PAUSE * 2 ** (attempt - 1))
             try:
@@ -191,6 +165,72 @@ class ServedTarget(TargetEmbeddings):
                 break
         raise TargetError("the server does not answer", file=self.url + path, found=problem,
                           remedy="is it up, and does it serve this target?")  # fmt: skip
+
+
+class ServedTarget(TargetEmbeddings):
+    """Runs forward passes where a :class:`~deepspec.targets.Target` would, for the cache builder.
+
+    Args:
+        url: of the server; see :class:`Extraction`.
+        path: the target's folder or hub id, for its embedding, head, final norm and digest.
+        layers: 0-based layers that the server was started for.
+        dtype: of embedding, head and hidden states.
+        revision: of the hub id.
+        timeout: seconds the server may take for one prompt.
+        concurrency: prompts in flight.
+        storage: the folder that the server writes its files to.
+
+    Raises:
+        TargetError: no such target, no server that serves it, or no storage stated.
+    """
+
+    def __init__(
+        self, url: str, path: str | Path, layers: Sequence[int], dtype: torch.dtype = torch.bfloat16,
+        revision: str | None = None, timeout: float = 600.0, concurrency: int = 8, *, storage: str | Path | None,
+    ) -> None:  # fmt: skip
+        load_spec(path, revision).check_layers(layers)
+        loaded = load_target_embeddings(path, dtype, "cpu", revision)
+        super().__init__(loaded.spec, loaded.embed_weight, loaded.head_weight)
+        self._server = Extraction(url, loaded, layers, revision, timeout, storage=storage)
+        self._server.connect()
+        self._pool = ThreadPoolExecutor(concurrency)
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        layers: Sequence[int],
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | dict[str, Tensor] | None = None,
+        past_key_values: Any = None,
+    ) -> TargetOutput:
+        """The same as :meth:`Target.forward` of right-padded rows from position 0; padding comes back as zeros.
+
+        Args:
+            input_ids: [B, S] int64.
+            layers: of those that the server was started for.
+            position_ids: None, the engine counts itself.
+            attention_mask: [B, S], ones and then zeros; None for full rows.
+            past_key_values: None, the engine has its own cache.
+
+        Returns:
+            features [B, S, L*D] and the normed last hidden state [B, S, D].
+
+        Raises:
+            TargetError: see :meth:`Extraction.states`.
+        """
+        if position_ids is not None or past_key_values is not None or isinstance(attention_mask, dict):
+            raise TargetError("a served target takes only complete prompts", found="positions, cache or special masks")
+        B, S = input_ids.shape
+        lengths = [S] * B if attention_mask is None else attention_mask.sum(dim=1).tolist()
+        rows = [input_ids[row, : int(length)].tolist() for row, length in enumerate(lengths)]
+        D = self.spec.hidden_size
+        features = torch.zeros(B, S, len(layers) * D, dtype=self.dtype)
+        last = torch.zeros(B, S, D, dtype=self.dtype)
+        for row, made in enumerate(self._pool.map(lambda tokens: self._server.states(tokens, layers), rows)):
+            features[row, : len(made.features)] = made.features
+            last[row, : len(made.last_hidden)] = made.last_hidden
+        return TargetOutput(features, last)
 
 
 @contextmanager

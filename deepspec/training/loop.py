@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 
-from deepspec.errors import CheckpointError, system_error
+from deepspec.batch import Batch
+from deepspec.distributed import on_all_ranks
+from deepspec.errors import CheckpointError, SourceLost, system_error
 from deepspec.progress import Progress, bytes_in, waiting
 from deepspec.recipe import Recipe, TrainSection
 from deepspec.training.checkpoints import Checkpoints, Manifest
@@ -43,6 +45,13 @@ def exhausted(train: TrainSection, stale: int) -> bool:
     """Whether a run with ``stale`` validations since its best one ends early, by ``train.validation.patience``."""
     patience = None if train.validation is None else train.validation.patience
     return patience is not None and stale >= patience
+
+
+class _Lost(Exception):
+    """The source of a rank is lost; ``problem`` is None where it is another rank's."""
+
+    def __init__(self, problem: SourceLost | None) -> None:
+        self.problem = problem
 
 
 class Trainer:
@@ -91,7 +100,10 @@ class Trainer:
                     if asked:
                         self._stop(step.number)
                         return False
-                    self._optimize(step, weight)
+                    try:
+                        self._optimize(step, weight)
+                    except _Lost as lost:
+                        self._save_and_end(step.number, lost.problem)
                     progress.add(1, self.train.global_batch)
                     self._after(step.number + 1)
                     if profiler is not None:
@@ -108,13 +120,52 @@ class Trainer:
 
     def _optimize(self, step: TrainStep, weight: float) -> None:
         lr = self.train.lr * lr_factor(step.number, self.total_steps, self.train.warmup_ratio)
-        for number, batch in enumerate(step.batches):
+        for number, batch in enumerate(self._batches(step)):
             self.engine.begin_micro_batch(last=number + 1 == step.count)
             terms = self.engine.forward(batch)
             share = self.engine.backward(terms, max(weight, 1e-12))
             self.engine.step(lr)
             self.meter.add(step.number, batch, terms, share)
         self.meter.steps += 1
+
+    def _batches(self, step: TrainStep) -> Iterator[Batch]:
+        """The step's micro-batches; where the source of a rank is lost, every rank ends before the same one.
+
+        Raises:
+            _Lost: on every rank.
+        """
+        if not self.prefetcher.source.can_be_lost:
+            yield from step.batches
+            return
+        for _ in range(step.count):
+            try:
+                found: Batch | SourceLost = next(step.batches)
+            except SourceLost as problem:
+                found = problem
+            lost = float(isinstance(found, SourceLost))
+            if self.engine.sum(torch.tensor([lost])).item():
+                raise _Lost(found if isinstance(found, SourceLost) else None)
+            yield found  # type: ignore[misc]  # a batch: nobody's source is lost
+
+    def _save_and_end(self, done: int, problem: SourceLost | None) -> None:
+        """Save what is trained, without the step that has begun.
+
+        Raises:
+            DeepSpecError: always: what ``problem`` says, on rank 0; the other ranks exit with code 1 silently.
+        """
+        self.meter.check_finite()
+        if done:
+            self._save(done)
+        self.checkpoints.wait()
+        self.engine.barrier()
+
+        def tell() -> None:
+            if problem is not None:  # of this rank
+                saved = f"saved after step {done}/{self.total_steps}" if done else "nothing is trained yet"
+                facts = {name: getattr(problem, name) for name in ("file", "key", "found", "wanted", "remedy")}
+                raise SourceLost(f"{problem.problem}; {saved}", **facts)
+
+        on_all_ranks(self.engine.world, tell)
 
     def _after(self, done: int) -> None:
         """Log, validate and save as the recipe schedules it after ``done`` steps."""

@@ -54,17 +54,29 @@ class Prefetcher:
 
     def _plans(self, share: list[list[int]], epoch: int) -> list[LossPlan]:
         """The loss plans of this rank's micro-batches of a step."""
-        self.source.announce([number for numbers in share for number in numbers])
         plans = [self.plan_loss(self.source.supervision(numbers, self.seed, epoch)) for numbers in share]
         return [plan.pin_memory() for plan in plans] if torch.cuda.is_available() else plans
 
     def _tasks(self, start: int, stop: int) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
+        for epoch, share in self._announced(start, stop):
+            yield self._plans, (share, epoch)
+            for numbers in share:
+                yield self.source.batch, (numbers, self.seed, epoch)
+
+    def _announced(self, start: int, stop: int) -> Iterator[tuple[int, list[list[int]]]]:
+        """Epoch and micro-batches of each step on this rank, the source told of as many samples ahead as it wants."""
+        queue: deque[tuple[int, list[list[int]]]] = deque()
+        ahead = 0
         for number in range(start, stop):
             step = self.plan.step(number)
             share = [numbers.tolist() for numbers in step.share(self.world.rank, self.world.size)]
-            yield self._plans, (share, step.epoch)
-            for numbers in share:
-                yield self.source.batch, (numbers, self.seed, step.epoch)
+            self.source.announce([sample for numbers in share for sample in numbers])
+            queue.append((step.epoch, share))
+            ahead += sum(map(len, share))
+            while queue and ahead - sum(map(len, queue[0][1])) >= self.source.samples_ahead:
+                ahead -= sum(map(len, queue[0][1]))
+                yield queue.popleft()
+        yield from queue
 
     def _results(self, start: int, stop: int) -> Iterator[Any]:
         tasks = self._tasks(start, stop)

@@ -65,15 +65,20 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
         recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
         on_rank0(world, lambda: keep_draft(recipe))
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
+        for source in (prepared.source, *prepared.held_out.values()):
+            stack.callback(source.close)
         start, total = prepared.start, prepared.manifest.total_steps
         if start.step == total or exhausted(prepared.recipe.train, start.stale):
+            if start.step >= prepared.plan.steps_per_epoch:
+                prepared.source.finish()
             log.info("already finished: %s", start.folder)
             return 0
         if start.folder is not None:
             log.info("\n  changed: ".join([f"resuming {start.folder}, {total} steps in all", *start.changes]))
         trainer = assemble(prepared, world, profile)
         del prepared
-        trainer.run(start.step)
+        if trainer.run(start.step) and (trainer.saved or 0) >= trainer.prefetcher.plan.steps_per_epoch:
+            trainer.prefetcher.source.finish()
         trainer.engine.close()
         return 0
 

@@ -112,8 +112,7 @@ def run_tool(*arguments: object, launcher: list[str] | None = None, **options: A
         env=tool_environment(),
         text=True,
         capture_output=True,
-        timeout=300,
-        **options,
+        **{"timeout": 300, **options},
     )
 
 

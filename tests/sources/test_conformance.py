@@ -11,6 +11,7 @@ import pytest
 import torch
 import training_tools as tools
 from cache_tools import conversation_rows, make_cache
+from feature_server import RunningServer
 from hidden_state_server import FakeServer
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,7 +24,7 @@ from deepspec.recipe import Recipe, load_recipe
 from deepspec.registry import SOURCES
 from deepspec.sources.base import FeatureSource, source_class
 from deepspec.sources.cache import CacheSource
-from deepspec.sources.served import ServedSource
+from deepspec.streaming.batcher import Limits
 from deepspec.targets import load_target
 from deepspec.targets.served import server_layers
 from deepspec.testing.source import SourceSuite
@@ -38,6 +39,7 @@ class Inputs:
     folder: Path
     recipe: Recipe
     server: FakeServer
+    opened: list[FeatureSource] = dataclasses.field(default_factory=list)
 
     def of(self, source: str, file: str = "a", **changes: object) -> Recipe:
         """The recipe over one of the files."""
@@ -47,7 +49,8 @@ class Inputs:
         return dataclasses.replace(self.recipe, data=dataclasses.replace(self.recipe.data, **data))
 
     def open(self, recipe: Recipe) -> FeatureSource:
-        return source_class(recipe).open(recipe, load_target(recipe.target.path, torch.float32))
+        self.opened.append(source_class(recipe).open(recipe, load_target(recipe.target.path, torch.float32)))
+        return self.opened[-1]
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +66,25 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Inputs]:
     server = FakeServer(target, folder / "states", server_layers(tools.LAYERS, target.spec))
     yield Inputs(folder, recipe, server)
     server.server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def feature_servers(inputs: Inputs) -> Iterator[tuple[str, ...]]:
+    """Two of our own servers, one of small batches."""
+    path = inputs.recipe.target.path  # a model each: the hooks of two forwards side by side would mix
+    sizes = (Limits(batch_tokens=1024), Limits(batch_tokens=150))
+    running = [RunningServer(load_target(path, torch.float32), limits=size) for size in sizes]
+    yield tuple(one.url for one in running)
+    for one in running:
+        one.stop()
+
+
+@pytest.fixture(autouse=True)
+def closed(inputs: Inputs) -> Iterator[None]:
+    """Sources that a test has opened end with it."""
+    yield
+    while inputs.opened:
+        inputs.opened.pop().close()
 
 
 def other_target(recipe: Recipe, folder: Path) -> Recipe:
@@ -110,6 +132,18 @@ class TestOnlineSource(SourceSuite):
         return inputs.open(inputs.of("cache"))
 
 
+class TestOnlineSourceThatWritesACache(SourceSuite):
+    """To the bit the cache that it writes; each source writes another one."""
+
+    @pytest.fixture
+    def opened(self, inputs: Inputs, tmp_path: Path) -> Callable[[], FeatureSource]:
+        return lambda: inputs.open(inputs.of("online", write_cache=str(tmp_path / f"{len(inputs.opened)}")))
+
+    @pytest.fixture
+    def cache(self, inputs: Inputs) -> FeatureSource:
+        return inputs.open(inputs.of("cache"))
+
+
 class TestServedSource(TestOnlineSource):
     @pytest.fixture
     def opened(self, inputs: Inputs) -> Callable[[], FeatureSource]:
@@ -118,6 +152,28 @@ class TestServedSource(TestOnlineSource):
     @pytest.fixture
     def others(self, inputs: Inputs) -> list[FeatureSource]:
         return [inputs.open(inputs.of("served", "b"))]
+
+
+class TestServedSourceThatWritesACache(TestOnlineSourceThatWritesACache):
+    @pytest.fixture
+    def opened(self, inputs: Inputs, feature_servers: tuple[str, ...], tmp_path: Path) -> Callable[[], FeatureSource]:
+        served = {"servers": feature_servers[:1], "server_storage": None}
+        return lambda: inputs.open(inputs.of("served", write_cache=str(tmp_path / f"{len(inputs.opened)}"), **served))
+
+
+class TestFeatureServers(TestOnlineSource):
+    tolerance = 1e-5  # two servers that batch differently
+
+    @pytest.fixture
+    def opened(self, inputs: Inputs, feature_servers: tuple[str, ...]) -> Callable[[], FeatureSource]:
+        return lambda: inputs.open(inputs.of("served", servers=feature_servers, server_storage=None))
+
+    @pytest.fixture
+    def others(self, inputs: Inputs, feature_servers: tuple[str, ...]) -> list[FeatureSource]:
+        recipe = inputs.of("served", servers=feature_servers, server_storage=None)
+        fewer = dataclasses.replace(recipe, target=dataclasses.replace(recipe.target, layers=(0, 1)))
+        shorter = inputs.of("served", servers=feature_servers, max_length=70)
+        return [inputs.open(one) for one in (inputs.of("served", "b", servers=feature_servers), fewer, shorter)]
 
 
 def load_and_pad(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -166,7 +222,7 @@ def test_each_source_says_what_it_needs(inputs: Inputs) -> None:
 
 @pytest.mark.parametrize(
     ("source", "missing"),
-    [("online", "conversations"), ("served", "conversations"), ("served", "servers"), ("served", "server_storage")],
+    [("online", "conversations"), ("served", "conversations"), ("served", "servers")],
 )
 def test_a_key_that_a_source_needs_is_named(inputs: Inputs, source: str, missing: str) -> None:
     empty = () if missing == "servers" else None
@@ -179,21 +235,18 @@ def test_a_cache_without_samples_or_no_cache_is_refused(inputs: Inputs) -> None:
         inputs.open(inputs.of("cache", cache=()))
 
 
-def test_a_process_asks_a_server_of_its_own(inputs: Inputs, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+def test_an_engine_without_a_stated_folder_is_refused(inputs: Inputs) -> None:
+    with pytest.raises(DeepSpecError, match=r"data\.servers: .*no folder is stated"):
+        inputs.open(inputs.of("served", server_storage=None))
 
-    class Seen(Exception):
-        """Far enough."""
 
-    def note(url: str, *_: object, **__: object) -> None:
-        asked.append(url)
-        raise Seen
-
-    monkeypatch.setattr("deepspec.sources.served.ServedTarget", note)
-    recipe = inputs.of("served", servers=("http://a", "http://b"))
-    for rank in range(3):
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "3")
-        with pytest.raises(Seen):
-            ServedSource.open(recipe, load_target(recipe.target.path, torch.float32))
-    assert asked == ["http://a", "http://b", "http://a"]
+@pytest.mark.parametrize("level", ["raw", "lossless"])
+def test_one_server_of_each_kind_side_by_side_and_exact_levels_give_what_a_cache_holds(
+    inputs: Inputs, feature_servers: tuple[str, ...], level: str
+) -> None:
+    cache = inputs.open(inputs.of("cache"))
+    served = inputs.open(inputs.of("served", servers=(feature_servers[0], inputs.server.url), server_level=level))
+    for number in range(len(cache.lengths)):
+        there, here = cache.batch([number], 1, 1), served.batch([number], 1, 1)
+        torch.testing.assert_close(here.features, there.features, rtol=0, atol=1e-5)
+        torch.testing.assert_close(here.last_hidden, there.last_hidden, rtol=0, atol=1e-5)

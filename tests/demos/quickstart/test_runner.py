@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from deepspec.demos.quickstart import served
 from deepspec.demos.quickstart.plan import plan
-from deepspec.demos.runner import Runner, _resolve, stage_seconds
+from deepspec.demos.runner import Runner, resolve, stage_seconds
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.errors import DeepSpecError, RecipeError
 from deepspec.registry import ALGORITHMS
@@ -79,12 +82,48 @@ def test_the_plan_covers_every_algorithm_in_an_order_that_works() -> None:
     assert before >= {f"{verb} {algorithm}" for verb in ("train", "export", "evaluate") for algorithm in ALGORITHMS}
 
 
+@pytest.mark.parametrize("source", ["online", "served"])
+def test_with_another_source_the_first_training_writes_the_cache_that_the_others_read(source: str) -> None:
+    stages = {stage.name: stage for stage in plan("all", source)}
+    assert stages["cache"].needs == ("train eagle3",)  # its loss reads all of a cache
+    writing = [stage for stage in stages.values() if "data.write_cache=build/quickstart/cache" in stage.command]
+    assert [stage.name for stage in writing] == ["train eagle3"]
+    assert f"data.source={source}" in writing[0].command
+    assert ("served" in writing[0].command) == (source == "served")
+    assert list(stages).index("cache") < list(stages).index("train dflash")
+    assert stages["train dflash"].needs == ("cache",)
+
+
+def test_what_an_earlier_stage_has_made_is_not_made_again(tmp_path: Path, capsys) -> None:
+    second = writing("second", tmp_path, ("first",), code="raise ValueError")
+    first = writing("first", tmp_path, code=f"pathlib.Path({str(second.artefact)!r}).touch()")
+    Runner([first, second], tmp_path / "logs", cores=2).run()
+    assert "second: made already" in capsys.readouterr().out
+
+
+def test_a_training_is_run_beside_its_server_and_its_exit_code_is_the_stage_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is served is in data.servers of the command; the server ends with it."""
+
+    @contextmanager
+    def serve(command: list[str], log: Path, *_: object) -> Iterator[str]:
+        assert command[1:] == ["-m", "deepspec", "serve-features", "--recipe", "r", "--set", "a=1"]
+        yield "http://here"
+        (tmp_path / "ended").touch()
+
+    monkeypatch.setattr(served, "serve", serve)
+    code = "import sys; sys.exit(3 if sys.argv[1:] == ['--set', 'data.servers=[http://here]'] else 4)"
+    assert served.train_served("r", ["a=1"], tmp_path / "log", (PYTHON, "-c", code)) == 3
+    assert (tmp_path / "ended").exists()
+
+
 def test_every_stage_starts_a_module_of_this_environment_from_any_folder() -> None:
-    for command in (_resolve(stage.command) for stage in plan("all")):
+    for command in (resolve(stage.command) for stage in plan("all")):
         assert command[:2] == [sys.executable, "-m"]
         assert find_spec(command[2]) is not None
         assert not [word for word in command if word.endswith(".py")]
-    launched = next(_resolve(stage.command) for stage in plan() if stage.name.startswith("train"))
+    launched = next(resolve(stage.command) for stage in plan() if stage.name.startswith("train"))
     assert launched[2:4] == ["deepspeed.launcher.runner", "--master_port"]
     assert launched[launched.index("--module") + 1 :][:2] == ["deepspec", "train"]
 

@@ -1,0 +1,304 @@
+"""One server of hidden states as a reader sees it: a handshake, then whole conversations.
+
+How a server is asked stands in its own class, a row of ``registry.FEATURE_SERVERS``; the first that knows a server is
+taken. S tokens of a conversation, C = L*D values of the L layers, D hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from deepspec import registry
+from deepspec.cache.levels import LEVELS
+from deepspec.cache.memory import empty
+from deepspec.cache.parts import next_supervised
+from deepspec.cache.reader import stored_view
+from deepspec.errors import RecipeError, TargetError, nearest, without_logins
+from deepspec.http import NoReply, request, stream, without_password
+from deepspec.identity import differences, target_fields
+from deepspec.streaming.wire import PROTOCOL, Arrays, Reader, WireError
+from deepspec.targets import TargetEmbeddings
+from deepspec.targets.served import Extraction
+
+TOKEN = "DEEPSPEC_SERVER_TOKEN"  # the shared secret of servers and readers, in the environment of both
+HANDSHAKE = 30.0  # seconds
+STALL = 30.0  # seconds without a byte: a server that computes sends a sign of life every few seconds
+RECEIVE = 4 << 20  # bytes that the system holds for a reader
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a reader asks every server for."""
+
+    target: TargetEmbeddings  # whose states
+    fields: Mapping[str, Any]  # the target's part of an identity
+    layers: tuple[int, ...]
+    revision: str | None = None
+    last_hidden: bool = True  # whether the loss reads the last hidden state
+    level: str = "lossless"  # that the states are coded at
+    storage: str | None = None  # the folder that servers with a shared file system write to
+    timeout: float = 600.0  # seconds for a conversation
+
+    @property
+    def dtype(self) -> str:
+        """Of the hidden states, as recipes write it."""
+        return str(self.target.dtype).removeprefix("torch.")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of a token's hidden states in memory."""
+        width = self.target.spec.hidden_size * (len(self.layers) + self.last_hidden)
+        return width * self.target.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a server is asked about."""
+
+    number: int  # of the sample
+    tokens: NDArray[Any]  # [S] int
+    loss_mask: NDArray[np.bool_]  # [S]
+    lengths: tuple[int, ...] | None = None  # of several, one after the other, that are to be one batch of the target
+
+    def ranges(self) -> list[list[int]]:
+        """[start, stop) of the tokens that are supervised."""
+        edges = np.flatnonzero(np.diff(np.concatenate(([0], self.loss_mask.astype(np.int8), [0]))))
+        return edges.reshape(-1, 2).tolist()
+
+    def last_rows(self) -> NDArray[np.bool_]:
+        """[S] whether the next token is supervised: the rows of last_hidden that a loss reads."""
+        return next_supervised(self.loss_mask, list(self.lengths or [len(self.tokens)]))
+
+
+@dataclass(frozen=True)
+class States:
+    """What the target computes of one conversation."""
+
+    features: Tensor  # [S, C]
+    last_hidden: Tensor | None  # [S, D]; zeros where the next token is not supervised
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory."""
+        return self.features.nbytes + (0 if self.last_hidden is None else self.last_hidden.nbytes)
+
+
+class ServerFault(Exception):
+    """A server that did not give what it was asked for.
+
+    Args:
+        problem: what is wrong, for a person.
+        settled: whether it is a matter of how the server was started, which waiting does not change.
+    """
+
+    def __init__(self, problem: str, settled: bool = False) -> None:
+        super().__init__(without_logins(problem))
+        self.settled = settled
+
+
+class FeatureClient(ABC):
+    """One server. Several threads may call :meth:`fetch`.
+
+    Args:
+        url: of the server.
+        wanted: of every conversation.
+    """
+
+    concurrency: ClassVar[int] = 4  # conversations that it is asked for at a time
+
+    def __init__(self, url: str, wanted: Wanted) -> None:
+        self._url, self.wanted = url.rstrip("/"), wanted
+        self.url = without_password(self._url)  # in messages
+
+    @classmethod
+    @abstractmethod
+    def knows(cls, url: str) -> bool:
+        """Whether the server at ``url`` is of this kind.
+
+        Raises:
+            NoReply: nothing answers there.
+        """
+
+    @abstractmethod
+    def check(self) -> None:
+        """The handshake: whether the server computes what is wanted.
+
+        Raises:
+            ServerFault: it does not, or does not answer.
+        """
+
+    @abstractmethod
+    def fetch(self, conversation: Conversation) -> States:
+        """The hidden states of one conversation.
+
+        Raises:
+            ServerFault: what came was not what was asked for; none of it is used.
+        """
+
+
+def headers() -> dict[str, str]:
+    """The shared secret, where there is one."""
+    secret = os.environ.get(TOKEN, "")
+    return {"Authorization": f"Bearer {secret}"} if secret else {}
+
+
+def open_client(url: str, wanted: Wanted) -> FeatureClient:
+    """The client of the server at ``url``, by what it answers.
+
+    Raises:
+        ServerFault: nothing answers there, or it is no server of a known kind.
+    """
+    try:
+        for name in registry.FEATURE_SERVERS:
+            kind: type[FeatureClient] = registry.feature_server(name)
+            if kind.knows(url):
+                return kind(url, wanted)
+    except NoReply as none:
+        raise ServerFault(none.problem) from None
+    except TargetError as wrong:
+        raise ServerFault(str(wrong), settled=True) from None
+    raise ServerFault("not a server of hidden states", settled=True)
+
+
+class StreamClient(FeatureClient):
+    """A server that ``deepspec serve-features`` started: hidden states over the network."""
+
+    @classmethod
+    def knows(cls, url: str) -> bool:
+        """By its handshake."""
+        reply = request("GET", f"{url.rstrip('/')}/v1/target", HANDSHAKE, headers=headers())
+        return reply.status in (200, 401) and b"deepspec" in reply.body
+
+    def check(self) -> None:
+        """See :meth:`FeatureClient.check`."""
+        try:
+            reply = request("GET", f"{self._url}/v1/target", HANDSHAKE, headers=headers())
+            if reply.status != 200:
+                raise ServerFault(reply.summary, settled=reply.status == 401)
+            said = reply.json()
+        except NoReply as none:
+            raise ServerFault(none.problem) from None
+        except ValueError as problem:
+            raise ServerFault(str(problem)) from None
+        self._compare(said)
+        self._digest = str(said.get("digest"))
+
+    def _compare(self, said: Mapping[str, Any]) -> None:
+        wanted = self.wanted
+        if said.get("deepspec") != PROTOCOL:
+            raise ServerFault(f"protocol {said.get('deepspec')!r}, not {PROTOCOL}: another version of deepspec", True)
+        if said.get("dtype") != wanted.dtype:
+            raise ServerFault(f"it computes in {said.get('dtype')}, the recipe's target in {wanted.dtype}", True)
+        served = said.get("target")
+        sides = ("server", "recipe")
+        known = {"target": served if isinstance(served, dict) else {}}
+        if lines := differences(known, {"target": wanted.fields}, sides):
+            raise ServerFault(f"it serves another target: {'; '.join(lines[:3])}", True)
+
+    def fetch(self, conversation: Conversation) -> States:
+        """See :meth:`FeatureClient.fetch`; decoded as it comes."""
+        wanted, length = self.wanted, len(conversation.tokens)
+        D = wanted.target.spec.hidden_size
+        features = empty((length, D * len(wanted.layers)), wanted.target.dtype)
+        rows = conversation.last_rows() if wanted.last_hidden else None
+        packed = None if rows is None else empty((int(rows.sum()), D), wanted.target.dtype)
+        body = {
+            "tokens": conversation.tokens.tolist(),
+            "supervised": conversation.ranges(),
+            "layers": list(wanted.layers),
+            "last_hidden": wanted.last_hidden,
+            "level": wanted.level,
+        }
+        if conversation.lengths is not None:
+            body["lengths"] = list(conversation.lengths)
+        arrays = Arrays(stored_view(features), None if packed is None else stored_view(packed))
+        limits: dict[str, Any] = {"stall": STALL, "seconds": wanted.timeout, "receive": RECEIVE}
+        try:
+            with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
+                if reply.status != 200:
+                    raise ServerFault(reply.rest().summary)
+                Reader(reply.read_into, conversation.tokens, self._digest, wanted.dtype).read(arrays)
+        except NoReply as none:
+            raise ServerFault(none.problem) from None
+        except WireError as wrong:
+            raise ServerFault(str(wrong)) from None
+        return States(features, None if packed is None or rows is None else spread(packed, rows))
+
+
+def spread(packed: Tensor, rows: NDArray[np.bool_]) -> Tensor:
+    """[S, D] with ``packed`` [R, D] in the chosen ``rows`` [S], zeros elsewhere."""
+    out = empty((len(rows), packed.shape[1]), packed.dtype)
+    target, kept = stored_view(out), np.flatnonzero(rows)
+    first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
+    if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
+        target[:first], target[first + count :] = 0, 0
+        target[first : first + count] = stored_view(packed)
+        return out
+    target[...] = 0
+    target[kept] = stored_view(packed)
+    return out
+
+
+class ExtractionClient(FeatureClient):
+    """A serving engine with hidden-state extraction, which writes files to a folder that both see."""
+
+    concurrency = 8
+
+    def __init__(self, url: str, wanted: Wanted) -> None:
+        super().__init__(url, wanted)
+        self._target = Extraction(
+            url, wanted.target, wanted.layers, wanted.revision, wanted.timeout, storage=wanted.storage, attempts=1
+        )
+
+    @classmethod
+    def knows(cls, url: str) -> bool:
+        """By the models that it lists."""
+        reply = request("GET", f"{url.rstrip('/')}/v1/models", HANDSHAKE, headers=headers())
+        return reply.status == 200
+
+    def check(self) -> None:
+        """See :meth:`FeatureClient.check`; such a server tells no more than a name."""
+        try:
+            self._target.connect()
+        except TargetError as wrong:
+            raise ServerFault(wrong.problem + (f" ({wrong.found})" if wrong.found else "")) from None
+
+    def fetch(self, conversation: Conversation) -> States:
+        """See :meth:`FeatureClient.fetch`."""
+        try:
+            ends = np.cumsum(conversation.lengths or [len(conversation.tokens)])[:-1]
+            rows = [tokens.tolist() for tokens in np.split(conversation.tokens, ends)]
+            made = [self._target.states(tokens, self.wanted.layers) for tokens in rows]
+        except TargetError as wrong:
+            raise ServerFault(str(wrong)) from None
+        last = None
+        if self.wanted.last_hidden:
+            last = torch.cat([one.last_hidden for one in made])
+            last = last.masked_fill(~torch.from_numpy(conversation.last_rows())[:, None], 0)
+        return States(torch.cat([one.features for one in made]), last)
+
+
+def wanted_of(recipe: Any, target: TargetEmbeddings) -> Wanted:
+    """What a recipe's training asks of ``data.servers``.
+
+    Raises:
+        RecipeError: an unknown level.
+    """
+    data = recipe.data
+    if data.server_level not in LEVELS:
+        remedy = nearest(data.server_level, LEVELS)
+        raise RecipeError("unknown level", key="data.server_level", found=data.server_level, remedy=remedy)
+    keeps_last = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
+    return Wanted(
+        target, target_fields(target.spec), recipe.target.layers, recipe.target.revision, keeps_last,
+        data.server_level, data.server_storage, data.server_timeout,
+    )  # fmt: skip

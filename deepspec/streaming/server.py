@@ -1,0 +1,284 @@
+"""A server of hidden states: the target in this process, its states over HTTP to trainings on other machines.
+
+    GET  /v1/target    the handshake: which target, to the last byte of its weights, and in which dtype
+    POST /v1/features  {"tokens", "supervised", "layers", "last_hidden", "level"} -> messages of ``wire``;
+                       with "lengths" the tokens are several conversations, which are one batch of the target
+    GET  /health       200 while the target runs
+    GET  /metrics      counters as Prometheus reads them
+
+An ASGI application; ``serve`` runs it under uvicorn. The first two want the shared secret, where one is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from deepspec.cache.levels import LEVELS
+from deepspec.cache.shard import CALIBRATION_ROWS
+from deepspec.errors import DeepSpecError
+from deepspec.files import sha256_json
+from deepspec.identity import target_fields
+from deepspec.streaming.batcher import Batcher, Full, Limits, Work
+from deepspec.streaming.wire import (
+    PROTOCOL,
+    Arrays,
+    Kind,
+    codec_entry,
+    data_messages,
+    json_message,
+    message,
+    tokens_digest,
+)
+from deepspec.targets import Target
+
+log = logging.getLogger(__name__)
+BEAT = 5.0  # seconds between signs of life while a conversation waits or is computed
+SLOW = 60.0  # seconds that a reader may take for one message
+MOST_TABLES = 64  # kept
+TOKEN_CHARACTERS = 24  # that a request may have a token
+Answer = Callable[..., Any]  # an ASGI response
+
+
+class BadRequest(Exception):
+    """A request that cannot be answered; the text says why."""
+
+
+class FeatureServer:
+    """The target, its queue, and what the routes answer.
+
+    Args:
+        target: the model.
+        limits: of batch and queues.
+        max_length: tokens of a conversation.
+        secret: that a reader must show; empty: none.
+        encoders: threads that encode.
+    """
+
+    def __init__(self, target: Target, limits: Limits, *, max_length: int, secret: str = "", encoders: int = 2) -> None:
+        self.target, self.max_length, self.secret = target, max_length, secret
+        self.fields = target_fields(target.spec)
+        self.digest = sha256_json(self.fields)
+        self.dtype = str(target.dtype).removeprefix("torch.")
+        self.batcher = Batcher(target, limits)
+        self.encoders = ThreadPoolExecutor(encoders, "encoder")
+        self._exact: dict[tuple[Any, ...], Any] = {}  # codecs whose tables change no value: made once
+
+    def app(self) -> Starlette:
+        """The ASGI application."""
+        routes = [
+            Route("/v1/target", self.handshake),
+            Route("/v1/features", self.features, methods=["POST"]),
+            Route("/health", self.health),
+            Route("/metrics", self.metrics),
+        ]
+
+        @asynccontextmanager
+        async def lifespan(_app: Starlette) -> AsyncIterator[None]:
+            yield
+            self.close()
+
+        return Starlette(routes=routes, lifespan=lifespan)
+
+    def close(self) -> None:
+        """End the target's thread and the encoders."""
+        self.batcher.close()
+        self.encoders.shutdown(cancel_futures=True)
+
+    # -- routes ----------------------------------------------------------------------------------------------------
+
+    async def handshake(self, request: Request) -> Response:
+        """Which target this is."""
+        if not self._admits(request):
+            return _refusal(401, f"deepspec: the shared secret is {'wrong' if _secret(request) else 'missing'}")
+        said = {"deepspec": PROTOCOL, "target": self.fields, "digest": self.digest, "dtype": self.dtype}
+        return JSONResponse(said | {"max_length": self.max_length, "levels": list(LEVELS)})
+
+    async def health(self, _request: Request) -> Response:
+        """Whether conversations are computed."""
+        alive = self.batcher.alive
+        return PlainTextResponse("ok\n" if alive else "the target has stopped\n", 200 if alive else 503)
+
+    async def metrics(self, _request: Request) -> Response:
+        """Counters, and the two queues."""
+        lines = []
+        for name, value in asdict(self.batcher.counts).items():
+            lines += [f"# TYPE deepspec_{name}_total counter", f"deepspec_{name}_total {value}"]
+        for name, value in {"queue_tokens": self.batcher.queued, "unsent_bytes": self.batcher.unsent}.items():
+            lines += [f"# TYPE deepspec_{name} gauge", f"deepspec_{name} {value}"]
+        return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
+
+    async def features(self, request: Request) -> Answer:
+        """One conversation's hidden states."""
+        if not self._admits(request):
+            return _refusal(401, "the shared secret is missing or wrong")
+        try:
+            asked = read_request(await self._body(request))
+            work, level = self._work(asked)
+            self.batcher.submit(work)
+        except BadRequest as problem:
+            return _refusal(400, str(problem))
+        except Full:
+            return _refusal(503, "the queue is full", {"Retry-After": "1"})
+        return partial(self._reply, work, level)
+
+    # -- a reply ---------------------------------------------------------------------------------------------------
+
+    async def _body(self, request: Request) -> bytes:
+        body, most = bytearray(), TOKEN_CHARACTERS * max(self.max_length, self.batcher.limits.batch_tokens) + (1 << 16)
+        async for part in request.stream():
+            body += part
+            if len(body) > most:
+                raise BadRequest(f"a request of more than {most:,} bytes")
+        return bytes(body)
+
+    def _work(self, asked: Mapping[str, Any]) -> tuple[Work, str]:
+        """The conversation that a request asks about, checked, and the level that it wants it at.
+
+        Raises:
+            BadRequest: it cannot be computed.
+        """
+        tokens, level = asked["tokens"], asked["level"]
+        self._check_lengths(asked["lengths"] or [len(tokens)], len(tokens))
+        if not all(0 <= token < self.target.spec.vocab_size for token in tokens):
+            raise BadRequest(f"tokens outside the vocabulary of {self.target.spec.vocab_size}")
+        if level not in LEVELS:
+            raise BadRequest(f"level {level!r:.40}; this server has {', '.join(LEVELS)}")
+        try:
+            self.target.spec.check_layers(asked["layers"])
+        except DeepSpecError as problem:
+            raise BadRequest(str(problem)) from None
+        mask = [0] * len(tokens)
+        for start, stop in asked["supervised"]:
+            if not 0 <= start < stop <= len(tokens):
+                raise BadRequest(f"supervised tokens {start} to {stop} of {len(tokens)}")
+            mask[start:stop] = [1] * (stop - start)
+        lengths = asked["lengths"] and tuple(asked["lengths"])
+        return Work(tokens, mask, tuple(asked["layers"]), asked["last_hidden"], lengths), level
+
+    def _check_lengths(self, lengths: list[int], tokens: int) -> None:
+        wrong = next((length for length in lengths if not 1 <= length <= self.max_length), None)
+        if wrong is not None:
+            raise BadRequest(f"{wrong} tokens; this server takes 1 to {self.max_length}")
+        padded, most = max(lengths) * len(lengths), self.batcher.limits.batch_tokens
+        if len(lengths) > 1 and padded > most:
+            raise BadRequest(f"a batch of {padded} tokens with padding; this server takes {most} (--batch-tokens)")
+        if sum(lengths) != tokens:
+            raise BadRequest(f"lengths of {sum(lengths)} tokens in all, and {tokens} tokens")
+
+    async def _reply(self, work: Work, level: str, _scope: Any, _receive: Any, send: Any) -> None:
+        """Send a conversation's messages as they come to be; a reader that is gone or too slow ends it."""
+        head = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": head})
+            async for part in self._messages(work, level):
+                async with asyncio.timeout(SLOW):
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                self.batcher.counts.sent_bytes += len(part)
+            await send({"type": "http.response.body", "body": b""})
+        except (OSError, TimeoutError):
+            log.debug("a reader of %d tokens left", len(work.tokens))
+            raise
+        finally:
+            self.batcher.give_up(work)
+
+    async def _messages(self, work: Work, level: str) -> AsyncIterator[bytes]:
+        result = asyncio.wrap_future(work.result)
+        while not result.done():
+            yield message(Kind.BEAT)
+            await asyncio.wait([result], timeout=BEAT)
+        if (problem := result.exception()) is not None:
+            log.warning("a conversation of %d tokens failed: %s", len(work.tokens), problem)
+            yield json_message(Kind.FAILED, {"error": f"{type(problem).__name__}: {str(problem)[:200]}"})
+            return
+        arrays, run = result.result(), partial(asyncio.get_running_loop().run_in_executor, self.encoders)
+        codecs = await run(self._codecs, arrays, level, work.layers)
+        tables = {kind.name.lower(): codec_entry(codec) for kind, codec in codecs.items()}
+        facts = {"target": self.digest, "dtype": self.dtype, "tokens": tokens_digest(work.tokens)}
+        yield json_message(Kind.HELLO, facts | {"codecs": tables})
+        coming: asyncio.Future[bytes] | None = None
+        for make in data_messages(arrays, codecs):  # the next one is encoded while this one is sent
+            before, coming = coming, run(make)
+            if before is not None:
+                yield await before
+        if coming is not None:
+            yield await coming
+        yield message(Kind.END)
+
+    def _codecs(self, arrays: Arrays, level: str, layers: tuple[int, ...]) -> dict[Kind, Any]:
+        """The codec of each array. Tables of a level that rounds come of the conversation alone, so that every server
+        sends the same values."""
+        codecs, chosen = {}, LEVELS[level]
+        calibrations = {Kind.FEATURES: chosen.features, Kind.LAST_HIDDEN: chosen.last_hidden}
+        for kind, calibrate in calibrations.items():
+            array = arrays.of(kind)
+            if array is None or not len(array):
+                continue
+            key = (kind, level, layers)
+            codec = self._exact.get(key) or calibrate(array[:CALIBRATION_ROWS])
+            if chosen.exact and len(self._exact) < MOST_TABLES:
+                self._exact[key] = codec
+            codecs[kind] = codec
+        return codecs
+
+    def _admits(self, request: Request) -> bool:
+        return not self.secret or hmac.compare_digest(_secret(request).encode(), self.secret.encode())
+
+
+def _secret(request: Request) -> str:
+    return request.headers.get("Authorization", "").removeprefix("Bearer ")
+
+
+def _refusal(status: int, problem: str, headers: Mapping[str, str] | None = None) -> Response:
+    return JSONResponse({"error": problem}, status, headers)
+
+
+def read_request(body: bytes) -> dict[str, Any]:
+    """The fields of a request, each of its type.
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        given = json.loads(body)
+        tokens, layers = given["tokens"], given["layers"]
+        supervised, last, level = given["supervised"], given["last_hidden"], given["level"]
+        lengths = given.get("lengths")
+        pairs = [(start, stop) for start, stop in supervised]
+        numbers = [*tokens, *layers, *(lengths or ()), *(number for pair in pairs for number in pair)]
+        if not {type(number) for number in numbers} <= {int} or not isinstance(last, bool) or type(level) is not str:
+            raise TypeError
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadRequest("not a request for hidden states") from None
+    found = {"tokens": tokens, "layers": layers, "supervised": pairs, "last_hidden": last, "level": level}
+    return found | {"lengths": lengths}
+
+
+def serve(server: FeatureServer, host: str, port: int) -> None:
+    """Answer until SIGINT or SIGTERM; requests under way are finished.
+
+    Raises:
+        OSError: the address is taken, or not this machine's.
+    """
+    import socket
+
+    import uvicorn
+
+    with socket.create_server((host, port), backlog=256) as listener:
+        address = listener.getsockname()
+        log.info("serves hidden states of %s at http://%s:%d", server.target.spec.path, host, address[1])
+        config = uvicorn.Config(server.app(), log_level="warning", access_log=False, timeout_graceful_shutdown=30)
+        uvicorn.Server(config).run(sockets=[listener])
