@@ -9,7 +9,8 @@ above model and inputs (each measurement runs in its own process, after a tiny s
 ``--real`` adds the loss at V 151,936, 512 anchors, hidden 2560, S 4096.
 
 Then a row for every other drafter, every loss of the table and D-PACE (fp32): the rows of a group take turns in one
-process, a step each, and are compared with the group's base; memory again in processes of their own.
+process, a step each, and are compared with the group's base; memory again in processes of their own, from which the C
+library hands every freed tensor back at once: what is held, and not what the library keeps for later.
 
 Last comes the time between a micro-batch's arrival and its first kernel (S 4096, 512 anchors, 2048 tokens supervised):
 what the host does before the device has work. ``--before`` measures it also of another checkout, with the same Python;
@@ -26,8 +27,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -49,6 +52,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = {"hidden": 256, "heads": 4, "kv": 2, "head_dim": 64, "mlp": 1024, "vocab": 32_768, "S": 1024, "anchors": 128}
 REAL = {"hidden": 2560, "heads": 32, "kv": 8, "head_dim": 128, "mlp": 9728, "vocab": 151_936, "S": 4096, "anchors": 512}
 MEMORY = 1.1  # of its base's, at most, for every row below
+HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # bytes; glibc's, fixed
 
 
 @dataclass(frozen=True)
@@ -144,7 +148,7 @@ def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, re
     if real:
         return measure_real_loss(model, batch)
     before = forget_peak()
-    loss, times = step(model, batch, plain), []
+    loss, times = step(model, batch, plain), [0.0] * (not rounds)
     for _ in range(rounds):
         start = time.process_time()
         step(model, batch, plain)
@@ -222,7 +226,7 @@ def compare_rows(rounds: int, bars: Bars) -> None:
     for base in dict.fromkeys(row.base for row in there.values()):
         group = [base, *(name for name, row in there.items() if row.base == base)]
         seconds = in_process("|".join(group), "fp32", "512", str(rounds), "turns")
-        memory = {name: in_process(name, "fp32", "512", "1", "fused")["megabytes"] for name in group}
+        memory = {name: in_process(name, "fp32", "512", "0", "fused", more=HANDED_BACK)["megabytes"] for name in group}
         for name in group:
             ratio, more = seconds[name] / seconds[base], memory[name] / memory[base]
             print(
@@ -260,9 +264,14 @@ def forget_peak() -> float:
     return resident("VmRSS")
 
 
-def in_process(*arguments: str, package: Path | None = None) -> dict[str, float]:
-    """Run one measurement in a fresh process, of the deepspec in the folder ``package`` where one is given."""
-    environment = os.environ if package is None else {**os.environ, "PYTHONPATH": str(package.resolve())}
+def in_process(
+    *arguments: str, package: Path | None = None, more: Mapping[str, str] = MappingProxyType({})
+) -> dict[str, float]:
+    """Run one measurement in a fresh process, of the deepspec in the folder ``package`` where one is given.
+
+    ``more``: environment variables of it.
+    """
+    environment = {**os.environ, **more} | ({} if package is None else {"PYTHONPATH": str(package.resolve())})
     command, here = [sys.executable, __file__, "--one", *arguments], Path(__file__).parent
     done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=here, env=environment)
     return json.loads(done.stdout.splitlines()[-1])

@@ -28,7 +28,7 @@ from deepspec.nn.chains import Chains, chained_rows
 from deepspec.nn.heads import FrozenHead, MarkovHead
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadLoss, HeadRows, head_loss
-from deepspec.nn.selector import CandidateSelector, candidate_logits
+from deepspec.nn.selector import CandidateSelector, LateGradients, candidate_logits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +49,12 @@ class SlotLoss:
     chains: Chains  # the rows of each block
     previous_R: Tensor  # the token before each slot
     previous_RM: Tensor | None  # W1[x] of each slot's previous token
+    late: LateGradients | None = None  # of the candidate selector
 
 
 def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLoss:
     """Draft all blocks of a planned micro-batch and apply the fused head loss to their supervised slots."""
-    plan = cast(BlockPlan, batch.plan)
+    plan, late = cast(BlockPlan, batch.plan), LateGradients.begin(model.candidate_selector)
     hidden_BNKD = model.train_slots(batch.features, batch.input_ids, plan.anchor_BN, plan.max_context_len)
     hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, plan.slot_R)
     tokens = batch.input_ids.flatten()
@@ -74,7 +75,8 @@ def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLos
     if in_vocab_R is not None:
         accept_R = None if head.accept_R is None else head.accept_R * in_vocab_R
         head = replace(head, accept_R=accept_R, hit_R=head.hit_R * in_vocab_R)
-    return SlotLoss(head, plan, hidden_RD, rows, chains, tokens[plan.position_P][rows.position_R], previous_RM)
+    previous_R = tokens[plan.position_P][rows.position_R]
+    return SlotLoss(head, plan, hidden_RD, rows, chains, previous_R, previous_RM, late)
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class Selected:
 def select(selector: CandidateSelector, slots: SlotLoss, frozen: FrozenHead, candidates_RC: Tensor) -> Selected:
     """Score each slot's candidates. A label that is none of them leaves the loss; the slot's weight stays."""
     scores_RC = candidate_logits(slots.hidden_RD, frozen, candidates_RC)
-    scores_RC = scores_RC + selector(slots.hidden_RD, slots.previous_R, candidates_RC)
+    scores_RC = scores_RC + selector(slots.hidden_RD, slots.previous_R, candidates_RC, slots.late)
     is_label_RC = candidates_RC == slots.rows.label_R[:, None]
     found_R, at_label_R = is_label_RC.any(-1), (scores_RC * is_label_RC).sum(-1)
     ce_R = (scores_RC.logsumexp(-1) - at_label_R) * found_R

@@ -89,12 +89,15 @@ def drafters() -> None:
         "--seed", type=SEED, action="append", help="of the trainings; may be repeated (default: 0 and 1)"
     )
     parser.add_argument("--equal-steps-only", action="store_true", help="not after equal seconds")
+    parser.add_argument("--steps", type=COUNT, help="of every training (default: recipes/ablations/drafters.yaml)")
+    parser.add_argument("--prompts", type=COUNT, help="held-out ones that are decoded (default: as above)")
     parser.add_argument("--cores", type=COUNT, default=os.cpu_count() or 1, help="drafts at a time, one process each")
     given = parser.parse_args()
 
     from deepspec.demos.quickstart.drafters import TABLE, compare, write
 
-    tables = compare(given.variant, given.seed or TABLE["seeds"], given.cores, not given.equal_steps_only)
+    tables = compare(given.variant, given.seed or TABLE["seeds"], given.cores, not given.equal_steps_only,
+                     given.steps or 0, given.prompts or 0)  # fmt: skip
     print(tables)
     made(next(iter(write(tables))))
 

@@ -37,7 +37,8 @@ from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import check_room
 
 log = logging.getLogger(__name__)
-REDUCED, FILL_IN = "-reduced", "-k-1"  # of a kind's name: a vocabulary of its own, an anchor's slot that drafts nothing
+# of a kind: a vocabulary of its own; an anchor slot that drafts nothing; a key of the draft section that is true
+REDUCED, FILL_IN, SET = "-reduced", "-k-1", "+"
 QUICKSTART = "quickstart"  # its subject's name
 TABLE = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
 STEPS, LR, ANCHORS = 80, 3e-3, 48  # of a draft that learns answers by heart
@@ -66,26 +67,33 @@ def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
 
 def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
     """The draft folder of a kind, made in ``work`` where the quickstart has none of it."""
-    if not kind.endswith((REDUCED, FILL_IN)):
-        return folder / f"{kind}-draft"
-    made = work / f"{kind}-draft"
+    finished, made = folder / f"{kind}-draft", work / f"{kind}-draft"
+    if (finished / "provenance.json").is_file():
+        return finished
     if not (made / "provenance.json").is_file():
         if kind.endswith(REDUCED):
             reduce_vocabulary(_quickstart_draft(folder, kind.removesuffix(REDUCED), work), made)
         else:
-            _train_fill_in(folder, kind, work, made)
+            _train(folder, kind, work, made)
     return made
 
 
-def _train_fill_in(quickstart: Path, kind: str, work: Path, made: Path) -> None:
-    """A draft whose anchor slot drafts nothing, from the quickstart's cache."""
-    algorithm, folder, root = kind.removesuffix(FILL_IN), work / kind, quickstart.resolve()
-    log.info("training %s with sample_from_anchor: false (about a minute)", algorithm)
+def _options(kind: str) -> tuple[str, dict[str, bool]]:
+    """The algorithm of a kind, and what its name sets in the draft section."""
+    name, *keys = kind.split(SET)
+    fill_in = {"sample_from_anchor": False} if name.endswith(FILL_IN) else {}
+    return name.removesuffix(REDUCED).removesuffix(FILL_IN), fill_in | dict.fromkeys(keys, True)
+
+
+def _train(quickstart: Path, kind: str, work: Path, made: Path) -> None:
+    """A kind that the quickstart does not make, from its cache."""
+    (algorithm, options), folder, root = _options(kind), work / kind, quickstart.resolve()
+    log.info("training %s (minutes)", kind)
     recipe = f"quickstart_{algorithm}"
     chosen = (
-        "draft.sample_from_anchor=false", "train.max_steps=300", f"output={folder.resolve()}",
+        "train.max_steps=300", f"output={folder.resolve()}",
         f"target.path={root / 'target'}", f"data.conversations={root / 'conversations.jsonl'}",
-        f"data.cache=[{root / 'cache'}]",
+        f"data.cache=[{root / 'cache'}]", *(f"draft.{key}={str(value).lower()}" for key, value in options.items()),
     )  # fmt: skip
     command = [sys.executable, "-m", "deepspec", "train", "--recipe", recipe]
     run([*command, *settings(native(recipe, chosen))], work / f"train-{kind}.log")
@@ -167,13 +175,11 @@ def _taught(target: Target, answered: Callable[[], Batch], kind: str, work: Path
     made = work / f"{kind}-draft"
     if (made / "provenance.json").is_file():
         return made
-    name = kind.removesuffix(REDUCED).removesuffix(FILL_IN)
+    name, options = _options(kind)
     algorithm, batch = registry.algorithm(name), answered()
-    section = {**algorithm.tiny_section, "target_layers": list(_layers(target))}
+    section = {**algorithm.tiny_section, "target_layers": list(_layers(target)), **options}
     if "num_anchors" in section:
         section["num_anchors"] = ANCHORS
-    if kind.endswith(FILL_IN):
-        section["sample_from_anchor"] = False
     if kind.endswith(REDUCED):
         section["draft_vocab_size"] = len(batch.input_ids.unique()) - 8
     model = algorithm.build(algorithm.parse(section, target.spec), target.spec, 0)

@@ -8,6 +8,7 @@ S sequence, D hidden size, H query heads, G key/value heads, E head size; [..] a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -78,16 +79,21 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
         self.act = ACT2FN[shape.activation]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[.., D] -> [.., D]."""
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if not torch.is_grad_enabled():
-            return self._down(gate, up)
+    def forward(self, x: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """[.., D] -> [.., D], ``then`` of it where one is given."""
         # act(gate) and its product are the layer's widest activations and cost little to compute again in backward
-        return checkpoint(self._down, gate, up, use_reentrant=False, preserve_rng_state=False)
+        return _computed_again(self._down, self.gate_proj(x), self.up_proj(x), then)
 
-    def _down(self, gate: Tensor, up: Tensor) -> Tensor:
-        return self.down_proj(self.act(gate) * up)
+    def _down(self, gate: Tensor, up: Tensor, then: Callable[[Tensor], Tensor] | None) -> Tensor:
+        output: Tensor = self.down_proj(self.act(gate) * up)
+        return output if then is None else then(output)
+
+
+def _computed_again(function: Callable[..., Any], *inputs: Any) -> Any:
+    """``function(*inputs)``; backward computes it once more instead of keeping what it made."""
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
@@ -218,8 +224,17 @@ class DraftLayer(nn.Module):
 
     def enter(self, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         """What attention reads [.., D], and what its convolution gives to :meth:`finish`."""
-        normed = self.input_layernorm(hidden)
-        return (normed, None) if self.attention_conv is None else self.attention_conv(normed)
+        if self.attention_conv is None:
+            return self.input_layernorm(hidden), None
+        entered: tuple[Tensor, Tensor] = _computed_again(
+            self._convolved, self.input_layernorm, self.attention_conv, hidden
+        )
+        return entered
+
+    @staticmethod
+    def _convolved(norm: RMSNorm, convolution: ShortConvolution, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        convolved: tuple[Tensor, Tensor] = convolution(norm(hidden))
+        return convolved
 
     def finish(
         self, residual: Tensor, mixed: Tensor, gate: Tensor | None = None, delta: Tensor | None = None
@@ -228,18 +243,22 @@ class DraftLayer(nn.Module):
 
         ``gate`` [.., H, E] of the heads, and ``delta`` of the convolution, where the layer has them.
         """
-        attended = self.self_attn.output(mixed if gate is None else mixed * gate)
-        if self.attention_conv is not None and delta is not None:
-            attended, _ = self.attention_conv(attended, delta)
+        mixed = mixed if gate is None else mixed * gate
+        convolution = None if delta is None else self.attention_conv
+        if convolution is None:
+            attended = self.self_attn.output(mixed)
+        else:
+            attended = _computed_again(lambda heads: convolution(self.self_attn.output(heads), delta)[0], mixed)
         if not self.sandwich:
             hidden = residual + attended
-            return hidden + self._mlp(self.post_attention_layernorm(hidden))
+            return hidden + self._mlp(self.post_attention_layernorm, hidden)
         hidden = residual + self.post_attention_layernorm(attended)
-        hidden = hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm(hidden)))
+        hidden = hidden + self.post_feedforward_layernorm(self._mlp(self.pre_feedforward_layernorm, hidden))
         return hidden * self.layer_scalar
 
-    def _mlp(self, normed: Tensor) -> Tensor:
-        if self.mlp_conv is None:
-            return self.mlp(normed)
-        convolved, delta = self.mlp_conv(normed)
-        return self.mlp_conv(self.mlp(convolved), delta)[0]
+    def _mlp(self, norm: RMSNorm, hidden: Tensor) -> Tensor:
+        convolution = self.mlp_conv
+        if convolution is None:
+            return self.mlp(norm(hidden))
+        convolved, delta = _computed_again(self._convolved, norm, convolution, hidden)
+        return self.mlp(convolved, lambda output: convolution(output, delta)[0])

@@ -70,18 +70,23 @@ class Kind:
     @property
     def name(self) -> str:
         """What the report calls it."""
-        text = self.source.replace("-reduced", " reduced vocabulary").replace("-k-1", " K-1")
+        text = self.source.replace("-reduced", " reduced vocabulary").replace("-k-1", " K-1").replace("+", " +")
         return text if self.first else f"{text} {self.format}"
 
 
 def kinds_of(formats: Sequence[str], sources: Sequence[str]) -> list[Kind]:
-    """Those of ``sources`` that the tables of ``formats`` have a form for; every second without frozen weights."""
+    """Those of ``sources`` that the tables of ``formats`` have a form for; every second without frozen weights.
+
+    A source is a kind as the tables call it, ``-reduced`` (a vocabulary of its own) and ``+key`` (a key of its draft
+    section that is true) after it.
+    """
     rows = []
     for name in formats:
         forms = registry.engine(name).forms
         for source in sources:
-            form = forms.get(source.removesuffix("-reduced"))
-            if form is not None and (source in forms or name == formats[0]):
+            kind, reduced = source.partition("+")[0], source.endswith("-reduced")
+            form = forms.get(kind.removesuffix("-reduced"))
+            if form is not None and (name == formats[0] or not reduced):
                 rows.append((source, name, form.name))
     return [Kind(*row, embeddings=number % 2 == 0, first=row[1] == formats[0]) for number, row in enumerate(rows)]
 

@@ -25,7 +25,7 @@ UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the package b
 HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # 16 and 24 are refused on CPU
 INTERPRETER = {"TRITON_INTERPRET": "1"}  # with the shim alone: without it its Triton backend cannot run a kernel
 # forms that need the CPU shim -> whether in the V2 runner, whose kernels are Triton's
-SHIM_FORMS = {"dflash": "0", "dspark": "1"}
+SHIM_FORMS = {"dflash": "0", "dspark": "1", "dflash2": "1", "peagle": "0"}
 # the shim's; on CUDA the engine's own ExampleHiddenStatesConnector serves (docs/serving.md has the command)
 CONNECTOR = {"kv_connector": "CPUHiddenStatesConnector", "kv_connector_module_path": "tricpu.hs_connector"}
 

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 SHORT = ("loss", "tau", "accepted_length", "score", "lr")  # on the line of a step or a validation, as far as there
 GROUPS = {  # of charts; what is in none of these is a term of the loss
     "acceptance": ("tau", "accept_rate", "accepted_length", "decoded_rounds", "score"),
-    "speed": ("tokens_per_second", "samples_per_second", "memory_gb"),
+    "speed": ("tokens_per_second", "samples_per_second", "cpu_seconds_per_sample", "memory_gb"),
     "data": ("data_wait", "padding"),
     "optimizer": ("lr", "grad_norm"),
 }
@@ -161,15 +161,18 @@ class Reporter:
             self.events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self.session = wandb_session(recipe, run, first_step) if recipe.train.wandb_project else None
         self.begun = self.last = time.perf_counter()
+        self.last_cpu = time.process_time()
 
     def training(self, step: int, values: dict[str, Any], wait_seconds: float) -> None:
         """A log step: rates since the last one, time left, the line."""
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
+        cpu, self.last_cpu = time.process_time() - self.last_cpu, time.process_time()
         left = (now - self.begun) / (step - self.first) * (self.total - step)
         rates = {
             "tokens_per_second": values.pop("tokens") / seconds,
-            "samples_per_second": values.pop("samples") / seconds,
+            "samples_per_second": values["samples"] / seconds,
+            "cpu_seconds_per_sample": cpu / values.pop("samples"),  # of this process; validations in between are in it
             "data_wait": wait_seconds / seconds,
             "memory_gb": memory_gb(),
         }

@@ -12,7 +12,7 @@ from deepspec.nn.cpu.top import TopTokens
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.loss_table import LossWeights
 from deepspec.nn.losses import HeadRows, head_loss
-from deepspec.nn.selector import CandidateSelector, candidate_logits
+from deepspec.nn.selector import CandidateSelector, LateGradients, candidate_logits
 
 
 @given(rows=st.integers(1, 4), widths=st.lists(st.integers(1, 50), min_size=1, max_size=4), seed=st.integers(0, 99))
@@ -76,3 +76,37 @@ def test_the_score_is_the_formula_and_starts_at_zero() -> None:
         selector.start(torch.Generator().manual_seed(0))
     assert not selector(hidden, previous, candidates).any()
     assert selector.predecessor_codebook.any()  # else no gradient would ever reach the other codebook
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_late_gradients_are_those_of_the_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deepspec.nn.selector._CHUNK_BYTES", {"cpu": 150})  # chunks that cut a token's rows
+    selector = CandidateSelector(9, 7, 3, 12).to(dtype)
+    with torch.no_grad():
+        for parameter in selector.parameters():
+            parameter.normal_()
+    previous, candidates = torch.randint(0, 9, (11,)), torch.randint(0, 7, (11, 4))
+    hidden, upstream = torch.randn(11, 12, dtype=dtype, requires_grad=True), torch.randn(11, 4)
+    late = LateGradients.begin(selector)
+    inputs, found = [hidden, *selector.parameters()], []
+    for one in (late, None):
+        scores = selector(hidden, previous, candidates, one)
+        found.append([scores, *torch.autograd.grad(scores, inputs, upstream)])
+    exact = dtype == torch.float32
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 if exact else 0.1, rtol=1e-5 if exact else 0.02)
+
+
+def test_the_codebooks_gradients_are_made_when_what_came_after_begin_is_done() -> None:
+    """They are as large as the codebooks: made first they would be there beside every activation."""
+    selector, order = CandidateSelector(9, 7, 3, 12), []
+    late, start = LateGradients.begin(selector), torch.randn(11, 12, requires_grad=True)
+    layer = start * 2.0  # stands for the layers
+    start.register_hook(lambda _: order.append("layers"))
+    selector.successor_codebook.register_hook(lambda _: order.append("codebook"))
+    candidates = torch.randint(0, 7, (11, 4))
+    selector(layer, torch.randint(0, 9, (11,)), candidates, late).sum().backward()
+    assert order == ["layers", "codebook"]
+    with torch.no_grad():
+        assert LateGradients.begin(selector) is None
+    assert LateGradients.begin(None) is None

@@ -33,9 +33,11 @@ from deepspec.training import run
 
 pytest_plugins = ["training_fixtures"]
 
-DEPTHS = {"qwen3_4b": 36, "qwen3_8b": 36, "qwen3_14b": 40, "gemma4_12b": 48}
-RECIPES = [f"{algorithm}_{target}" for target in DEPTHS for algorithm in ("eagle3", "dflash", "dspark")]
+DEPTHS = {"qwen3_4b": 36, "qwen3_8b": 36, "qwen3_14b": 40, "gemma4_12b": 48, "qwen3_5_4b": 32}
+PUBLISHED = [target for target in DEPTHS if target != "qwen3_5_4b"]
+RECIPES = [f"{algorithm}_{target}" for target in PUBLISHED for algorithm in ("eagle3", "dflash", "dspark")]
 RECIPES += [f"{drafter}_qwen3_8b" for drafter in ("eagle31", "p_eagle", "dflash2", "jetspec", "mtp")]
+RECIPES += [f"{drafter}_qwen3_5_4b" for drafter in ("dflash2", "mtp")]
 QUICK = "dspark_gemma4_12b"
 LAUNCHED = [name for name in RECIPES if "gemma4" in name]  # by the deepspeed command, as a user does
 IN_PROCESS = [name for name in RECIPES if "gemma4" not in name]
@@ -53,6 +55,8 @@ def make_target(folder: Path, recipe: Recipe, depth: int) -> None:
     if family == "gemma4":
         pattern = ["sliding_attention"] * 5 + ["full_attention"]  # of the 12B
         changes |= {"layer_types": pattern * (depth // 6), "vocab_size_per_layer_input": VOCAB_SIZE}
+    if family == "qwen3_5":  # our decoding refuses its linear attention, which cannot go back
+        changes |= {"layer_types": ["full_attention"] * depth}
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes))
     model.to(getattr(torch, recipe.target.dtype)).save_pretrained(folder)
@@ -124,7 +128,7 @@ def test_every_published_recipe_is_among_them_and_keeps_its_settings() -> None:
     folder = tools.ROOT / "recipes"
     assert {path.stem for path in folder.glob("*.yaml") if target_of(path.stem)} == set(RECIPES)
     assert {QUICK, *IN_PROCESS, *LAUNCHED} == set(RECIPES)
-    assert len(RECIPES) == 17
+    assert len(RECIPES) == 19
     changed = {override.split("=")[0] for name in RECIPES for override in settings_of(name, Path("x"))}
     assert changed == {
         *("target.path", "data.conversations", "data.cache", "output", "train.max_steps", "train.global_batch"),

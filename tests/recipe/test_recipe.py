@@ -8,11 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from deepspec import registry
 from deepspec.errors import RecipeError
 from deepspec.recipe import load_recipe, recipe_from_dict
 from deepspec.sections import parse_section
+from deepspec.targets import TargetSpec
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 PUBLISHED_TARGETS = {  # layers read, mask token
@@ -246,3 +249,23 @@ def test_recipes_of_newer_block_drafters_have_the_published_values() -> None:
     assert (draft.selector_weight, second.train.lr, second.train.betas) == (1.0, 6e-4, (0.9, 0.95))
     assert (causal.algorithm, causal.draft.causal, causal.draft.loss_decay_gamma) == ("dflash", True, None)
     assert [(term.name, term.weight) for term in causal.draft.loss] == [("kl", 1.0)]
+
+
+@pytest.mark.parametrize("name", ["dflash2", "mtp"])
+def test_recipes_of_qwen3_5_fit_their_target(name: str) -> None:
+    """At the target's real sizes, on the meta device; those that the config class does not default to are the 4B's."""
+    from transformers.models.qwen3_5 import Qwen3_5TextConfig
+
+    config = Qwen3_5TextConfig(hidden_size=2560, intermediate_size=9216).to_dict()
+    spec = TargetSpec("Qwen/Qwen3.5-4B", registry.family("qwen3_5"), config, "qwen3_5_text")
+    recipe = load_recipe(RECIPES / f"{name}_qwen3_5_4b.yaml")
+    algorithm = registry.algorithm(recipe.algorithm)
+    algorithm.check_target(recipe.draft, spec)
+    with torch.device("meta"):
+        model = algorithm.build(recipe.draft, spec)
+    count = {key: parameter.numel() for key, parameter in model.named_parameters()}
+    assert count["fc.weight"] == (5 * 2560 if name == "dflash2" else 2 * 2560) * 2560
+    assert count["layers.0.self_attn.q_proj.weight"] == 16 * 256 * 2560 * (
+        1 if name == "dflash2" else 2
+    )  # its own head has a gate
+    assert recipe.draft.target_layers[-1] <= spec.num_layers == 32

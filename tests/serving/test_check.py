@@ -216,11 +216,13 @@ def test_a_server_runs_while_the_block_does(tmp_path: Path, monkeypatch: pytest.
 def test_the_kinds_are_those_of_the_engines_tables() -> None:
     kinds = {kind.name: kind for kind in kinds_of(VLLMServer.formats, TABLE["quickstart"])}
     assert set(kinds) == {
-        *(f"{kind}{end}" for kind in ("eagle3", "dflash", "dflash K-1", "dspark", "dspark K-1") for end in
-          ("", " speculators")),
+        *(f"{kind}{end}" for end in ("", " speculators") for kind in
+          ("eagle3", "eagle3 +fc_norm +norm_output", "p_eagle", "dflash", "dflash K-1", "dflash K-1 +causal",
+           "dflash2 K-1", "dspark", "dspark K-1")),
         *(f"{kind} reduced vocabulary" for kind in ("eagle3", "dflash", "dspark")),
     }  # fmt: skip
     assert kinds["dflash"].form == "dspark"
+    assert kinds["dflash2 K-1"].form == kinds["dflash2 K-1 speculators"].form == "dflash2"  # a runner of its own
     assert kinds["dflash K-1"].form == "dflash"
     with_ends = [kind.embeddings for name, kind in kinds.items() if name.startswith("dspark K-1")]
     assert sorted(with_ends) == [False, True]

@@ -7,7 +7,7 @@ own DFlash lets that slot draft nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -29,6 +29,7 @@ MARKOV = ("markov_head.markov_w1.weight", "markov_head.markov_w2.weight")
 KNOWN = ("mask_token_id", "mask_token", "target_layer_ids", "block_size", "num_target_layers", "sample_from_anchor",
          "causal")  # fmt: skip
 PARTS = ("conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k")  # and those of DFlash 2
+AS_DFLASH = {"method": "dflash"}  # how vLLM is told of a DFlash 2 draft, whose class it finds by the architecture
 NEUTRAL = {"projector_type": ("dflash",), "attention_mode": ("gqa", "mha")}  # values that change nothing
 OURS = ("block_size", "num_anchors", "mask_token_id", "sample_from_anchor", "markov_rank", "enable_confidence_head",
         "architectures", "target_layer_ids", "num_target_layers", "dspark_bonus_anchor", "dflash_config",
@@ -123,6 +124,8 @@ class DFlash(Form):
 class DFlash2(DFlash):
     """``DFlash2DraftModel``: the same with the sizes of the convolutions and the selector in ``dflash_config``."""
 
+    name: str = "dflash2"
+    speculative: Mapping[str, object] = field(default_factory=lambda: AS_DFLASH)
     carries: tuple[str, ...] = ("causal", "layer_types", *PARTS)
     parts: ClassVar[tuple[str, ...]] = PARTS
 

@@ -33,6 +33,7 @@ class PEagle(Eagle3):
     """Eagle3's class, told by ``pard_token`` that it drafts in parallel."""
 
     requires: tuple[Requirement, ...] = (no_fc_norm,)
+    name: str = "peagle"
     speculative: Mapping[str, object] = field(default_factory=lambda: SERVED)
     learned_row: bool = True
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspec.errors import DraftError
 from deepspec.export.forms.base import SLIDING, Form, Requirement, refuse_windows, with_head_rows
-from deepspec.export.forms.block import PARTS, read_block, zero_markov
+from deepspec.export.forms.block import AS_DFLASH, PARTS, read_block, zero_markov
 from deepspec.export.forms.eagle3 import one_lower, read_eagle3, stated_norms
 from deepspec.export.forms.p_eagle import SERVED, learned_row_in, no_fc_norm, read_p_eagle
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, missing
@@ -167,6 +167,7 @@ class SpeculatorBlock(Speculator):
 class SpeculatorDFlash2(SpeculatorBlock):
     """Its DFlash 2."""
 
+    speculative: Mapping[str, object] = field(default_factory=lambda: AS_DFLASH)
     carries: tuple[str, ...] = ("layer_types", *PARTS)
     non_causal: ClassVar[bool] = True
 
