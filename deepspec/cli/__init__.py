@@ -24,6 +24,7 @@ VERBS = {  # verb, or verb of a group -> (function, what it does)
     "regenerate": ("deepspec.cli.data:regenerate", "answers to prompts by the target itself"),
     "inspect": ("deepspec.cli.data:inspect", "what a target is trained on, supervised tokens marked"),
     "estimate": ("deepspec.cli.cache:estimate", "tokens, bytes per level, files and hours of a cache"),
+    "plan": ("deepspec.cli.plan:plan", "memory, cache, hours and limits of a training, before it runs"),
     "cache build": ("deepspec.cli.cache:build", "a target cache from conversations"),
     "cache append": ("deepspec.cli.cache:append", "more conversations into a cache"),
     "cache estimate": ("deepspec.cli.cache:estimate", "the same as `deepspec estimate`"),

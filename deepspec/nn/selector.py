@@ -26,7 +26,8 @@ from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.heads import FrozenHead
 
 _START = 0.02  # standard deviation of A
-_CHUNK_BYTES = {"cpu": 2 << 20, "cuda": 256 << 20}  # of rows that are held at a time
+CHUNK_BYTES = {"cpu": 2 << 20}  # of rows that are held at a time
+ACCELERATOR_BYTES = 256 << 20  # the same on any other device
 
 
 class CandidateSelector(nn.Module):
@@ -181,5 +182,5 @@ class _CandidateLogits(torch.autograd.Function):
 
 def _chunks(table_VD: Tensor, candidates_RC: Tensor) -> list[slice]:
     R, C = candidates_RC.shape
-    step = max(1, _CHUNK_BYTES[table_VD.device.type] // (4 * max(1, C) * table_VD.shape[1]))
+    step = max(1, CHUNK_BYTES.get(table_VD.device.type, ACCELERATOR_BYTES) // (4 * max(1, C) * table_VD.shape[1]))
     return [slice(start, min(R, start + step)) for start in range(0, R, step)]

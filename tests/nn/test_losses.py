@@ -210,7 +210,7 @@ def test_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     problem = Problem(1, 90, "position", 4.0, False, torch.float32)
     whole = problem.fused(weights)
     gradients = torch.autograd.grad(whole.combined, problem.leaves)
-    monkeypatch.setattr(tiles, "_CHUNK_BYTES", {"cpu": 0})
+    monkeypatch.setattr(tiles, "CHUNK_BYTES", {"cpu": 0})
     monkeypatch.setattr(tiles, "_ROW_MULTIPLE", 7)
     monkeypatch.setattr(tiles, "_TILE_COLUMNS", 13)
     pieces = problem.fused(weights)

@@ -51,7 +51,7 @@ def test_the_fused_pass_gives_the_likeliest_tokens(
 def test_candidate_logits_and_gradients_are_those_of_complete_rows(
     cap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("deepspec.nn.selector._CHUNK_BYTES", {"cpu": 2000})  # several chunks
+    monkeypatch.setattr("deepspec.nn.selector.CHUNK_BYTES", {"cpu": 2000})  # several chunks
     head = torch.randn(50, 12)
     frozen, hidden = FrozenHead(head, head, 1.0, cap), torch.randn(7, 12, requires_grad=True)
     candidates, upstream = torch.randint(0, 50, (7, 5)), torch.randn(7, 5)

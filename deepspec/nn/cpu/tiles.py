@@ -25,7 +25,8 @@ from deepspec.nn.loss_chunk import Chunk, ChunkTerms, Gradients, HeadInputs, Mar
 from deepspec.nn.loss_table import RowValues, log_ratio
 
 _ROW_MULTIPLE = 32  # rows are padded to it: oneDNN keeps code, a megabyte or two, for every shape that it multiplies
-_CHUNK_BYTES = {"cpu": 20 << 20, "cuda": 256 << 20}  # of one fp32 buffer [r, V]
+CHUNK_BYTES = {"cpu": 20 << 20}  # of one fp32 buffer [r, V]
+ACCELERATOR_BYTES = 256 << 20  # the same on any other device
 _MAX_ROWS = 1024
 _TILE_COLUMNS = 2048  # 1.5 MB at 192 rows; a GPU has no use for tiles
 _LOGS = ("reverse", "middle")  # directions with a logarithm of p
@@ -35,10 +36,11 @@ class TileBuffers:
     """Named fp32 buffers [rows, V] kept as tiles, and scratch for one tile; allocated once and used by all chunks."""
 
     def __init__(self, vocab_size: int, device: torch.device) -> None:
-        rows = min(_MAX_ROWS, _CHUNK_BYTES[device.type] // (4 * vocab_size))
+        rows = min(_MAX_ROWS, CHUNK_BYTES.get(device.type, ACCELERATOR_BYTES) // (4 * vocab_size))
         self.max_rows = max(_ROW_MULTIPLE, rows // _ROW_MULTIPLE * _ROW_MULTIPLE)
         self.device, self.vocab_size = device, vocab_size
-        self.columns = vocab_size if device.type == "cuda" else min(vocab_size, _TILE_COLUMNS)
+        on_cpu = CHUNK_BYTES.get(device.type) == CHUNK_BYTES["cpu"]
+        self.columns = min(vocab_size, _TILE_COLUMNS) if on_cpu else vocab_size
         self._held: dict[tuple[str, torch.dtype], Tensor] = {}
         self._from_onednn: dict[tuple[str, int], Tensor] = {}  # tiles that it has allocated, by their first column
 
