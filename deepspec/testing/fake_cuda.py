@@ -1,4 +1,4 @@
-"""CUDA tensors without CUDA: which operation would make a GPU wait for the host, or mix devices, is found on any machine.
+"""CUDA tensors without CUDA: any machine finds what would make a GPU wait for the host, or mixes devices.
 
 Inside :func:`fake_cuda` tensors with ``device="cuda"`` have shapes, dtypes and a device, and no values (PyTorch's
 ``FakeTensorMode``). What reads a value (``.item()``, ``.tolist()``, ``bool(tensor)``, ``nonzero``, a boolean index)

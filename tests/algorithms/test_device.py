@@ -1,4 +1,4 @@
-"""Every drafter of every family on fake CUDA tensors: no CPU tensor among them, no step that waits, one read a round."""
+"""Every drafter of every family on fake CUDA tensors: no CPU tensor among them, no waiting step, one read a round."""
 
 from __future__ import annotations
 
