@@ -43,7 +43,9 @@ class FrozenHead:
     def embed(self, tokens: Tensor) -> Tensor:
         """[..] int64 -> [.., D], scaled as the target scales."""
         rows = F.embedding(tokens, self.embed_VD)
-        return rows if self.embed_scale == 1.0 else rows * self.embed_VD.new_tensor(self.embed_scale)
+        if self.embed_scale == 1.0:
+            return rows
+        return rows * torch.tensor(self.embed_scale, dtype=rows.dtype)  # a number of the host's: no copy to wait for
 
     def to(self, device: torch.device | str, dtype: torch.dtype) -> FrozenHead:
         """The same head on ``device`` in ``dtype``; shares storage where nothing changes."""

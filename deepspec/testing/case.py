@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor
@@ -77,6 +78,16 @@ class Case:
         drafted = generate(self.target, drafter, PROMPTS, SETTINGS, batch_size)
         assert [one.output_ids for one in drafted] == self.greedy_text
         return [proposal for one in drafted for proposal in one.proposals]
+
+
+class Uneven:
+    """A policy that verifies one drafted token more of every row than of the one before."""
+
+    max_draft = None
+
+    def admit(self, confidence: np.ndarray | None, slots: int, rows: int) -> np.ndarray:
+        """See :class:`deepspec.decoding.scheduler.Policy`."""
+        return np.minimum(np.arange(rows), slots)
 
 
 def terms_of(model: DraftModel, batch: Batch) -> LossTerms:

@@ -7,13 +7,15 @@
 
 Every test then runs for every family of layers, on a tiny random target. ``families`` narrows them, ``section`` changes
 keys of the algorithm's ``tiny_section``, ``target_config`` fields of the target's config; ``zero_stages`` are those
-that a training runs with. The suite is the sum of four, which can be subclassed alone.
+that a training runs with. The suite is the sum of five, which can be subclassed alone.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +26,16 @@ import torch
 
 from deepspec import registry
 from deepspec.batch import Batch
+from deepspec.decoding.loop import Decoder
+from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.drafts import FROZEN, build_draft, draft_algorithm, load_draft, read_weights
 from deepspec.errors import CacheError, DraftError, RecipeError
-from deepspec.targets import load_target
+from deepspec.targets import Target, load_target
 from deepspec.testing import tiny
 from deepspec.testing.case import (
     PROMPTS,
     Case,
+    Uneven,
     engine_answers,
     equal_gradients,
     equal_rows,
@@ -41,6 +46,8 @@ from deepspec.testing.case import (
     terms_of,
     write_run,
 )
+from deepspec.testing.fake_cuda import CUDA, fake_cuda, faked, to_fake
+from deepspec.training.report import Meter
 
 REDUCED = 20  # tokens of a reduced vocabulary
 
@@ -275,6 +282,47 @@ class DecodingSuite(_Cases):
             case.draft(draft_vocab_size=tiny.VOCAB + 1)
 
 
+class DeviceSuite(_Cases):
+    """Training steps and rounds of decoding on fake CUDA tensors (:mod:`deepspec.testing.fake_cuda`)."""
+
+    @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+    def test_a_training_step_mixes_no_devices_and_never_waits(self, case: Case) -> None:
+        """Objective, loss and backward, and the sums that are reported."""
+        model, batch, meter = case.draft(), case.batch([25, 14]), Meter(torch.clone)
+        batch = batch.planned(case.owner.plan(model.config, batch.supervision))
+        with fake_cuda() as traffic:
+            to_fake(model)
+            model.attach(faked(case.target.embed_weight), faked(case.target.head_weight))
+            for step in range(2):  # the first brings constants to the device
+                traffic.clear()
+                terms = terms_of(model, batch.to(CUDA, model.dtype))
+                share = terms.weighted_sum() / 7.0
+                torch.autograd.backward(share)
+                meter.add(step, batch, terms, share.detach())
+        assert traffic.reads == traffic.waits == []
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_a_round_of_decoding_reads_once_and_waits_for_nothing_else(self, case: Case, temperature: float) -> None:
+        """More rounds make no other copies; at a temperature the rows verify different numbers of tokens."""
+        model, target = case.draft().eval(), copy.deepcopy(case.target.model)
+        seen = []
+        with fake_cuda() as traffic:
+            to_fake(model)
+            to_fake(target)
+            fake_target = Target(target, case.target.spec)
+            model.attach(fake_target.embed_weight, fake_target.head_weight)
+            for new_tokens in (2, 3):
+                traffic.clear()
+                settings = DecodeSettings(temperature=temperature, max_new_tokens=new_tokens)
+                drafter = case.owner.drafter(model, 2, 16)
+                decoder = Decoder(fake_target, drafter, settings, 2, Uneven() if temperature else None)
+                list(decoder.stream(deque(DecodeRequest(tuple(prompt), 0) for prompt in PROMPTS[:2])))
+                seen.append((decoder.clock.rounds, len(traffic.reads), Counter(traffic.waits)))
+        (few, few_reads, few_waits), (many, many_reads, many_waits) = seen
+        assert many_reads - few_reads == many - few > 0
+        assert not many_waits - few_waits, "waits in every round"
+
+
 class TrainingRunSuite(_Cases):
     """A training as a user starts one, to the draft that decodes."""
 
@@ -307,5 +355,5 @@ class TrainingRunSuite(_Cases):
         trained.decode(loaded, len(PROMPTS))
 
 
-class DrafterSuite(DraftFolderSuite, TrainingLossSuite, DecodingSuite, TrainingRunSuite):
+class DrafterSuite(DraftFolderSuite, TrainingLossSuite, DecodingSuite, DeviceSuite, TrainingRunSuite):
     """Everything that an algorithm must hold."""
