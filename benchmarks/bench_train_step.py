@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,8 +82,8 @@ ROWS = {  # those of drafters appear with the drafter
 }
 
 
-def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
-    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head."""
+def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> Any:
+    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head; ``keys`` of its section."""
     config = {
         "hidden_size": size["hidden"], "intermediate_size": size["mlp"], "num_attention_heads": size["heads"],
         "num_key_value_heads": size["kv"], "head_dim": size["head_dim"], "vocab_size": size["vocab"],
@@ -96,7 +97,7 @@ def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
     if "target_layers" in algorithm.tiny_section:  # it continues the target's last state
         section["target_layers"] = [36]
     known = {"num_anchors": size["anchors"], "mask_token_id": 5}
-    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section} | row.section
+    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section} | row.section | (keys or {})
     model = algorithm.build(algorithm.parse(section, None), spec).to(dtype)
     weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
     model.attach(weights.to(dtype), weights.to(dtype))
