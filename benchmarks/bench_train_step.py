@@ -85,8 +85,8 @@ ROWS = {  # those of drafters appear with the drafter
 }
 
 
-def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
-    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head."""
+def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> Any:
+    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head; ``keys`` of its section."""
     config = {
         "hidden_size": size["hidden"], "intermediate_size": size["mlp"], "num_attention_heads": size["heads"],
         "num_key_value_heads": size["kv"], "head_dim": size["head_dim"], "vocab_size": size["vocab"],
@@ -100,7 +100,8 @@ def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
     if "target_layers" in algorithm.tiny_section:  # it continues the target's last state
         section["target_layers"] = [36]
     known = {"num_anchors": size["anchors"], "mask_token_id": 5}
-    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section} | row.section
+    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section}
+    section |= {**row.section, **(keys or {})}
     model = algorithm.build(algorithm.parse(section, None), spec).to(dtype)
     weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
     model.attach(weights.to(dtype), weights.to(dtype))
@@ -158,7 +159,7 @@ def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, re
 
 def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
     """The DSpark loss alone at the real shape: from the slots' hidden states to its gradients."""
-    from deepspec.algorithms.block import BlockPlan, draw_anchors
+    from deepspec.algorithms.block_plan import BlockPlan, draw_anchors
     from deepspec.nn.loss_chunk import LossWeights
     from deepspec.nn.losses import head_loss
 

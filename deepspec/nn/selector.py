@@ -141,7 +141,7 @@ def _add_rows(total: Tensor, index_E: Tensor, of_part: Callable[[Tensor], Tensor
         of_part: rows [n, M] fp32 by their numbers [n].
     """
     order = index_E.argsort(stable=True)
-    step = max(1, _CHUNK_BYTES[total.device.type] // (4 * total.shape[1]))
+    step = max(1, _chunk_bytes(total.device) // (4 * total.shape[1]))
     for start in range(0, len(order), step):
         part = order[start : start + step]
         index = index_E[part]
@@ -182,5 +182,9 @@ class _CandidateLogits(torch.autograd.Function):
 
 def _chunks(table_VD: Tensor, candidates_RC: Tensor) -> list[slice]:
     R, C = candidates_RC.shape
-    step = max(1, CHUNK_BYTES.get(table_VD.device.type, ACCELERATOR_BYTES) // (4 * max(1, C) * table_VD.shape[1]))
+    step = max(1, _chunk_bytes(table_VD.device) // (4 * max(1, C) * table_VD.shape[1]))
     return [slice(start, min(R, start + step)) for start in range(0, R, step)]
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    return CHUNK_BYTES.get(device.type, ACCELERATOR_BYTES)

@@ -80,7 +80,7 @@ def test_the_score_is_the_formula_and_starts_at_zero() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_late_gradients_are_those_of_the_formula(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deepspec.nn.selector._CHUNK_BYTES", {"cpu": 150})  # chunks that cut a token's rows
+    monkeypatch.setattr("deepspec.nn.selector.CHUNK_BYTES", {"cpu": 150})  # chunks that cut a token's rows
     selector = CandidateSelector(9, 7, 3, 12).to(dtype)
     with torch.no_grad():
         for parameter in selector.parameters():
