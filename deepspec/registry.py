@@ -48,6 +48,8 @@ FAMILIES = {
     "qwen3_5": "deepspec.families.qwen3_5:QWEN3_5",
 }
 
+DEFAULT_FAMILY = "llama"  # of the draft's layers for a target of no family
+
 SOURCES = {
     "cache": "deepspec.sources.cache:CacheSource",
     "online": "deepspec.sources.online:OnlineSource",

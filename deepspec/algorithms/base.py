@@ -18,10 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from deepspec import registry
 from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Part, Supervision
-from deepspec.errors import DraftError, RecipeError
+from deepspec.errors import DraftError, RecipeError, nearest
 from deepspec.families.base import Family, Shape
+from deepspec.families.plain import LayerSection
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.features import FeatureLinear
@@ -48,6 +50,7 @@ class DraftConfig(LossFields):
     target_layers: tuple[int, ...]  # 0-based target layers whose outputs are read; -1 the embedding
     num_layers: int = 1  # of the draft
     draft_vocab_size: int | None = None  # V', the most frequent answer tokens; None: the target's full vocabulary
+    layers: LayerSection | None = None  # family and sizes of the draft's layers; None: the target's, else Llama-like
     confidence_head: bool = field(default=False, init=False)  # whether proposals come with acceptance probabilities
 
     def __post_init__(self) -> None:
@@ -188,7 +191,9 @@ class DraftModel(nn.Module):
             self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
     def attach(self, embed_weight: Tensor, head_weight: Tensor, target_head: Tensor | None = None) -> None:
-        """Take the target's embedding [V, D] and head [V, D], without copying, as this draft's frozen head.
+        """Take the target's embedding [V, D] and head [V, D] as this draft's frozen head.
+
+        Nothing is copied but the head of a target that scales its logits: the factor goes into the matrix.
 
         Args:
             embed_weight: the target's, or one of the draft's own.
@@ -203,9 +208,12 @@ class DraftModel(nn.Module):
             if (found := tuple(weight.shape)) != wanted:
                 remedy = "another target?"
                 raise DraftError("does not fit the draft", key=name, found=found, wanted=wanted, remedy=remedy)
-        scale = self.family.embedding_scale(self.shape.hidden_size)
+        scale, factor = self.family.embedding_scale(self.shape.hidden_size), self.shape.logit_scale
         teacher = None if target_head is None or target_head is head_weight else target_head.detach()
-        self._frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap, teacher)
+        head = head_weight.detach()
+        if factor != 1.0:
+            head, teacher = head * factor, None if teacher is None else teacher * factor
+        self._frozen = FrozenHead(embed_weight.detach(), head, scale, self.shape.softcap, teacher)
 
     @property
     def frozen(self) -> FrozenHead:
@@ -325,6 +333,11 @@ class Algorithm(ABC):
         if size is not None and size > target.vocab_size:
             wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
             raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
+        name = config.layers.family if config.layers else None
+        if name is not None and name not in registry.FAMILIES:
+            remedy = nearest(name, registry.FAMILIES)
+            raise RecipeError("unknown family", key="draft.layers.family", found=name, remedy=remedy)
+        _ = target.draft_layers(config.layers).shape  # sizes that fit each other
 
     def native(self, stored: Collection[str]) -> dict[str, str]:
         """Our names -> a checkpoint's, of a draft of this kind among tensors that the target itself does not use."""
@@ -366,9 +379,10 @@ class Algorithm(ABC):
             target: the target it drafts for.
             dtype: of the weights beside it.
         """
-        published = target.family.draft_config(target.config, config.num_layers)
+        layers = target.draft_layers(config.layers)
+        published = layers.family.draft_config(layers.config, config.num_layers)
         published.update(
-            model_type=target.family.draft_model_type,
+            model_type=layers.family.draft_model_type,
             dtype=dtype,
             target_layer_ids=list(config.target_layers),
             target_model_name_or_path=target.path,
@@ -377,7 +391,7 @@ class Algorithm(ABC):
         )
         if config.draft_vocab_size is not None:
             published["draft_vocab_size"] = config.draft_vocab_size
-        published["architectures"] = self.architectures(target.family)
+        published["architectures"] = self.architectures(layers.family)
         return published
 
     def architectures(self, family: Family) -> list[str]:
@@ -401,9 +415,14 @@ class Algorithm(ABC):
 
     def build(self, config: Any, target: TargetSpec, seed: int = 0) -> DraftModel:
         """A freshly initialised draft for ``target``; its embedding and head are attached by the caller."""
-        model = self.build_model(config, target.shape, target.family)
-        initialise(model, float(target.config.get("initializer_range", 0.02)), seed)
+        model = self.empty(config, target)
+        initialise(model, float(target.config.get("initializer_range") or 0.02), seed)
         return model
+
+    def empty(self, config: Any, target: TargetSpec) -> DraftModel:
+        """An uninitialised draft for ``target``, with the layers of ``draft.layers``."""
+        layers = target.draft_layers(config.layers)
+        return self.build_model(config, layers.shape, layers.family)
 
     def drafter(self, model: Any, batch_size: int, max_length: int) -> Drafter:
         """An empty decoding state for ``batch_size`` rows of at most ``max_length`` committed positions."""

@@ -21,7 +21,7 @@ from deepspec.data.dialogue import Dialogue, Outcome, answer_text, call_mark, re
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
-from deepspec.targets.load import cache_keyword
+from deepspec.targets.adaptor import CACHE_NAMES, cache_keyword, takes
 from deepspec.targets.positions import check_room
 
 
@@ -126,7 +126,7 @@ class LocalSampler:
         rows = np.arange(len(requests))  # the number of the request of each row still in the batch
         live = np.ones(len(requests), dtype=bool)  # rows whose answer is not complete
         answers: list[list[int]] = [[] for _ in requests]
-        cached = {cache_keyword(self.model): cache}
+        cached = {cache_keyword(self.model) or CACHE_NAMES[0]: cache}
         for step in range(limit):
             output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **cached)
             logits = output.logits[:, -1]  # [B, V]

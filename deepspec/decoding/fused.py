@@ -43,7 +43,7 @@ class FusedDecoder:
     def of(target: Target) -> FusedDecoder | None:
         """None where the target has other layers, quantized or adapted ones, or hooks."""
         decoder: Any = target.decoder
-        if any(type(layer).__name__ not in target.spec.family.plain_layers for layer in decoder.layers):
+        if any(type(layer).__name__ not in target.spec.family.plain_layers for layer in target.layers):
             return None
         return FusedDecoder(target) if all(_is_plain(module, decoder) for module in decoder.modules()) else None
 

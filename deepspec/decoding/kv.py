@@ -29,6 +29,10 @@ from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import Target
 
 NAME = "deepspec_ragged"
+HARMLESS = {  # arguments of attention that change nothing here: no dropout in eval, positions are in queries and keys
+    "dropout", "is_causal", "position_ids", "position_embeddings", "cache_position", "use_cache", "cache",
+    "past_key_values", "output_attentions", "output_hidden_states", "output_router_logits", "return_dict",
+}  # fmt: skip
 
 
 @dataclass
@@ -48,7 +52,9 @@ class PackedBatch:
     index: Tensor  # [R, Q] packed index of each row's tokens; padding repeats the row's last
     counts: Tensor  # [R] tokens of each row
     tree: Tree | None = None  # of which the Q tokens of every row are the nodes; None: they follow each other
+    attended: list[int | None] = field(default_factory=list)  # the window of each attention of a layer that was asked
     _folded: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _windows: dict[int, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
         """Which keys each query sees, [R, 1, Q, L] bool: no later one, and with ``window`` none that far back."""
@@ -58,6 +64,12 @@ class PackedBatch:
         own = self.query_positions[:, None, :, None]
         visible = keys <= own
         return visible if window is None else visible & (keys > own - window)
+
+    def window_mask(self, window: int) -> Tensor:
+        """:meth:`mask` of a window, made once for all layers."""
+        if window not in self._windows:
+            self._windows[window] = self.mask(window)
+        return self._windows[window]
 
     def bias(self, mask: Tensor, groups: int, dtype: torch.dtype) -> Tensor:
         """``mask`` as :func:`score_bias` for ``groups`` query heads a KV head, made once for all layers."""
@@ -191,6 +203,11 @@ class RaggedCache(Cache):
         """Write the packed keys and values [T, H, D] and return those of the attending rows, [R, L, H, D]."""
         return self._put(self._keys, layer, keys), self._put(self._values, layer, values)
 
+    def stored(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The buffers of keys and values of each layer, in order; [B, capacity, heads, E] each."""
+        for layer in sorted(self._keys):
+            yield self._keys[layer], self._values[layer]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row's committed positions."""
         return int(self.lengths.max())
@@ -224,11 +241,28 @@ def _ragged_attention(
     value: Tensor,
     attention_mask: Tensor,  # [R, 1, Q, L]
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
-    """Attention of packed queries over each row's own keys; returns [1, T, heads, D]."""
+    """Attention of packed queries over each row's own keys; returns [1, T, heads, D].
+
+    Raises:
+        TargetError: the model hands over what is not honoured here (sinks, a softcap, a bias).
+    """
+    if unknown := {name for name, value in kwargs.items() if value is not None} - HARMLESS:
+        names = ", ".join(sorted(unknown))
+        raise TargetError(
+            "its attention takes what packed decoding does not honour", key=names, found=type(module).__name__,
+            wanted="queries, keys, values, a mask, a scale and a sliding window",
+        )  # fmt: skip
+    if value.shape[-1] != key.shape[-1]:
+        found, wanted = f"{value.shape[-1]} beside {key.shape[-1]}", "values of the size of the keys"
+        raise TargetError("its attention has values of another size than keys", found=found, wanted=wanted)
+    batch = _CURRENT[-1]
+    batch.attended.append(sliding_window)
+    mask = attention_mask if sliding_window is None else batch.window_mask(sliding_window)
     kv = (key.transpose(1, 2), value.transpose(1, 2))
-    return _CURRENT[-1].attend(query[0].transpose(0, 1), kv, attention_mask, scaling)[None], None
+    return batch.attend(query[0].transpose(0, 1), kv, mask, scaling)[None], None
 
 
 AttentionInterface.register(NAME, _ragged_attention)
@@ -258,6 +292,8 @@ class PackedTarget:
         capacity: positions a row holds before the buffer grows.
     """
 
+    trees = True  # whether the tokens of a row may be the nodes of a tree
+
     def __init__(self, target: Target, layers: Sequence[int], num_rows: int, capacity: int) -> None:
         self.target, self.layers = target, tuple(layers)
         self.cache = RaggedCache(num_rows, capacity, target.device)
@@ -265,19 +301,13 @@ class PackedTarget:
         kinds = config.get("layer_types") or ()
         self._window = config.get("sliding_window") if "sliding_attention" in kinds else None
         self._kinds = kinds or ("full_attention",) * target.spec.num_layers
-        if recurrent := sorted({*self._kinds} - {"full_attention", "sliding_attention"}):
-            raise TargetError(
-                "its layers keep a state that cannot be taken back to the accepted token, so it is not decoded here",
-                file=target.spec.path, key="layer_types", found=recurrent,
-                remedy="serve it: deepspec regenerate --server, deepspec evaluate --server",
-            )  # fmt: skip
         self._fused = FusedDecoder.of(target)
 
     def forward(self, batch: PackedBatch, input_ids: Tensor) -> TargetOutput:
         """Run the packed tokens [T] of a planned batch: features [T, L*D] and last hidden states [T, D]."""
         masks = {"full_attention": batch.mask(None)}
         if self._window is not None:
-            masks["sliding_attention"] = batch.mask(self._window)
+            masks["sliding_attention"] = batch.window_mask(self._window)
         if self._fused is not None:
             return self._run_fused(self._fused, batch, input_ids, masks)
         mask = masks["full_attention"] if self._window is None else masks

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from deepspec.decoding.clock import PhaseClock, StepTiming
-from deepspec.decoding.kv import PackedBatch, PackedTarget
+from deepspec.decoding.kv import PackedBatch
+from deepspec.decoding.paths import RowTarget, check_tree, open_rows
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation, Round
 from deepspec.decoding.scheduler import FixedLength, Policy, Threshold
 from deepspec.decoding.tree import path_tokens, tree_of, walk
@@ -96,6 +97,7 @@ class Decoder:
         self.policy: Policy = policy or (Threshold(threshold) if threshold > 0 and drafter else FixedLength())
         self.clock = PhaseClock(target.device)
         self._tree = tree_of(settings, drafter, policy is not None)
+        check_tree(target, settings)
         self._slots = len(self._tree) - 1 if self._tree else drafter.max_draft if drafter else 0
         self._stops = frozenset(settings.stop_token_ids)
         # Nothing after a drafted stop token matters to the output. The released loop verifies it all the same where a
@@ -115,7 +117,7 @@ class Decoder:
         self._emitted = 0  # tokens that the host's last read added to outputs
         self._live = 0  # R: rows 0 .. R - 1 were not finished at the host's last read
         self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens of the last forward, not yet read
-        self._packed: PackedTarget | None = None
+        self._packed: RowTarget | None = None
 
     @torch.inference_mode()
     def stream(self, requests: deque[DecodeRequest]) -> Iterator[Generation]:
@@ -176,7 +178,7 @@ class Decoder:
         if self._packed is None:
             layers = self.drafter.model.config.target_layers if self.drafter else ()
             room = len(request.prompt_ids) + min(self.settings.max_new_tokens, 512) + self._slots + 1
-            self._packed = PackedTarget(self.target, layers, self.batch_size, room)
+            self._packed = open_rows(self.target, layers, self.batch_size, room)
         self._packed.cache.clear(row)
         self._rows[row] = _Row(Generation(request))
         if self._table.shape[2]:
@@ -214,7 +216,7 @@ class Decoder:
             self._target.cache.lengths[rows] += counts
 
     @property
-    def _target(self) -> PackedTarget:
+    def _target(self) -> RowTarget:
         if self._packed is None:
             raise RuntimeError("no request has entered yet")
         return self._packed

@@ -40,6 +40,7 @@ class Shape:
     mlp_bias: bool = False
     k_eq_v: bool = False  # values are the un-normed key projection; no v_proj
     softcap: float | None = None  # final logits c * tanh(x / c)
+    logit_scale: float = 1.0  # factor of the logits, before the softcap
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Family:
     norm_offset: float = 0.0  # what the target's norms add to their stored weights; ours are stored as they multiply
     plain_layers: tuple[str, ...] = ()  # classes of transformers whose forward is that of a draft layer of this family
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
+    # a Llama-like config (deepspec.families.plain) in this family's own fields; None: they are the same
+    from_plain: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
     def offset_of(self, name: str) -> float:
         """What the target adds to its stored weight ``name``: to those of norms ``norm_offset``."""
@@ -127,7 +130,13 @@ def read_flat_shape(config: Mapping[str, Any]) -> Shape:
     """The :class:`Shape` of a Llama-like flat config (Llama, Qwen3)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     theta = float(config.get("rope_theta") or 10_000.0)
-    return Shape(**read_common(config), rope=read_rope(rope, theta))
+    softcap, scale = config.get("final_logit_softcapping"), config.get("logit_scale")
+    return Shape(
+        **read_common(config),
+        rope=read_rope(rope, theta),
+        softcap=None if softcap is None else float(softcap),
+        logit_scale=1.0 if scale is None else float(scale),
+    )
 
 
 def copy_config(config: Mapping[str, Any], num_layers: int, drop: tuple[str, ...] = ()) -> dict[str, Any]:

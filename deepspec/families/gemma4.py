@@ -63,6 +63,14 @@ def draft_config(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
     return draft
 
 
+def from_plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A Llama-like config in Gemma4's fields."""
+    rope = {"full_attention": config["rope_parameters"]}
+    kept = {key: value for key, value in config.items() if key not in ("hidden_act", "rope_parameters")}
+    sizes = {"global_head_dim": config["head_dim"], "attention_k_eq_v": False, "rope_parameters": rope}
+    return {**kept, **sizes, "hidden_activation": config["hidden_act"]}
+
+
 GEMMA4 = Family(
     name="gemma4",
     model_types=("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
@@ -76,6 +84,7 @@ GEMMA4 = Family(
     attention_scale=1.0,
     sandwich=True,
     scaled_embedding=True,
+    from_plain=from_plain,
     tiny_config={
         "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8,
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 5.0,

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspec.errors import TargetError
+
 EMBEDDING = -1  # the layer id that means the output of the embedding
 
 
@@ -30,31 +32,26 @@ class FeatureCapture:
     """Hooks on a decoder's layers, for one pass.
 
     Args:
-        decoder: the module that owns ``layers`` and ``embed_tokens``.
-        layers: 0-based layer ids; -1 is the embedding, the number of layers the final norm.
+        modules: the decoder's layers.
+        layers: 0-based layer ids; -1 is the embedding (what the first layer reads), the number of layers the final
+            norm.
     """
 
-    def __init__(self, decoder: nn.Module, layers: Sequence[int]) -> None:
-        self.decoder, self.layers = decoder, tuple(layers)
+    def __init__(self, modules: Sequence[nn.Module] | nn.ModuleList, layers: Sequence[int]) -> None:
+        self._modules, self.layers = modules, tuple(layers)
         self._seen: dict[int, Tensor] = {}
         self._handles: list[Any] = []
 
     def __enter__(self) -> FeatureCapture:
-        for layer in set(self.layers):
-            self._handles.append(self._module(layer).register_forward_hook(self._keep(layer)))
+        for layer in set(self.layers) - {EMBEDDING, len(self._modules)}:
+            self._handles.append(self._modules[layer].register_forward_hook(self._keep(layer)))
+        if EMBEDDING in self.layers:
+            self._handles.append(self._modules[0].register_forward_pre_hook(self._keep_input, with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
-
-    def _module(self, layer: int) -> nn.Module:
-        decoder: Any = self.decoder
-        if layer == EMBEDDING:
-            found: nn.Module = decoder.embed_tokens
-        else:
-            found = decoder.norm if layer == decoder.config.num_hidden_layers else decoder.layers[layer]
-        return found
 
     def _keep(self, layer: int) -> Any:
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -62,6 +59,23 @@ class FeatureCapture:
 
         return hook
 
-    def features(self) -> Tensor:
-        """[B, S, L*D] of the pass that just ended."""
+    def _keep_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._seen[EMBEDDING] = args[0] if args else kwargs["hidden_states"]
+
+    def features(self, last_hidden: Tensor) -> Tensor:
+        """[B, S, L*D] of the pass that just ended with ``last_hidden`` [B, S, D].
+
+        Raises:
+            TargetError: a layer's output is no hidden state of that shape.
+        """
+        if not self.layers:
+            return last_hidden[..., :0]
+        self._seen[len(self._modules)] = last_hidden
+        for layer in self.layers:
+            found = tuple(self._seen[layer].shape) if layer in self._seen else None
+            if found != tuple(last_hidden.shape):
+                raise TargetError(
+                    "what the layer gives is no hidden state that a draft could read", key=f"layer {layer}",
+                    found=found, wanted=f"{tuple(last_hidden.shape)} [B, S, D]", remedy="read other target layers",
+                )  # fmt: skip
         return torch.cat([self._seen[layer] for layer in self.layers], dim=-1)

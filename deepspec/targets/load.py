@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
-from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,8 +18,20 @@ from deepspec import registry
 from deepspec.distributed import world_from_environment
 from deepspec.errors import DeepSpecError, RecipeError, TargetError
 from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
+from deepspec.families.plain import DraftLayers, LayerSection, plain_config
 from deepspec.files import read_json
 from deepspec.progress import waiting
+from deepspec.targets.adaptor import (
+    CACHE_NAMES,
+    auto_class,
+    cache_keyword,
+    check_logits,
+    find_parts,
+    flat_config,
+    logit_scale_of,
+    softcap_of,
+    takes,
+)
 from deepspec.targets.capture import EMBEDDING, FeatureCapture, TargetOutput
 from deepspec.targets.stored import check_finite, check_fit, open_stored, silent, weight_files
 
@@ -43,9 +53,34 @@ class TargetSpec:
     stop_token_ids: tuple[int, ...] = ()  # where its generation ends by its own configs, ascending
 
     @property
+    def has_family(self) -> bool:
+        """Whether the target's own layers are of its family; a target of no family has drafts of the default one."""
+        return self.model_type in self.family.model_types
+
+    @property
     def shape(self) -> Shape:
-        """Sizes of the target's (full-attention) layers."""
-        return self.family.read_shape(self.config)
+        """Sizes of the target's (full-attention) layers; of a target of no family those of its drafts' layers."""
+        return self.draft_layers().shape
+
+    def draft_layers(self, section: LayerSection | None = None) -> DraftLayers:
+        """Family and sizes of the layers of a draft for this target, with what ``draft.layers`` changes.
+
+        Raises:
+            DeepSpecError: an unknown family.
+        """
+        section = section or LayerSection()
+        family = self.family if section.family is None else registry.family(section.family)
+        own = self.has_family and family.name == self.family.name
+        if own and not section.sizes:
+            return DraftLayers(family, self.config)
+        config: Mapping[str, Any] = self.config
+        if self.has_family:  # sizes of its full-attention layers, whatever its config calls them
+            shape = self.family.read_shape(config)
+            config = {**config, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
+        plain = plain_config(config) | section.sizes
+        if self.logit_scale != 1.0:
+            plain["logit_scale"] = self.logit_scale
+        return DraftLayers(family, family.from_plain(plain) if family.from_plain else plain)
 
     @property
     def hidden_size(self) -> int:
@@ -65,12 +100,12 @@ class TargetSpec:
     @property
     def softcap(self) -> float | None:
         """c of the final logits c * tanh(x / c), or None."""
-        return self.shape.softcap
+        return softcap_of(self.config)
 
     @property
-    def embed_scale(self) -> float:
-        """The factor between an embedding row and the embedding of its token."""
-        return self.family.embedding_scale(self.hidden_size)
+    def logit_scale(self) -> float:
+        """The factor between the head's product and the logits."""
+        return logit_scale_of(self.config)
 
     def check_token(self, token: int, key: str) -> None:
         """Check that ``token``, which a recipe's ``key`` names, is one of the vocabulary.
@@ -100,8 +135,8 @@ class TargetSpec:
             )
 
 
-def family_of(model_type: str, file: str | Path | None = None) -> Family:
-    """The family whose table lists ``model_type``.
+def family_of(model_type: str, file: str | Path | None = None, strict: bool = True) -> Family:
+    """The family whose table lists ``model_type``; where none does, with ``strict`` false, the default family.
 
     Raises:
         TargetError: no family does.
@@ -110,6 +145,8 @@ def family_of(model_type: str, file: str | Path | None = None) -> Family:
     for one in families:
         if model_type in one.model_types:
             return one
+    if not strict:
+        return cast(Family, registry.family(registry.DEFAULT_FAMILY))
     known = ", ".join(kind for one in families for kind in one.model_types)
     raise TargetError(
         "no family for this model type",
@@ -125,12 +162,13 @@ def spec_from_config(config: Any, path: str, revision: str | None = None) -> Tar
     """A :class:`TargetSpec` from a transformers config object.
 
     Raises:
-        TargetError: a model type of no known family, or a RoPE that depends on the batch.
+        TargetError: a size that the config does not state, or a RoPE that depends on the batch.
     """
-    flat = config.get_text_config().to_dict()
+    flat = flat_config(config, path)
     check_rope(flat, path, TargetError)
     stops = read_stops(config.to_dict(), flat)
-    return TargetSpec(path, family_of(config.model_type, path), flat, config.model_type, revision, stops)
+    family = family_of(config.model_type, path, strict=False)
+    return TargetSpec(path, family, flat, config.model_type, revision, stops)
 
 
 def read_stops(*configs: Mapping[str, Any]) -> tuple[int, ...]:
@@ -169,7 +207,7 @@ def load_spec(path: str | Path, revision: str | None = None) -> TargetSpec:
     """Read a target's config (a folder or a hub id); no weights.
 
     Raises:
-        TargetError: no config there, a model type of no known family, or a RoPE that depends on the batch.
+        TargetError: no config there, a size that it does not state, or a RoPE that depends on the batch.
     """
     from transformers import AutoConfig
 
@@ -225,16 +263,17 @@ def load_target(
         revision: of the hub id.
 
     Raises:
-        TargetError: nothing to load there, an unknown family, tensors that are not those of its config, or weights that
+        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or weights that
             are not finite.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     spec = load_spec(path, revision)
+    owner = auto_class(AutoConfig.from_pretrained(str(path), revision=revision), str(path))
     files = weight_files(path, revision)  # a broken index is named
     try:
         with waiting(f"loading the target {path}", sum(map(os.path.getsize, files))) as job, silent(job):
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = owner.from_pretrained(
                 str(path), dtype=dtype or "auto", revision=revision, output_loading_info=True,
                 ignore_mismatched_sizes=True,  # check_fit refuses them, by name
             )  # fmt: skip
@@ -242,10 +281,12 @@ def load_target(
         raise _unreadable(path, problem) from None
     model, info = loaded
     check_fit(path, info["missing_keys"], info["unexpected_keys"], info["mismatched_keys"])
-    _warn_untied(spec, model.get_input_embeddings().weight is model.get_output_embeddings().weight)
     model = model.to(device)
     check_finite(dict(model.named_parameters()), path)
-    return Target(model, spec)
+    target = Target(model, spec)
+    _warn_untied(spec, target.embed_weight.data_ptr() == target.head_weight.data_ptr())
+    check_logits(target)
+    return target
 
 
 def load_target_embeddings(
@@ -256,7 +297,7 @@ def load_target_embeddings(
     The complete :class:`Target` comes instead where it is quantized or its files are not safetensors.
 
     Raises:
-        TargetError: nothing to load there, an unknown family, tensors that are not those of its config, or weights that
+        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or weights that
             are not finite.
     """
     spec = load_spec(path, revision)
@@ -268,9 +309,11 @@ def load_target_embeddings(
     with waiting(f"loading embedding and head of {path}"):
         embed_weight = stored.read(embed if stored.holds(embed) else head).to(device, copy=True)
         head_weight = embed_weight if tied else stored.read(head).to(device, copy=True)
-    check_finite({embed: embed_weight, head: head_weight}, path)
+    bias_name = head.removesuffix("weight") + "bias"
+    bias = stored.read(bias_name).to(device, copy=True) if stored.holds(bias_name) else None
+    check_finite({embed: embed_weight, head: head_weight} | ({} if bias is None else {bias_name: bias}), path)
     _warn_untied(spec, tied)
-    return TargetEmbeddings(spec, embed_weight, head_weight)
+    return TargetEmbeddings(spec, embed_weight, head_weight, bias)
 
 
 def _warn_untied(spec: TargetSpec, tied: bool) -> None:
@@ -298,8 +341,11 @@ def _unreadable(path: str | Path, problem: Exception) -> DeepSpecError:
 class TargetEmbeddings:
     """A target's embedding and head, without what runs the model."""
 
-    def __init__(self, spec: TargetSpec, embed_weight: Tensor, head_weight: Tensor) -> None:
+    def __init__(
+        self, spec: TargetSpec, embed_weight: Tensor, head_weight: Tensor, head_bias: Tensor | None = None
+    ) -> None:
         self.spec, self.embed_weight, self.head_weight = spec, embed_weight, head_weight  # [V, D] each
+        self.head_bias = head_bias  # [V], or None
 
     @property
     def device(self) -> torch.device:
@@ -322,11 +368,10 @@ class Target(TargetEmbeddings):
     """A frozen target model and the few methods that deepspec needs."""
 
     def __init__(self, model: nn.Module, spec: TargetSpec) -> None:
-        loaded: Any = model
-        embed, head = loaded.get_input_embeddings().weight, loaded.get_output_embeddings().weight
-        super().__init__(spec, embed.detach(), head.detach())
+        parts = find_parts(model)
+        super().__init__(spec, parts.embed_weight, parts.head_weight, parts.head_bias)
         self.model = model.eval().requires_grad_(False)
-        self.decoder = find_decoder(model)
+        self.decoder, self.layers = parts.decoder, parts.layers
 
     @torch.no_grad()
     def forward(
@@ -350,42 +395,21 @@ class Target(TargetEmbeddings):
         Returns:
             features [B, S, L*D] and the normed last hidden state [B, S, D].
         """
-        with FeatureCapture(self.decoder, layers) as capture:
-            output = self.decoder(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=past_key_values is not None,
-                **{cache_keyword(self.decoder): past_key_values},
-            )
-        return TargetOutput(
-            capture.features() if layers else output.last_hidden_state[..., :0], output.last_hidden_state
-        )
+        given: dict[str, Any] = {"attention_mask": attention_mask, "use_cache": past_key_values is not None}
+        if position_ids is not None and takes(self.decoder, "position_ids"):
+            given["position_ids"] = position_ids
+        if past_key_values is not None:
+            given[cache_keyword(self.decoder) or CACHE_NAMES[0]] = past_key_values
+        with FeatureCapture(self.layers[: self.spec.num_layers], layers) as capture:
+            output = self.decoder(input_ids=input_ids, **given)
+        return TargetOutput(capture.features(output.last_hidden_state), output.last_hidden_state)
 
     @torch.no_grad()
     def logits(self, last_hidden: Tensor) -> Tensor:
-        """softcap(lm_head(last_hidden)): [.., D] -> [.., V], in the model's dtype."""
+        """softcap(logit_scale * (lm_head(last_hidden) + bias)): [.., D] -> [.., V], in the model's dtype."""
         logits = last_hidden @ self.head_weight.T
-        cap = self.spec.softcap
+        if self.head_bias is not None:
+            logits = logits + self.head_bias
+        scale, cap = self.spec.logit_scale, self.spec.softcap
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-def cache_keyword(model: nn.Module) -> str:
-    """What ``forward`` calls its cache: ``cache`` from transformers 5.24 on, ``past_key_values`` before."""
-    return _cache_keyword(type(model).forward)
-
-
-@cache
-def _cache_keyword(forward: Callable[..., Any]) -> str:  # needed in every forward of the target
-    return "cache" if "cache" in signature(forward).parameters else "past_key_values"
-
-
-def find_decoder(model: nn.Module) -> nn.Module:
-    """The module with ``layers`` and ``embed_tokens`` (``model.language_model`` in multi-modal models)."""
-    decoder = getattr(model, "model", model)
-    decoder = getattr(decoder, "language_model", decoder)
-    if not hasattr(decoder, "layers") or not hasattr(decoder, "embed_tokens"):
-        raise TargetError(
-            "no decoder layers found", found=type(model).__name__, wanted="model.layers or model.language_model.layers"
-        )
-    return decoder

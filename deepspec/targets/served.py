@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from deepspec.errors import TargetError
 from deepspec.http import NoReply, check_url, request, without_password
 from deepspec.targets.capture import TargetOutput
-from deepspec.targets.load import TargetEmbeddings, TargetSpec, find_decoder, load_spec, load_target_embeddings
+from deepspec.targets.adaptor import find_norm
+from deepspec.targets.load import TargetEmbeddings, TargetSpec, load_spec, load_target_embeddings
 from deepspec.targets.stored import open_stored
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
@@ -345,7 +346,7 @@ def load_final_norm(path: str | Path, dtype: torch.dtype, revision: str | None =
     if stored is None:
         raise TargetError("its final norm cannot be read alone", file=path,
                           remedy="serve a target with safetensors files")  # fmt: skip
-    norm: nn.Module = find_decoder(stored.model).norm  # type: ignore[assignment]
+    norm = find_norm(stored.model)
     name = stored.name_of(norm)
     norm.load_state_dict({key: stored.read(f"{name}.{key}") for key in norm.state_dict()}, assign=True)
     return norm.eval().requires_grad_(False)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deepspec.errors import DeepSpecError, TargetError
 from deepspec.files import read_index, read_json, safe_join
 from deepspec.progress import Progress
+from deepspec.targets.adaptor import auto_class
 
 NAMES = (  # in the order in which transformers looks for them
     *("model.safetensors", "model.safetensors.index.json"),
@@ -96,7 +97,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     Raises:
         TargetError: tensors that are missing, left over or of another size than the config's.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     config = AutoConfig.from_pretrained(str(path), revision=revision)
@@ -104,7 +105,7 @@ def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> S
     if not stored or getattr(config, "quantization_config", None) is not None:
         return None
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: Any = auto_class(config, str(path)).from_config(config, dtype=dtype)
     transforms = get_model_conversion_mapping(model)
     shells = {name: torch.empty(tensor.shape, dtype=dtype, device="meta") for name, tensor in stored.items()}
     info = run_loader(model, shells, transforms, "meta")

@@ -104,15 +104,17 @@ def check_fit(draft: DraftCheckpoint, recipe: Recipe, spec: TargetSpec) -> None:
     theirs, ours = draft.algorithm.name, owner.name
     if theirs not in (ours, *owner.starts_from):
         _refuse(draft, "algorithm", theirs, f"{' or '.join((ours, *owner.starts_from))}", f"set algorithm: {theirs}")
-    if draft.family != spec.family:
-        _refuse(draft, "model_type", draft.family.name, f"layers of {spec.family.name}", "name a draft for this target")
+    layers = spec.draft_layers(recipe.draft.layers)
+    if draft.family != layers.family:
+        remedy = f"set draft.layers.family: {draft.family.name}, or name a draft for this target"
+        _refuse(draft, "model_type", draft.family.name, f"layers of {layers.family.name}", remedy)
     for field in fields(Shape):
-        found, wanted = getattr(draft.shape, field.name), getattr(spec.shape, field.name)
+        found, wanted = getattr(draft.shape, field.name), getattr(layers.shape, field.name)
         if found != wanted and field.name != "max_positions":  # no weight depends on it
             _refuse(draft, field.name, found, f"{wanted} as in {spec.path}", "name a draft for this target")
-    layers, wanted_layers = list(draft.parsed.target_layers), list(recipe.target.layers)
-    if sorted(layers) != sorted(wanted_layers):
-        _refuse(draft, "target_layer_ids", layers, f"target.layers {wanted_layers}", f"set target.layers: {layers}")
+    read, wanted_read = list(draft.parsed.target_layers), list(recipe.target.layers)
+    if sorted(read) != sorted(wanted_read):
+        _refuse(draft, "target_layer_ids", read, f"target.layers {wanted_read}", f"set target.layers: {read}")
     for own in draft.algorithm.own_fields:
         if not own.learned:
             continue

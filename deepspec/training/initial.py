@@ -75,7 +75,7 @@ def frozen_weights(recipe: Recipe, spec: TargetSpec) -> frozenset[str]:
     if not patterns:
         return frozenset()
     with torch.device("meta"):
-        model = registry.algorithm(recipe.algorithm).build_model(recipe.draft, spec.shape, spec.family)
+        model = registry.algorithm(recipe.algorithm).empty(recipe.draft, spec)
     sizes = {name: weight.numel() for name, weight in model.named_parameters()}
     frozen: set[str] = set()
     for pattern in patterns:

@@ -128,7 +128,7 @@ class HeldOut:
         with engine.complete_model() as live:
             weights = {name: tensor.detach().clone() for name, tensor in live.state_dict().items()}
         # an unsharded copy: ranks decode different prompts, which a sharded module could not
-        model = self.algorithm.build_model(draft, target.spec.shape, target.spec.family)
+        model = self.algorithm.empty(draft, target.spec)
         model.load_state_dict(weights)
         model = model.to(target.device, target.dtype).eval()
         model.attach(*frozen_pair(self.recipe, target))
