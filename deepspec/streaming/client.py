@@ -208,8 +208,7 @@ class StreamClient(FeatureClient):
         wanted, length = self.wanted, len(conversation.tokens)
         D = wanted.target.spec.hidden_size
         features = empty((length, D * len(wanted.layers)), wanted.target.dtype)
-        rows = conversation.last_rows() if wanted.last_hidden else None
-        packed = None if rows is None else empty((int(rows.sum()), D), wanted.target.dtype)
+        last = LastRows(conversation.last_rows(), D, wanted.target.dtype) if wanted.last_hidden else None
         body = {
             "tokens": conversation.tokens.tolist(),
             "supervised": conversation.ranges(),
@@ -217,7 +216,7 @@ class StreamClient(FeatureClient):
             "last_hidden": wanted.last_hidden,
             "level": wanted.level,
         }
-        arrays = Arrays(stored_view(features), None if packed is None else stored_view(packed))
+        arrays = Arrays(stored_view(features), None if last is None else last.packed)
         limits: dict[str, Any] = {"stall": STALL, "seconds": wanted.timeout, "receive": RECEIVE}
         try:
             with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
@@ -228,21 +227,34 @@ class StreamClient(FeatureClient):
             raise ServerFault(none.problem) from None
         except WireError as wrong:
             raise ServerFault(str(wrong)) from None
-        return States(features, None if packed is None or rows is None else spread(packed, rows))
+        return States(features, None if last is None else last.spread())
 
 
-def spread(packed: Tensor, rows: NDArray[np.bool_]) -> Tensor:
-    """[S, D] with ``packed`` [R, D] in the chosen ``rows`` [S], zeros elsewhere."""
-    out = empty((len(rows), packed.shape[1]), packed.dtype)
-    target, kept = stored_view(out), np.flatnonzero(rows)
-    first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
-    if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
-        target[:first], target[first + count :] = 0, 0
-        target[first : first + count] = stored_view(packed)
-        return out
-    target[...] = 0
-    target[kept] = stored_view(packed)
-    return out
+class LastRows:
+    """Last hidden states [S, D], of which the chosen rows come packed, the others are zeros.
+
+    Args:
+        rows: [S] which are chosen.
+        width: D.
+        dtype: of the states.
+    """
+
+    def __init__(self, rows: NDArray[np.bool_], width: int, dtype: torch.dtype) -> None:
+        self.states, kept = empty((len(rows), width), dtype), np.flatnonzero(rows)
+        self._out, first, count = stored_view(self.states), int(kept[0]) if len(kept) else 0, len(kept)
+        if not count or kept[-1] - first + 1 == count:  # one answer: its rows lie side by side, and come to their place
+            self.packed = self._out[first : first + count]  # [R, D] as stored, to be filled
+            self._out[:first], self._out[first + count :] = 0, 0
+            self._kept = None
+        else:
+            self.packed, self._kept = np.empty((count, width), self._out.dtype), kept
+
+    def spread(self) -> Tensor:
+        """[S, D], once ``packed`` is filled."""
+        if self._kept is not None:
+            self._out[...] = 0
+            self._out[self._kept] = self.packed
+        return self.states
 
 
 class ExtractionClient(FeatureClient):
