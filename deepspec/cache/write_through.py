@@ -265,18 +265,19 @@ class WriteThrough:
             CacheError: no usable sample, or a part that another rank did not finish.
             OSError: the cache cannot be written.
         """
-        parts = range(len(self._open().parts))
-        first = len(parts) * world.rank // world.size
-        progress = Progress("write-through", len(parts), noun="parts")
-        for part in (*parts[first:], *parts[:first]):
-            if not self.is_whole(part):
-                for batch in range(len(self._open().batches[part])):
-                    self._compute(part, batch)
-                with self._putting:
-                    self._queue.drain()
-                self._finish_part(part)
+        cut = self._open().batches
+        todo = [part for part in range(len(cut)) if not self.is_whole(part)]
+        first = len(todo) * world.rank // world.size
+        progress = Progress(f"completing {self.store.url}", len(todo), noun="parts", unit="samples")
+        for part in (*todo[first:], *todo[:first]):
+            for batch, numbers in enumerate(cut[part]):
+                self._compute(part, batch)
+                progress.add(0, len(numbers))
+            with self._putting:
+                self._queue.drain()
+            self._finish_part(part)
             progress.add(1)
-        progress.finish()
+        progress.close()
         release = hold_in_turn(self.spool.path / "finish.lock")
         try:
             finish_cache(self.store, self.plan)

@@ -87,7 +87,7 @@ def check_equal_to_cache(batches: list[Batch], numbers: list[int], built: Path) 
         assert torch.equal(batch.last_hidden[0], sample.last_hidden)
 
 
-@pytest.mark.parametrize(("seed", "served"), [(0, False), (1, False), (2, True)])
+@pytest.mark.parametrize(("seed", "served"), [(0, False), (1, True)])
 def test_in_whatever_order_it_is_asked_the_cache_has_the_bytes_of_a_build(
     inputs: Inputs, tmp_path: Path, seed: int, served: bool
 ) -> None:
