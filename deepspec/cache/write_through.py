@@ -105,6 +105,7 @@ class WriteThrough:
         self._stack, self._opening, self._putting = ExitStack(), threading.Lock(), threading.Lock()
         self._positions: Positions | None = None
         self._fresh: dict[tuple[int, int], Block] = {}  # computed, and not yet on the disk
+        self._held: dict[tuple[int, int], Callable[[], None]] = {}  # what releases the locks of those
         self._whole: set[int] = set()  # parts known to be complete
         self._part = lru_cache(OPEN_PARTS)(lambda name: PartReader(store, name))
         self._spooled = lru_cache(OPEN_PARTS)(lambda name: PartReader(self.spool, name))
@@ -189,16 +190,22 @@ class WriteThrough:
         """Compute a batch, unless somebody has done so, and have it written."""
         release = hold_in_turn(self.spool.path / f"{self._name(part)}.lock")
         with ExitStack() as stack:
-            stack.callback(release)
+            self._held[part, batch] = release
+            stack.callback(self._release, part, batch)
             if self._is_there(part, batch):
                 return
             with waiting(f"hidden states for part {self._name(part)} of {self.store.url}"):
                 size, made = self.forward(self._conversations(part, batch))
                 block = made()
             self._fresh[part, batch] = block
-            held = stack.pop_all()
             with self._putting:
-                self._queue.put(partial(self._keep, part, batch, held), size)
+                self._queue.put(partial(self._keep, part, batch), size)
+            stack.pop_all()  # the writing thread releases it
+
+    def _release(self, part: int, batch: int) -> None:
+        release = self._held.pop((part, batch), None)
+        if release is not None:
+            release()
 
     def _conversations(self, part: int, batch: int) -> list[Conversation]:
         """The batch as a build gives it to the target."""
@@ -210,9 +217,9 @@ class WriteThrough:
             rows.append((sample, samples.names[number], Rendered(ids, mask)))
         return rows
 
-    def _keep(self, part: int, batch: int, held: ExitStack) -> None:
+    def _keep(self, part: int, batch: int) -> None:
         """On the writing thread: the batch to the spool, or with the others of its part to the part."""
-        with held:
+        try:
             others = (i for i in range(len(self._open().batches[part])) if i != batch)
             if all(is_complete(self.spool, self._name(part, other)) for other in others):
                 self._assemble(part)
@@ -220,6 +227,11 @@ class WriteThrough:
                 block = iter([self._fresh[part, batch]])
                 write_part(self.spool, self._name(part, batch), self.layout, self._encoders, block)
             del self._fresh[part, batch]
+            self._release(part, batch)
+        except BaseException:
+            for key in list(self._held):  # nothing is written from now on: who waits for a lock must learn it
+                self._release(*key)
+            raise
 
     def _assemble(self, part: int) -> None:
         """Write the part of its batches, which are all there; its lock is held."""
@@ -253,18 +265,19 @@ class WriteThrough:
             CacheError: no usable sample, or a part that another rank did not finish.
             OSError: the cache cannot be written.
         """
-        parts = range(len(self._open().parts))
-        first = len(parts) * world.rank // world.size
-        progress = Progress("write-through", len(parts), noun="parts")
-        for part in (*parts[first:], *parts[:first]):
-            if not self.is_whole(part):
-                for batch in range(len(self._open().batches[part])):
-                    self._compute(part, batch)
-                with self._putting:
-                    self._queue.drain()
-                self._finish_part(part)
+        cut = self._open().batches
+        todo = [part for part in range(len(cut)) if not self.is_whole(part)]
+        first = len(todo) * world.rank // world.size
+        progress = Progress(f"completing {self.store.url}", len(todo), noun="parts", unit="samples")
+        for part in (*todo[first:], *todo[:first]):
+            for batch, numbers in enumerate(cut[part]):
+                self._compute(part, batch)
+                progress.add(0, len(numbers))
+            with self._putting:
+                self._queue.drain()
+            self._finish_part(part)
             progress.add(1)
-        progress.finish()
+        progress.close()
         release = hold_in_turn(self.spool.path / "finish.lock")
         try:
             finish_cache(self.store, self.plan)

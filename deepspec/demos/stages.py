@@ -100,7 +100,7 @@ def beside_server(stage: Stage, recipe: str, log: Path, start: Names) -> Stage:
         log: of the server.
         start: the command that starts both.
     """
-    words = ("--recipe", recipe, *settings(native(recipe)), "--log", str(log), "--")
+    words = ("--quiet", "--recipe", recipe, *settings(native(recipe)), "--log", str(log), "--")
     return replace(stage, command=(*start, *words, *stage.command))
 
 

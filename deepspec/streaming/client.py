@@ -47,6 +47,7 @@ class Wanted:
     level: str = "lossless"  # that the states are coded at
     storage: str | None = None  # the folder that servers with a shared file system write to
     timeout: float = 600.0  # seconds for a conversation
+    batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `Conversation.lengths`
 
     @property
     def dtype(self) -> str:
@@ -203,14 +204,17 @@ class StreamClient(FeatureClient):
         known = {"target": served if isinstance(served, dict) else {}}
         if lines := differences(known, {"target": wanted.fields}, sides):
             raise ServerFault(f"it serves another target: {'; '.join(lines[:3])}", True)
+        most = said.get("batch_tokens", 0)
+        if type(most) is not int or most < wanted.batch_tokens:
+            problem = f"it takes batches of {most!r:.20} tokens, the cache that is written has such of"
+            raise ServerFault(f"{problem} {wanted.batch_tokens} (its --batch-tokens, cache.tokens_per_batch)", True)
 
     def fetch(self, conversation: Conversation) -> States:
         """See :meth:`FeatureClient.fetch`; decoded as it comes."""
         wanted, length = self.wanted, len(conversation.tokens)
         D = wanted.target.spec.hidden_size
         features = empty((length, D * len(wanted.layers)), wanted.target.dtype)
-        rows = conversation.last_rows() if wanted.last_hidden else None
-        packed = None if rows is None else empty((int(rows.sum()), D), wanted.target.dtype)
+        last = LastRows(conversation.last_rows(), D, wanted.target.dtype) if wanted.last_hidden else None
         body = {
             "tokens": conversation.tokens.tolist(),
             "supervised": conversation.ranges(),
@@ -220,7 +224,7 @@ class StreamClient(FeatureClient):
         }
         if conversation.lengths is not None:
             body["lengths"] = list(conversation.lengths)
-        arrays = Arrays(stored_view(features), None if packed is None else stored_view(packed))
+        arrays = Arrays(stored_view(features), None if last is None else last.packed)
         limits: dict[str, Any] = {"stall": STALL, "seconds": wanted.timeout, "receive": RECEIVE}
         try:
             with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
@@ -231,21 +235,34 @@ class StreamClient(FeatureClient):
             raise ServerFault(none.problem) from None
         except WireError as wrong:
             raise ServerFault(str(wrong)) from None
-        return States(features, None if packed is None or rows is None else spread(packed, rows))
+        return States(features, None if last is None else last.spread())
 
 
-def spread(packed: Tensor, rows: NDArray[np.bool_]) -> Tensor:
-    """[S, D] with ``packed`` [R, D] in the chosen ``rows`` [S], zeros elsewhere."""
-    out = empty((len(rows), packed.shape[1]), packed.dtype)
-    target, kept = stored_view(out), np.flatnonzero(rows)
-    first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
-    if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side
-        target[:first], target[first + count :] = 0, 0
-        target[first : first + count] = stored_view(packed)
-        return out
-    target[...] = 0
-    target[kept] = stored_view(packed)
-    return out
+class LastRows:
+    """Last hidden states [S, D], of which the chosen rows come packed, the others are zeros.
+
+    Args:
+        rows: [S] which are chosen.
+        width: D.
+        dtype: of the states.
+    """
+
+    def __init__(self, rows: NDArray[np.bool_], width: int, dtype: torch.dtype) -> None:
+        self.states, kept = empty((len(rows), width), dtype), np.flatnonzero(rows)
+        self._out, first, count = stored_view(self.states), int(kept[0]) if len(kept) else 0, len(kept)
+        if not count or kept[-1] - first + 1 == count:  # one answer: its rows lie side by side, and come to their place
+            self.packed = self._out[first : first + count]  # [R, D] as stored, to be filled
+            self._out[:first], self._out[first + count :] = 0, 0
+            self._kept = None
+        else:
+            self.packed, self._kept = np.empty((count, width), self._out.dtype), kept
+
+    def spread(self) -> Tensor:
+        """[S, D], once ``packed`` is filled."""
+        if self._kept is not None:
+            self._out[...] = 0
+            self._out[self._kept] = self.packed
+        return self.states
 
 
 class ExtractionClient(FeatureClient):
@@ -301,4 +318,5 @@ def wanted_of(recipe: Any, target: TargetEmbeddings) -> Wanted:
     return Wanted(
         target, target_fields(target.spec), recipe.target.layers, recipe.target.revision, keeps_last,
         data.server_level, data.server_storage, data.server_timeout,
+        recipe.cache.tokens_per_batch if data.write_cache else 0,
     )  # fmt: skip

@@ -105,7 +105,8 @@ class FeatureServer:
         if not self._admits(request):
             return _refusal(401, f"deepspec: the shared secret is {'wrong' if _secret(request) else 'missing'}")
         said = {"deepspec": PROTOCOL, "target": self.fields, "digest": self.digest, "dtype": self.dtype}
-        return JSONResponse(said | {"max_length": self.max_length, "levels": list(LEVELS)})
+        limits = {"max_length": self.max_length, "batch_tokens": self.batcher.limits.batch_tokens}
+        return JSONResponse(said | limits | {"levels": list(LEVELS)})
 
     async def health(self, _request: Request) -> Response:
         """Whether conversations are computed."""

@@ -157,8 +157,13 @@ class TestServedSource(TestOnlineSource):
 class TestServedSourceThatWritesACache(TestOnlineSourceThatWritesACache):
     @pytest.fixture
     def opened(self, inputs: Inputs, feature_servers: tuple[str, ...], tmp_path: Path) -> Callable[[], FeatureSource]:
-        served = {"servers": feature_servers[:1], "server_storage": None}
-        return lambda: inputs.open(inputs.of("served", write_cache=str(tmp_path / f"{len(inputs.opened)}"), **served))
+        def opened() -> FeatureSource:
+            data = {"servers": feature_servers[:1], "server_storage": None}
+            recipe = inputs.of("served", write_cache=str(tmp_path / f"{len(inputs.opened)}"), **data)
+            fitting = dataclasses.replace(recipe.cache, tokens_per_batch=1024)  # one batch, as in the cache
+            return inputs.open(dataclasses.replace(recipe, cache=fitting))
+
+        return opened
 
 
 class TestFeatureServers(TestOnlineSource):
