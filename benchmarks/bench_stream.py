@@ -225,10 +225,8 @@ def _peak() -> float:
 
 def main() -> None:
     """Measure, print, write the bars."""
-    parser = Benchmark(
-        __doc__ or "", takes="a minute",
-        bars="1.5 GB/s raw equivalent a CPU second, lossless; the trainer waits under 5 %; memory stays bounded",
-    )  # fmt: skip
+    bars = "1.5 GB/s raw equivalent a CPU second, lossless; the trainer waits under 5 %; memory stays bounded"
+    parser = Benchmark(__doc__, bars=bars, takes="a minute")
     parser.add_argument("--seconds", type=float, default=8.0, help="of the client's measurement")
     given = parser.parse_args()
     torch.set_num_threads(1)
