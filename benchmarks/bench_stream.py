@@ -2,8 +2,8 @@
 
 A server in a process of its own sends replies that were coded once (a target that costs nothing); the client is the one
 that training uses. What limits it is measured piece by piece on the same bytes: receiving, checksums, decoding. The
-trainer's wait is that of its own prefetching, with steps that last as long as four conversations take. A server that never
-stops sending, in each of three ways, is read until the client refuses it.
+trainer's wait is that of its own prefetching, with steps that last as long as four conversations take. A server that
+never stops sending, in each of three ways, is read until the client refuses it.
 """
 
 from __future__ import annotations
