@@ -44,7 +44,8 @@ REFUSED = {
     ("sglang", "dflash-window", "qwen3"): "complete context",
     ("sglang", "dflash2", "qwen3"): "no class for such a draft",
     ("gguf", "dflash-causal", "qwen3"): "causal.*no such part",
-    ("gguf", "dflash2", "qwen3"): "no class for such a draft",
+    ("gguf", "dflash2-anchor", "qwen3"): "K - 1 drafts",
+    ("gguf", "dflash2-reduced", "qwen3"): "full vocabulary",
 }
 
 
