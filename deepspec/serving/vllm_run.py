@@ -40,7 +40,7 @@ def watch_rounds(engine: Any) -> list[tuple[int, int]]:
 def take_any_mask() -> None:
     """Let Triton's interpreter, which stands in for a GPU, take masks that are not of its own boolean type.
 
-    The engine's walk over a DFlash 2 draft's candidates makes such a mask; Triton's compiler takes it.
+    The engine's walk over the candidates of a selector makes such a mask; Triton's compiler takes it.
     """
     import numpy as np
     from triton.runtime import interpreter
