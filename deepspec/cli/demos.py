@@ -119,7 +119,7 @@ def results() -> None:
 def serve_check() -> int:
     """Serve drafts with vLLM and llama.cpp on CPU, load them with SGLang, compare with ours: ``make serve-check``.
 
-    The quickstart's drafts (``make quickstart`` first), and drafts of small random Llama, Qwen3 mixture-of-experts and
+    The quickstart's drafts (``make quickstart`` first), and drafts of small random Qwen3, Llama, Qwen3-of-experts and
     Gemma4 targets. Each engine gets an environment of its own (``--engine``, or DEEPSPEC_VLLM, DEEPSPEC_LLAMACPP,
     DEEPSPEC_SGLANG; made where missing). SGLang's server needs a GPU: its code loads the drafts, and drafts. Kinds that
     need the CPU shim (``--shim``, or DEEPSPEC_VLLM_SHIM; default ../shared/vllm_cpu/shim) are without it reported as
@@ -132,9 +132,8 @@ def serve_check() -> int:
     parser.add_argument("--server", choices=registry.SERVERS, help="only this engine")
     parser.add_argument("--engine", type=Path, help="folder of the engine's environment")
     parser.add_argument("--shim", help="folder of the CPU shim")
-    parser.add_argument(
-        "--target", action="append", help="only this: quickstart, llama, qwen3_moe or gemma4_text; may be repeated"
-    )
+    targets = "only this: quickstart, qwen3, llama, qwen3_moe or gemma4_text; may be repeated"
+    parser.add_argument("--target", action="append", help=targets)
     parser.add_argument("--prompts", type=COUNT, default=12, help="held-out prompts that are decoded")
     parser.add_argument("--max-tokens", type=COUNT, default=48, help="at most, of each answer")
     parser.add_argument("--timeout", type=POSITIVE, default=1800.0, help="seconds of one run of the engine")

@@ -81,7 +81,7 @@ def _add(gguf: Any, writer: Any, name: str, value: Any) -> None:
 
 
 def _type_of(tensor: Tensor, dtype: str) -> str:
-    if tensor.dim() < 2:
+    if tensor.dim() != 2:  # vectors, and the kernels of a convolution, which are added
         return TYPES["fp32"]
     if dtype == "q8_0" and tensor.shape[-1] % BLOCK:
         return TYPES["bf16"]

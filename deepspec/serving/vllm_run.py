@@ -7,6 +7,7 @@ of every draft-verify round, how many tokens were drafted and accepted.
 
 from __future__ import annotations
 
+import os
 import time
 from typing import Any
 
@@ -36,10 +37,33 @@ def watch_rounds(engine: Any) -> list[tuple[int, int]]:
     return rounds
 
 
+def take_any_mask() -> None:
+    """Let Triton's interpreter, which stands in for a GPU, take masks that are not of its own boolean type.
+
+    The engine's walk over the candidates of a selector makes such a mask; Triton's compiler takes it.
+    """
+    import numpy as np
+    from triton.runtime import interpreter
+
+    def of_bools(method: Any, place: int) -> Any:
+        def call(builder: Any, *arguments: Any, **named: Any) -> Any:
+            mask = arguments[place]
+            mask = interpreter.TensorHandle(np.asarray(mask.data).astype(bool), mask.dtype)
+            return method(builder, *arguments[:place], mask, *arguments[place + 1 :], **named)
+
+        return call
+
+    builder = interpreter.InterpreterBuilder
+    builder.create_masked_load = of_bools(builder.create_masked_load, 1)
+    builder.create_masked_store = of_bools(builder.create_masked_store, 2)
+
+
 def generate(job: dict[str, Any]) -> dict[str, Any]:
     """Run the job; see the module."""
     import vllm
 
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        take_any_mask()
     start = time.perf_counter()
     engine = vllm.LLM(
         model=job["target"],

@@ -151,7 +151,7 @@ NO_CONFIDENCE = {"confidence_head": False, "confidence_with_markov": False}
     ("algorithm", "changes"),
     [
         ("dspark", {}), ("dspark", FILL_IN), ("dspark", NO_CONFIDENCE), ("dspark", REDUCED),
-        ("dflash", {}), ("dflash", FILL_IN), ("dflash", REDUCED), ("dflash", FILL_IN | REDUCED),
+        ("dflash", {}), ("dflash", FILL_IN), ("dflash", REDUCED), ("dflash", FILL_IN | REDUCED), ("dflash2", {}),
     ],
 )  # fmt: skip
 def test_rounds_of_a_block_drafter_are_ours(
@@ -161,7 +161,7 @@ def test_rounds_of_a_block_drafter_are_ours(
     same(served, served.rows(served.export()), served.ours())
 
 
-@pytest.mark.parametrize("changes", [{}, REDUCED])
+@pytest.mark.parametrize("changes", [{}, REDUCED, {"norm_before_residual": True, "norm_before_fc": True}])
 def test_rounds_of_eagle3_are_ours(flat_case: Drafted, changes: dict[str, Any], tmp_path: Path) -> None:
     served = Served(flat_case, taught(flat_case, "eagle3", **changes), tmp_path)
     same(served, served.rows(served.export()), served.ours())

@@ -13,7 +13,8 @@ from torch import Tensor
 from deepspec.drafts import SHARD_BYTES, seal_draft
 from deepspec.errors import DraftError
 from deepspec.export.engines.base import ExportEngine
-from deepspec.export.forms.gguf import BlockGGUF, Eagle3GGUF
+from deepspec.export.engines.vllm import FROM_ANCHOR
+from deepspec.export.forms.gguf import BlockGGUF, DFlash2GGUF, Eagle3GGUF
 from deepspec.export.gguf_file import read_keys, read_tensors, tokenizer_keys, tokenizer_keys_of, write_file
 from deepspec.export.parts import DraftCheckpoint
 from deepspec.files import sha256_file
@@ -22,6 +23,7 @@ FILE = "draft.gguf"
 HEADS = "its block drafters norm every head"
 DSPARK = BlockGGUF({"qwen3": "dflash"}, HEADS, name="draft-dspark", zero_head=True)
 DFLASH = BlockGGUF({"qwen3": "dflash"}, HEADS, name="draft-dflash")
+DFLASH2 = DFlash2GGUF({"qwen3": "dflash"}, HEADS, name="draft-dflash")
 EAGLE3 = Eagle3GGUF({"llama": "eagle3"}, "its Eagle3 has Llama layers", name="draft-eagle3")
 
 
@@ -29,7 +31,11 @@ class GGUFEngine(ExportEngine):
     """Block drafters with norms on the heads, Eagle3 of one Llama layer over three of the target's."""
 
     name = "gguf"
-    forms: ClassVar = {"eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK}
+    forms: ClassVar = {
+        "eagle3": EAGLE3, "dflash": DSPARK, "dflash-k-1": DFLASH, "dspark": DSPARK, "dspark-k-1": DSPARK,
+        "dflash2-k-1": DFLASH2,
+    }  # fmt: skip
+    refused: ClassVar = {"dflash2": FROM_ANCHOR}
     holds_frozen = False
     absolute_ids = True
     head = "output.weight"

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.base import complete_vocabulary, no_embedding, no_last_layer, one_layer, targets_own
 from deepspec.export.forms.block import DFlash, DSpark
-from deepspec.export.forms.eagle3 import Eagle3Midlayer, no_norms
+from deepspec.export.forms.eagle3 import NORMS, Eagle3Midlayer, no_norms
 from deepspec.export.forms.mtp import FROM_TARGET
 from deepspec.export.parts import DraftCheckpoint, Reason
 
@@ -50,7 +50,7 @@ class SGLangEagle3(Eagle3Midlayer):
 EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     {"llama": "LlamaForCausalLMEagle3"},
     "its Eagle3 class has Llama's layers, and would leave out the norms of the heads without a word",
-    (one_layer, no_norms, targets_embedding),
+    (one_layer, no_norms(*NORMS), targets_embedding),
 )
 DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own))
 DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())

@@ -74,10 +74,14 @@ def one_lower(ids: Sequence[int] | None) -> list[int] | None:
     return None if ids is None else [int(i) - 1 for i in ids]
 
 
-def no_norms(draft: DraftCheckpoint) -> Reason | None:
-    """Where the engine reads none of EAGLE-3.1's options, and would leave them out without a word."""
-    key = next((key for key in NORMS if getattr(draft.parsed, key)), None)
-    return Reason("its Eagle3 does not read it", key, True, f"train with draft.{key}: false") if key else None
+def no_norms(*keys: str) -> Requirement:
+    """Where the engine does not read these of EAGLE-3.1's options, and would leave them out without a word."""
+
+    def reason(draft: DraftCheckpoint) -> Reason | None:
+        key = next((key for key in keys if getattr(draft.parsed, key)), None)
+        return Reason("its Eagle3 does not read it", key, True, f"train with draft.{key}: false") if key else None
+
+    return reason
 
 
 def stated_norms(draft: DraftCheckpoint) -> dict[str, bool]:

@@ -11,7 +11,7 @@ import json
 import re
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -21,27 +21,36 @@ from deepspec.errors import DraftError
 from deepspec.export.forms.base import (
     Form,
     Requirement,
+    complete_vocabulary,
     no_embedding,
     no_last_layer,
     one_layer,
     targets_own,
     with_head_rows,
 )
-from deepspec.export.forms.block import MARKOV, vanilla_head, zero_markov
+from deepspec.export.forms.block import MARKOV, PARTS, vanilla_head, zero_markov
 from deepspec.export.forms.eagle3 import no_norms
 from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints, Reason
 from deepspec.families.base import Shape
 
 ARCHITECTURE, OURS = "general.architecture", "deepspec.config"
+BEFORE_FC = {"input_norm.weight": "hidden_norm.weight"}  # of Eagle3
 LAYER = {  # of a layer: our name -> the engine's
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "hidden_norm": "attn_norm_2",
     "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm", "self_attn.k_norm": "attn_k_norm",
     "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "attention_conv.kernel_projection": "attn_conv_proj", "mlp_conv.kernel_projection": "ffn_conv_proj",
 }  # fmt: skip
 TOP = {"fc": "fc", "norm": "output_norm", "hidden_norm": "enc.output_norm", "lm_head": "output",
        "markov_head.markov_w1": "markov_w1", "markov_head.markov_w2": "markov_w2",
-       "confidence_head.proj": "conf_proj"}  # fmt: skip
+       "confidence_head.proj": "conf_proj", "candidate_selector.hidden_projection": "selector_hidden"}  # fmt: skip
+BARE = {  # ours is no module's weight, or theirs has no such ending: the complete names
+    "layers.{}.attention_conv.base_kernel": "blk.{}.attn_conv_base",
+    "layers.{}.mlp_conv.base_kernel": "blk.{}.ffn_conv_base",
+    "candidate_selector.predecessor_codebook": "selector_predecessor.weight",
+    "candidate_selector.successor_codebook": "selector_successor.weight",
+}  # fmt: skip
 
 
 def plain_rope(draft: DraftCheckpoint) -> Reason | None:
@@ -160,14 +169,43 @@ class BlockGGUF(GGUFForm):
         return state if draft.config.get("markov_rank") or not self.zero_head else state | zero_markov(draft)
 
 
+def lattice(draft: DraftCheckpoint) -> Reason | None:
+    """Where the scores of all pairs of candidates are handed out in place of a hidden state."""
+    count, width = draft.parsed.selector_top_k, draft.shape.hidden_size
+    if count * (count + 1) <= width:
+        return None
+    return Reason(f"{count} candidates' pairs do not fit a hidden size of {width}", "selector_top_k", count)
+
+
+@dataclass(frozen=True, eq=False)
+class DFlash2GGUF(BlockGGUF):
+    """DFlash 2: told by its selector's tensors."""
+
+    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, complete_vocabulary, lattice)
+    carries: tuple[str, ...] = PARTS
+
+    def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
+        return super().own_keys(draft) | {key: getattr(draft.parsed, key) for key in PARTS}
+
+
 @dataclass(frozen=True, eq=False)
 class Eagle3GGUF(GGUFForm):
     """Eagle3: one layer without norms on the heads; queries and keys rotate neighbours, not halves."""
 
-    requires: tuple[Requirement, ...] = (*COMMON, one_layer, three_layers, no_norms)
+    requires: tuple[Requirement, ...] = (*COMMON, one_layer, three_layers, no_norms("fc_norm", "norm_output"))
 
     def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
-        return {"target_hidden_size": draft.shape.hidden_size, "vocab_size": draft.shape.vocab_size}
+        norms = {key: True for key in ("norm_before_residual", "norm_before_fc") if getattr(draft.parsed, key)}
+        return {"target_hidden_size": draft.shape.hidden_size, "vocab_size": draft.shape.vocab_size, **norms}
+
+    def _state(self, draft: DraftCheckpoint) -> dict[str, Tensor]:
+        """Its norm of the features has the name that a block drafter's ``hidden_norm`` has."""
+        return {BEFORE_FC.get(name, name): tensor for name, tensor in super()._state(draft).items()}
+
+    def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
+        made = super().read(draft, hints)
+        back = {their: our for our, their in BEFORE_FC.items()}
+        return replace(made, state={back.get(name, name): tensor for name, tensor in made.state.items()})
 
     def rotated(self, draft: DraftCheckpoint) -> dict[str, int]:
         shape = draft.shape
@@ -189,6 +227,9 @@ def layer_keys(shape: Shape, count: int) -> dict[str, Any]:
 
 def their_name(name: str) -> str:
     """The engine's name of a tensor of ours."""
+    pattern, number = _numbered(name)
+    if pattern in BARE:
+        return BARE[pattern].format(number)
     stem, _, end = name.rpartition(".")
     if match := re.fullmatch(r"layers\.(\d+)\.(.+)", stem):
         return f"blk.{match[1]}.{LAYER[match[2]]}.{end}"
@@ -197,12 +238,23 @@ def their_name(name: str) -> str:
 
 def our_name(name: str) -> str:
     """Our name of a tensor of the engine's; one that is unknown stays as it is."""
+    pattern, number = _numbered(name)
+    if pattern in BARE.values():
+        return next(our for our, their in BARE.items() if their == pattern).format(number)
     stem, _, end = name.rpartition(".")
     if match := re.fullmatch(r"blk\.(\d+)\.(.+)", stem):
         known = {their: our for our, their in LAYER.items()}
         return f"layers.{match[1]}.{known[match[2]]}.{end}" if match[2] in known else name
     known = {their: our for our, their in TOP.items()}
     return f"{known[stem]}.{end}" if stem in known else name
+
+
+def _numbered(name: str) -> tuple[str, str]:
+    """A name with ``{}`` in place of its layer's number, and the number."""
+    parts = name.split(".", 2)
+    if len(parts) < 3 or not parts[1].isdigit():
+        return name, ""
+    return f"{parts[0]}.{{}}.{parts[2]}", parts[1]
 
 
 def interleaved(rows: Tensor, heads: int) -> Tensor:
