@@ -1,4 +1,4 @@
-"""The GPU check: all of it runs at tiny sizes on the CPU, what fails is listed, and the page says what the file holds."""
+"""The GPU check: all of it runs at tiny sizes on the CPU, what fails is listed, the page says what the file holds."""
 
 from __future__ import annotations
 
