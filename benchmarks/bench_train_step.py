@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,8 +92,8 @@ def qwen3_config(size: dict[str, int]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def described(name: str, size: dict[str, int]) -> tuple[Any, Any, TargetSpec]:
-    """(algorithm, config, target) of a draft of ``size``, of an algorithm or a row."""
+def described(name: str, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> tuple[Any, Any, TargetSpec]:
+    """(algorithm, config, target) of a draft of ``size``, of an algorithm or a row; ``keys`` of its section."""
     spec = TargetSpec("bench", registry.family("qwen3"), qwen3_config(size), "qwen3")
     row = ROWS.get(name, Row(name, {}, name))
     algorithm = registry.algorithm(row.algorithm)
@@ -100,13 +101,14 @@ def described(name: str, size: dict[str, int]) -> tuple[Any, Any, TargetSpec]:
     if "target_layers" in algorithm.tiny_section:  # it continues the target's last state
         section["target_layers"] = [36]
     known = {"num_anchors": size["anchors"], "mask_token_id": 5}
-    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section} | row.section
+    section |= {key: value for key, value in known.items() if key in algorithm.tiny_section}
+    section |= {**row.section, **(keys or {})}
     return algorithm, algorithm.parse(section, None), spec
 
 
-def build(name: str, dtype: torch.dtype, size: dict[str, int]) -> Any:
-    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head."""
-    algorithm, config, spec = described(name, size)
+def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> Any:
+    """A draft of ``size`` as :func:`described`, with random frozen embedding and head."""
+    algorithm, config, spec = described(name, size, keys)
     model = algorithm.build(config, spec).to(dtype)
     weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
     model.attach(weights.to(dtype), weights.to(dtype))
@@ -164,7 +166,7 @@ def measure(name: str, dtype: str, supervised: int, plain: bool, rounds: int, re
 
 def measure_real_loss(model: Any, batch: Batch) -> dict[str, float]:
     """The DSpark loss alone at the real shape: from the slots' hidden states to its gradients."""
-    from deepspec.algorithms.block import BlockPlan, draw_anchors
+    from deepspec.algorithms.block_plan import BlockPlan, draw_anchors
     from deepspec.nn.loss_chunk import LossWeights
     from deepspec.nn.losses import head_loss
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.algorithms.block import draw_anchors
+from deepspec.algorithms.block_plan import draw_anchors
 from deepspec.algorithms.eagle3 import supervised_slots
 from deepspec.batch import Batch
 

@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from deepspec.errors import CacheError
+
 
 @dataclass(frozen=True)
 class Supervision:
@@ -34,6 +36,21 @@ class Supervision:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Of conversations that several ranks share: the ``number``-th rank of ``of``; 0 of 1 where each has its own."""
+
+    number: int = 0
+    of: int = 1
+
+    def rows(self, count: int) -> int:
+        """How many of ``count`` rows a rank has, at most: each has every ``of``-th."""
+        return -(-count // self.of)
+
+
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class LossPlan:
     """What an objective computes of a micro-batch (anchors, rows, positions, weights), decided before the step.
 
@@ -42,6 +59,14 @@ class LossPlan:
     """
 
     weight: Tensor  # scalar, the weight of all loss terms of the micro-batch
+
+    def shared(self, part: Part) -> Self:
+        """The rows of one of the ranks that share the conversations (``Algorithm.shares_sequences``).
+
+        The weights of all ranks' plans, and the sums of their losses, add up to this one's. It has ``position_P``, the
+        target positions that are compared with, as indices into [B, S] flattened.
+        """
+        raise NotImplementedError
 
     def to(self, device: torch.device | str) -> Self:
         """A copy on ``device``."""
@@ -65,25 +90,58 @@ def _each_tensor(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 @dataclass(frozen=True)
 class Batch:
-    """A padded batch of conversations with what the target computed for them."""
+    """A padded batch of conversations with what the target computed for them.
+
+    Where several ranks share it (``part``), each has all tokens, the features of every P-th position [B, ceil(S / P),
+    L*D], and the last hidden states of the target positions of its own plan [1, positions, D].
+    """
 
     supervision: Supervision
     input_ids: Tensor  # [B, S] int64
     features: Tensor  # [B, S, L*D], the outputs of the target layers, concatenated
     last_hidden: Tensor | None  # [B, S, D], the input of lm_head; None where the loss does not use it
     plan: LossPlan | None = None  # of the algorithm that trains; a source leaves it out
+    part: Part = WHOLE
+
+    def shared(self, part: Part) -> Batch:
+        """The batch as one of the ranks that share it holds it, but for its plan: the features of its positions."""
+        if part.of == 1:
+            return self
+        taken = self.features[:, part.number :: part.of]
+        own = taken.new_zeros(len(taken), part.rows(self.features.shape[1]), taken.shape[2])
+        own[:, : taken.shape[1]] = taken
+        return replace(self, features=own.pin_memory() if torch.cuda.is_available() else own, part=part)
 
     def planned(self, plan: LossPlan) -> Batch:
-        """The batch with its loss plan, which moves to the batch's device."""
-        return replace(self, plan=plan.to(self.input_ids.device))
+        """The batch with its (or, where it is shared, this rank's) loss plan, which moves to the batch's device."""
+        last, positions = self.last_hidden, getattr(plan, "position_P", None)
+        if self.part.of > 1 and last is not None and positions is not None:
+            last = last.flatten(0, 1)[positions.to(last.device)][None]
+        return replace(self, plan=plan.to(self.input_ids.device), last_hidden=last)
+
+    def target_states(self, position_P: Tensor, dtype: torch.dtype) -> Tensor:
+        """The last hidden states [P, D] at the plan's target positions, indices into [B, S] flattened.
+
+        Raises:
+            CacheError: the feature source left them out.
+        """
+        if self.last_hidden is None:
+            problem, remedy = "the loss compares with the target's distribution", "build the cache with last_hidden"
+            raise CacheError(problem, key="last_hidden", found=None, remedy=remedy)
+        states = self.last_hidden.flatten(0, 1)
+        return (states if self.part.of > 1 else states[position_P]).to(dtype)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Batch:
-        """A copy on ``device``, hidden states cast to ``dtype`` there; the supervision stays on the CPU."""
+        """A copy on ``device``, hidden states cast to ``dtype`` there; the supervision stays on the CPU.
+
+        Features that ``dtype`` would widen stay as they are: the draft casts them as it reads them.
+        """
         last = None if self.last_hidden is None else self.last_hidden.to(device, non_blocking=True).to(dtype)
+        features = self.features.to(device, non_blocking=True)
         return replace(
             self,
             input_ids=self.input_ids.to(device, non_blocking=True),
-            features=self.features.to(device, non_blocking=True).to(dtype),
+            features=features if dtype is None or dtype.itemsize > features.itemsize else features.to(dtype),
             last_hidden=last,
             plan=None if self.plan is None else self.plan.to(device),
         )

@@ -37,6 +37,10 @@ class World:
         """Whether this process prints and writes manifests."""
         return self.rank == 0
 
+    def groups_of(self, count: int) -> World:
+        """The world whose members are groups of ``count`` neighbouring ranks: this rank's group, and how many."""
+        return World(self.rank // count, self.size // count)
+
 
 _LAUNCHER_VARIABLES = (  # rank, size, local rank, local size of torchrun/deepspeed, Open MPI, MPICH/Hydra (PMI), Slurm
     ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),

@@ -184,7 +184,10 @@ class DraftStart:
             _require(len(set(kept)) == len(kept), "keep_layers", list(kept), "each layer once", "layer named twice")
 
 
-_TRAIN_COUNTS = ("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch")
+_TRAIN_COUNTS = (
+    *("epochs", "micro_batch", "global_batch", "log_every", "save_every", "keep_last", "online_micro_batch"),
+    "sequence_parallel",
+)
 
 
 @dataclass(frozen=True)
@@ -197,6 +200,7 @@ class TrainSection:
     micro_batch: int = 1  # samples per process and forward, where `micro_tokens` is null
     micro_tokens: int | None = None  # tokens per process and forward, padding included; balanced over the processes
     global_batch: int = 512  # samples per optimizer step, whatever the number of processes
+    sequence_parallel: int = 1  # processes that share each conversation; each holds a part of its features (Ulysses)
     init: Literal["random", "target"] | DraftStart = "random"  # target: copies of the target's last layers
     freeze: tuple[str, ...] = ()  # patterns of weights that are not trained; `!` in front trains them; the last decides
     lr: float = 6.0e-4  # the highest of the schedule
@@ -333,6 +337,10 @@ class Recipe:
             raise RecipeError(
                 "layer beyond the model", key="target.layers", found=list(self.target.layers), wanted=wanted
             )
+        of, heads = self.train.sequence_parallel, spec.shape.num_heads
+        if heads % of:
+            wanted = f"a divisor of {heads}, the heads of {self.target.path}"
+            raise RecipeError("heads cannot be shared", key="train.sequence_parallel", found=of, wanted=wanted)
         if self.target.family not in (None, spec.family.name):
             wanted = f"{spec.family.name}, the family of {self.target.path}"
             raise RecipeError("family of another target", key="target.family", found=self.target.family, wanted=wanted)
@@ -366,6 +374,11 @@ def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     if file.algorithm not in registry.ALGORITHMS:
         remedy = nearest(file.algorithm, registry.ALGORITHMS)
         raise RecipeError("unknown algorithm", key="algorithm", found=file.algorithm, remedy=remedy)
+    of = file.train.sequence_parallel
+    if of > 1 and not registry.algorithm(file.algorithm).shares_sequences:
+        found, wanted = f"{of} with {file.algorithm}", f"1 with {file.algorithm}"
+        problem = "the algorithm cannot share a conversation among processes"
+        raise RecipeError(problem, key="train.sequence_parallel", found=found, wanted=wanted)
     sections = {name: getattr(file, name) for name in ("data", "regenerate", "cache", "train", "evaluate")}
     return Recipe(
         name=file.name,

@@ -19,15 +19,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.loss_fields import LossFields
-from deepspec.batch import Batch, LossPlan, Supervision
-from deepspec.errors import CacheError, DraftError, RecipeError
+from deepspec.batch import Batch, LossPlan, Part, Supervision
+from deepspec.errors import DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
+from deepspec.nn.features import FeatureLinear
 from deepspec.nn.fused import FusedLayer, RotaryRows, norm_of
 from deepspec.nn.heads import FrozenHead
 from deepspec.nn.layer import DraftLayer, RMSNorm, Rotary
 from deepspec.nn.ragged import RaggedKV
+from deepspec.nn.sequence import ALONE
 from deepspec.nn.start import initialise
 from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section
@@ -170,7 +172,7 @@ class DraftModel(nn.Module):
         super().__init__()
         self.hidden_norm = None
         self.algorithm, self.config, self.shape, self.family = algorithm, config, shape, family
-        self.fc = Linear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
+        self.fc: Linear = FeatureLinear(len(config.target_layers) * shape.hidden_size, shape.hidden_size, bias=False)
         widths = [shape.hidden_size * (2 if depth < wide_layers else 1) for depth in range(config.num_layers)]
         self.layers = nn.ModuleList(DraftLayer(shape, family, width) for width in widths)
         self.norm = RMSNorm(shape.hidden_size, shape.norm_eps)
@@ -178,6 +180,7 @@ class DraftModel(nn.Module):
         self.attention = "auto"  # backend of deepspec.nn.attention.attend
         self.loss = "auto"  # backend of deepspec.nn.losses.head_loss
         self.activation_checkpointing = False
+        self.sequence = ALONE  # the ranks that share a conversation
         self._frozen: FrozenHead | None = None
         self._reduced: tuple[FrozenHead, FrozenHead] | None = None  # (of V, of V'): the copy of V' rows is made once
         if config.draft_vocab_size is not None:  # until set_draft_vocab or a checkpoint names them: the first V' tokens
@@ -293,6 +296,7 @@ class Algorithm(ABC):
     model_class: ClassVar[type[DraftModel]]
     drafter_class: ClassVar[type[Drafter]]
     architecture: ClassVar[str]  # its part of `architectures` in config.json; the family's class prefix comes first
+    shares_sequences: ClassVar[bool] = False  # whether several ranks can share a conversation (sequence_parallel)
     own_fields: ClassVar[tuple[OwnField, ...]] = ()  # of config.json
     starts_from: ClassVar[tuple[str, ...]] = ()  # other algorithms whose draft is one of this without `heads`
     heads: ClassVar[tuple[str, ...]] = ()  # prefixes (of any layer: *) that a draft to start from may lack
@@ -409,6 +413,11 @@ class Algorithm(ABC):
     def plan(self, config: Any, supervision: Supervision) -> LossPlan:
         """What the objective computes of a micro-batch, and its loss weight; made on the CPU from the masks."""
 
+    def plan_part(self, config: Any, part: Part, supervision: Supervision) -> LossPlan:
+        """:meth:`plan`, of it the part of one of the ranks that share the conversations."""
+        plan = self.plan(config, supervision)
+        return plan if part.of == 1 else plan.shared(part)
+
     @abstractmethod
     def objective(self, model: Any, batch: Batch) -> LossTerms:
         """Loss terms and metrics of a micro-batch by its plan; never waits for the GPU."""
@@ -417,18 +426,6 @@ class Algorithm(ABC):
         """Whether the objective reads the target's last hidden states: a term compares with its distribution."""
         needed: bool = config.loss_weights.needs_target
         return needed
-
-
-def target_states(batch: Batch, position_P: Tensor, dtype: torch.dtype) -> Tensor:
-    """The target's last hidden states [P, D] at positions of [B, S] flattened.
-
-    Raises:
-        CacheError: the feature source left them out.
-    """
-    if batch.last_hidden is None:
-        problem, remedy = "the loss compares with the target's distribution", "build the cache with last_hidden"
-        raise CacheError(problem, key="last_hidden", found=None, remedy=remedy)
-    return batch.last_hidden.flatten(0, 1)[position_P].to(dtype)
 
 
 def require(holds: bool, key: str, found: object, wanted: str) -> None:

@@ -12,7 +12,6 @@ P distinct target positions of those slots.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
@@ -32,16 +31,15 @@ from deepspec.algorithms.base import (
     require,
     require_at_least,
 )
-from deepspec.batch import LossPlan, Supervision
+from deepspec.algorithms.block_plan import BlockPlan
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
-from deepspec.nn.attention import attend
 from deepspec.nn.fused import norm_of
 from deepspec.nn.heads import ConfidenceHead, MarkovHead
 from deepspec.nn.layer import RMSNorm
-from deepspec.nn.losses import HeadRows
 from deepspec.nn.ragged import attend_ragged, score_bias
 from deepspec.nn.selector import CandidateSelector
+from deepspec.nn.sequence import SequenceGroup
 from deepspec.nn.short_conv import ShortConvolution
 from deepspec.targets import TargetSpec
 
@@ -94,69 +92,6 @@ class BlockConfig(DraftConfig):
         return self.block_size if self.sample_from_anchor else self.block_size - 1
 
 
-def draw_anchors(supervision: Supervision, num_anchors: int) -> list[Tensor]:
-    """Anchors of every row: positions a with loss_mask[a] = loss_mask[a+1] = 1, at most ``num_anchors``, ascending.
-
-    Drawn without replacement from (seed, epoch, sample id), so that resume and world size never change a draw.
-    """
-    mask = supervision.loss_mask.bool()
-    drawn = []
-    for row in range(len(mask)):
-        length = int(supervision.lengths[row])
-        valid = (mask[row, : length - 1] & mask[row, 1:length]).nonzero()[:, 0]
-        if len(valid) > num_anchors:
-            chosen = torch.randperm(len(valid), generator=supervision.generator(row))[:num_anchors]
-            valid = valid[chosen].sort().values
-        drawn.append(valid)
-    return drawn
-
-
-@dataclass(frozen=True)
-class BlockPlan(LossPlan):
-    """Which slots of which blocks are supervised, sorted by the target position they are compared with."""
-
-    anchor_BN: Tensor  # int64, 0 where a row has fewer blocks
-    slot_R: Tensor  # index of each supervised slot in [B, N, K] flattened
-    position_P: Tensor  # index of each distinct target position a + k in [B, S] flattened
-    label_R: Tensor  # index of each slot's label (position a + k + 1) in [B, S] flattened
-    rows: HeadRows  # without labels yet: they need the tokens
-    max_context_len: int  # one more than the last anchor: the context that any block sees
-
-    @staticmethod
-    def make(supervision: Supervision, anchors: list[Tensor], block_size: int, gamma: float | None) -> BlockPlan:
-        """Supervised are the slots k with a + k + 1 < S and loss_mask 1 on the complete run a+1..a+k+1 (a prefix).
-
-        Slot k weighs exp(-k / gamma); every slot 1 where ``gamma`` is None.
-        """
-        mask = supervision.loss_mask.bool()
-        B, S = mask.shape
-        N = max((len(a) for a in anchors), default=0)
-        anchor_BN = torch.zeros(B, N, dtype=torch.int64)
-        kept_BN = torch.zeros(B, N, dtype=torch.bool)
-        for row, drawn in enumerate(anchors):
-            anchor_BN[row, : len(drawn)], kept_BN[row, : len(drawn)] = drawn, True
-        label_BNK = anchor_BN[..., None] + torch.arange(1, block_size + 1)
-        inside = label_BNK < supervision.lengths[:, None, None]
-        supervised = mask.gather(1, label_BNK.clamp_max(S - 1).flatten(1)).view_as(label_BNK) & inside
-        supervised = supervised.cumprod(dim=-1).bool() & kept_BN[..., None]
-        return BlockPlan.of_slots(anchor_BN, supervised, S, gamma)
-
-    @staticmethod
-    def of_slots(anchor_BN: Tensor, supervised_BNK: Tensor, length: int, gamma: float | None) -> BlockPlan:
-        """The plan for the slots ``supervised``, in rows of ``length`` tokens."""
-        B, _N, block_size = supervised_BNK.shape
-        S, label_BNK = length, anchor_BN[..., None] + torch.arange(1, block_size + 1)
-        slot_R = supervised_BNK.flatten().nonzero()[:, 0]
-        label = (label_BNK + S * torch.arange(B)[:, None, None]).flatten()[slot_R]
-        label, order = label.sort(stable=True)
-        slot_R = slot_R[order]
-        position_P, position_R = torch.unique_consecutive(label - 1, return_inverse=True)
-        weight_R = torch.exp(-(slot_R % block_size).double() / (math.inf if gamma is None else gamma)).float()
-        rows = HeadRows.plan(position_R, weight_R)
-        context = int(anchor_BN.max()) + 1 if anchor_BN.numel() else 1
-        return BlockPlan(rows.weight_R.sum(), anchor_BN, slot_R, position_P, label, rows, context)
-
-
 class BlockDraft(DraftModel):
     """Layers that read the target's features as context, with the heads of the config."""
 
@@ -182,7 +117,7 @@ class BlockDraft(DraftModel):
 
     def context(self, features: Tensor) -> Tensor:
         """H_ctx [.., D] = RMSNorm(fc(features [.., L*D]))."""
-        return self.hidden_norm(self.fc(features.to(self.dtype)))
+        return self.hidden_norm(self.fc(features))
 
     def block_inputs(self, anchor_token_BN: Tensor) -> Tensor:
         """Embeddings [B, N, K, D] of [anchor, MASK, MASK, ...]."""
@@ -190,15 +125,20 @@ class BlockDraft(DraftModel):
         tokens[..., 1:] = self.config.mask_token_id
         return self.frozen.embed(tokens)
 
-    def slots(self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_kv: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Normed hidden states [B, N, K, D] of the drafting slots, from every layer's context keys and values."""
+    def slots(
+        self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_kv: list[tuple[Tensor, Tensor]], everyone_BN: Tensor
+    ) -> Tensor:
+        """Normed hidden states [B, N, K, D] of the drafting slots, from every layer's context keys and values.
+
+        ``everyone_BN``: the anchors of all ranks that share the context.
+        """
         steps = torch.arange(self.config.block_size, device=anchor_BN.device)
         table = self.rotary(anchor_BN[..., None] + steps)
         hidden, causal = self.block_inputs(anchor_token_BN), self.config.causal
-        start_BNK = self.window_start(anchor_BN)
+        start_BNK, fixed = self.window_start(everyone_BN), (self.sequence, self.attention, causal)
         for number, (layer, context) in enumerate(zip(self.layers, context_kv, strict=True)):
             start = None if number in self.config.full_layers else start_BNK
-            hidden = self.run(_block_layer, layer, hidden, table, context, anchor_BN, self.attention, causal, start)
+            hidden = self.run(_block_layer, layer, hidden, table, context, everyone_BN, start, *fixed)
         return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
 
     def window_start(self, anchor_BN: Tensor) -> Tensor | None:
@@ -208,28 +148,37 @@ class BlockDraft(DraftModel):
         steps = torch.arange(self.config.block_size, device=anchor_BN.device)
         return anchor_BN[..., None] + steps - (self.config.sliding_window - 1)
 
-    def train_slots(self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, max_context_len: int) -> Tensor:
+    def train_slots(
+        self, features: Tensor, input_ids: Tensor, anchor_BN: Tensor, max_context_len: int,
+        everyone_BN: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Normed hidden states [B, N, K, D] with the context taken from ``features`` [B, S, L*D].
 
         Args:
-            features: the target's features.
+            features: the target's features; of this rank's positions where several share the conversations.
             input_ids: [B, S].
             anchor_BN: anchors on the same device.
             max_context_len: one more than the last anchor: the context that any block can see.
+            everyone_BN: the anchors of all ranks that share the conversations, rank by rank; None: this one alone.
         """
-        context = self.context(features[:, :max_context_len])
-        table = self.rotary(torch.arange(max_context_len, device=context.device))
-        context_kv = [layer.self_attn.keys_values(context, table) for layer in self.layers]
-        return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_kv)
+        positions = self.sequence.positions(max_context_len, features.device)
+        context, table = self.context(features[:, : len(positions)]), self.rotary(positions)
+        context_kv = [
+            self.sequence.context(self.run(layer.self_attn.keys_values, context, table), self.shape.num_heads)
+            for layer in self.layers
+        ]
+        everyone_BN = anchor_BN if everyone_BN is None else everyone_BN
+        return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_kv, everyone_BN)
 
 
 def _block_layer(
-    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, backend: str,
-    causal: bool, start: Tensor | None,
+    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, start: Tensor | None,
+    sequence: SequenceGroup, backend: str, causal: bool,
 ) -> Tensor:  # fmt: skip
     entered, delta = layer.enter(hidden)
-    queries, own = layer.self_attn.queries(entered, table), layer.self_attn.keys_values(entered, table)
-    mixed = attend(queries, context, own, limit, layer.self_attn.scale, backend, causal, start)
+    queries = layer.self_attn.queries(entered, table)
+    own = sequence.own_keys(layer.self_attn.keys_values(entered, table), queries.shape[3])
+    mixed = sequence.attend(queries, context, own, limit, layer.self_attn.scale, backend, causal, start)
     return layer.finish(hidden, mixed, delta=delta)
 
 
@@ -277,7 +226,7 @@ class BlockDrafter(Drafter):
         row_R = self._row_B[: len(features)] if rows is None else rows
         slots = self._length_B[row_R, None] + torch.arange(features.shape[1], device=features.device)
         self._max_context_len = max_context_len
-        context = self._context_norm(self.model.fc.forward(features.to(self.model.dtype)))
+        context = self._context_norm(self.model.fc.forward(features))
         table = self._rotary.at(slots, max_context_len + features.shape[1])
         index = self._reserve(max_context_len + len(self._slot_K), slots, row_R)
         for layer, cache in zip(self._layers, self._cache, strict=True):

@@ -12,16 +12,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from deepspec.algorithms.base import target_states
 from deepspec.algorithms.block import (
     BlockAlgorithm,
     BlockConfig,
     BlockDraft,
-    BlockPlan,
     acceptance_metrics,
     by_block,
-    draw_anchors,
 )
+from deepspec.algorithms.block_plan import BlockPlan, draw_anchors
 from deepspec.batch import Batch, Supervision
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.chains import Chains, chained_rows
@@ -54,12 +52,13 @@ class SlotLoss:
 def block_loss(model: BlockDraft, batch: Batch, weights: LossWeights) -> SlotLoss:
     """Draft all blocks of a planned micro-batch and apply the fused head loss to their supervised slots."""
     plan = cast(BlockPlan, batch.plan)
-    hidden_BNKD = model.train_slots(batch.features, batch.input_ids, plan.anchor_BN, plan.max_context_len)
+    where = (plan.anchor_BN, plan.max_context_len, plan.everyone_BN)
+    hidden_BNKD = model.train_slots(batch.features, batch.input_ids, *where)
     hidden_RD = hidden_BNKD.flatten(0, 2).index_select(0, plan.slot_R)
     tokens = batch.input_ids.flatten()
     label_R, in_vocab_R = model.draft_ids(tokens[plan.label_R])
     rows = plan.rows.with_tokens(label_R, in_vocab_R)
-    target = target_states(batch, plan.position_P, model.dtype) if weights.needs_target else None
+    target = batch.target_states(plan.position_P, model.dtype) if weights.needs_target else None
     latent = w2 = previous_RM = None
     if model.markov_head is not None:
         embedded_PM = model.markov_head.markov_w1(tokens[plan.position_P])
@@ -125,6 +124,7 @@ class DFlash(BlockAlgorithm):
 
     name = "dflash"
     config_class: ClassVar[type[BlockConfig]] = DFlashConfig
+    shares_sequences = True
 
     def plan(self, config: Any, supervision: Supervision) -> BlockPlan:
         """Anchors drawn, and their supervised slots; the weight is the sum of the slots'."""

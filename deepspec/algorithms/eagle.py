@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, OwnField, require, target_states
+from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, OwnField, require
 from deepspec.batch import Batch
 from deepspec.families.base import Family, Shape
 from deepspec.nn.chains import Chains
@@ -64,11 +64,10 @@ class EagleDraft(DraftModel):
 
     def start(self, features: Tensor) -> Tensor:
         """g [.., D] = fc(features [.., L*D]), the features normed as the config says."""
-        features = features.to(self.dtype)
         if self.input_norm is not None:
-            features = self.input_norm(features)
+            features = self.input_norm(features.to(self.dtype))
         if self.fc_norm is not None:
-            parts = features.split(self.shape.hidden_size, dim=-1)
+            parts = features.to(self.dtype).split(self.shape.hidden_size, dim=-1)
             features = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
         return self.fc(features)
 
@@ -88,7 +87,7 @@ def chain_loss(
     Over a reduced vocabulary the target's distribution is renormalised, as the draft's is.
     """
     config, weights = model.config, model.config.loss_weights
-    target_PD = target_states(batch, position_P, model.dtype) if weights.needs_target else None
+    target_PD = batch.target_states(position_P, model.dtype) if weights.needs_target else None
     if weights.ce or config.d_pace is not None:
         label_R = batch.input_ids.flatten()[position_P + 1][rows.position_R]
         rows = rows.with_tokens(*model.draft_ids(label_R))

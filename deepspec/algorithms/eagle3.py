@@ -18,7 +18,7 @@ size, R supervised (step, slot) pairs, P distinct target positions of them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -36,15 +36,15 @@ from deepspec.algorithms.base import (
 )
 from deepspec.algorithms.block import acceptance_metrics, scattered
 from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, chain_loss, wide_input
-from deepspec.batch import Batch, LossPlan, Supervision
+from deepspec.batch import Batch, LossPlan, Part, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms
-from deepspec.nn.attention import attend
 from deepspec.nn.chains import Chains
 from deepspec.nn.fused import FusedLayer
 from deepspec.nn.loss_chunk import LossWeights
 from deepspec.nn.losses import HeadRows
 from deepspec.nn.ragged import RaggedKV, attend_ragged, score_bias
+from deepspec.nn.sequence import SequenceGroup
 from deepspec.nn.tree import Tree
 
 
@@ -93,6 +93,7 @@ class TTTPlan(LossPlan):
     rows: HeadRows  # without labels, which soft cross-entropy does not read
     num_steps: int
     max_context_len: int  # one more than the last active slot: the step-0 keys that any slot sees
+    everyone_BN: Tensor  # the active slots of all ranks that share the conversations, rank by rank
 
     @staticmethod
     def make(slots_TBS: Tensor, lengths_B: Tensor, decay: float) -> TTTPlan:
@@ -115,7 +116,30 @@ class TTTPlan(LossPlan):
         pair_R = (step_R * B + row_R) * N + column_R
         rows = HeadRows.plan(position_R, weight_R.float())
         context = int(active_BN.max()) + 1 if active_BN.numel() else 1
-        return TTTPlan(torch.tensor(float(B)), active_BN, pair_R, position_P, rows, T, context)
+        return TTTPlan(torch.tensor(float(B)), active_BN, pair_R, position_P, rows, T, context, active_BN)
+
+    def shared(self, part: Part) -> TTTPlan:
+        """See :meth:`LossPlan.shared`; a rank has the slots whose positions it has."""
+        (B, N), every = self.active_BN.shape, self.active_BN.numel()
+        slot_R = self.pair_R % max(every, 1)
+        kept_BN = torch.zeros(every, dtype=torch.bool).index_fill(0, slot_R, True).view(B, N)
+        owner_BN = torch.where(kept_BN, self.active_BN % part.of, -1)
+        of_ranks = [owner_BN == rank for rank in range(part.of)]
+        n = max((int(mine.sum(dim=1).max()) for mine in of_ranks), default=0) if N else 0
+        everyone_BPn = torch.arange(part.of)[:, None].repeat(B, 1, n)  # a rank's own first position where it has fewer
+        for rank, mine in enumerate(of_ranks):
+            row, column = mine.nonzero(as_tuple=True)
+            everyone_BPn[row, rank, (mine.cumsum(dim=1) - 1)[row, column]] = self.active_BN[row, column]
+        mine = of_ranks[part.number]
+        keep_R = mine.flatten()[slot_R]
+        column_R = (mine.cumsum(dim=1) - 1).flatten()[slot_R]
+        step_R, row_R = self.pair_R // max(every, 1), slot_R // max(N, 1)
+        rows, distinct = self.rows.kept(keep_R)
+        return replace(
+            self, weight=self.weight / part.of, active_BN=everyone_BPn[:, part.number].contiguous(),
+            pair_R=((step_R * B + row_R) * n + column_R)[keep_R], position_P=self.position_P[distinct], rows=rows,
+            everyone_BN=everyone_BPn.flatten(1),
+        )  # fmt: skip
 
 
 class Eagle3Draft(EagleDraft):
@@ -137,49 +161,49 @@ class Eagle3Draft(EagleDraft):
         return self.expand_to_target_vocab(self.head.logits(self.to_head(hidden)).float())
 
     def train_hidden(
-        self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, max_context_len: int
-    ) -> Tensor:
+        self, features: Tensor, input_ids: Tensor, active_BN: Tensor, steps: int, max_context_len: int,
+        everyone_BN: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """What the active slots feed back at every TTT step, [T, B, N, D].
 
         Args:
-            features: [B, S, L*D].
+            features: [B, S, L*D]; of this rank's positions where several share the conversations.
             input_ids: [B, S].
             active_BN: the slots to compute, on the same device.
             steps: T.
             max_context_len: one more than the last active slot; only those positions' step-0 keys are ever seen.
+            everyone_BN: the active slots of all ranks that share the conversations; None: this one alone.
         """
-        B, _N = active_BN.shape
-        positions = torch.arange(max_context_len, device=features.device).expand(B, -1)
-        hidden_BSD = self.start(features[:, :max_context_len])
-        next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, steps))
-        embedded = self.frozen.embed(next_ids[:, :max_context_len])
+        everyone_BN = active_BN if everyone_BN is None else everyone_BN
+        B, device = len(active_BN), features.device
+        position_S = self.sequence.positions(max_context_len, device)
+        hidden_BSD = self.start(features[:, : len(position_S)])
+        next_ids = torch.nn.functional.pad(input_ids[:, 1:], (0, steps + self.sequence.part.of))
+        embedded, table = self.frozen.embed(next_ids[:, position_S]), self.rotary(position_S.expand(B, -1))
+        every_S = self.sequence.all_positions(max_context_len, device).expand(B, -1)
         context: list[tuple[Tensor, Tensor]] = []
-        rows = positions
-        for depth, layer in enumerate(self.layers):
-            if depth == len(self.layers) - 1:  # beyond the last layer's keys only the active slots matter
-                rows = active_BN
-            hidden_BSD, kv = self._first_step(layer, embedded, hidden_BSD, positions, rows)
+        for layer in self.layers[:-1]:
+            kv = self._step_0_keys(layer, embedded, hidden_BSD, table)
             context.append(kv)
-        outputs = [self.fed_back(hidden_BSD)]
+            hidden_BSD = self.run(_first_step, layer, embedded, hidden_BSD, table, kv, every_S, *self._how)
+        context.append(self._step_0_keys(self.layers[-1], embedded, hidden_BSD, table))
+        index = (active_BN // self.sequence.part.of)[..., None]  # beyond the last layer's keys only these matter
+        embedded, hidden = (x.gather(1, index.expand(-1, -1, x.shape[-1])) for x in (embedded, hidden_BSD))
+        first = (self.layers[-1], embedded, hidden, self.rotary(active_BN), context[-1], everyone_BN)
+        outputs = [self.fed_back(self.run(_first_step, *first, *self._how))]
         own: list[list[tuple[Tensor, Tensor]]] = [[] for _ in self.layers]
         for j in range(1, steps):
             tokens = next_ids.gather(1, active_BN + j)
-            outputs.append(self.step(outputs[-1], tokens, active_BN + j, active_BN + 1, context, own))
+            outputs.append(self.step(outputs[-1], tokens, active_BN + j, everyone_BN + 1, context, own))
         return torch.stack(outputs)
 
-    def _first_step(
-        self, layer: Any, embedded: Tensor, hidden: Tensor, positions: Tensor, rows: Tensor
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Step 0 of one layer: keys and values of all positions, outputs of ``rows`` [B, n] only."""
-        joined, residual = wide_input(layer, embedded, hidden)
-        kv = layer.self_attn.keys_values(joined, self.rotary(positions))
-        if rows is not positions:
-            index = rows[..., None]
-            joined = joined.gather(1, index.expand(-1, -1, joined.shape[-1]))
-            residual = residual.gather(1, index.expand(-1, -1, residual.shape[-1]))
-        queries = layer.self_attn.queries(joined, self.rotary(rows))[:, :, None]
-        mixed = attend(queries, kv, None, rows + 1, layer.self_attn.scale, self.attention)
-        return layer.finish(residual, mixed[:, :, 0]), kv
+    @property
+    def _how(self) -> tuple[SequenceGroup, str]:
+        return self.sequence, self.attention
+
+    def _step_0_keys(self, layer: Any, embedded: Tensor, hidden: Tensor, table: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values of all positions in one layer."""
+        return self.sequence.context(self.run(_layer_keys, layer, embedded, hidden, table), self.shape.num_heads)
 
     def step(
         self, hidden: Tensor, tokens: Tensor, positions: Tensor, limit: Tensor,
@@ -191,27 +215,44 @@ class Eagle3Draft(EagleDraft):
             hidden: [B, N, D], what the previous step feeds back.
             tokens: [B, N], x_{t+1+j}.
             positions: [B, N], t + j.
-            limit: [B, N], t + 1: the step-0 keys that are seen.
+            limit: t + 1 of the slots of all ranks: the step-0 keys that are seen.
             context: step-0 keys and values of every layer.
-            own: per layer the slots' keys and values of earlier steps >= 1.
+            own: per layer the keys and values of earlier steps >= 1 of the slots of all ranks.
         """
         embedded, table = self.frozen.embed(tokens), self.rotary(positions)
         for layer, seen, mine in zip(self.layers, context, own, strict=True):
-            arguments = (layer, embedded, hidden, table, seen, tuple(mine), limit, self.attention)
+            arguments = (layer, embedded, hidden, table, seen, tuple(mine), limit, *self._how)
             hidden, kv = self.run(_step_layer, *arguments)
             mine.append(kv)
         return self.fed_back(hidden)
 
 
+def _layer_keys(layer: Any, embedded: Tensor, hidden: Tensor, table: Any) -> tuple[Tensor, Tensor]:
+    keys_values: tuple[Tensor, Tensor] = layer.self_attn.keys_values(wide_input(layer, embedded, hidden)[0], table)
+    return keys_values
+
+
+def _first_step(
+    layer: Any, embedded: Tensor, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], everyone: Tensor,
+    sequence: SequenceGroup, backend: str,
+) -> Tensor:  # fmt: skip
+    joined, residual = wide_input(layer, embedded, hidden)
+    queries = layer.self_attn.queries(joined, table)[:, :, None]
+    mixed = sequence.attend(queries, context, None, everyone + 1, layer.self_attn.scale, backend)
+    output: Tensor = layer.finish(residual, mixed[:, :, 0])
+    return output
+
+
 def _step_layer(
     layer: Any, embedded: Tensor, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor],
-    mine: tuple[tuple[Tensor, Tensor], ...], limit: Tensor, backend: str,
+    mine: tuple[tuple[Tensor, Tensor], ...], limit: Tensor, sequence: SequenceGroup, backend: str,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
     joined, residual = wide_input(layer, embedded, hidden)
     queries = layer.self_attn.queries(joined, table)[:, :, None]
-    kv = layer.self_attn.keys_values(joined, table)
-    keys, values = (torch.stack(parts, dim=2) for parts in zip(*mine, kv, strict=True))
-    mixed = attend(queries, context, (keys, values), limit, layer.self_attn.scale, backend)
+    keys, values = layer.self_attn.keys_values(joined, table)
+    kv = sequence.own_keys((keys[:, :, None], values[:, :, None]), queries.shape[3])
+    earlier = [torch.cat(parts, dim=2) for parts in zip(*mine, kv, strict=True)]
+    mixed = sequence.attend(queries, context, (earlier[0], earlier[1]), limit, layer.self_attn.scale, backend)
     return layer.finish(residual, mixed[:, :, 0]), kv
 
 
@@ -343,6 +384,7 @@ class Eagle3(Algorithm):
         OwnField("norm_output", "norm_output", False),
     )
     heads = ("fc_norm.", "input_norm.")
+    shares_sequences = True
     tiny_section: ClassVar[dict[str, Any]] = {"num_layers": 1, "ttt_length": 3}
 
     def plan(self, config: Eagle3Config, supervision: Supervision) -> TTTPlan:
@@ -354,7 +396,7 @@ class Eagle3(Algorithm):
     def objective(self, model: Eagle3Draft, batch: Batch) -> LossTerms:
         """The loss of every step; the slots of a chain are the steps of a position."""
         plan = cast(TTTPlan, batch.plan)
-        where = (plan.active_BN, plan.num_steps, plan.max_context_len)
+        where = (plan.active_BN, plan.num_steps, plan.max_context_len, plan.everyone_BN)
         hidden = model.train_hidden(batch.features, batch.input_ids, *where)
         hidden_RD = model.to_head(hidden.flatten(0, 2).index_select(0, plan.pair_R))
         return step_loss(model, batch, hidden_RD)

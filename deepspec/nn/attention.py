@@ -28,6 +28,8 @@ from torch import Tensor
 from deepspec.errors import DeepSpecError, nearest
 from deepspec.nn.cpu.two_part import TwoPart
 
+_BLOCK = 128  # rows and columns of a block of flex_attention's mask
+
 
 def attend(
     query_BNKHE: Tensor,
@@ -106,10 +108,9 @@ def _flex(
     query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, limit: Tensor, scale: float,
     causal: bool, start: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-    B, N, K = query.shape[:3]
-    S, M = ck.shape[1], ok.shape[2]
+    K, N, S, M = query.shape[2], query.shape[1], ck.shape[1], ok.shape[2]
     q, k, v = _joined(query, ck, cv, ok, ov)
 
     def visible(b: Tensor, _head: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -122,9 +123,51 @@ def _flex(
             context = context & (column >= start[b, group, row % K])
         return context | own
 
-    mask = create_block_mask(visible, B, None, N * K, S + N * M, device=query.device)
+    blocks = [_ordered(part) for part in visible_blocks(limit, (K, M, S), start)]
+    lengths = (N * K, S + N * M)
+    mask = BlockMask.from_kv_blocks(*blocks[0], *blocks[1], BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=lengths)
     run: Any = _compiled_flex() if query.is_cuda else flex_attention
     return run(q, k, v, block_mask=mask, scale=scale, enable_gqa=True).transpose(1, 2).reshape(query.shape)
+
+
+def visible_blocks(limit_BN: Tensor, sizes: tuple[int, int, int], start_BNK: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Which blocks of the mask [N*K, S + N*M] hold something visible, some of it hidden; and which are all visible.
+
+    Found from what each block's rows and columns are: torch's own way goes through the mask itself, which has more than
+    10^10 elements at 128k tokens. The first may hold a block too many (where nothing is visible), never one too few.
+
+    Args:
+        limit_BN: see :func:`attend`.
+        sizes: (K, M, S).
+        start_BNK: see :func:`attend`.
+
+    Returns:
+        bool, [B, 1, blocks of rows, blocks of columns] each.
+    """
+    N, (K, M, S), device = limit_BN.shape[1], sizes, limit_BN.device
+    row = torch.arange(0, N * K, _BLOCK, device=device)  # the first of each block
+    column = torch.arange(0, S + N * M, _BLOCK, device=device)
+    whole = row + _BLOCK <= N * K
+    index = (row[:, None] + torch.arange(_BLOCK, device=device)).clamp_max(N * K - 1)  # [blocks of rows, _BLOCK]
+    limits = limit_BN[:, index // K]  # [B, blocks of rows, _BLOCK]
+    seen = column < limits.amax(-1, keepdim=True).clamp_max(S)
+    full = (column + _BLOCK <= limits.amin(-1, keepdim=True)) & whole[:, None]
+    if start_BNK is not None:
+        starts = start_BNK.flatten(1)[:, index]
+        seen &= column + _BLOCK > starts.amin(-1, keepdim=True)
+        full &= column >= starts.amax(-1, keepdim=True)
+    if M:
+        first, last = (column - S).clamp_min(0) // M, (column + _BLOCK - 1 - S) // M  # groups of the own keys
+        of_rows = index[:, :1] // K, index[:, -1:] // K
+        own = (first <= of_rows[1]) & (last >= of_rows[0]) & (column + _BLOCK > S)
+        seen = seen | own
+    return (seen & ~full)[:, None], full[:, None]
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many columns of each row are set, and their indices first: the form that flex_attention reads."""
+    order = blocks.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(dim=-1).to(torch.int32), order.to(torch.int32)
 
 
 @cache

@@ -23,6 +23,7 @@ R supervised rows, P distinct target positions, V vocabulary, D hidden size, M M
 from __future__ import annotations
 
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -55,6 +56,11 @@ class HeadRows:
         starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
         return HeadRows(position_R, weight_R.float(), torch.zeros_like(position_R), tuple(starts.tolist()))
 
+    def kept(self, keep_R: Tensor) -> tuple[HeadRows, Tensor]:
+        """The rows where ``keep`` [R] bool, still without labels, and which of the P positions they have."""
+        distinct, position_R = torch.unique_consecutive(self.position_R[keep_R], return_inverse=True)
+        return HeadRows.plan(position_R, self.weight_R[keep_R]), distinct
+
     def with_labels(self, label_R: Tensor) -> HeadRows:
         """The same rows on the device of ``label_R`` [R] int64."""
         device = label_R.device
@@ -72,9 +78,7 @@ class HeadRows:
         """Chunks of at most ``max_rows`` rows (more where one position has more), cut between positions."""
         first = 0
         while first < len(self.starts) - 1:
-            last = first + 1
-            while last < len(self.starts) - 1 and self.starts[last + 1] - self.starts[first] <= max_rows:
-                last += 1
+            last = max(first + 1, bisect_right(self.starts, self.starts[first] + max_rows) - 1)
             rows = slice(self.starts[first], self.starts[last])
             local_r = self.position_R[rows] - first
             tv_r = None if self.tv_R is None else self.tv_R[rows]

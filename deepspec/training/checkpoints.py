@@ -34,6 +34,7 @@ FREE = (  # keys that do not change what is computed; data and target are compar
     *(f"train.{key}" for key in ("deepspeed", "log_every", "save_every", "keep_last", "keep_every", "keep_best")),
     *(f"train.{key}" for key in ("workers", "tensorboard", "wandb_project", "online_micro_batch", "validation")),
     *(f"train.{key}" for key in ("activation_checkpointing", "compile", "micro_batch", "micro_tokens")),
+    "train.sequence_parallel",
     *("train.init.draft", "train.init.format"),  # compared by `Manifest.init`
 )
 

@@ -20,11 +20,13 @@ import torch.distributed as dist
 from deepspeed.constants import default_pg_timeout
 from torch import Tensor, nn
 
-from deepspec.batch import Batch
+from deepspec.algorithms.base import DraftModel
+from deepspec.batch import Batch, Part
 from deepspec.checkpoints import known_types
 from deepspec.distributed import FOREVER, World, pick_device, process_group, world_from_environment
 from deepspec.errors import CheckpointError
 from deepspec.metrics import LossTerms
+from deepspec.nn.sequence import ALONE, SequenceGroup
 from deepspec.recipe import TrainSection
 from deepspec.training.settings import accumulation_steps, deepspeed_settings, model_dtype, zero_stage
 
@@ -84,6 +86,9 @@ class Engine:
         self._norm: Tensor | None = None
         if self.stage == 0 and self.dtype == torch.float32:  # the one case whose norm DeepSpeed computes and drops
             self.engine.clip_fp32_gradients = self._clip
+        self.sequence = sequence_group(world, train.sequence_parallel)
+        if isinstance(self.model, DraftModel):
+            self.model.sequence = self.sequence
         self.control = dist.new_group(backend="gloo")  # host-side agreement without a device synchronisation
 
     def begin_micro_batch(self, last: bool) -> None:
@@ -195,6 +200,22 @@ class Engine:
     def close(self) -> None:
         """Release the engine's hooks and buffers."""
         self.engine.destroy()
+
+
+def sequence_group(world: World, of: int) -> SequenceGroup:
+    """The ``of`` neighbouring ranks that share conversations with this one; their exchange is DeepSpeed's Ulysses."""
+    if of == 1:
+        return ALONE
+    from deepspeed.sequence.layer import _SeqAllToAll
+
+    groups = [dist.new_group(range(first, first + of)) for first in range(0, world.size, of)]
+    own = groups[world.rank // of]
+
+    def all_to_all(x: Tensor, scatter: int, gather: int) -> Tensor:
+        exchanged: Tensor = _SeqAllToAll.apply(own, x, scatter, gather, 0)
+        return exchanged
+
+    return SequenceGroup(Part(world.rank % of, of), all_to_all)
 
 
 def loss_backend(wanted: bool, device: torch.device) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deepspec.batch import Batch, LossPlan, Supervision
+from deepspec.batch import WHOLE, Batch, LossPlan, Part, Supervision
 from deepspec.distributed import World
 from deepspec.sources.base import FeatureSource
 from deepspec.training.plan import RunPlan
@@ -37,18 +37,19 @@ class Prefetcher:
     Args:
         source: where samples come from.
         plan: which samples make which step.
-        plan_loss: the algorithm's plan of a micro-batch, from its masks.
+        plan_loss: the algorithm's plan of a micro-batch, from its masks; this rank's part where several share it.
         seed: of the recipe.
-        world: this process's rank.
+        world: this process's rank, among groups where several share the micro-batches.
+        part: which of those that share them it is.
         workers: threads that read ahead; 0 = read when needed.
     """
 
     def __init__(
         self, source: FeatureSource, plan: RunPlan, plan_loss: Callable[[Supervision], LossPlan], *, seed: int,
-        world: World, workers: int,
+        world: World, workers: int, part: Part = WHOLE,
     ) -> None:  # fmt: skip
         self.source, self.plan, self.plan_loss = source, plan, plan_loss
-        self.seed, self.world = seed, world
+        self.seed, self.world, self.part = seed, world, part
         self.workers = workers if source.reads_ahead else 0
         self.wait_seconds = 0.0  # time that the step spent waiting for data, to be read and reset by the loop
 
@@ -58,13 +59,16 @@ class Prefetcher:
         plans = [self.plan_loss(self.source.supervision(numbers, self.seed, epoch)) for numbers in share]
         return [plan.pin_memory() for plan in plans] if torch.cuda.is_available() else plans
 
+    def _batch(self, numbers: list[int], epoch: int) -> Batch:
+        return self.source.batch(numbers, self.seed, epoch).shared(self.part)
+
     def _tasks(self, start: int, stop: int) -> Iterator[tuple[Callable[..., Any], tuple[Any, ...]]]:
         for number in range(start, stop):
             step = self.plan.step(number)
             share = [numbers.tolist() for numbers in step.share(self.world.rank, self.world.size)]
             yield self._plans, (share, step.epoch)
             for numbers in share:
-                yield self.source.batch, (numbers, self.seed, step.epoch)
+                yield self._batch, (numbers, step.epoch)
 
     def _results(self, start: int, stop: int) -> Iterator[Any]:
         tasks = self._tasks(start, stop)

@@ -63,6 +63,8 @@ class Meter:
         if share is not None:
             self._shares.append(share)
             self._samples.append((step, batch.supervision.sample_ids))
+        if batch.part.number:
+            return  # another rank that shares these samples counts them
         rows, padded = batch.input_ids.shape
         real = int(batch.supervision.lengths.sum())  # the batch as read, on the host
         self.counts += torch.tensor([rows, real, rows * padded], dtype=torch.float64)

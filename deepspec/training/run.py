@@ -177,9 +177,10 @@ def assemble(prepared: Prepared, world: World, profile: bool) -> Trainer:
     with waiting("preparing the training"):
         engine = Engine(model, recipe.train, world, universal=start.universal)
     _resume(engine, start, saved)
+    part = engine.sequence.part
     prefetcher = Prefetcher(
-        prepared.source, prepared.plan, partial(algorithm.plan, recipe.draft), seed=recipe.seed, world=world,
-        workers=recipe.train.workers,
+        prepared.source, prepared.plan, partial(algorithm.plan_part, recipe.draft, part), seed=recipe.seed,
+        world=world.groups_of(part.of), workers=recipe.train.workers, part=part,
     )  # fmt: skip
     trace = saved.run / "profile" if profile else None
     validator = open_validator(recipe, prepared.held_out, prepared.target)

@@ -33,21 +33,29 @@ def accumulation_steps(train: TrainSection, world_size: int) -> int:
     """Micro-batches per process and optimizer step that DeepSpeed is set to, so that the global batch is the recipe's.
 
     With `train.micro_tokens` steps differ in their number, and it is set to single samples; see
-    :meth:`deepspec.training.engine.Engine.begin_micro_batch`.
+    :meth:`deepspec.training.engine.Engine.begin_micro_batch`. Processes that share conversations
+    (`train.sequence_parallel`) count as one.
 
     Raises:
-        RecipeError: the global batch cannot be cut into equal shares for this many processes.
+        RecipeError: the global batch cannot be cut into equal shares for this many processes, or these into groups.
     """
+    of = train.sequence_parallel
+    if world_size % of:
+        raise RecipeError(
+            "processes cannot be grouped", key="train.sequence_parallel", found=of,
+            wanted=f"a divisor of {world_size}, the number of processes",
+        )  # fmt: skip
     micro_batch = _counted_micro_batch(train)
-    share = micro_batch * world_size
+    share = micro_batch * (world_size // of)
     if train.global_batch % share:
         groups = train.global_batch // micro_batch
-        sizes = [size for size in range(1, min(groups, 4096) + 1) if groups % size == 0]
+        sizes = [of * size for size in range(1, min(groups, 4096) + 1) if groups % size == 0]
         raise RecipeError(
             f"global batch cannot be shared by {world_size} processes",
             key="train.global_batch",
             found=train.global_batch,
-            wanted=f"a multiple of micro_batch x processes = {micro_batch} x {world_size} = {share}",
+            wanted=f"a multiple of micro_batch x {'processes' if of == 1 else 'groups of processes'} = "
+            f"{micro_batch} x {world_size // of} = {share}",
             remedy=f"with this recipe the number of processes can be one of {', '.join(map(str, sizes))}",
         )
     return train.global_batch // share
@@ -84,7 +92,7 @@ def deepspeed_settings(train: TrainSection, world_size: int) -> dict[str, Any]:
                 remedy="remove it; norms, softmaxes, losses and rotary tables are fp32 in any case",
             )  # fmt: skip
     settings |= {
-        "train_batch_size": train.global_batch,
+        "train_batch_size": train.global_batch * train.sequence_parallel,  # as it counts: every process its own samples
         "train_micro_batch_size_per_gpu": _counted_micro_batch(train),
         "gradient_accumulation_steps": accumulation_steps(train, world_size),
         "gradient_clipping": train.grad_clip,

@@ -105,15 +105,16 @@ class HeldOut:
 
     def _losses(self, engine: Engine) -> dict[str, Any]:
         meter, coefficients = Meter(engine.sum), {}
-        world = engine.world
+        part = engine.sequence.part
+        world = engine.world.groups_of(part.of)
         batches = self._cut(world)
         own = batches[world.rank :: world.size]
         rounds = math.ceil(len(batches) / world.size)  # every rank runs as often: ZeRO-3 gathers together
         with engine.evaluating():
             for index in range(rounds):
                 numbers = own[min(index, len(own) - 1)]
-                batch = self.source.batch(numbers, self.recipe.seed, 0)
-                plan = self.algorithm.plan(self.recipe.draft, batch.supervision)
+                batch = self.source.batch(numbers, self.recipe.seed, 0).shared(part)
+                plan = self.algorithm.plan_part(self.recipe.draft, part, batch.supervision)
                 terms = engine.forward(batch.planned(plan))
                 if index < len(own):
                     meter.add(0, batch, terms)

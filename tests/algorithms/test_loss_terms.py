@@ -10,7 +10,7 @@ from algorithm_tools import ALGORITHMS, draft_section, random_batch, tiny_draft,
 from plain_losses import plain_d_pace, plain_end_to_end, plain_rows
 
 from deepspec import registry
-from deepspec.algorithms.block import BlockPlan, draw_anchors
+from deepspec.algorithms.block_plan import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import supervised_slots
 from deepspec.errors import RecipeError
 from deepspec.nn.loss_table import LOSSES

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_losses import supervised_slots_NK
 
-from deepspec.algorithms.block import BlockPlan, draw_anchors
+from deepspec.algorithms.block_plan import BlockPlan, draw_anchors
 from deepspec.algorithms.eagle3 import TTTPlan, supervised_slots
 from deepspec.algorithms.p_eagle import ChainPlan
 from deepspec.testing.case import loss_and_gradients

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from algorithm_tools import random_batch, tiny_draft, tiny_target
 
 from deepspec import registry
-from deepspec.algorithms.block import BlockPlan
+from deepspec.algorithms.block_plan import BlockPlan
 from deepspec.checkpoints import Manifest
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from deepspec.algorithms.base import DraftModel
-from deepspec.algorithms.block import draw_anchors
+from deepspec.algorithms.block_plan import draw_anchors
 from deepspec.batch import Batch
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings

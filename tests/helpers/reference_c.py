@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from deepspec import registry
-from deepspec.algorithms.block import BlockDraft, BlockPlan
+from deepspec.algorithms.block import BlockDraft
+from deepspec.algorithms.block_plan import BlockPlan
 from deepspec.algorithms.dflash import Selected, SlotLoss, select
 from deepspec.batch import Batch, Supervision
 from deepspec.drafts import build_draft

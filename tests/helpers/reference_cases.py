@@ -23,7 +23,7 @@ from torch import Tensor
 
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
-from deepspec.algorithms.block import BlockPlan
+from deepspec.algorithms.block_plan import BlockPlan
 from deepspec.algorithms.eagle3 import TTTPlan
 from deepspec.batch import Batch, Supervision
 from deepspec.decoding.loop import generate

@@ -21,7 +21,7 @@ from reference_c import (
 from reference_cases import CaseErrors
 from safetensors.torch import load_file
 
-from deepspec.algorithms.block import BlockPlan
+from deepspec.algorithms.block_plan import BlockPlan
 from deepspec.errors import EvaluationError
 from deepspec.files import read_json
 from deepspec.nn.loss_table import LossWeights

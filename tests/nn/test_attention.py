@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepspec.errors import DeepSpecError
-from deepspec.nn.attention import attend, visibility_mask
+from deepspec.nn.attention import attend, visibility_mask, visible_blocks
+from deepspec.nn.cpu import two_part
 
 SHAPES = {
     "B": st.integers(1, 3), "N": st.integers(0, 40), "K": st.integers(1, 8), "M": st.integers(0, 5),
@@ -46,6 +48,38 @@ def test_two_part_equals_the_masked_reference(**shape: int) -> None:
     tensors, sees = inputs(**shape, dtype=torch.float32)
     for fast, plain in zip(run(tensors, sees, "two_part"), run(tensors, sees, "sdpa"), strict=True):
         torch.testing.assert_close(fast, plain, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@given(**SHAPES, tile=st.integers(1, 20))
+@settings(max_examples=25, deadline=None)
+def test_tiles_of_the_context_change_nothing(dtype: torch.dtype, tile: int, **shape: int) -> None:
+    tensors, sees = inputs(**shape, dtype=dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(two_part, "_TILE_KEYS", tile)
+        tiled = run(tensors, sees, "two_part")
+    exact = [tensor.detach().float().requires_grad_() for tensor in tensors]
+    close = {"atol": 2e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.15, "rtol": 0.05}
+    for fast, plain in zip(tiled, run(exact, sees, "sdpa"), strict=True):
+        torch.testing.assert_close(fast.float(), plain, **close)
+
+
+@given(**{**SHAPES, "N": st.integers(1, 90), "S": st.integers(1, 700)})
+@settings(max_examples=30, deadline=None)
+def test_visible_blocks_hold_all_that_the_mask_shows_and_full_ones_nothing_hidden(**shape: int) -> None:
+    B, N, K, M, S = (shape[name] for name in "BNKMS")
+    generator = torch.Generator().manual_seed(shape["seed"])
+    limit = torch.randint(0, S + 1, (B, N), generator=generator).sort().values
+    start = (limit[..., None] - torch.randint(1, 300, (B, N, K))) if shape["kind"] in ("window", "both") else None
+    mask = visibility_mask(limit, K, M, S, shape["kind"] in ("causal", "both"), start)
+    some, full = visible_blocks(limit, (K, M, S), start)
+    rows, columns = some.shape[-2:]
+    padded = F.pad(mask, (0, columns * 128 - mask.shape[2], 0, rows * 128 - mask.shape[1]))
+    blocks = padded.view(B, rows, 128, columns, 128)
+    anything, everything = blocks.any(dim=(2, 4)), blocks.all(dim=4).all(dim=2)
+    assert not (anything & ~(some | full)[:, 0]).any()
+    assert not (full[:, 0] & ~everything).any()
+    assert not (some & full).any()
 
 
 @given(**SHAPES)

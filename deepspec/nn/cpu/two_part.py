@@ -1,9 +1,11 @@
-"""The CPU's backend of :func:`deepspec.nn.attention.attend`: two score parts, one softmax, chunk by chunk.
+"""The CPU's backend of :func:`deepspec.nn.attention.attend`: scores tile by tile, one softmax, chunk by chunk.
 
-No mask over all groups is ever built, and only a chunk's scores are held; backward computes the probabilities again.
+No mask over all groups is ever built, and only the scores of a chunk with a tile of its context are held, whatever the
+context's length; the softmax is kept up as tiles come (maximum, sum, weighted values), and backward computes the
+probabilities again.
 
-B batch, N groups, n groups of a chunk, K queries of a group, M own keys of a group, S context, s context that a chunk
-sees, H query heads, G key/value heads, r = H / G, E head size.
+B batch, N groups, n groups of a chunk, K queries of a group, M own keys of a group, S context, s context of a tile,
+H query heads, G key/value heads, r = H / G, E head size.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from deepspec.nn.cpu.matmul import exp_
 
 _QUERIES_PER_CHUNK = 128  # rows of scores held at a time, per key/value head and query head of it
+_TILE_KEYS = 4096  # columns of them: 2 MB of scores for each query head
 
 
 def _heads_first(x_nKHE: Tensor, num_kv_heads: int) -> Tensor:
@@ -48,33 +51,82 @@ class _Chunk:
 
     def __init__(self, row: int, groups: slice, tensors: Sequence[Tensor], sees: Sees) -> None:
         query, ck, cv, ok, ov = (tensor[row] for tensor in tensors)
-        limits, start = sees.limit[row, groups], None if sees.start is None else sees.start[row, groups]
-        longest = int(limits.max())  # this backend runs on the CPU: no device waits
-        first = 0 if start is None else min(max(int(start.min()), 0), longest)
-        self.scale, self.causal, self.queries = sees.scale, sees.causal, query.shape[1]
-        self.groups, self.context = (row, groups), (row, slice(first, longest))  # indices of its groups, of its context
+        self.limits, self.start = sees.limit[row, groups], None if sees.start is None else sees.start[row, groups]
+        self.longest = int(self.limits.max())  # this backend runs on the CPU: no device waits
+        self.first = 0 if self.start is None else min(max(int(self.start.min()), 0), self.longest)
+        self.row, self.scale, self.causal, self.queries = row, sees.scale, sees.causal, query.shape[1]
+        self.groups = (row, groups)  # index of its groups
         self.q = _heads_first(query[groups], ck.shape[1])  # [G, n, r*K, E]
         self.flat = (ck.shape[1], -1, self.q.shape[-1])
-        self.k, self.v = ck[first:longest].transpose(0, 1), cv[first:longest].transpose(0, 1)  # [G, s, E]
+        self.keys, self.values = ck, cv
         self.own_k, self.own_v = ok[groups].permute(2, 0, 1, 3), ov[groups].permute(2, 0, 1, 3)  # [G, n, M, E]
-        self.seen_by_all = int(limits.min()) - first if start is None else 0
-        columns = torch.arange(first + self.seen_by_all, longest)
-        self.hidden = (columns >= limits[:, None])[:, None]  # [n, 1 or K, s - seen_by_all]
-        if start is not None:
-            self.hidden = self.hidden | (columns < start[..., None])
 
-    def scores(self) -> tuple[Tensor, Tensor]:
-        """fp32 scores [G, n, r*K, s] (hidden ones -inf) and [G, n, r*K, M]."""
-        context = (self.q.reshape(self.flat) @ self.k.transpose(-1, -2)).float().mul_(self.scale)
-        context = context.view(*self.q.shape[:3], self.k.shape[1])
-        by_query = context.unflatten(2, (-1, self.queries))  # [G, n, r, K, s]
-        by_query[..., self.seen_by_all :].masked_fill_(self.hidden[:, None], -torch.inf)
+    def tiles(self) -> Iterator[_Tile]:
+        """The context that any of its groups sees."""
+        everyone = int(self.limits.min()) if self.start is None else self.first  # all see the columns before
+        for begin in range(self.first, self.longest, _TILE_KEYS):
+            end = min(begin + _TILE_KEYS, self.longest)
+            columns = torch.arange(min(max(everyone, begin), end), end)
+            hidden = (columns >= self.limits[:, None])[:, None]  # [n, 1 or K, some of s]
+            if self.start is not None:
+                hidden = hidden | (columns < self.start[..., None])
+            k, v = (part[begin:end].transpose(0, 1) for part in (self.keys, self.values))
+            yield _Tile((self.row, slice(begin, end)), k, v, hidden)
+
+    def scores(self, tile: _Tile) -> Tensor:
+        """fp32 scores [G, n, r*K, s]; hidden ones are -inf."""
+        found = (self.q.reshape(self.flat) @ tile.k.transpose(-1, -2)).float().mul_(self.scale)
+        found = found.view(*self.q.shape[:3], tile.k.shape[1])
+        if some := tile.hidden.shape[-1]:
+            found.unflatten(2, (-1, self.queries))[..., -some:].masked_fill_(tile.hidden[:, None], -torch.inf)
+        return found
+
+    def own_scores(self) -> Tensor:
+        """fp32 scores [G, n, r*K, M] of the groups' own keys."""
         own = (self.q @ self.own_k.transpose(-1, -2)).float().mul_(self.scale)
         if self.causal:
             K, M = self.queries, own.shape[-1]
             later = torch.ones(K, M, dtype=torch.bool).triu(M - K + 1)
             own.unflatten(2, (-1, K)).masked_fill_(later, -torch.inf)
-        return context, own
+        return own
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Some of the context."""
+
+    index: tuple[int, slice]  # in [B, S]
+    k: Tensor  # [G, s, E]
+    v: Tensor
+    hidden: Tensor  # bool [n, 1 or K, h]: which groups or queries do not see the last h columns; the others all see
+
+
+class _Softmax:
+    """The softmax of one chunk over parts that come one after the other, and the values weighted by it."""
+
+    def __init__(self, q: Tensor) -> None:
+        self.mixed = torch.zeros_like(q, dtype=torch.float32)  # [G, n, r*K, E]
+        self.top = self.mixed.new_full((*q.shape[:-1], 1), -torch.inf)
+        self.total = torch.zeros_like(self.top)
+
+    def weights(self, scores: Tensor) -> Tensor:
+        """exp(scores - maximum so far), in place; what was summed before is scaled to the same maximum."""
+        top = torch.maximum(self.top, scores.amax(dim=-1, keepdim=True))
+        base = top.masked_fill(top == -torch.inf, 0.0)
+        factor = torch.exp(self.top - base)
+        weights = exp_(scores.sub_(base))
+        self.total.mul_(factor).add_(weights.sum(dim=-1, keepdim=True))
+        self.mixed.mul_(factor)
+        self.top = top
+        return weights
+
+    def finished(self) -> tuple[Tensor, Tensor]:
+        """The weighted mean of the values, and the log of the sum of exponentials [G, n, r*K, 1].
+
+        A row that saw nothing has 0 and 0.
+        """
+        total = self.total.masked_fill(self.total == 0.0, 1.0)
+        return self.mixed.div_(total), self.top.masked_fill(self.top == -torch.inf, 0.0).add_(total.log())
 
 
 def _chunks(tensors: Sequence[Tensor], sees: Sees) -> Iterator[_Chunk]:
@@ -98,10 +150,14 @@ class TwoPart(torch.autograd.Function):
         out = torch.empty_like(query)
         lse = query.new_empty((B, N, K * H), dtype=torch.float32)
         for chunk in _chunks(tensors, sees):
-            p_context, p_own, total = _softmax_(*chunk.scores())
-            mixed = (p_context.flatten(1, 2).to(chunk.v.dtype) @ chunk.v).view_as(chunk.q)
-            mixed = mixed + p_own.to(chunk.own_v.dtype) @ chunk.own_v
-            out[chunk.groups] = _heads_last(mixed, K)
+            softmax = _Softmax(chunk.q)
+            if ok.shape[2]:
+                softmax.mixed += softmax.weights(chunk.own_scores()).to(ov.dtype) @ chunk.own_v
+            for tile in chunk.tiles():
+                weights = softmax.weights(chunk.scores(tile)).flatten(1, 2).to(cv.dtype)
+                softmax.mixed += (weights @ tile.v).view_as(chunk.q)
+            mixed, total = softmax.finished()
+            out[chunk.groups] = _heads_last(mixed, K).to(out.dtype)
             lse[chunk.groups] = total.squeeze(-1).transpose(0, 1).flatten(1)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.sees = sees
@@ -115,37 +171,22 @@ class TwoPart(torch.autograd.Function):
         d_query, d_ok, d_ov = torch.empty_like(query), torch.empty_like(ok), torch.empty_like(ov)
         d_ck, d_cv = (torch.zeros(x.shape, dtype=torch.float32) for x in (ck, cv))
         for chunk in _chunks(tensors, ctx.sees):
-            context, own = chunk.scores()
             total = lse[chunk.groups].view(-1, G, chunk.q.shape[2]).transpose(0, 1)[..., None]
-            p_context, p_own = exp_(context.sub_(total)), exp_(own.sub_(total))
             grad = _heads_first(grad_out[chunk.groups], G)
             delta = (grad.float() * _heads_first(out[chunk.groups], G).float()).sum(-1, keepdim=True)
             flat, dtype = grad.reshape(chunk.flat), grad.dtype
-            d_cv[chunk.context] += (p_context.flatten(1, 2).to(dtype).transpose(-1, -2) @ flat).transpose(0, 1)
+            p_own = exp_(chunk.own_scores().sub_(total))
             d_ov[chunk.groups] = (p_own.to(dtype).transpose(-1, -2) @ grad).permute(1, 2, 0, 3)
-            s_context = (flat @ chunk.v.transpose(-1, -2)).float().view_as(p_context)
-            s_context = s_context.sub_(delta).mul_(p_context).mul_(scale).to(dtype).flatten(1, 2)
             s_own = (grad @ chunk.own_v.transpose(-1, -2)).float()
             s_own = s_own.sub_(delta).mul_(p_own).mul_(scale).to(dtype)
-            d_query[chunk.groups] = _heads_last((s_context @ chunk.k).view_as(chunk.q) + s_own @ chunk.own_k, K)
-            d_ck[chunk.context] += (s_context.transpose(-1, -2) @ chunk.q.reshape(chunk.flat)).transpose(0, 1)
             d_ok[chunk.groups] = (s_own.transpose(-1, -2) @ chunk.q).permute(1, 2, 0, 3)
+            d_q = (s_own @ chunk.own_k).float()
+            for tile in chunk.tiles():
+                p = exp_(chunk.scores(tile).sub_(total))
+                d_cv[tile.index] += (p.flatten(1, 2).to(dtype).transpose(-1, -2) @ flat).transpose(0, 1)
+                s = (flat @ tile.v.transpose(-1, -2)).float().view_as(p)
+                s = s.sub_(delta).mul_(p).mul_(scale).to(dtype).flatten(1, 2)
+                d_q += (s @ tile.k).view_as(chunk.q)
+                d_ck[tile.index] += (s.transpose(-1, -2) @ chunk.q.reshape(chunk.flat)).transpose(0, 1)
+            d_query[chunk.groups] = _heads_last(d_q, K).to(dtype)
         return d_query, d_ck.to(ck.dtype), d_cv.to(cv.dtype), d_ok, d_ov, None, None, None, None
-
-
-def _softmax_(context: Tensor, own: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """One softmax over two parts of the scores, in place; both parts and the log of their sum [G, n, r*K, 1].
-
-    A row that sees nothing has probabilities 0 and log 0.
-    """
-    parts = [part for part in (context, own) if part.shape[-1]]
-    tops = [part.amax(dim=-1, keepdim=True) for part in parts] or [context.new_zeros((*context.shape[:-1], 1))]
-    top = torch.stack(tops).amax(dim=0)
-    top.masked_fill_(top == -torch.inf, 0.0)
-    total = torch.zeros_like(top)
-    for part in parts:
-        total += exp_(part.sub_(top)).sum(dim=-1, keepdim=True)
-    total.masked_fill_(total == 0.0, 1.0)
-    for part in parts:
-        part.div_(total)
-    return context, own, top.add_(total.log())
