@@ -99,6 +99,7 @@ def losses(device: torch.device) -> Iterator[Twin]:
 
     for loss in (name for name, row in LOSSES.items() if row.value is not None):
         weights = LossWeights(**{loss: 1.0})
+        torch._dynamo.reset()  # past its limit of recompilations it would run eagerly, and say nothing
         for markov in (False, True):
             wanted = run("tiled", weights, torch.float32, markov)
             for name, dtype in DTYPES.items():
