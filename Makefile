@@ -9,7 +9,7 @@ SOURCE ?= cache
 TASKS ?= ../shared/eval
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
 
-.PHONY: help quickstart serve-check real finetune ablate results test test-slow test-mpi screenshots trust lint docs house format clean clean-all
+.PHONY: gpu-check help quickstart serve-check real finetune ablate results test test-slow test-mpi screenshots trust lint docs house format clean clean-all
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
@@ -25,6 +25,7 @@ help:
 	@echo "make screenshots the pages in a headless Chromium (of the system: chromium), pictures in build/screenshots;"
 	@echo "                 after the quickstart also those of the documentation, in docs/images"
 	@echo "make trust       kills, rot, hostile servers, full disks, fuzzing: an hour; writes docs/trust.md"
+	@echo "make gpu-check   all that only a GPU can tell, in nine minutes, without a network; writes docs/gpu.md; DRY=1 tries it on the CPU"
 	@echo "make house       size, length and names of the code against their limits"
 	@echo "make format      format the code"
 	@echo "make clean       remove build/;  make clean-all  the virtual environment too"
@@ -74,6 +75,11 @@ test-mpi: $(READY)
 trust: $(READY)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -e '.[dev,mpi]'
 	@$(BIN)/python benchmarks/trust.py --json build/trust.json --page docs/trust.md
+
+# a lent GPU machine has a python3 with torch of its own, and no network: no installation here
+gpu-check:
+	@PYTHONPATH=.$(if $(PYTHONPATH),:$(PYTHONPATH)) $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py \
+		$(if $(DRY),--dry-run,--json docs/gpu.json --page docs/gpu.md)
 
 lint: $(READY)
 	@$(BIN)/ruff check --quiet

@@ -85,15 +85,19 @@ ROWS = {  # those of drafters appear with the drafter
 }
 
 
-def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> Any:
-    """A draft of ``size``, of an algorithm or a row, with random frozen embedding and head; ``keys`` of its section."""
-    config = {
+def qwen3_config(size: dict[str, int]) -> dict[str, Any]:
+    """The text config of a Qwen3 of ``size``."""
+    return {
         "hidden_size": size["hidden"], "intermediate_size": size["mlp"], "num_attention_heads": size["heads"],
         "num_key_value_heads": size["kv"], "head_dim": size["head_dim"], "vocab_size": size["vocab"],
         "rms_norm_eps": 1e-6, "hidden_act": "silu", "max_position_embeddings": 8192, "num_hidden_layers": 36,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
     }  # fmt: skip
-    spec = TargetSpec("bench", registry.family("qwen3"), config, "qwen3")
+
+
+def described(name: str, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> tuple[Any, Any, TargetSpec]:
+    """(algorithm, config, target) of a draft of ``size``, of an algorithm or a row; ``keys`` of its section."""
+    spec = TargetSpec("bench", registry.family("qwen3"), qwen3_config(size), "qwen3")
     row = ROWS.get(name, Row(name, {}, name))
     algorithm = registry.algorithm(row.algorithm)
     section: dict[str, Any] = {"target_layers": [1, 9, 17, 25, 33]}
@@ -102,7 +106,13 @@ def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str
     known = {"num_anchors": size["anchors"], "mask_token_id": 5}
     section |= {key: value for key, value in known.items() if key in algorithm.tiny_section}
     section |= {**row.section, **(keys or {})}
-    model = algorithm.build(algorithm.parse(section, None), spec).to(dtype)
+    return algorithm, algorithm.parse(section, None), spec
+
+
+def build(name: str, dtype: torch.dtype, size: dict[str, int], keys: Mapping[str, Any] | None = None) -> Any:
+    """A draft of ``size`` as :func:`described`, with random frozen embedding and head."""
+    algorithm, config, spec = described(name, size, keys)
+    model = algorithm.build(config, spec).to(dtype)
     weights = torch.randn(size["vocab"], size["hidden"], generator=torch.Generator().manual_seed(1)).mul_(0.05)
     model.attach(weights.to(dtype), weights.to(dtype))
     return model

@@ -32,11 +32,12 @@ def plain_block_loss(model: Any, batch: Batch) -> Tensor:
     anchors[: len(drawn)] = drawn
     supervised = supervised_slots_NK(batch.supervision.loss_mask[0], int(batch.supervision.lengths[0]), anchors, K)
     supervised[len(drawn) :] = False
-    S = batch.input_ids.shape[1]
+    anchors, supervised = anchors.to(model.device), supervised.to(model.device)
+    S, step_K = batch.input_ids.shape[1], torch.arange(K, device=model.device)
     hidden = model.train_slots(batch.features, batch.input_ids, anchors[None], S)[0]  # [N, K, D]
-    positions = (anchors[:, None] + torch.arange(K)).clamp_max(S - 1)
+    positions = (anchors[:, None] + step_K).clamp_max(S - 1)
     labels = batch.input_ids[0, (positions + 1).clamp_max(S - 1)]
-    weights = torch.exp(-torch.arange(K) / (config.loss_decay_gamma or math.inf)).expand_as(labels) * supervised
+    weights = torch.exp(-step_K / (config.loss_decay_gamma or math.inf)).expand_as(labels) * supervised
     logits = model.frozen.logits(hidden)
     embedded = None
     if model.markov_head is not None:
@@ -56,14 +57,15 @@ def plain_eagle3_loss(model: Any, batch: Batch) -> Tensor:
     """Eagle3 at batch 1: every slot of every step, target logits softmaxed at every step."""
     config = model.config
     S = batch.input_ids.shape[1]
-    masks = supervised_slots(batch.supervision, config.ttt_length)[:, 0]  # [T, S]
-    hidden = model.train_hidden(batch.features, batch.input_ids, torch.arange(S)[None], config.ttt_length, S)[:, 0]
+    masks = supervised_slots(batch.supervision, config.ttt_length)[:, 0].to(model.device)  # [T, S]
+    every = torch.arange(S, device=model.device)
+    hidden = model.train_hidden(batch.features, batch.input_ids, every[None], config.ttt_length, S)[:, 0]
     target = model.frozen.logits(batch.last_hidden[0])  # type: ignore[index]
     total = hidden.new_zeros((), dtype=torch.float32)
     for j in range(config.ttt_length):
         logits = model.frozen.logits(model.norm(hidden[j]))
         shifted = F.pad(target[1 + j :], (0, 0, 0, 1 + j))
-        weights = masks[j].float() / batch.supervision.lengths[0]
-        labels = torch.zeros(S, dtype=torch.int64)
+        weights = masks[j].float() / int(batch.supervision.lengths[0])
+        labels = torch.zeros_like(every)
         total = total + config.step_loss_decay**j * plain_head_terms(logits, shifted, labels, weights).soft_ce
     return total

@@ -122,11 +122,8 @@ class _Event:
 
 
 @contextmanager
-def fake_cuda() -> Iterator[Traffic]:
-    """Everything inside runs on fake tensors, eagerly; tensors from outside are taken as they are.
-
-    What was copied to the host reads as zeros.
-    """
+def fake_tensors() -> Iterator[FakeTensorMode]:
+    """Tensors made inside are fakes, those of CUDA by their stand-in; what was copied to the host reads as zeros."""
     normalised = FakeTensor._normalize_fake_device
 
     def stand_in(device: torch.device) -> torch.device:
@@ -140,18 +137,22 @@ def fake_cuda() -> Iterator[Traffic]:
     def numpy(self: FakeTensor) -> np.ndarray:
         return np.zeros(tuple(self.shape), str(self.dtype).removeprefix("torch."))
 
+    on_cuda = property(lambda self: self.device.type == "cuda")
     with ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(FakeTensor, "_normalize_fake_device", staticmethod(stand_in)))
         stack.enter_context(patch(FakeTensor, "device", property(device)))
-        stack.enter_context(
-            patch(FakeTensor, "is_cuda", property(lambda self: self.device.type == "cuda"), create=True)
-        )
+        stack.enter_context(patch(FakeTensor, "is_cuda", on_cuda, create=True))
         stack.enter_context(patch(FakeTensor, "numpy", numpy, create=True))
-        stack.enter_context(patch(torch.cuda, "Event", _Event))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        fakes = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        yield stack.enter_context(Traffic(fakes))
+        yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+
+
+@contextmanager
+def fake_cuda() -> Iterator[Traffic]:
+    """Everything inside runs on fake tensors, eagerly; tensors from outside are taken as they are."""
+    eager = torch.compiler.set_stance("force_eager")
+    with mock.patch.object(torch.cuda, "Event", _Event), eager, fake_tensors() as fakes, Traffic(fakes) as traffic:
+        yield traffic
 
 
 def faked(tensor: Tensor) -> Tensor:

@@ -105,6 +105,30 @@ def test_flex_mask_equals_the_reference(**shape: int) -> None:
     torch.testing.assert_close(flex[rows], plain[rows], atol=2e-5, rtol=1e-4)
 
 
+@given(**{**SHAPES, "N": st.integers(1, 20)}, packed=st.booleans())
+@settings(max_examples=25, deadline=None)
+def test_flex_sees_exactly_the_pairs_of_the_reference(packed: bool, **shape: int) -> None:
+    """The mask that flex_attention is given, pair by pair; ``packed``: every group has a limit of its own."""
+    tensors, sees = inputs(**shape, dtype=torch.float32)
+    B, N, K, M, S = (shape[name] for name in "BNKMS")
+    if not packed:
+        sees["limit_BN"].fill_(S)
+    given_masks = []
+
+    def record(query: Tensor, *_: Tensor, block_mask: Any, **__: Any) -> Tensor:
+        given_masks.append(block_mask)
+        return query
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.flex_attention.flex_attention", record)
+        query, ck, cv, ok, ov = tensors
+        attend(query, (ck, cv), (ok, ov), scale=1.0, backend="flex", **sees)
+    rows, columns = torch.arange(N * K)[:, None], torch.arange(S + N * M)
+    found = given_masks[0].mask_mod(torch.arange(B)[:, None, None], torch.tensor(0), rows, columns)
+    start = sees.get("start_BNK")
+    assert torch.equal(found, visibility_mask(sees["limit_BN"], K, M, S, sees["causal"], start))
+
+
 def test_visibility_is_the_definition() -> None:
     mask = visibility_mask(torch.tensor([[0, 2, 3]]), num_queries=2, num_own=2, context_length=3)[0]
     for row in range(6):

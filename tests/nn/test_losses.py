@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain_losses import plain_d_pace, plain_end_to_end, plain_head_terms, plain_rows
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 from deepspec.nn import loss_chunk
 from deepspec.nn.chains import Chains
@@ -241,6 +242,25 @@ def test_compiled_by_inductor_on_the_cpu() -> None:
     ):
         problem = Problem(3, 40, latent, None, False, torch.float32)
         equals_plain(problem, weights, chains_of(problem, 0.5), "compiled")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_by_inductor_equals_the_tiles(name: str) -> None:
+    """Forward and gradients of what was really compiled: past dynamo's limit of recompilations it would run eagerly."""
+    torch._dynamo.reset()
+    counters.clear()
+    weights = LossWeights(**{name: 0.8})
+    for seed, (latent, softcap) in enumerate([(None, None), ("position", 4.0)]):
+        problem = Problem(seed, 40, latent, softcap, False, torch.float32)
+        where = (problem.hidden, problem.frozen, problem.rows, weights, problem.target, problem.latent, problem.w2)
+        chains = chains_of(problem, None)
+        one, other = (head_loss(*where, backend, chains) for backend in ("compiled", "tiled"))
+        torch.testing.assert_close(one.combined, other.combined, atol=1e-4, rtol=1e-5)
+        found, wanted = (torch.autograd.grad(loss.combined, problem.leaves) for loss in (one, other))
+        for left, right in zip(found, wanted, strict=True):
+            torch.testing.assert_close(left, right, atol=5e-5, rtol=2e-4)
+    assert counters["inductor"], "nothing was compiled"
 
 
 def test_without_gradients_nothing_is_kept() -> None:
