@@ -3,7 +3,7 @@
     python benchmarks/bench_long.py [--json FILE] [--lengths 4096 16384 65536 131072] [--algorithms dspark eagle3]
 
 One forward and backward of a small draft in fp32 (hidden 64, 2 heads / 1 kv, head size 32, vocabulary 1,024) on
-features in bf16 of three target layers, with activation checkpointing; one token of 16 is supervised, in three spans;
+features in bf16 of three target layers, with activation checkpointing; one token of 32 is supervised, in three spans;
 512 anchors, three TTT steps. Each length runs in a process of its own with one thread; seconds are CPU seconds, memory
 is the peak above model and inputs. Slope and R2 are those of the straight line through the peaks.
 """
@@ -38,7 +38,7 @@ def measure(algorithm: str, length: int) -> dict[str, float]:
     model = build(algorithm, torch.float32, SIZE, section)
     model.activation_checkpointing = True
     step(model, make_batch({**SIZE, "S": 256}, torch.bfloat16, 48, LAYERS), plain=False)
-    batch = make_batch({**SIZE, "S": length}, torch.bfloat16, length // 16, LAYERS)
+    batch = make_batch({**SIZE, "S": length}, torch.bfloat16, length // 32, LAYERS)
     before, start = forget_peak(), time.process_time()
     loss = step(model, batch, plain=False)
     return {"megabytes": resident("VmHWM") - before, "seconds": time.process_time() - start, "loss": loss}

@@ -344,9 +344,9 @@ class Recipe:
             raise RecipeError(
                 "layer beyond the model", key="target.layers", found=list(self.target.layers), wanted=wanted
             )
-        of, heads = self.train.sequence_parallel, spec.shape.num_heads
-        if heads % of:
-            wanted = f"a divisor of {heads}, the heads of {self.target.path}"
+        of = self.train.sequence_parallel
+        if of > 1 and spec.shape.num_heads % of:
+            wanted = f"a divisor of {spec.shape.num_heads}, the heads of {self.target.path}"
             raise RecipeError("heads cannot be shared", key="train.sequence_parallel", found=of, wanted=wanted)
         if self.target.family not in (None, spec.family.name):
             wanted = f"{spec.family.name}, the family of {self.target.path}"
