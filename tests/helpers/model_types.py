@@ -1,7 +1,4 @@
-"""Tiny configs of model types of transformers: what the suite of targets runs on.
-
-``QUICK`` are in the quick tests; the others are slow ones.
-"""
+"""Tiny configs of model types of transformers: what the suite of targets runs on."""
 
 from __future__ import annotations
 
@@ -109,7 +106,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "bloom": {},
     "nanochat": {},
     "hyperclovax": {"logits_scaling": 2.0},
-    "exaone_moe": {**EXPERTS, **WINDOWED, "n_routed_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "exaone_moe": {
+        **EXPERTS, **WINDOWED, "n_routed_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    },
     "vaultgemma": {**WINDOWED, "query_pre_attn_scalar": 8},
     "mimo_v2_flash": {
         **EXPERTS, **WINDOWED, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 8,
@@ -130,7 +129,8 @@ SMALL_VISION: dict[str, Any] = {
     "projector_input_dim": 16, "projector_output_dim": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [],
 }  # fmt: skip
 IMAGE_TEXT = {  # an image-text type -> the type of its text part
-    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3_vl_text",
 }  # fmt: skip
 
 
@@ -138,6 +138,6 @@ def config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
     """The tiny config of a model type."""
     if model_type in IMAGE_TEXT:
         kind = IMAGE_TEXT[model_type]
-        text = {**SIZES, **TYPES[kind], **changes, "model_type": kind}
+        text = {**SIZES, **TYPES.get(kind, {}), **changes, "model_type": kind}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=SMALL_VISION, tie_word_embeddings=False)
     return AutoConfig.for_model(model_type, **{**SIZES, **TYPES[model_type], **changes})
