@@ -1,9 +1,14 @@
-"""Tiny configs of model types of transformers: what the suite of targets runs on."""
+"""Tiny configs of model types of transformers: what the suite of targets runs on.
+
+``python tests/helpers/model_types.py`` prints the table of docs/targets.md: how a tiny random model of each is decoded.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 SIZES: dict[str, Any] = {
@@ -93,7 +98,6 @@ TYPES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16,
     },
     "glm4_moe_lite": LATENT,
-    "mistral4": LATENT,
     "ministral3": {},
     "apertus": {},
     "arcee": {},
@@ -141,3 +145,25 @@ def config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
         text = {**SIZES, **TYPES.get(kind, {}), **changes, "model_type": kind}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=SMALL_VISION, tie_word_embeddings=False)
     return AutoConfig.for_model(model_type, **{**SIZES, **TYPES[model_type], **changes})
+
+
+def table(names: list[str]) -> list[str]:
+    """The rows of the table: type, text part of an image-text type, decoding path, why."""
+    from deepspec.decoding.paths import decoding_path
+    from deepspec.targets.adaptor import auto_class
+    from deepspec.targets.load import Target, spec_from_config
+
+    rows = []
+    for name in names:
+        torch.manual_seed(0)
+        config = config_of(name)
+        target = Target(auto_class(config, name).from_config(config).float(), spec_from_config(config, name))
+        path = decoding_path(target)
+        shown = f"`{name}` (text of images and text)" if name in IMAGE_TEXT else f"`{name}`"
+        why = re.sub(r" by [\d.e-]+ of their size", "", path.why)  # which differs with the machine
+        rows.append(f"| {shown} | {path.name} | {why} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table(sorted({*TYPES, *IMAGE_TEXT}))))
