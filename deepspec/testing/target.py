@@ -14,6 +14,7 @@ the model and how it decodes (:class:`TargetModelSuite`), and drafts that are tr
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
+from deepspec import registry
 from deepspec.batch import Batch, Supervision
 from deepspec.cache.build import build_cache
 from deepspec.decoding.loop import generate
@@ -188,12 +190,12 @@ class TargetModelSuite(_Targets):
 
 
 class TargetDraftSuite(_Targets):
-    """Drafts for the target: with Llama-like layers, with norms on the heads, and one that goes token by token."""
+    """Drafts for the target, with Llama-like layers and with norms on the heads."""
 
-    drafts: ClassVar[tuple[tuple[str, Mapping[str, Any]], ...]] = (
-        ("dspark", {"layers": {"family": "llama"}}),
-        ("dspark", {"layers": {"family": "qwen3", "num_heads": 2, "num_kv_heads": 1, "head_dim": 8}}),
-        ("eagle3", {}),
+    algorithms: ClassVar[tuple[str, ...]] = ()  # rows of the registry; none: every one
+    layers: ClassVar[tuple[Mapping[str, Any], ...]] = (  # `draft.layers`: those of a target of no family, and others
+        {"family": registry.DEFAULT_FAMILY},
+        {"family": "qwen3", "num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
     )
     steps: ClassVar[int] = 12
 
@@ -205,10 +207,12 @@ class TargetDraftSuite(_Targets):
         with training_processes():
             yield
 
-    def section(self, target: Target, algorithm: str, changes: Mapping[str, Any]) -> dict[str, Any]:
-        """A ``draft:`` section that reads the embedding, an early layer and the last one."""
-        read = [EMBEDDING, min(1, target.spec.num_layers - 1), target.spec.num_layers]
-        return {**tiny.tiny_section(algorithm), "target_layers": read, **changes}
+    def section(self, target: Target, algorithm: str, layers: Mapping[str, Any]) -> dict[str, Any]:
+        """A ``draft:`` section that reads what the algorithm's tiny one reads of a target of this depth."""
+        given = tiny.tiny_section(algorithm, layers=dict(layers))
+        deepest = target.spec.num_layers
+        read = dict.fromkeys(min(layer, deepest) for layer in given["target_layers"])
+        return {**given, "target_layers": list(read)}
 
     def batch(self, target: Target, layers: Sequence[int]) -> Batch:
         """Two random texts, most of them supervised, with the target's own states."""
@@ -224,8 +228,8 @@ class TargetDraftSuite(_Targets):
         """Its loss falls on one batch; greedy decoding with it gives the target's own text."""
         prompts, settings = self.prompts(target), DecodeSettings(max_new_tokens=self.new_tokens)
         alone = [one.output_ids for one in generate(target, None, prompts, settings, len(prompts))]
-        for algorithm, changes in self.drafts:
-            section = self.section(target, algorithm, changes)
+        for algorithm, layers in itertools.product(self.algorithms or registry.ALGORITHMS, self.layers):
+            section = self.section(target, algorithm, layers)
             model = tiny.tiny_draft(section, algorithm, target)
             batch = self.batch(target, model.config.target_layers)
             optimizer, losses = torch.optim.Adam(model.parameters(), lr=0.01), []
@@ -247,8 +251,9 @@ class TargetDraftSuite(_Targets):
 
         tiny.character_tokenizer().save_pretrained(folder)
         target = load_target(folder, torch.float32)
-        section = self.section(target, "dspark", {"layers": {"family": "qwen3"}})
-        path = write_recipe(tmp_path, "dspark", section, 1, source="cache", cache=str(tmp_path / "cached"))
+        algorithm = (*self.algorithms, *registry.ALGORITHMS)[0]
+        section = self.section(target, algorithm, self.layers[-1])
+        path = write_recipe(tmp_path, algorithm, section, 1, source="cache", cache=str(tmp_path / "cached"))
         recipe = load_recipe(path).for_target(target.spec)
         build_cache(recipe, str(tmp_path / "conversations.jsonl"), str(tmp_path / "cached"))
         online = OnlineSource(recipe, target, tmp_path / "conversations.jsonl")

@@ -28,6 +28,8 @@ class TestModelType(TargetModelSuite):
 
 
 class TestDraftsOfModelType(TargetDraftSuite):
+    algorithms = ("dspark", "eagle3")
+
     @pytest.fixture(params=types(["gpt_oss"]))
     def model(self, request: pytest.FixtureRequest) -> PreTrainedConfig:
         return config_of(request.param)
