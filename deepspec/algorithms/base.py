@@ -18,10 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from deepspec import registry
 from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Part, Supervision
-from deepspec.errors import DraftError, RecipeError, nearest
+from deepspec.errors import CacheError, DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.families.plain import LayerSection
 from deepspec.metrics import LossTerms
@@ -191,9 +190,7 @@ class DraftModel(nn.Module):
             self.register_buffer("t2d", torch.arange(shape.vocab_size) < config.draft_vocab_size)
 
     def attach(self, embed_weight: Tensor, head_weight: Tensor, target_head: Tensor | None = None) -> None:
-        """Take the target's embedding [V, D] and head [V, D] as this draft's frozen head.
-
-        Nothing is copied but the head of a target that scales its logits: the factor goes into the matrix.
+        """Take the target's embedding [V, D] and head [V, D], without copying, as this draft's frozen head.
 
         Args:
             embed_weight: the target's, or one of the draft's own.
@@ -208,12 +205,10 @@ class DraftModel(nn.Module):
             if (found := tuple(weight.shape)) != wanted:
                 remedy = "another target?"
                 raise DraftError("does not fit the draft", key=name, found=found, wanted=wanted, remedy=remedy)
-        scale, factor = self.family.embedding_scale(self.shape.hidden_size), self.shape.logit_scale
+        scale = self.family.embedding_scale(self.shape.hidden_size)
         teacher = None if target_head is None or target_head is head_weight else target_head.detach()
-        head = head_weight.detach()
-        if factor != 1.0:
-            head, teacher = head * factor, None if teacher is None else teacher * factor
-        self._frozen = FrozenHead(embed_weight.detach(), head, scale, self.shape.softcap, teacher)
+        frozen = FrozenHead(embed_weight.detach(), head_weight.detach(), scale, self.shape.softcap, teacher)
+        self._frozen = frozen.scaled(self.shape.logit_scale)
 
     @property
     def frozen(self) -> FrozenHead:
@@ -333,10 +328,6 @@ class Algorithm(ABC):
         if size is not None and size > target.vocab_size:
             wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
             raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
-        name = config.layers.family if config.layers else None
-        if name is not None and name not in registry.FAMILIES:
-            remedy = nearest(name, registry.FAMILIES)
-            raise RecipeError("unknown family", key="draft.layers.family", found=name, remedy=remedy)
         _ = target.draft_layers(config.layers).shape  # sizes that fit each other
 
     def native(self, stored: Collection[str]) -> dict[str, str]:
@@ -372,13 +363,7 @@ class Algorithm(ABC):
         return {own.key: value for own, value in values.items() if not (own.optional and value == own.default)}
 
     def config_json(self, config: Any, target: TargetSpec, dtype: str = "float32") -> dict[str, Any]:
-        """config.json of a draft in the published layout.
-
-        Args:
-            config: this algorithm's config.
-            target: the target it drafts for.
-            dtype: of the weights beside it.
-        """
+        """config.json of a draft for ``target`` in the published layout; ``dtype`` is that of the weights beside it."""
         layers = target.draft_layers(config.layers)
         published = layers.family.draft_config(layers.config, config.num_layers)
         published.update(

@@ -47,6 +47,7 @@ from deepspec.data.refusals import (
 from deepspec.errors import DataError
 from deepspec.families.base import Family
 from deepspec.recipe import Recipe
+from deepspec.targets.adaptor import thinking_keyword
 from deepspec.targets.date import dated, template_date
 from deepspec.targets.load import TargetSpec, load_tokenizer
 from deepspec.targets.positions import positions_of
@@ -98,12 +99,14 @@ class Renderer:
         self._target_stops: tuple[int, ...] = ()
         self._rows: int | None = None  # of the target's embedding
         self._positions: int | None = None
+        keyword: str | None = None
         if isinstance(target, TargetSpec):
+            keyword = None if target.has_family else thinking_keyword(tokenizer.chat_template)
             self._positions = positions_of(target.config)
             self._target_stops, self._rows, target = target.stop_token_ids, target.vocab_size, target.family
         self.family: Family = registry.family(target) if isinstance(target, str) else target
         self.system_prompt, self.thinking, self.max_length = system_prompt, thinking, max_length
-        self.template_kwargs = self.family.chat_template_kwargs(thinking)
+        self.template_kwargs = {keyword: thinking} if keyword else self.family.chat_template_kwargs(thinking)
         if not tokenizer.chat_template:
             remedy = "use an instruction-tuned target, or put its chat_template.jinja beside the tokenizer"
             raise DataError("the tokenizer has no chat template", file=tokenizer.name_or_path, remedy=remedy)

@@ -17,7 +17,7 @@ from typing import Any
 
 from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, parse_line, value_problem
 from deepspec.data.messages import Message as Message
-from deepspec.data.messages import Unusable, normal_row
+from deepspec.data.messages import Unusable, medium_in, normal_row
 from deepspec.errors import DataError
 from deepspec.files import named, read_json, refuse_special, sealed, sync, write_json
 from deepspec.processes import temporary_name
@@ -50,6 +50,8 @@ def row_problem(row: Any) -> tuple[str, object] | None:
             found = message.get("role") if isinstance(message, dict) else message
             return f"a message needs a `role`, one of {', '.join(ROLES)}", found
         content = message.get("content")
+        if medium := medium_in(content):
+            return f"a message with {medium}: targets are given text alone", content
         beside = message.get("tool_calls") or message.get("function_call") or message.get("reasoning_content")
         if not isinstance(content, str) and not (content is None and beside):
             return "a message needs `content`, a string (or null beside tool_calls or reasoning_content)", content

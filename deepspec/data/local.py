@@ -127,8 +127,10 @@ class LocalSampler:
         live = np.ones(len(requests), dtype=bool)  # rows whose answer is not complete
         answers: list[list[int]] = [[] for _ in requests]
         cached = {cache_keyword(self.model) or CACHE_NAMES[0]: cache}
+        places = takes(self.model, "position_ids")
         for step in range(limit):
-            output = self.model(input_ids=ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **cached)
+            given = cached | ({"position_ids": positions} if places else {})
+            output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, **given)
             logits = output.logits[:, -1]  # [B, V]
             token = sample(logits, self.sampling, random[:, step])
             ended = torch.isin(token, self.stop).cpu().numpy()

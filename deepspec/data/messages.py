@@ -17,6 +17,11 @@ Message = dict[str, Any]
 THINK, UNTHINK = "<think>", "</think>"  # how Qwen3, DeepSeek-R1 and their like mark reasoning inside an answer
 OPENINGS = (THINK, "<thinking>", "<|channel>thought", "[THINK]", "<seed:think>")  # how templates open reasoning
 SYSTEM_COLUMNS = ("system", "system_prompt")
+MEDIA = {  # types of content parts that are no text
+    **dict.fromkeys(("image", "image_url", "input_image"), "an image"),
+    **dict.fromkeys(("video", "video_url"), "a video"),
+    **dict.fromkeys(("audio", "audio_url", "input_audio"), "sound"),
+}
 _STAY = ("properties", "parameters", "arguments")  # objects that may be empty, and mean something then
 _NO_CHARACTER = "\ufffd"  # what bytes that are no character are decoded to
 _NOT_THE_TEMPLATES = ("weight", "finish_reason")  # fields of a message that only deepspec reads
@@ -263,6 +268,13 @@ def read_message(message: Message, opened: bool) -> Message:
     if regenerated and any(_NO_CHARACTER in one for one in texts):
         raise DataError(REPLACED, key="messages", remedy="let the target answer this prompt again")
     return message
+
+
+def medium_in(content: Any) -> str | None:
+    """The first part of a message's content that is an image, a video or sound; None: there is none."""
+    parts = content if isinstance(content, list) else [content]
+    kinds = (part.get("type") for part in parts if isinstance(part, Mapping))
+    return next((MEDIA[kind] for kind in kinds if isinstance(kind, str) and kind in MEDIA), None)
 
 
 def characters(value: Any) -> int:

@@ -15,6 +15,7 @@ from deepspec.data.messages import (
     Unusable,
     arguments_are_objects,
     characters,
+    medium_in,
     normal_calls,
     normal_message,
     normal_tools,
@@ -230,6 +231,8 @@ def _text(content: Any, notes: list[str]) -> str | None:
     if content is None or isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [content]
+    if medium := medium_in(parts):
+        raise Unusable(f"a message with {medium}: targets are given text alone")
     if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in parts):
         raise Unusable(NOT_TEXT)
     texts = [part.get("text") for part in parts]

@@ -7,8 +7,8 @@ the left, so that windows, chunks and sinks see neighbouring tokens. Rolling bac
 :class:`ReplayTarget`: for layers that keep a state (linear attention, convolutions, Mamba), which no length takes back.
 Each row has the model's own cache as of some committed token, and the tokens after it. A forward runs these and the new
 tokens over a copy; where all of them are committed the copy is the cache from then on, otherwise it is dropped, and the
-accepted ones come again with the next forward. Without a cache (``keeps_cache=False``) the complete text runs each time:
-right for every model, and the slowest.
+accepted ones come again with the next forward. Without a cache (``keeps_cache=False``) the complete text runs each
+time: right for every causal model, and the slowest.
 
 T packed tokens, R attending rows, Q the most tokens of a row, L the most committed positions of one.
 """
@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -70,7 +70,8 @@ class PaddedTarget:
         if L:
             self._fill(own, L)
         output = self.target.forward(ids, self.layers, positions, mask, past_key_values=own)
-        for number, layer in enumerate(own.layers):
+        filled: list[Any] = own.layers
+        for number, layer in enumerate(filled):
             new = (part[:, :, L:].transpose(1, 2).flatten(0, 1)[batch.dense] for part in (layer.keys, layer.values))
             self.cache.write(number, *new)
         features, last = (part.flatten(0, 1)[batch.dense] for part in (output.features, output.last_hidden))
@@ -137,9 +138,7 @@ class ReplayTarget:
                 state = self._settled(self.cache.states[row], int(past))
                 output, self.cache.states[row] = self._run(state, new)
                 outputs.append(output)
-        features, last = (
-            torch.cat([getattr(one, name) for one in outputs]) for name in ("features", "last_hidden")
-        )
+        features, last = (torch.cat([getattr(one, name) for one in outputs]) for name in ("features", "last_hidden"))
         return TargetOutput(features, last)
 
     def _settled(self, row: _Row, length: int) -> _Row:

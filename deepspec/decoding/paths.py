@@ -97,7 +97,10 @@ def _choose(target: Target) -> DecodingPath:
         why = _forbidden(name, target) or _disagreement(name, opener, target)
         if why is None:
             return DecodingPath(name, "; ".join(reasons) or "its attention is the plain one", opener)
-        reasons.append(f"not {name}: {why}")
+        if reasons and reasons[-1].endswith(why):
+            reasons[-1] = reasons[-1].replace(": ", f", not {name}: ", 1)
+        else:
+            reasons.append(f"not {name}: {why}")
     raise TargetError(
         "it cannot be decoded here", file=target.spec.path, found="; ".join(reasons),
         wanted="a causal model, whose states depend on earlier tokens alone",
@@ -135,16 +138,21 @@ def _try(name: str, rows: RowTarget, target: Target) -> str | None:
     for counts, kept in zip(TRIAL, KEPT, strict=True):
         new = [torch.randint(target.spec.vocab_size, (count,), generator=generator).tolist() for count in counts]
         batch = rows.cache.plan(np.array(counts))
-        found = rows.forward(batch, torch.tensor(sum(new, []), device=target.device)).last_hidden
+        found = rows.forward(batch, torch.tensor([*new[0], *new[1]], device=target.device)).last_hidden
         for row, part in enumerate(found.split(list(counts))):
-            own = target.forward(torch.tensor([texts[row] + new[row]], device=target.device), ()).last_hidden[0]
-            if (error := _difference(part, own[len(texts[row]) :])) > TOLERANCE.get(target.dtype, 0.1):
+            own = torch.stack([_last_state(target, texts[row] + new[row][: n + 1]) for n in range(counts[row])])
+            if (error := _difference(part, own)) > TOLERANCE.get(target.dtype, 0.1):
                 return f"its states differ from the model's own by {error:.2g} of their size"
             texts[row] += new[row][: kept[row]]
         rows.cache.commit(np.array(kept))
         if name == "packed" and (why := _unasked(batch.attended, target)):
             return why
     return None
+
+
+def _last_state(target: Target, ids: list[int]) -> Tensor:
+    """The state [D] after the last of ``ids`` by the model's own pass; what would follow it is not there."""
+    return target.forward(torch.tensor([ids], device=target.device), ()).last_hidden[0, -1]
 
 
 def _unasked(windows: Sequence[int | None], target: Target) -> str | None:

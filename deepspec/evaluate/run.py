@@ -22,6 +22,7 @@ from deepspec.algorithms.base import Drafter, DraftModel
 from deepspec.arguments import COUNT, SEED, SHARE, TEMPERATURE, check_fields
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import Decoder
+from deepspec.decoding.paths import check_tree, decoding_path
 from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation
 from deepspec.decoding.tree import count_nodes, tree_of
 from deepspec.distributed import World, barrier, on_rank0, process_group
@@ -149,6 +150,7 @@ class Evaluation:
         self.output = Path(options.output)
         self.identity = self._identity()
         if options.tree:  # before anything is written
+            check_tree(self.target, self._settings(max(options.temperatures)))
             tree_of(self._settings(max(options.temperatures)), self._drafter(1))
 
     def _identity(self) -> dict[str, Any]:
@@ -181,6 +183,7 @@ class Evaluation:
         Raises:
             EvaluationError: the output folder holds another run, or another process evaluates there.
         """
+        log.info("decoding path: %s", decoding_path(self.target))
         for name, folder in self.skipped.items():
             log.info("skipped: %s (no %s.jsonl in %s)", name, name, folder)
         for task in self.tasks:

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from deepspec.errors import RecipeError
+from deepspec import registry
+from deepspec.errors import RecipeError, nearest
 from deepspec.families.base import FIXED_ROPES, Family, Shape
 
 # names under which configs state a size; the first that is stated counts
@@ -39,6 +40,9 @@ class LayerSection:
     rope: dict[str, Any] | None = None  # rope_parameters as transformers has them: rope_theta, rope_type, ...
 
     def __post_init__(self) -> None:
+        if self.family is not None and self.family not in registry.FAMILIES:
+            remedy = nearest(self.family, registry.FAMILIES)
+            raise RecipeError("unknown family", key="family", found=self.family, remedy=remedy)
         for name in ("num_heads", "num_kv_heads", "head_dim", "intermediate_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

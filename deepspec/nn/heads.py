@@ -53,6 +53,13 @@ class FrozenHead:
         embed, head = self.embed_VD.to(device, dtype), self.head_VD.to(device, dtype)
         return replace(self, embed_VD=embed, head_VD=head, target_VD=teacher)
 
+    def scaled(self, factor: float) -> FrozenHead:
+        """The head whose logits are ``factor`` times as large, before the softcap: another matrix, or itself for 1."""
+        if factor == 1.0:
+            return self
+        teacher = None if self.target_VD is None else self.target_VD * factor
+        return replace(self, head_VD=self.head_VD * factor, target_VD=teacher)
+
     def reduced(self, draft_vocab: Tensor | None) -> FrozenHead:
         """The head over the tokens ``draft_vocab`` [V'] int64; itself where it is None."""
         if draft_vocab is None:

@@ -10,6 +10,7 @@ D hidden size, V vocabulary.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6}  # of the logits' size; o
 PROBE_TOKENS = 5
 
 
+THINKING = ("enable_thinking", "thinking")  # what chat templates call the switch
 NORMS = ("norm", "final_layernorm", "ln_f", "norm_f", "final_layer_norm", "embedding_norm", "norm_out")
 
 
@@ -139,6 +141,13 @@ def logit_scale_of(config: Mapping[str, Any]) -> float:
     if divisor := config.get("logits_scaling"):
         scale *= float(divisor) if config.get("model_type") in MULTIPLIES_TOO else 1 / float(divisor)
     return scale
+
+
+def thinking_keyword(template: str | None) -> str | None:
+    """The variable of a chat template that turns thinking on or off; None: it asks for none that is known."""
+    code = " ".join(re.findall(r"\{[{%](.+?)[%}]\}", template or "", flags=re.S))
+    names = set(re.findall(r"(?<![.\w])\w+", re.sub(r"'[^']*'|\"[^\"]*\"", "", code)))
+    return next((name for name in THINKING if name in names), None)
 
 
 @torch.no_grad()

@@ -263,8 +263,8 @@ def load_target(
         revision: of the hub id.
 
     Raises:
-        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or weights that
-            are not finite.
+        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or
+            weights that are not finite.
     """
     from transformers import AutoConfig
 
@@ -297,8 +297,8 @@ def load_target_embeddings(
     The complete :class:`Target` comes instead where it is quantized or its files are not safetensors.
 
     Raises:
-        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or weights that
-            are not finite.
+        TargetError: nothing to load there, no class that loads it, tensors that are not those of its config, or
+            weights that are not finite.
     """
     spec = load_spec(path, revision)
     stored = open_stored(path, dtype, revision)

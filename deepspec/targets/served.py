@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from deepspec.errors import TargetError
 from deepspec.http import NoReply, check_url, request, without_password
-from deepspec.targets.capture import TargetOutput
 from deepspec.targets.adaptor import find_norm
+from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import TargetEmbeddings, TargetSpec, load_spec, load_target_embeddings
 from deepspec.targets.stored import open_stored
 

@@ -172,16 +172,25 @@ def write_run(folder: Path, case: Case, zero_stage: int) -> Path:
     model = tiny.tiny_model(case.target.spec.family.name, **{"vocab_size": VOCAB_SIZE, **case.target_config})
     model.save_pretrained(folder / "target")
     train_tokenizer(["one two three four five six seven eight nine ten"] * 3).save_pretrained(folder / "target")
+    return write_recipe(folder, case.owner.name, case.section, zero_stage)
+
+
+def write_recipe(folder: Path, algorithm: str, section: Mapping[str, Any], zero_stage: int, **data: Any) -> Path:
+    """A recipe of two steps over conversations, for the target with its tokenizer in ``folder``.
+
+    ``section`` is ``draft:`` with its ``target_layers``; ``data`` changes keys of ``data:``.
+    """
     texts = [f"count to {number} and back: " + "one two three " * number for number in range(4, 12)]
     turns = [[{"role": "user", "content": "go on"}, {"role": "assistant", "content": text}] for text in texts]
     rows = [{"id": str(number), "messages": messages} for number, messages in enumerate(turns)]
-    write_conversations(folder / "conversations.jsonl", rows, {"made by": "DrafterSuite"})
+    write_conversations(folder / "conversations.jsonl", rows, {"made by": "deepspec.testing"})
     (folder / "zero.json").write_text(json.dumps({"zero_optimization": {"stage": zero_stage}}))
-    section = {key: value for key, value in case.section.items() if key != "target_layers"}
+    online = {"source": "online", "conversations": str(folder / "conversations.jsonl"), "min_supervised": 4}
     recipe = {
-        "name": "suite", "algorithm": case.owner.name, "output": str(folder / "run"), "draft": section,
-        "target": {"path": str(folder / "target"), "layers": case.section["target_layers"], "dtype": "float32"},
-        "data": {"source": "online", "conversations": str(folder / "conversations.jsonl"), "min_supervised": 4},
+        "name": "suite", "algorithm": algorithm, "output": str(folder / "run"),
+        "draft": {key: value for key, value in section.items() if key != "target_layers"},
+        "target": {"path": str(folder / "target"), "layers": list(section["target_layers"]), "dtype": "float32"},
+        "data": online | data,
         "train": {
             "deepspeed": str(folder / "zero.json"), "max_steps": 2, "global_batch": 4, "log_every": 1,
             "tensorboard": False,

@@ -19,6 +19,7 @@ from transformers import (
 from deepspec import registry
 from deepspec.algorithms.base import DraftModel
 from deepspec.batch import Batch, Supervision
+from deepspec.demos.quickstart.tokenizer import CHAT_TEMPLATE, END, END_OF_TEXT, MARKERS
 from deepspec.targets.load import Target, spec_from_config
 
 VOCAB, HIDDEN, LAYERS = 96, 32, 4
@@ -57,6 +58,20 @@ def tiny_folder(target: Target, folder: Path) -> Path:
     cast(PreTrainedModel, target.model).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     return folder
+
+
+def character_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer of small letters, digits and a few signs, with chat markers: fewer tokens than VOCAB."""
+    wanted = "abcdefghijklmnopqrstuvwxyz0123456789:.,?!-'"
+    vocabulary = {sign: number for number, sign in enumerate([*MARKERS, *wanted, "\u0120", "\u010a"])}  # space, newline
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END, pad_token=END_OF_TEXT, additional_special_tokens=list(MARKERS)
+    )
+    made.chat_template = CHAT_TEMPLATE
+    return made
 
 
 def tiny_section(algorithm: str, **changes: Any) -> dict[str, Any]:

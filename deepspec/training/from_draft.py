@@ -25,7 +25,7 @@ from deepspec import registry
 from deepspec.algorithms.base import Algorithm, DraftModel
 from deepspec.checkpoints import KEPT, steps_of
 from deepspec.drafts import FROZEN, OWN, read_weights, save_draft, weights_sha256
-from deepspec.errors import CheckpointError, DraftError
+from deepspec.errors import CheckpointError, DraftError, TargetError
 from deepspec.export.consolidate import consolidate
 from deepspec.export.convert import read_other
 from deepspec.export.parts import DraftCheckpoint, ImportHints
@@ -178,7 +178,16 @@ def kept_draft(recipe: Recipe) -> DraftCheckpoint:
 
 
 def frozen_pair(recipe: Recipe, target: TargetEmbeddings) -> tuple[Tensor, Tensor]:
-    """The draft's embedding and head: the target's, or those that the draft it started from trained for itself."""
+    """The draft's embedding and head: the target's, or those that the draft it started from trained for itself.
+
+    Raises:
+        TargetError: the target adds a bias to its logits, which no draft's head has.
+    """
+    if target.head_bias is not None and bool(target.head_bias.any()):
+        raise TargetError(
+            "no draft is trained for a target whose output head has a bias: a draft's head is a matrix alone",
+            file=target.spec.path, key="lm_head.bias", remedy="it decodes and is measured without a draft",
+        )  # fmt: skip
     own: dict[str, Tensor] = {}
     if isinstance(recipe.train.init, DraftStart):
         config = read_json(Path(recipe.output, KEPT, "config.json"), DraftError)

@@ -100,8 +100,14 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     """Overwrite the fresh weights of ``model`` by the target's.
 
     Raises:
-        TargetError: the target is not stored as safetensors, or its last layers have other shapes than the draft's.
+        TargetError: the target is not stored as safetensors, or its last layers have other parts or shapes.
     """
+    if not spec.has_family or model.family != spec.family:
+        raise TargetError(
+            "train.init: target copies the target's layers, and the draft has others", file=section.path,
+            key="model_type", found=f"{spec.model_type}, with draft layers of {model.family.name}",
+            wanted="a draft with the layers of its target's family", remedy="set train.init: random",
+        )  # fmt: skip
     stored = open_stored(section.path, model.fc.weight.dtype, section.revision)
     if stored is None:
         raise TargetError(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from deepspec import registry
 from deepspec.decoding.loop import generate
+from deepspec.decoding.paths import decoding_path
 from deepspec.decoding.records import DecodeSettings
 from deepspec.drafts import FROZEN, save_draft
 from deepspec.errors import DraftError, RecipeError, TargetError
@@ -267,15 +268,16 @@ def test_what_an_engine_does_not_take_is_refused_by_name(
         export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions(engine))
 
 
-def test_a_target_with_recurrent_layers_is_trained_for_but_not_decoded() -> None:
+def test_a_target_with_recurrent_layers_is_trained_for_and_decoded_by_replay() -> None:
     kinds = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
     sizes = {f"linear_{kind}_head_dim": 8 for kind in ("key", "value")}
     target = tiny_target("qwen3_5", layer_types=kinds, linear_num_key_heads=2, linear_num_value_heads=4, **sizes)
     draft = tiny_draft("mtp", target)
-    seen = target.forward(torch.tensor([PROMPTS[2]]), draft.config.target_layers)
-    assert seen.features.isfinite().all()
-    with pytest.raises(TargetError, match=r"layer_types.*cannot be taken back.*linear_attention.*--server"):
-        generate(target, draft.algorithm.drafter(draft, 1, 8), PROMPTS[:1], DecodeSettings(max_new_tokens=4))
+    settings = DecodeSettings(max_new_tokens=8)
+    drafted = generate(target, draft.algorithm.drafter(draft, 2, 8), PROMPTS, settings, 2)
+    alone = generate(target, None, PROMPTS, settings, 2)
+    assert [one.output_ids for one in drafted] == [one.output_ids for one in alone]
+    assert decoding_path(target).name == "replay"
 
 
 @pytest.mark.skipif(not CASES, reason="no reference data in ../shared/golden_new")

@@ -1,12 +1,14 @@
 """Tiny configs of model types of transformers: what the suite of targets runs on.
 
-``QUICK`` are in the quick tests; the others are slow ones.
+``python tests/helpers/model_types.py`` prints the table of docs/targets.md: how a tiny random model of each is decoded.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PreTrainedConfig
 
 SIZES: dict[str, Any] = {
@@ -96,7 +98,6 @@ TYPES: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"] * 2, "head_dim": 16,
     },
     "glm4_moe_lite": LATENT,
-    "mistral4": LATENT,
     "ministral3": {},
     "apertus": {},
     "arcee": {},
@@ -109,7 +110,9 @@ TYPES: dict[str, dict[str, Any]] = {
     "bloom": {},
     "nanochat": {},
     "hyperclovax": {"logits_scaling": 2.0},
-    "exaone_moe": {**EXPERTS, **WINDOWED, "n_routed_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1},
+    "exaone_moe": {
+        **EXPERTS, **WINDOWED, "n_routed_experts": 4, "num_shared_experts": 1, "n_group": 1, "topk_group": 1,
+    },
     "vaultgemma": {**WINDOWED, "query_pre_attn_scalar": 8},
     "mimo_v2_flash": {
         **EXPERTS, **WINDOWED, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "v_head_dim": 8,
@@ -130,7 +133,8 @@ SMALL_VISION: dict[str, Any] = {
     "projector_input_dim": 16, "projector_output_dim": 16, "num_position_embeddings": 4, "deepstack_visual_indexes": [],
 }  # fmt: skip
 IMAGE_TEXT = {  # an image-text type -> the type of its text part
-    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "mistral", "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3",
+    "gemma3": "gemma3_text", "gemma4": "gemma4_text", "llama4": "llama4_text", "mistral3": "mistral",
+    "qwen3_5": "qwen3_5_text", "qwen3_vl": "qwen3_vl_text",
 }  # fmt: skip
 
 
@@ -138,6 +142,28 @@ def config_of(model_type: str, **changes: Any) -> PreTrainedConfig:
     """The tiny config of a model type."""
     if model_type in IMAGE_TEXT:
         kind = IMAGE_TEXT[model_type]
-        text = {**SIZES, **TYPES[kind], **changes, "model_type": kind}
+        text = {**SIZES, **TYPES.get(kind, {}), **changes, "model_type": kind}
         return AutoConfig.for_model(model_type, text_config=text, vision_config=SMALL_VISION, tie_word_embeddings=False)
     return AutoConfig.for_model(model_type, **{**SIZES, **TYPES[model_type], **changes})
+
+
+def table(names: list[str]) -> list[str]:
+    """The rows of the table: type, text part of an image-text type, decoding path, why."""
+    from deepspec.decoding.paths import decoding_path
+    from deepspec.targets.adaptor import auto_class
+    from deepspec.targets.load import Target, spec_from_config
+
+    rows = []
+    for name in names:
+        torch.manual_seed(0)
+        config = config_of(name)
+        target = Target(auto_class(config, name).from_config(config).float(), spec_from_config(config, name))
+        path = decoding_path(target)
+        shown = f"`{name}` (text of images and text)" if name in IMAGE_TEXT else f"`{name}`"
+        why = re.sub(r" by [\d.e-]+ of their size", "", path.why)  # which differs with the machine
+        rows.append(f"| {shown} | {path.name} | {why} |")
+    return rows
+
+
+if __name__ == "__main__":
+    print("\n".join(table(sorted({*TYPES, *IMAGE_TEXT}))))
