@@ -15,6 +15,7 @@ import json
 import os
 import random
 import runpy
+import shutil
 import statistics
 import subprocess
 import sys
@@ -27,10 +28,14 @@ from bars import Bars, at_most, write_bars
 from start import Benchmark, tell
 
 from deepspec.errors import run_main
-from deepspec.tables import Table
+from deepspec.files import write_text
+from deepspec.progress import bytes_in
+from deepspec.recipe_files import CONFIGS
+from deepspec.tables import Table, fill_page
 
 ROOT = Path(__file__).parents[1]
-WORK = Path("build/bench_plan")
+WORK, PAGE = Path("build/bench_plan"), ROOT / "docs/scale.md"
+WIDTH = 1024  # of the model that is saved
 STEPS = 5
 # name -> hidden, intermediate, vocabulary, tokens of a sample, draft section, samples of a step
 CASES: dict[str, tuple[int, int, int, int, dict[str, Any], int]] = {
@@ -161,6 +166,59 @@ def compare(work: Path, machine: Path, name: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+def save_once(config: Path, folder: Path) -> None:
+    """Train two steps of a plain model under a configuration and save it; rank 0's last line tells what that took."""
+    import torch
+    from torch import nn
+
+    from deepspec.recipe import TrainSection
+    from deepspec.training.engine import Engine, training_processes
+
+    with training_processes() as world:
+        train = TrainSection(deepspeed=str(config), global_batch=2 * world.size, micro_batch=1)
+        model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4)))
+        engine = Engine(model, train, world)
+        for turn in range(4):
+            engine.begin_micro_batch(turn % 2 == 1)
+            loss = engine.engine(torch.ones(1, WIDTH, dtype=engine.dtype)).float().sum()
+            engine.engine.backward(loss * 1e-3)
+            engine.step(1e-3)
+        engine.barrier()
+        begun = time.perf_counter()
+        engine.save(folder, "saved")
+        engine.barrier()
+        if world.is_main:
+            print("\n" + json.dumps({"seconds": time.perf_counter() - begun, "bytes": bytes_in(folder)}), flush=True)
+
+
+def checkpoints(work: Path) -> Table:
+    """Seconds and bytes a weight of a checkpoint by configuration, on two processes."""
+    rows: list[list[object]] = []
+    for file in sorted(CONFIGS.glob("*_bf16.json")):
+        settings = json.loads(file.read_text())
+        zero = settings["zero_optimization"]
+        if zero.get("offload_optimizer", {}).get("device") == "nvme":
+            rows.append([file.stem, None, "not run: async_io is compiled with libaio-dev"])
+            continue
+        if "zero_hpz_partition_size" in zero:
+            zero["zero_hpz_partition_size"] = 2
+        config, folder = work / file.name, work / f"saved_{file.stem}"
+        config.write_text(json.dumps(settings))
+        command = [str(Path(sys.executable).with_name("torchrun")), "--nproc-per-node", "2", "--standalone", __file__]
+        command += ["--save", str(config), "--work", str(folder)]
+        done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        found = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append([file.stem, f"{found['seconds']:.2f} s", f"{found['bytes'] / (4 * WIDTH**2):.1f}"])
+        tell(" ".join(map(str, rows[-1])))
+        shutil.rmtree(folder)
+    return Table(["configuration", f"{4 * WIDTH**2 / 1e6:.1f} M weights saved in", "bytes a weight"], rows)
+
+
+def fill(name: str, table: Table) -> None:
+    """Write a table between the marks of the page."""
+    write_text(PAGE, fill_page(PAGE.read_text(encoding="utf-8"), name, table.markdown()))
+
+
 def main() -> int:
     """Measure the machine, then plan and train each case."""
     parser = Benchmark(
@@ -169,13 +227,25 @@ def main() -> int:
     parser.add_argument("--work", type=Path, default=WORK, help="folder for targets, caches and runs")
     parser.add_argument("--machine", type=Path, help="a file of `deepspec plan --measure`; default: measured now")
     parser.add_argument("--cases", default=",".join(CASES), help="which of them, commas between")
+    parser.add_argument("--checkpoints", action="store_true", help="only: time and size of a checkpoint by ZeRO stage")
+    parser.add_argument("--page", action="store_true", help="write the table into docs/scale.md")
     parser.add_argument("--train", help=argparse.SUPPRESS)
+    parser.add_argument("--save", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.save is not None:
+        save_once(given.save, given.work)
+        return 0
     if given.train is not None:
         run_training(given.train)
         return 0
     work = given.work.absolute()
     work.mkdir(parents=True, exist_ok=True)
+    if given.checkpoints:
+        table = checkpoints(work)
+        print(table.markdown())
+        if given.page:
+            fill("checkpoints of scale", table)
+        return 0
     machine = given.machine and given.machine.absolute()
     if machine is None:
         machine = work / "machine.json"
@@ -194,6 +264,8 @@ def main() -> int:
         bars[f"{name}: CPU seconds of a step, from the plan"] = at_most(abs(seconds - 1), 0.2)
     head = ["drafter", "weights", "planned s", "measured s", "ratio", "planned MB", "measured MB", "ratio"]
     print(Table(head, rows).markdown())
+    if given.page:
+        fill("plan against training", Table(head, rows))
     write_bars(given.json, bars)
     return int(not all(bar["holds"] for bar in bars.values()))
 
