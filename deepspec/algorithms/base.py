@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Part, Supervision
-from deepspec.errors import CacheError, DraftError, RecipeError
+from deepspec.errors import DraftError, RecipeError
 from deepspec.families.base import Family, Shape
 from deepspec.families.plain import LayerSection
 from deepspec.metrics import LossTerms

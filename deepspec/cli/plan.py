@@ -36,16 +36,19 @@ def plan() -> int:
     parser.add_argument("--storage", default="disk", help="where the cache lies: disk, parallel or s3")
     parser.add_argument("--disk-rate", type=POSITIVE, help="bytes a second that a host reads there, measured by you")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number here")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw cost against tokens, hosts and level (svg, png)")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw cost against tokens, hosts and level (svg, png)"
+    )
     parser.add_argument("--measure", type=Path, metavar="FILE", help="measure this machine first, and write it here")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), help="measure only this (default: both)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of a page, such as docs/scale.md")
     given = parser.parse_args()
 
     if given.measure is not None:
         from deepspec.planning.machines import save_machine
-        from deepspec.planning.measure import measure
+        from deepspec.planning.measure import PRECISIONS, measure
 
-        machine = measure()
+        machine = measure(tuple(PRECISIONS) if given.precision is None else (given.precision,))
         save_machine(machine, given.measure)
         rates = ", ".join(f"{rate / 1e9:,.1f} GFLOP/s in {dtype}" for dtype, rate in machine.flops.items())
         say(f"{given.measure}: {machine.title}: {rates}, {machine.memory_rate / 1e9:.1f} GB/s")
@@ -79,7 +82,9 @@ def _plan(given: argparse.Namespace) -> int:
     if given.samples is not None:
         work = work_of_numbers(given.samples, given.tokens, given.supervised, recipe.data.max_length)
     else:
-        work = work_of_data(recipe, spec, given.data or next(iter((*recipe.data.cache, *recipe.data.files)), ""), given.supervised)
+        work = work_of_data(
+            recipe, spec, given.data or next(iter((*recipe.data.cache, *recipe.data.files)), ""), given.supervised
+        )
     cluster = Cluster(machine_named(str(given.measure or given.gpu)), storage, given.gpus, given.hosts)
     made = make_plan(recipe, spec, work, cluster)
     print(text(made))

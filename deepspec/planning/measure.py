@@ -40,6 +40,7 @@ SIZES = (  # hidden, intermediate, vocabulary, tokens: of the probes in turn
     (128, 512, 4096, 384), (256, 1024, 6144, 512), (320, 1280, 12288, 384), (192, 512, 8192, 640),
 )  # fmt: skip
 PRECISIONS = {"bfloat16": "zero1_bf16.json", "float32": "zero1_fp32.json"}
+LEFT = 18.0  # bytes a weight that stage 1 in bfloat16 holds after a step
 MICRO_BATCHES = 3  # of a step that is timed; one before it is not
 
 
@@ -58,7 +59,7 @@ def probe_spec(hidden: int, intermediate: int, vocabulary: int) -> TargetSpec:
     config = {
         "hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": hidden // 32,
         "num_key_value_heads": hidden // 64, "head_dim": 32, "vocab_size": vocabulary, "rms_norm_eps": 1e-6,
-        "hidden_act": "silu", "max_position_embeddings": 4096, "num_hidden_layers": 8,
+        "hidden_act": "silu", "max_position_embeddings": 4096, "num_hidden_layers": 4,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}, "initializer_range": 0.02,
     }  # fmt: skip
     return TargetSpec("probe", registry.family("qwen3"), config, "qwen3")
@@ -67,7 +68,7 @@ def probe_spec(hidden: int, intermediate: int, vocabulary: int) -> TargetSpec:
 def probe_config(name: str, spec: TargetSpec, **changes: Any) -> Any:
     """The smallest section of an algorithm, with as many layers and anchors as make it work."""
     algorithm = registry.algorithm(name)
-    section = {"target_layers": [0, 3, 5], **algorithm.tiny_section}
+    section = {"target_layers": [0, 1, 3], **algorithm.tiny_section}
     usual = {"num_anchors": 64, "block_size": 7, "num_layers": 2}
     section |= {key: value for key, value in usual.items() if key in algorithm.tiny_section}
     return algorithm.parse({**section, **changes}, spec)
@@ -78,7 +79,9 @@ def probe_batch(spec: TargetSpec, config: Any, tokens: int, dtype: torch.dtype) 
     supervision = example(tokens, 1, 0.6)
     shape, width = supervision.loss_mask.shape, len(config.target_layers) * spec.hidden_size
     ids = torch.randint(0, spec.vocab_size, shape)
-    return Batch(supervision, ids, torch.randn(*shape, width).to(dtype), torch.randn(*shape, spec.hidden_size).to(dtype))
+    return Batch(
+        supervision, ids, torch.randn(*shape, width).to(dtype), torch.randn(*shape, spec.hidden_size).to(dtype)
+    )
 
 
 def run_probe(name: str, size: Sequence[int], precision: str, world: Any) -> Probe:
@@ -144,6 +147,9 @@ def decode_rates() -> dict[str, float]:
 def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
     """The machine that this process runs on.
 
+    Args:
+        precisions: whose rates are wanted.
+
     Raises:
         RecipeError: several processes, of which each would measure.
     """
@@ -155,16 +161,19 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
     with training_processes() as world:
         if world.size > 1:
             raise RecipeError("rates are measured by one process", found=world.size, wanted="1 process")
-        progress, probes = Progress("measuring", len(jobs), noun="probes"), []
+        progress, probes, reserve = Progress("measuring", len(jobs), noun="probes"), [], 0.0
+        before = psutil.Process().memory_info().rss
         for job in jobs:
             probes.append(run_probe(*job, world))
+            if len(probes) == 1:  # the libraries of a training are loaded by its first step
+                reserve = psutil.Process().memory_info().rss - before - LEFT * probes[0].parameters
             progress.add()
         progress.close()
-    return machine_of(probes, precisions)
+    return machine_of(probes, precisions, max(reserve, 0.0))
 
 
-def machine_of(probes: Sequence[Probe], precisions: Sequence[str]) -> Machine:
-    """The rates that explain the probes."""
+def machine_of(probes: Sequence[Probe], precisions: Sequence[str], reserve: float) -> Machine:
+    """The rates that explain the probes; ``reserve``: bytes that libraries take."""
     rows = np.array(
         [
             [*(one.cost.flops[dtype] for dtype in precisions), one.cost.moved + step_bytes(one.parameters, 2),
@@ -181,7 +190,7 @@ def machine_of(probes: Sequence[Probe], precisions: Sequence[str]) -> Machine:
     return Machine(
         platform.node(), f"{title}, one process" + f" of {torch.get_num_threads()} threads" * (not accelerator), True,
         f"deepspec plan --measure, {len(probes)} probes", "accelerator" if accelerator else "cpu",
-        float(torch.cuda.get_device_properties(device).total_memory if accelerator else memory), 0.0, 1.0,
+        float(torch.cuda.get_device_properties(device).total_memory if accelerator else memory), reserve, 1.0,
         {dtype: 1 / max(one, 1e-18) for dtype, one in zip(precisions, products, strict=True)}, 1 / max(moving, 1e-15),
         each, 1 / stepping, gpus=max(torch.cuda.device_count(), 1), cores=os.cpu_count() or 1,
         host_memory=float(memory), decode_rate=decode_rates(),

@@ -69,10 +69,12 @@ def sharded_parts(sizes: Sizes, settings: dict[str, Any], world: int) -> Memory:
     """Weights, gradients and optimizer state by ZeRO stage and offload."""
     stage, dtype = zero_stage(settings), model_dtype(settings)
     zero, count, each = settings.get("zero_optimization", {}), sizes.parameters, dtype.itemsize
-    mine = count / (mics_shard(zero) or world)
+    mine = count / world
     on_gpu: dict[str, float] = {"draft weights": each * (mine if stage == 3 else count)}
     if stage == 3:  # a layer is gathered while it runs
-        on_gpu["draft weights"] += 0.0 if world == 1 else each * min(count, sizes.largest + bucket(zero, "stage3_prefetch"))
+        on_gpu["draft weights"] += (
+            0.0 if world == 1 else each * min(count, sizes.largest + bucket(zero, "stage3_prefetch"))
+        )
         hpz = int(zero.get("zero_hpz_partition_size", 1))
         on_gpu["draft weights"] += each * count / hpz if hpz > 1 else 0.0
     on_gpu["gradients"] = {0: each * count, 1: 4.0 * count}.get(stage, 4.0 * mine)
@@ -94,11 +96,6 @@ def sharded_parts(sizes: Sizes, settings: dict[str, Any], world: int) -> Memory:
     return Memory(on_gpu, host, nvme)
 
 
-def mics_shard(zero: dict[str, Any]) -> int:
-    """Ranks that hold a complete copy together (MiCS); 0: all."""
-    return max(0, int(zero.get("mics_shard_size", 0)))
-
-
 def bucket(zero: dict[str, Any], name: str = "reduce") -> int:
     """Values of a bucket."""
     key = "reduce_bucket_size" if name == "reduce" else f"{name}_bucket_size"
@@ -118,7 +115,11 @@ def rank_memory(
         machine: its libraries' bytes, and what its allocator loses.
         workers: the recipe's `train.workers`.
     """
-    found, zero, dtype = sharded_parts(sizes, settings, world), settings.get("zero_optimization", {}), model_dtype(settings)
+    found, zero, dtype = (
+        sharded_parts(sizes, settings, world),
+        settings.get("zero_optimization", {}),
+        model_dtype(settings),
+    )
     device, on_cpu, stage = found.device, machine.device == "cpu", zero_stage(settings)
     each = dtype.itemsize
     device["embedding and head"] = sizes.frozen * each
@@ -128,7 +129,7 @@ def rank_memory(
     device["features"] = queue if on_cpu else 2 * cost.last
     if not on_cpu:
         found.host["features"] = queue
-    stepped = sizes.parameters if stage == 0 else sizes.parameters / (mics_shard(zero) or world)
+    stepped = sizes.parameters if stage == 0 else sizes.parameters / world
     temporary = 16.0 * sizes.largest if stage == 0 else (8.0 if on_cpu else 4.0) * stepped * ("moments" in device)
     forward = {part: machine.slack * size for part, size in cost.peak.items()}
     if sum(forward.values()) >= temporary:

@@ -1,8 +1,8 @@
 """A plan: memory, cache, hours and bandwidths of a training, and which of them is the limit; by formulas stated here.
 
 Seconds of a micro-batch: FLOP / rate + bytes moved / rate + operators x seconds each, as counted by
-:mod:`deepspec.planning.trace`. Of a step: its micro-batches, the optimizer, and what the ranks exchange; on GPUs reading
-and decoding run beside them, so the slowest of the three is the step; on a CPU they share its cores and add up.
+:mod:`deepspec.planning.trace`. Of a step: its micro-batches, the optimizer, and what the ranks exchange; on GPUs
+reading and decoding run beside them, so the slowest of the three is the step; on a CPU they share its cores and add up.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from deepspec.cache.parts import Layout
 from deepspec.errors import RecipeError
 from deepspec.files import read_json
 from deepspec.planning.machines import Machine, Storage
-from deepspec.planning.memory import Memory, Sizes, mics_shard, optimizer_bytes, rank_memory, step_bytes
+from deepspec.planning.memory import Memory, Sizes, optimizer_bytes, rank_memory, step_bytes
 from deepspec.planning.target import TargetCost, target_cost
 from deepspec.planning.trace import Cost, default_dtype, example, trace
 from deepspec.recipe import Recipe
 from deepspec.targets import TargetSpec
 from deepspec.training.settings import accumulation_steps, deepspeed_settings, model_dtype, zero_stage
 
+_counted: dict[Any, Cost] = {}  # micro-batches that this process has counted: clusters differ, they do not
 USABLE = 0.9  # of a GPU's memory, for a replica of the target
 
 
@@ -157,9 +158,8 @@ def exchange_seconds(cluster: Cluster, parameters: int, stage: int, accumulation
         return share * (2 * gradient + weights) / rate
     if stage == 2:
         return share * (accumulation * gradient + weights) / rate
-    inside = (mics_shard(zero) or int(zero.get("zero_hpz_partition_size", 1))) > 1
-    gather = weights / (machine.link if inside else rate)
-    return share * accumulation * (2 * gather + gradient / rate)
+    second = machine.link if int(zero.get("zero_hpz_partition_size", 1)) > 1 else rate  # hpZ: from the own host
+    return share * accumulation * (weights / rate + weights / second + gradient / rate)
 
 
 def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) -> Plan:
@@ -173,9 +173,12 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) ->
     supervised = work.totals.last_rows / max(work.totals.tokens, 1)
 
     def count(tokens: int, samples: int) -> Cost:
-        masks = example(tokens, samples, supervised)
-        checkpointing = train.activation_checkpointing
-        return trace(recipe.algorithm, recipe.draft, spec, masks, dtype, machine.device, checkpointing)
+        key = (recipe.algorithm, repr(recipe.draft), repr(spec), tokens, samples, supervised, dtype, machine.device)
+        if (key, train.activation_checkpointing) not in _counted:
+            masks, checkpointing = example(tokens, samples, supervised), train.activation_checkpointing
+            found = trace(recipe.algorithm, recipe.draft, spec, masks, dtype, machine.device, checkpointing)
+            _counted[key, checkpointing] = found
+        return _counted[key, train.activation_checkpointing]
 
     most = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // work.longest)
     usual = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // mean)
@@ -187,7 +190,7 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) ->
     room, each = machine.memory - memory.total, max(more.total - memory.total, 1.0)
     one = full if (mean, usual) == (work.longest, most) else count(mean, usual)
     seconds = micro_seconds(one, machine, sizes.parameters, dtype.itemsize)
-    stepped = sizes.parameters if stage == 0 else sizes.parameters / (mics_shard(zero) or cluster.ranks)
+    stepped = sizes.parameters if stage == 0 else sizes.parameters / cluster.ranks
     exchange = exchange_seconds(cluster, sizes.parameters, stage, accumulation, zero)
     offload = 0.0
     if zero.get("offload_optimizer", {}).get("device", "none") != "none":
@@ -197,13 +200,14 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) ->
         "exchange": exchange,
     }  # fmt: skip
     steps = train.epochs * (work.totals.samples // train.global_batch)
+    steps = steps if train.max_steps is None else min(steps, train.max_steps)
     target, flops = target_cost(spec), machine.flops.get(recipe.target.dtype, math.nan)
     forward = target.flops(mean) / flops
     plan = Plan(
         recipe.name, recipe.target.path, machine, cluster.gpus, cluster.hosts, cluster.storage.title, work,
         sizes.parameters, target.parameters, target.active, stage, usual, accumulation, memory,
-        max(0, most + math.floor(room / each)), seconds, steps if train.max_steps is None else min(steps, train.max_steps),
-        parts, work.totals.samples * forward / cluster.ranks / 3600, replica_gpus(target, machine, recipe),
+        max(0, most + math.floor(room / each)), seconds, steps, parts,
+        work.totals.samples * forward / cluster.ranks / 3600, replica_gpus(target, machine, recipe),
         forward * train.global_batch / cluster.ranks / max(sum(parts.values()), 1e-12), level=recipe.cache.level,
     )  # fmt: skip
     return replace(plan, levels=level_plans(recipe, spec, cluster, plan))
@@ -226,7 +230,7 @@ def level_plans(recipe: Recipe, spec: TargetSpec, cluster: Cluster, plan: Plan) 
 
 
 def _level(one: Estimate, raw: int, recipe: Recipe, cluster: Cluster, plan: Plan) -> LevelPlan:
-    train, machine, storage = recipe.train, cluster.machine, cluster.storage
+    train, machine = recipe.train, cluster.machine
     share = train.global_batch / max(plan.work.totals.samples, 1)  # of the data, a step
     rate = storage_rate(cluster)
     threads = min(machine.cores, max(train.workers, 1) * cluster.gpus)

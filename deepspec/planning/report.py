@@ -72,7 +72,8 @@ def text(plan: Plan) -> str:
         f"rates: {machine.label} ({machine.source})",
         f"data: {plan.work.totals.samples:,} samples of {plan.work.totals.mean_tokens:,.0f} tokens, "
         f"the longest {plan.work.longest:,} ({plan.work.source})",
-        f"draft: {plan.draft_parameters:,} weights; target: {plan.target_parameters:,}, {plan.target_active:,} of a token",
+        f"draft: {plan.draft_parameters:,} weights; target: {plan.target_parameters:,}, "
+        f"{plan.target_active:,} of them multiplied with a token",
         "",
         memory_table(plan).text(),
         f"{byte_size(plan.memory.total)} of {byte_size(machine.memory)}: {fits}; largest micro-batch of the longest "

@@ -69,7 +69,9 @@ def _count(text: str) -> TargetCost:
         total += one.numel()
         if one is not embedding and one is not model.get_output_embeddings().weight:
             active += one.numel() * (share if ".experts." in name else 1.0)
-    width = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     return TargetCost(int(total), int(active), config.num_hidden_layers, width)
 
 

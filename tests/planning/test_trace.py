@@ -1,0 +1,68 @@
+"""What a trace counts, against what the same step does with values."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from deepspec import registry
+from deepspec.errors import RecipeError
+from deepspec.planning import trace as tracing
+from deepspec.planning.measure import probe_batch, probe_config, probe_spec
+from deepspec.planning.trace import example, trace
+
+SPEC = probe_spec(64, 128, 256)
+
+
+def counted(name: str, device: str = "cpu", tokens: int = 48, samples: int = 1, **changes: Any) -> tracing.Cost:
+    config = probe_config(name, SPEC, **changes)
+    return trace(name, config, SPEC, example(tokens, samples, 0.6), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_the_products_are_those_of_a_real_step(name: str) -> None:
+    config, algorithm = probe_config(name, SPEC), registry.algorithm(name)
+    model = algorithm.build(config, SPEC).to(torch.bfloat16)
+    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(torch.bfloat16)
+    model.attach(head, head)
+    batch = probe_batch(SPEC, config, 48, torch.bfloat16)
+    with FlopCounterMode(display=False) as real:
+        model(batch).loss().backward()
+    assert counted(name).total_flops == real.get_total_flops()
+
+
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_every_drafter_is_counted_for_an_accelerator_too(name: str) -> None:
+    cost = counted(name, "accelerator")
+    assert cost.total_flops > 0
+    assert cost.peak["activations"] > 0
+    assert cost.peak["loss buffers"] > 0
+
+
+def test_a_longer_sample_costs_more_and_a_second_one_twice() -> None:
+    name = next(iter(registry.ALGORITHMS))
+    one, longer, two = counted(name), counted(name, tokens=96), counted(name, samples=2)
+    assert longer.total_flops > 1.5 * one.total_flops
+    assert two.last == 2 * one.last
+    assert 1.5 < two.total_flops / one.total_flops < 2.5
+
+
+def test_nothing_of_a_trace_stays() -> None:
+    default = torch.get_default_dtype()
+    backends = set(tracing.attention.BACKENDS)
+    counted(next(iter(registry.ALGORITHMS)), "accelerator")
+    gc.collect()
+    assert torch.get_default_dtype() == default
+    assert set(tracing.attention.BACKENDS) == backends
+    assert set(tracing.tiles.CHUNK_BYTES) == {"cpu"}
+
+
+def test_an_objective_that_waits_for_a_hidden_state_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    algorithm = registry.algorithm(next(iter(registry.ALGORITHMS)))
+    monkeypatch.setattr(type(algorithm), "objective", lambda self, model, batch: float(batch.features.sum()))
+    with pytest.raises(RecipeError, match="reads a value from the device"):
+        counted(algorithm.name)
