@@ -2,8 +2,8 @@
 
 A server in a process of its own sends replies that were coded once (a target that costs nothing); the client is the one
 that training uses. What limits it is measured piece by piece on the same bytes: receiving, checksums, decoding. The
-trainer's wait is that of its own prefetching, with steps that last as long as four conversations take. A server that never
-stops sending, in each of three ways, is read until the client refuses it.
+trainer's wait is that of its own prefetching, with steps that last as long as four conversations take. A server that
+never stops sending, in each of three ways, is read until the client refuses it.
 """
 
 from __future__ import annotations
@@ -225,10 +225,8 @@ def _peak() -> float:
 
 def main() -> None:
     """Measure, print, write the bars."""
-    parser = Benchmark(
-        __doc__ or "", takes="a minute",
-        bars="1.5 GB/s raw equivalent a CPU second, lossless; the trainer waits under 5 %; memory stays bounded",
-    )  # fmt: skip
+    bars = "1.5 GB/s raw equivalent a CPU second, lossless; the trainer waits under 5 %; memory stays bounded"
+    parser = Benchmark(__doc__, bars=bars, takes="a minute")
     parser.add_argument("--seconds", type=float, default=8.0, help="of the client's measurement")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -17,10 +17,10 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, IncompleteRead
 from typing import Any
 
 import httpx2 as httpx  # httpx as its maintainers continue it; huggingface_hub needs it too
@@ -190,7 +190,8 @@ class Body:
         """
         done = 0
         while done < len(memory):
-            with _named(self.url):
+            with _named(self.url), suppress(IncompleteRead):
+                count = 0
                 count = self._reply.readinto(memory[done:])
             if not count:
                 raise NoReply(f"the reply ends after {self.received:,} bytes", self.url)

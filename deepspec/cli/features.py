@@ -10,7 +10,7 @@ from deepspec.errors import DeepSpecError
 from deepspec.recipe import load_recipe
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-_TRAIN = "deepspec train --recipe {recipe} --set data.source=served data.servers=[http://{host}:{port}]"
+_TRAIN = "deepspec train --recipe {recipe} --set data.source=served --set data.servers=[http://{host}:{port}]"
 
 
 def serve_features() -> None:

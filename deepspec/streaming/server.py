@@ -190,9 +190,10 @@ class FeatureServer:
                     await send({"type": "http.response.body", "body": part, "more_body": True})
                 self.batcher.counts.sent_bytes += len(part)
             await send({"type": "http.response.body", "body": b""})
-        except (OSError, TimeoutError):
+        except TimeoutError:
+            log.warning("a reader took more than %g s for a message, and is left", SLOW)
+        except OSError:
             log.debug("a reader of %d tokens left", len(work.tokens))
-            raise
         finally:
             self.batcher.give_up(work)
 

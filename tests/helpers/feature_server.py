@@ -26,7 +26,7 @@ class RunningServer:
         self.listener = socket.create_server(("127.0.0.1", port))
         self.port = self.listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(self.server.app(), log_level="error", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(self.server.app(), log_level="error", timeout_graceful_shutdown=1, lifespan="off")
         self._uvicorn = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._uvicorn.run, kwargs={"sockets": [self.listener]}, daemon=True)
         self._thread.start()
@@ -35,3 +35,4 @@ class RunningServer:
         """End it; what is under way is cut off."""
         self._uvicorn.should_exit = self._uvicorn.force_exit = True
         self._thread.join()
+        self.server.close()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -142,6 +144,29 @@ def wait_for(what: Callable[[], bool], seconds: float = 120.0) -> None:
     while not what():
         assert time.monotonic() < end, "it takes too long"
         time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_processes_that_lose_their_server_save_together_and_say_so_once(project: Project, world: World) -> None:
+    wanted = train(project.from_cache("cache-two", max_steps=60), world)
+    launcher = tools.ROOT / "launch" / "train.py"
+    with running(project) as server:
+        recipe = project.from_servers("served-two", server.url, patience=1.0, max_steps=60)
+        path = recipe.parent / "run" / "log.jsonl"
+        with ThreadPoolExecutor(1) as pool:
+            run = pool.submit(tools.launch, launcher, ["--recipe", str(recipe)], 2)
+            wait_for(lambda: run.done() or (path.exists() and path.read_text().count("\n") >= 10))
+            server.stop()
+            said = run.result()
+        port = server.port
+    assert said.returncode != 0
+    lines = [line for line in (said.stdout + said.stderr).splitlines() if "error: " in line]
+    assert len(lines) == 1, said.stdout + said.stderr
+    assert re.search(r"no server is left \(.*\); saved after step (\d+)/60; ", lines[0])
+    with running(project, port):
+        done = tools.launch(launcher, ["--recipe", str(recipe)], 2)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert losses_of(recipe) == pytest.approx(wanted, abs=1e-5)
 
 
 @pytest.mark.slow
