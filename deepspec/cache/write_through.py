@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -52,7 +53,7 @@ class Samples:
     names: Sequence[str]  # [N] the conversations' own ids
     input_ids: Sequence[NDArray[np.int32]]  # [N] of [n]
     loss_masks: Sequence[NDArray[np.bool_]]  # [N] of [n]
-    rejected: Sequence[tuple[int, str, str]]  # (row, id, reason)
+    rejected: Sequence[tuple[int, str, str]]  # (row, id, reason), by row
 
 
 class Positions:
@@ -156,18 +157,15 @@ class WriteThrough:
                 read_supervised(mask, last, lambda out: np.copyto(out, rows[: len(out)]))
             return True
         if self.is_whole(part):
-            reader, start, row = self._part(self._name(part)), table[_PART_START], table[_PART_ROW_START]
-        elif is_complete(self.spool, self._name(part, batch)):
-            reader, start, row = self._spooled(self._name(part, batch)), table[_START], table[_ROW_START]
-        else:
+            reader = self._part(self._name(part))
+            _read_part(reader, table[_PART_START], table[_PART_ROW_START], mask, features, last)
+            return True
+        if not is_complete(self.spool, self._name(part, batch)):
             return False
         try:
-            reader.array("features").read(start, stored_view(features))
-            if last is not None:
-                read_supervised(mask, last, lambda out: reader.array("last_hidden").read(row, out))
+            reader = self._spooled(self._name(part, batch))
+            _read_part(reader, table[_START], table[_ROW_START], mask, features, last)
         except CacheError as problem:
-            if reader.store is self.store:
-                raise
             if self.is_whole(part):  # the batch was taken into its part meanwhile
                 return self._read(number, table, features, last)
             raise self._spool_error(problem) from None
@@ -237,8 +235,9 @@ class WriteThrough:
         """Write the part of its batches, which are all there; its lock is held."""
         positions = self._open()
         planned, numbers = positions.parts[part], range(len(positions.batches[part]))
-        end = planned.first + planned.rows
-        rejected = [one for one in self.samples.rejected if planned.first <= one[0] < end]
+        edges = (planned.first, planned.first + planned.rows)
+        first, end = (bisect_left(self.samples.rejected, row, key=lambda one: one[0]) for row in edges)
+        rejected = self.samples.rejected[first:end]
         listed = tuple((_sample_id(planned, row), name, reason) for row, name, reason in rejected)
         write_part(self.store, planned.name, self.layout, self._encoders, self._blocks(part), listed)
         for batch in numbers:
@@ -303,6 +302,15 @@ class WriteThrough:
         with self._stack:
             if self._positions is not None:
                 self._queue.drain()
+
+
+def _read_part(
+    reader: PartReader, start: int, row: int, mask: NDArray[np.bool_], features: Tensor, last: Tensor | None
+) -> None:
+    """A sample from its first token and row of last_hidden in a part on."""
+    reader.array("features").read(start, stored_view(features))
+    if last is not None:
+        read_supervised(mask, last, lambda out: reader.array("last_hidden").read(row, out))
 
 
 def _sample_id(part: PlannedPart, row: int) -> int:

@@ -28,7 +28,7 @@ from deepspec.cache.shard import UNDECODED
 
 PROTOCOL = 1
 MAGIC = b"DSPF"
-MESSAGE_BYTES = 2 << 20  # of rows before coding: coded they stay in a processor's cache until they are decoded
+MESSAGE_BYTES = 2 << 20  # of rows before coding: each message costs work of its own, and its coded bytes a buffer
 MOST_JSON = 16 << 20  # of a HELLO: it holds the codecs' tables
 _HEADER = struct.Struct("<4sBxxxIII")  # magic, kind, first row, rows, bytes of the payload
 _CHECKSUM = struct.Struct("<I")

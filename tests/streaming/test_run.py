@@ -204,5 +204,6 @@ def test_60_steps_with_a_server_killed_and_restarted_and_the_trainer_killed_and_
             server.wait()
     found = losses_of(recipe)
     assert len(found) == 60
+    assert f"server {urls[0]}: " in log.read_text()  # the run had to do with its end
     assert max(abs(here - there) for here, there in zip(found, wanted, strict=True)) < 1e-5
     print("largest difference of a loss:", max(abs(a - b) for a, b in zip(found, wanted, strict=True)))

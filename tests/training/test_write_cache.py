@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import random
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -126,13 +128,41 @@ def test_what_is_there_is_not_computed_again(inputs: Inputs, tmp_path: Path, mon
     assert sorted(seen) == TargetCache.open(inputs.built).sample_ids.tolist()
 
 
-def test_two_ranks_share_the_work(inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rank 1 neither writes the plan nor waits for rank 0; what one computed the other reads."""
+def two_ranks(inputs: Inputs, cache: Path) -> list[FeatureSource]:
+    """Of one run; rank 1 neither writes the plan nor waits for rank 0."""
     ranks = []
     for rank in (1, 0):
-        monkeypatch.setattr("deepspec.sources.written.world_from_environment", lambda rank=rank: World(rank, 2, rank))
-        ranks.append(inputs.open(f"data.write_cache={tmp_path / 'c'}"))
-    monkeypatch.undo()
+        with mock.patch("deepspec.sources.written.world_from_environment", lambda rank=rank: World(rank, 2, rank)):
+            ranks.append(inputs.open(f"data.write_cache={cache}"))
+    return ranks
+
+
+def test_a_batch_that_another_rank_takes_into_its_part_meanwhile_is_read_there(
+    inputs: Inputs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two_ranks(inputs, tmp_path / "c")
+    read(other, [3])
+    look = write_through.is_complete
+
+    def then_it_goes(store: FolderStore, name: str) -> bool:
+        there = look(store, name)
+        if there and store.path.name == "spool":
+            monkeypatch.undo()
+            other.finish()
+        return there
+
+    while not list((tmp_path / "c" / "spool" / "parts").glob("0*")):
+        time.sleep(0.01)
+    monkeypatch.setattr(write_through, "is_complete", then_it_goes)
+    check_equal_to_cache(read(one, [3]), [3], inputs.built)
+    assert not (tmp_path / "c" / "spool").exists()
+    for source in (one, other):
+        source.close()
+
+
+def test_two_ranks_share_the_work(inputs: Inputs, tmp_path: Path) -> None:
+    """What one computed the other reads."""
+    ranks = two_ranks(inputs, tmp_path / "c")
     for source, numbers in zip(ranks, ([3, 9, 27], [9, 4, 27, 1]), strict=True):
         check_equal_to_cache(read(source, numbers), numbers, inputs.built)
     for source in ranks:
