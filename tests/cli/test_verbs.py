@@ -22,7 +22,7 @@ from deepspec.evaluate.study import StudyOptions
 
 WANTED = {
     *("prepare", "regenerate", "inspect", "estimate", "train", "finetune", "consolidate", "evaluate", "study"),
-    *("chat", "plan"),
+    *("chat", "plan", "serve-features"),
     *("calibrate", "compare", "export", "import", "serve-check", "push", "quickstart", "completion"),
     *(f"cache {name}" for name in ("build", "verify", "inspect", "recode", "append", "export", "import", "estimate")),
     *(f"recipes {name}" for name in ("list", "show", "copy")),
