@@ -303,7 +303,8 @@ class DeviceSuite(_Cases):
 
     @pytest.mark.parametrize("temperature", [0.0, 1.0])
     def test_a_round_of_decoding_reads_once_and_waits_for_nothing_else(self, case: Case, temperature: float) -> None:
-        """More rounds make no other copies; at a temperature the rows verify different numbers of tokens."""
+        """More rounds make no other copies. At a temperature the rows verify different numbers of tokens; without one
+        a draft that can draws a tree."""
         model, target = case.draft().eval(), copy.deepcopy(case.target.model)
         seen = []
         with fake_cuda() as traffic:
@@ -313,8 +314,9 @@ class DeviceSuite(_Cases):
             model.attach(fake_target.embed_weight, fake_target.head_weight)
             for new_tokens in (2, 3):
                 traffic.clear()
-                settings = DecodeSettings(temperature=temperature, max_new_tokens=new_tokens)
                 drafter = case.owner.drafter(model, 2, 16)
+                tree = (2,) * min(2, drafter.max_draft) if drafter.max_children and not temperature else ()
+                settings = DecodeSettings(temperature=temperature, max_new_tokens=new_tokens, tree=tree)
                 decoder = Decoder(fake_target, drafter, settings, 2, Uneven() if temperature else None)
                 list(decoder.stream(deque(DecodeRequest(tuple(prompt), 0) for prompt in PROMPTS[:2])))
                 seen.append((decoder.clock.rounds, len(traffic.reads), Counter(traffic.waits)))

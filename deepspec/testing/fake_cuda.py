@@ -11,6 +11,7 @@ A PyTorch that was built without CUDA cannot run autograd over CUDA tensors. To 
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -34,7 +35,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from deepspec.errors import DeepSpecError
 
 CUDA, STAND_IN = torch.device("cuda", 0), torch.device("lazy", 0)
-_PACKAGE = str(Path(__file__).parents[1])
+_MACHINERY = (str(Path(torch.__file__).parent), contextlib.__file__)
 _COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
 
 
@@ -99,10 +100,9 @@ class Traffic(TorchDispatchMode):
 
 
 def _place() -> str:
-    """File and line of the package that runs now."""
-    frames = [one for one in traceback.extract_stack() if one.filename.startswith(_PACKAGE)]
-    own = [one for one in frames if one.filename != __file__]
-    return f"{Path(own[-1].filename).relative_to(_PACKAGE)}:{own[-1].lineno}" if own else "outside deepspec"
+    """File and line of what runs now, PyTorch left out."""
+    frames = [one for one in traceback.extract_stack() if not one.filename.startswith((__file__, *_MACHINERY))]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "outside"
 
 
 class _Event:

@@ -78,7 +78,7 @@ class ToyDrafter(Drafter):
     def extend(self, features, tokens, counts, max_context_len, rows=None):
         rows = self._row_B[: len(features)] if rows is None else rows
         index = (counts - 1).clamp_min(0)
-        newest = features[torch.arange(len(features)), index].to(self.newest.dtype)
+        newest = features[torch.arange(len(features), device=features.device), index].to(self.newest.dtype)
         self.newest[rows] = torch.where((counts > 0)[:, None], newest, self.newest[rows])
 
     @torch.no_grad()
