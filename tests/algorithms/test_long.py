@@ -58,6 +58,12 @@ def test_tiles_slices_and_recomputation_equal_the_dense_step(draft: str, small_p
         torch.testing.assert_close(fast, plain, atol=1e-5 * float(plain.abs().max()), rtol=2e-4)
 
 
+def test_features_are_never_widened_as_a_whole() -> None:
+    batch = random_batch([9], dtype=torch.bfloat16)
+    assert batch.to("cpu", torch.float32).features.dtype == torch.bfloat16
+    assert random_batch([9]).to("cpu", torch.bfloat16).features.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
 @pytest.mark.slow
 def test_a_step_on_128k_tokens_fits_in_half_a_gigabyte(algorithm: str) -> None:
