@@ -66,7 +66,7 @@ def test_features_are_never_widened_as_a_whole() -> None:
 
 @pytest.mark.parametrize("algorithm", ["dspark", "eagle3"])
 @pytest.mark.slow
-def test_a_step_on_128k_tokens_fits_in_half_a_gigabyte(algorithm: str) -> None:
+def test_a_step_on_128k_tokens_fits_in_a_gigabyte(algorithm: str) -> None:
     found = bench_long.in_process(algorithm, 131_072)
     assert math.isfinite(found["loss"])
-    assert 50 < found["megabytes"] < 512  # one boolean mask of its slots over its tokens would take gigabytes
+    assert 50 < found["megabytes"] < 1024  # the scores of its slots over its tokens, in one piece: 2 GB a head
