@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,11 +26,10 @@ DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles and slices that a short conversation has several of."""
     monkeypatch.setattr(two_part, "_TILE_KEYS", 48)
     monkeypatch.setattr(features, "_ROWS", 100)
-    yield
 
 
 def gradients(model: Any, batch: Batch) -> list[torch.Tensor]:
@@ -42,8 +40,9 @@ def gradients(model: Any, batch: Batch) -> list[torch.Tensor]:
     return [loss.detach(), *(weight.grad.clone() for weight in model.parameters() if weight.grad is not None)]
 
 
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("draft", DRAFTS)
-def test_tiles_slices_and_recomputation_equal_the_dense_step(draft: str, small_pieces: None) -> None:
+def test_tiles_slices_and_recomputation_equal_the_dense_step(draft: str) -> None:
     algorithm, changes = DRAFTS[draft]
     if algorithm == "mtp":
         changes = {"target_layers": [4]}
