@@ -48,7 +48,7 @@ def in_process(algorithm: str, length: int) -> dict[str, float]:
     """:func:`measure` in a fresh process, one thread."""
     command = [sys.executable, __file__, "--one", algorithm, str(length)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
 

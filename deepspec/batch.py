@@ -110,7 +110,8 @@ class Batch:
         taken = self.features[:, part.number :: part.of]
         own = taken.new_zeros(len(taken), part.rows(self.features.shape[1]), taken.shape[2])
         own[:, : taken.shape[1]] = taken
-        return replace(self, features=own.pin_memory() if torch.cuda.is_available() else own, part=part)
+        pinned = torch.cuda.is_available() and not own.is_cuda
+        return replace(self, features=own.pin_memory() if pinned else own, part=part)
 
     def planned(self, plan: LossPlan) -> Batch:
         """The batch with its (or, where it is shared, this rank's) loss plan, which moves to the batch's device."""

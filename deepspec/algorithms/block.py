@@ -126,19 +126,25 @@ class BlockDraft(DraftModel):
         return self.frozen.embed(tokens)
 
     def slots(
-        self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_kv: list[tuple[Tensor, Tensor]], everyone_BN: Tensor
+        self, anchor_token_BN: Tensor, anchor_BN: Tensor, context_BSD: Tensor, context_S: Tensor, everyone_BN: Tensor
     ) -> Tensor:
-        """Normed hidden states [B, N, K, D] of the drafting slots, from every layer's context keys and values.
+        """Normed hidden states [B, N, K, D] of the drafting slots.
 
-        ``everyone_BN``: the anchors of all ranks that share the context.
+        Args:
+            anchor_token_BN: the anchors' tokens.
+            anchor_BN: the anchors.
+            context_BSD: what :meth:`context` makes of this rank's features.
+            context_S: their positions.
+            everyone_BN: the anchors of all ranks that share the context.
         """
         steps = torch.arange(self.config.block_size, device=anchor_BN.device)
-        table = self.rotary(anchor_BN[..., None] + steps)
-        hidden, causal = self.block_inputs(anchor_token_BN), self.config.causal
-        start_BNK, fixed = self.window_start(everyone_BN), (self.sequence, self.attention, causal)
-        for number, (layer, context) in enumerate(zip(self.layers, context_kv, strict=True)):
+        table, context_table = self.rotary(anchor_BN[..., None] + steps), self.rotary(context_S)
+        hidden, start_BNK = self.block_inputs(anchor_token_BN), self.window_start(everyone_BN)
+        fixed = (self.sequence, self.attention, self.config.causal)
+        for number, layer in enumerate(self.layers):
             start = None if number in self.config.full_layers else start_BNK
-            hidden = self.run(_block_layer, layer, hidden, table, context, everyone_BN, start, *fixed)
+            inputs = (layer, hidden, table, context_BSD, context_table, everyone_BN, start)
+            hidden = self.run(_block_layer, *inputs, *fixed)
         return self.norm(hidden[..., self.config.block_size - self.config.max_draft :, :])
 
     def window_start(self, anchor_BN: Tensor) -> Tensor | None:
@@ -162,21 +168,18 @@ class BlockDraft(DraftModel):
             everyone_BN: the anchors of all ranks that share the conversations, rank by rank; None: this one alone.
         """
         positions = self.sequence.positions(max_context_len, features.device)
-        context, table = self.context(features[:, : len(positions)]), self.rotary(positions)
-        context_kv = [
-            self.sequence.context(self.run(layer.self_attn.keys_values, context, table), self.shape.num_heads)
-            for layer in self.layers
-        ]
+        context_BSD = self.context(features[:, : len(positions)])
         everyone_BN = anchor_BN if everyone_BN is None else everyone_BN
-        return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_kv, everyone_BN)
+        return self.slots(input_ids.gather(1, anchor_BN), anchor_BN, context_BSD, positions, everyone_BN)
 
 
 def _block_layer(
-    layer: Any, hidden: Tensor, table: Any, context: tuple[Tensor, Tensor], limit: Tensor, start: Tensor | None,
-    sequence: SequenceGroup, backend: str, causal: bool,
+    layer: Any, hidden: Tensor, table: Any, context_BSD: Tensor, context_table: Any, limit: Tensor,
+    start: Tensor | None, sequence: SequenceGroup, backend: str, causal: bool,
 ) -> Tensor:  # fmt: skip
     entered, delta = layer.enter(hidden)
     queries = layer.self_attn.queries(entered, table)
+    context = sequence.context(layer.self_attn.keys_values(context_BSD, context_table), queries.shape[3])
     own = sequence.own_keys(layer.self_attn.keys_values(entered, table), queries.shape[3])
     mixed = sequence.attend(queries, context, own, limit, layer.self_attn.scale, backend, causal, start)
     return layer.finish(hidden, mixed, delta=delta)
