@@ -121,9 +121,7 @@ def test_batched_sampling_equals_a_loop_without_cache(model: Any) -> None:
     assert found.token_ids == ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(
-    ("model_type", "cached"), [("gpt_oss", True), ("lfm2", True), ("minimax", False), ("mamba", False)]
-)
+@pytest.mark.parametrize(("model_type", "cached"), [("gpt_oss", True), ("lfm2", True), ("minimax", False)])
 def test_a_model_of_any_kind_answers_a_batch_as_each_prompt_alone(model_type: str, cached: bool) -> None:
     """With a cache where one of transformers continues its text; else over the complete text."""
     config = config_of(model_type)
