@@ -21,7 +21,7 @@ from deepspec.data.dialogue import Dialogue, Outcome, answer_text, call_mark, re
 from deepspec.data.messages import THINK, Unusable, opens_reasoning
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
-from deepspec.targets.adaptor import CACHE_NAMES, cache_keyword, takes
+from deepspec.targets.adaptor import CACHE_NAMES, TOLERANCE, cache_keyword, takes
 from deepspec.targets.positions import check_room
 
 
@@ -83,6 +83,32 @@ def sample(logits: Tensor, sampling: RegenerateSection, uniform: Tensor) -> Tens
     return (choice if order is None else order.gather(-1, choice))[:, 0]
 
 
+def new_cache(model: Any) -> dict[str, Any]:
+    """An empty cache as the argument of ``model``."""
+    from transformers import DynamicCache
+
+    return {cache_keyword(model) or CACHE_NAMES[0]: DynamicCache(config=model.config)}
+
+
+@torch.inference_mode()
+def continues(model: Any) -> bool:
+    """Whether a cache of transformers continues the text of ``model``: tried on a few tokens.
+
+    The logits after two tokens beyond the cached ones are those over all of them, but for rounding.
+    """
+    weight = model.get_input_embeddings().weight
+    ids = (torch.arange(3, 9, device=weight.device) % len(weight))[None]
+    complete = model(input_ids=ids, use_cache=False).logits[0, -1].float()
+    try:
+        cached = new_cache(model)
+        for start, end in ((0, 4), (4, 5), (5, 6)):
+            mask = torch.ones_like(ids[:, :end])
+            found = model(input_ids=ids[:, start:end], attention_mask=mask, **cached).logits[0, -1].float()
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # a cache of the model's own
+        return False
+    return float((found - complete).norm()) <= TOLERANCE.get(weight.dtype, 0.1) * float(complete.norm())
+
+
 class LocalSampler:
     """Samples answers for many prompts with the model in this process.
 
@@ -100,6 +126,7 @@ class LocalSampler:
         self.model, self.sampling, self.seed, self.batch_size = model, sampling, seed, batch_size
         self.device = model.get_input_embeddings().weight.device
         self.stop = torch.tensor(sorted(stop_token_ids), device=self.device)
+        self.keeps_cache = continues(model)  # else the complete text runs for every token
 
     def answer(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
         """Every request's answer, in the order in which they end; prompts of like length share a batch."""
@@ -109,10 +136,8 @@ class LocalSampler:
 
     @torch.inference_mode()
     def _batch(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
-        from transformers import DynamicCache
-
         limit = self.sampling.max_tokens
-        cache = DynamicCache(config=self.model.config)
+        cached: dict[str, Any] = new_cache(self.model) if self.keeps_cache else {"use_cache": False}
         width = max(len(request.input_ids) for request in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.long)  # [B, P], padded on the left
         mask = torch.zeros_like(ids)
@@ -126,7 +151,6 @@ class LocalSampler:
         rows = np.arange(len(requests))  # the number of the request of each row still in the batch
         live = np.ones(len(requests), dtype=bool)  # rows whose answer is not complete
         answers: list[list[int]] = [[] for _ in requests]
-        cached = {cache_keyword(self.model) or CACHE_NAMES[0]: cache}
         places = takes(self.model, "position_ids")
         for step in range(limit):
             given = cached | ({"position_ids": positions} if places else {})
@@ -144,12 +168,15 @@ class LocalSampler:
                 return
             if live.mean() < 0.9:  # the rows that ended leave; not at once, for leaving copies the cache
                 keep = torch.from_numpy(live.nonzero()[0]).to(self.device)
-                cache.batch_select_indices(keep)
-                token, mask, positions, random = token[keep], mask[keep], positions[keep], random[keep]
+                if self.keeps_cache:
+                    next(iter(cached.values())).batch_select_indices(keep)
+                token, mask, positions, random, ids = (x[keep] for x in (token, mask, positions, random, ids))
                 rows, live = rows[live], live[live]
-            ids = token[:, None]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
-            positions = positions[:, -1:] + 1
+            after, ids_after = positions[:, -1:] + 1, token[:, None]
+            whole = not self.keeps_cache
+            ids = torch.cat([ids, ids_after], -1) if whole else ids_after
+            positions = torch.cat([positions, after], -1) if whole else after
         for number in rows[live].tolist():
             yield Generated(requests[number], answers[number], "length")
 

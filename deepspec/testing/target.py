@@ -44,6 +44,8 @@ from deepspec.targets.stored import weight_files
 from deepspec.testing import tiny
 from deepspec.testing.case import engine_answers, loss_and_gradients, write_recipe
 
+FALLEN = 0.01  # nats of one batch in a few steps: a draft of a random target starts near what can be learned
+
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
     """Equal up to the rounding of float32."""
@@ -236,7 +238,7 @@ class TargetDraftSuite(_Targets):
             for _ in range(self.steps):
                 losses.append(loss_and_gradients(model, batch)[0])
                 optimizer.step()
-            assert losses[-1] < 0.9 * losses[0], (algorithm, losses)
+            assert losses[0] - losses[-1] > FALLEN, (algorithm, losses)
             drafter = model.algorithm.drafter(model.eval(), len(prompts), 16)
             drafted = generate(target, drafter, prompts, settings, len(prompts))
             assert [one.output_ids for one in drafted] == alone, algorithm

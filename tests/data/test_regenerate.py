@@ -18,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_types import config_of
 from server_tools import SECTION, FaultyServer, renderer, server_engine
 
 from deepspec.data.chat import Renderer
@@ -27,6 +28,7 @@ from deepspec.data.local import LocalEngine, LocalSampler, SamplingRequest, samp
 from deepspec.data.regenerate import failures_path, regenerate
 from deepspec.errors import DataError
 from deepspec.recipe import RegenerateSection
+from deepspec.targets.adaptor import auto_class
 
 ROOT = Path(__file__).parents[2]
 
@@ -117,6 +119,24 @@ def test_batched_sampling_equals_a_loop_without_cache(model: Any) -> None:
                 break
             ids.append(token)
     assert found.token_ids == ids[len(prompt) :]
+
+
+@pytest.mark.parametrize(("model_type", "cached"), [("gpt_oss", True), ("lfm2", True), ("minimax", False)])
+def test_a_model_of_any_kind_answers_a_batch_as_each_prompt_alone(model_type: str, cached: bool) -> None:
+    """With a cache where one of transformers continues its text; else over the complete text."""
+    config = config_of(model_type)
+    torch.manual_seed(0)
+    network = auto_class(config, model_type).from_config(config).float().eval()
+    prompts = [[5, 9, 40, 3, 3, 8], [7], [11, 80, 2, 6, 31, 17, 4, 4, 90]]
+    sampler = LocalSampler(network, [], RegenerateSection(temperature=0.0, max_tokens=8), 0, len(prompts))
+    assert sampler.keeps_cache == cached
+    found = {one.request.key: one.token_ids for one in sampler.answer([SamplingRequest(str(p), p) for p in prompts])}
+    for prompt in prompts:
+        ids = list(prompt)
+        for _ in range(8):
+            with torch.no_grad():
+                ids.append(int(network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        assert found[str(prompt)] == ids[len(prompt) :]
 
 
 def test_turns_keep_tool_calls_as_context() -> None:

@@ -40,6 +40,7 @@ def test_the_command_measures_and_reports(folders: Folders, tmp_path: Path) -> N
     command = [sys.executable, *folders.command(output, "--batch-size", "2")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "decoding path: packed (its layers are a family's own)" in done.stdout
     results = Results.load(output)
     rows = {row.task: row for row in results.summaries}
     assert set(rows) == {"short", "talk", "macro"}

@@ -123,9 +123,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "diffllama": {},
     "persimmon": {},
     "jais2": {},
-    "mamba": {"state_size": 8},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8},
-    "falcon_mamba": {"state_size": 8},
 }  # fmt: skip
 SMALL_VISION: dict[str, Any] = {
     "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "num_heads": 2,
