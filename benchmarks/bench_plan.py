@@ -221,9 +221,8 @@ def fill(name: str, table: Table) -> None:
 
 def main() -> int:
     """Measure the machine, then plan and train each case."""
-    parser = Benchmark(
-        __doc__, bars="memory within 10 %, time within 20 % of the plan, at each size", takes="6 minutes"
-    )
+    bars_text = "memory within 10 %, time within 20 % of the plan, at each size"
+    parser = Benchmark(__doc__, bars=bars_text, takes="6 minutes")
     parser.add_argument("--work", type=Path, default=WORK, help="folder for targets, caches and runs")
     parser.add_argument("--machine", type=Path, help="a file of `deepspec plan --measure`; default: measured now")
     parser.add_argument("--cases", default=",".join(CASES), help="which of them, commas between")

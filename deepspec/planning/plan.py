@@ -185,9 +185,11 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) ->
     accumulation = accumulation_steps(train, cluster.ranks)
     if train.micro_tokens is not None:
         accumulation = max(1, math.ceil(train.global_batch / cluster.ranks / usual))
-    full, longer = count(work.longest, most), count(work.longest, most + 1)
-    memory, more = (rank_memory(sizes, one, settings, cluster.ranks, machine, train.workers) for one in (full, longer))
-    room, each = machine.memory - memory.total, max(more.total - memory.total, 1.0)
+    full = count(work.longest, most)
+    memory = rank_memory(sizes, full, settings, cluster.ranks, machine, train.workers)
+    # activations and features grow with the samples; the loss's buffers are a chunk's
+    growing = machine.slack * full.peak["activations"] + memory.device["features"]
+    room, each = machine.memory - memory.total, growing / most
     one = full if (mean, usual) == (work.longest, most) else count(mean, usual)
     seconds = micro_seconds(one, machine, sizes.parameters, dtype.itemsize)
     stepped = sizes.parameters if stage == 0 else sizes.parameters / cluster.ranks
