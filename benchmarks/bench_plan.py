@@ -5,7 +5,8 @@
 The machine is measured first (``deepspec plan --measure``), in the same run. Then for each size: a random target, a
 cache of conversations, ``deepspec plan`` on it, and ``launch/train.py`` in a process of its own, bfloat16 and ZeRO-1 as
 the published recipes have it. Time is CPU seconds of all threads an optimizer step (median), which neighbours disturb
-least; memory is the peak of the process during the steps, above its size when it opens the target.
+least; memory is the peak of the process during the steps, above its size when it opens the target, in a second training
+whose allocator hands back at once what is freed (glibc's own setting keeps some of it, and is the faster one).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import yaml
 from bars import Bars, at_most, write_bars
+from bench_train_step import HANDED_BACK
 from start import Benchmark, tell
 
 from deepspec.errors import run_main
@@ -68,6 +70,7 @@ def make_case(work: Path, name: str) -> Path:
 
     hidden, intermediate, vocabulary, tokens, section, samples = CASES[name]
     folder = work / name
+    shutil.rmtree(folder, ignore_errors=True)  # of a run before this one
     make_target(folder / "target", hidden, intermediate, vocabulary)
     dice, rows = random.Random(0), []
     for number in range(samples * 2):
@@ -83,7 +86,7 @@ def make_case(work: Path, name: str) -> Path:
             "deepspeed": str(ROOT / "deepspeed_configs/zero1_bf16.json"), "epochs": 50, "max_steps": STEPS,
             "micro_batch": 1, "global_batch": samples, "tensorboard": False, "log_every": 100,
         },
-        "output": "run",
+        "output": str(folder / "run"),
     }  # fmt: skip
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -136,33 +139,31 @@ def run_training(recipe: str) -> None:
         print("\n" + json.dumps(found), flush=True)
 
 
+def trained(recipe: Path, environment: dict[str, str]) -> dict[str, Any]:
+    """What :func:`run_training` of a recipe tells, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--train", str(recipe)], check=True, text=True, stdout=subprocess.PIPE, cwd=ROOT,
+        env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
 def compare(work: Path, machine: Path, name: str) -> dict[str, float]:
     """Planned and measured seconds of a step and bytes of a process."""
     recipe = make_case(work, name)
-    words = [
-        "plan",
-        "--recipe",
-        str(recipe),
-        "--gpu",
-        str(machine),
-        "--gpus",
-        "1",
-        "--json",
-        str(work / f"{name}.json"),
-    ]
-    deepspec(*words, "--data", str(work / name / "cache"))
+    words = ["plan", "--recipe", str(recipe), "--gpu", str(machine), "--gpus", "1"]
+    deepspec(*words, "--json", str(work / f"{name}.json"), "--data", str(work / name / "cache"))
     plan = json.loads((work / f"{name}.json").read_text())
-    done = subprocess.run(
-        [sys.executable, __file__, "--train", str(recipe)], check=True, text=True, stdout=subprocess.PIPE, cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    steps = [after - before for before, after in zip(found["steps"], found["steps"][1:], strict=False)]
+    steps = trained(recipe, {})["steps"]
+    seconds = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    shutil.rmtree(work / name / "run")
+    held = trained(recipe, HANDED_BACK)
     chosen = next(one for one in plan["levels"] if one["level"] == plan["level"])
     return {
         "weights": plan["draft_parameters"], "planned seconds": chosen["step_seconds"],
-        "seconds": statistics.median(steps), "planned bytes": plan["device_bytes"],
-        "bytes": found["peak"] - found["start"],
+        "seconds": statistics.median(seconds), "planned bytes": plan["device_bytes"],
+        "bytes": held["peak"] - held["start"],
     }  # fmt: skip
 
 
