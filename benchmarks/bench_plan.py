@@ -12,6 +12,7 @@ whose allocator hands back at once what is freed (glibc's own setting keeps some
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -156,7 +157,7 @@ def compare(work: Path, machine: Path, name: str) -> dict[str, float]:
     deepspec(*words, "--json", str(work / f"{name}.json"), "--data", str(work / name / "cache"))
     plan = json.loads((work / f"{name}.json").read_text())
     steps = trained(recipe, {})["steps"]
-    seconds = [after - before for before, after in zip(steps, steps[1:], strict=False)]
+    seconds = [after - before for before, after in itertools.pairwise(steps)]
     shutil.rmtree(work / name / "run")
     held = trained(recipe, HANDED_BACK)
     chosen = next(one for one in plan["levels"] if one["level"] == plan["level"])
