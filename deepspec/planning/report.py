@@ -10,7 +10,7 @@ from typing import Any
 from deepspec.cache.estimate import Totals
 from deepspec.pages import saved
 from deepspec.planning.memory import PARTS
-from deepspec.planning.plan import Cluster, Plan, Work, make_plan
+from deepspec.planning.plan import Cluster, DataSize, Plan, make_plan
 from deepspec.progress import byte_size, duration
 from deepspec.recipe import Recipe
 from deepspec.tables import Table
@@ -91,7 +91,7 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def variants(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) -> list[tuple[int, int, Plan]]:
+def variants(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster) -> list[tuple[int, int, Plan]]:
     """Plans of the same recipe for a tenth to ten times the tokens, on 1, 8 and 64 times the hosts: (tokens, hosts, _).
 
     Hosts that the global batch cannot be shared by are left out.

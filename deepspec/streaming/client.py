@@ -47,7 +47,7 @@ class Wanted:
     level: str = "lossless"  # that the states are coded at
     storage: str | None = None  # the folder that servers with a shared file system write to
     timeout: float = 600.0  # seconds for a conversation
-    batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `Conversation.lengths`
+    batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `FeatureRequest.lengths`
 
     @property
     def dtype(self) -> str:
@@ -62,7 +62,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class FeatureRequest:
     """What a server is asked about."""
 
     number: int  # of the sample
@@ -138,7 +138,7 @@ class FeatureClient(ABC):
         """
 
     @abstractmethod
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """The hidden states of one conversation.
 
         Raises:
@@ -209,7 +209,7 @@ class StreamClient(FeatureClient):
             problem = f"it takes batches of {most!r:.20} tokens, the cache that is written has such of"
             raise ServerFault(f"{problem} {wanted.batch_tokens} (its --batch-tokens, cache.tokens_per_batch)", True)
 
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`; decoded as it comes."""
         wanted, length = self.wanted, len(conversation.tokens)
         D = wanted.target.spec.hidden_size
@@ -289,7 +289,7 @@ class ExtractionClient(FeatureClient):
         except TargetError as wrong:
             raise ServerFault(wrong.problem + (f" ({wrong.found})" if wrong.found else "")) from None
 
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`."""
         try:
             ends = np.cumsum(conversation.lengths or [len(conversation.tokens)])[:-1]

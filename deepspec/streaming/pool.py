@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from deepspec.errors import SourceLost, TargetError
 from deepspec.http import without_password
-from deepspec.streaming.client import Conversation, FeatureClient, ServerFault, States, Wanted, open_client
+from deepspec.streaming.client import FeatureClient, FeatureRequest, ServerFault, States, Wanted, open_client
 
 log = logging.getLogger(__name__)
 REST, LONGEST_REST = 0.5, 30.0  # seconds that a server rests after a fault; doubled each time
@@ -44,7 +44,7 @@ class _Server:
 class _Job:
     """A conversation that is wanted."""
 
-    conversation: Conversation
+    conversation: FeatureRequest
     size: int
     future: Future[States] = field(default_factory=Future)
     begun: bool = False  # its bytes are counted
@@ -85,14 +85,14 @@ class ServerPool:
 
     # -- for readers -----------------------------------------------------------------------------------------------
 
-    def announce(self, conversations: Sequence[Conversation]) -> None:
+    def announce(self, conversations: Sequence[FeatureRequest]) -> None:
         """Ask for these next; each must be taken once."""
         with self._change:
             for one in conversations:
                 self._queue.append(self._job(one))
             self._change.notify_all()
 
-    def take(self, conversations: Sequence[Conversation]) -> Iterator[States]:
+    def take(self, conversations: Sequence[FeatureRequest]) -> Iterator[States]:
         """The hidden states of each, announced or not, in order; their bytes are the caller's from then on.
 
         Raises:
@@ -109,7 +109,7 @@ class ServerPool:
                     self.held -= job.size if job.begun else 0
                     self._change.notify_all()
 
-    def _claim(self, conversation: Conversation) -> _Job:
+    def _claim(self, conversation: FeatureRequest) -> _Job:
         """The job of a conversation that a reader waits for."""
         waiting = self._jobs.get(conversation.number)
         job = waiting.popleft() if waiting else self._job(conversation, kept=False)
@@ -198,7 +198,7 @@ class ServerPool:
 
     # -- conversations ---------------------------------------------------------------------------------------------
 
-    def _job(self, conversation: Conversation, kept: bool = True) -> _Job:
+    def _job(self, conversation: FeatureRequest, kept: bool = True) -> _Job:
         job = _Job(conversation, len(conversation.tokens) * self.wanted.token_bytes)
         if kept:
             self._jobs[conversation.number].append(job)

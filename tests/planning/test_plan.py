@@ -16,10 +16,10 @@ from deepspec.planning import plan as planning
 from deepspec.planning.machines import Machine, machine_named, machine_names, save_machine, storage_named
 from deepspec.planning.measure import fit
 from deepspec.planning.memory import Sizes, sharded_parts
-from deepspec.planning.plan import Cluster, Plan, Work, exchange_seconds, make_plan
+from deepspec.planning.plan import Cluster, DataSize, Plan, exchange_seconds, make_plan
 from deepspec.planning.report import text, to_json
 from deepspec.planning.target import read_spec, target_cost
-from deepspec.planning.trace import Cost
+from deepspec.planning.trace import MicroBatchCost
 from deepspec.planning.work import work_of_data, work_of_numbers
 from deepspec.recipe import load_recipe
 from deepspec.recipe_files import CONFIGS
@@ -34,7 +34,7 @@ COUNTED = {  # bytes a weight of live tensors after half a step (rank 0 of W; bu
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A plan of a published recipe whose micro-batch is not counted but given."""
-    cost = Cost(moved=1e10, operators=1000, last=10**8)
+    cost = MicroBatchCost(moved=1e10, operators=1000, last=10**8)
     cost.flops["bfloat16"] = 10**13  # type: ignore[assignment]
     cost.peak.update({"activations": 4 * 10**9, "loss buffers": 10**9})
     monkeypatch.setattr(planning, "trace", lambda *given: cost)
@@ -144,6 +144,6 @@ def test_data_is_a_file_or_numbers(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     work = work_of_data(recipe, spec, str(tmp_path / "data.jsonl"), 0.5)
     assert (work.totals.samples, "assumed" in work.source) == (3, True)
-    assert work_of_numbers(10, 100, 0.5, 50) == Work(Totals(10, 10, 1000, 500), 100, "numbers given")
+    assert work_of_numbers(10, 100, 0.5, 50) == DataSize(Totals(10, 10, 1000, 500), 100, "numbers given")
     with pytest.raises(DataError, match="--samples and --tokens"):
         work_of_data(recipe, spec, str(tmp_path / "none"), 0.5)
