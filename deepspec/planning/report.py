@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from deepspec.cache.estimate import Totals
+from deepspec.errors import RecipeError
 from deepspec.pages import saved
 from deepspec.planning.memory import PARTS
 from deepspec.planning.plan import Cluster, DataSize, Plan, make_plan
@@ -15,6 +16,7 @@ from deepspec.progress import byte_size, duration
 from deepspec.recipe import Recipe
 from deepspec.tables import Table
 from deepspec.targets import TargetSpec
+from deepspec.training.settings import accumulation_steps
 
 HOSTS, DATA = (1, 8, 64), (0.1, 1.0, 10.0)  # times as many, of a plot
 
@@ -98,7 +100,9 @@ def variants(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster)
     """
     found = []
     for hosts in (cluster.hosts * count for count in HOSTS):
-        if recipe.train.global_batch % (recipe.train.micro_batch * cluster.gpus * hosts):
+        try:
+            accumulation_steps(recipe.train, cluster.gpus * hosts)
+        except RecipeError:
             continue
         for factor in DATA:
             old = work.totals

@@ -47,8 +47,8 @@ class ServedSource(OnlineSource):
         super().__init__(recipe, target, *files)
         data = recipe.data
         self.pool = ServerPool(
-            data.servers, wanted_of(recipe, target), limit=data.server_memory, patience=data.server_patience,
-            first=world_from_environment().rank,
+            data.servers, wanted_of(recipe, target, int(self.lengths.max())), limit=data.server_memory,
+            patience=data.server_patience, first=world_from_environment().rank,
         )  # fmt: skip
 
     def _conversations(self, numbers: Sequence[int]) -> list[FeatureRequest]:

@@ -49,6 +49,7 @@ class _Job:
     future: Future[States] = field(default_factory=Future)
     begun: bool = False  # its bytes are counted
     attempts: int = 0
+    refusals: set[str] = field(default_factory=set)  # URLs of servers that say that the request is wrong
 
 
 class ServerPool:
@@ -251,6 +252,8 @@ class ServerPool:
         with self._change:
             server.in_flight -= 1
             if isinstance(problem, ServerFault):
+                if problem.refuses:
+                    job.refusals.add(server.url)
                 self._rest(server, problem)
                 self._again(job, problem)
             elif not job.future.done():
@@ -266,7 +269,8 @@ class ServerPool:
         job.attempts += 1
         if job.future.done():
             return
-        if self._lost is None and job.attempts < ATTEMPTS:
+        refused = job.refusals.issuperset(one.url for one in self._servers)  # none will take it, however long one waits
+        if self._lost is None and job.attempts < ATTEMPTS and not refused:
             self._urgent.appendleft(job)
             return
         problem = f"{job.attempts} attempts failed at sample {job.conversation.number}, the last with: {fault}"

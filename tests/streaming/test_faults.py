@@ -301,6 +301,25 @@ def test_a_conversation_at_which_every_server_fails_is_named(good: RunningServer
     assert liar.asked == pools.ATTEMPTS
 
 
+def test_a_request_that_every_server_refuses_is_asked_once_of_each(good: RunningServer, target: Target) -> None:
+    def refuses(send: Send, _asked: dict[str, Any], _said: dict[str, Any]) -> None:
+        send(b"HTTP/1.1 400 No\r\nContent-Length: 8\r\n\r\ntoo long")
+
+    liars = [Liar(good, refuses), Liar(good, refuses)]
+    pool = ServerPool([liar.url for liar in liars], wanted_of(target), limit=1 << 20, patience=30.0)
+    with pytest.raises(SourceLost, match="2 attempts failed at sample 0, the last with: 400 too long"):
+        list(pool.take(conversations(1)))
+    pool.close()
+    for liar in liars:
+        liar.raw.listener.close()
+    assert [liar.asked for liar in liars] == [1, 1]
+
+
+def test_a_server_for_shorter_conversations_is_refused_at_the_start(good: RunningServer, target: Target) -> None:
+    with pytest.raises(TargetError, match=r"takes conversations of 256 tokens, the longest of the data has 257"):
+        ServerPool([good.url], wanted_of(target, longest=257), limit=1 << 20, patience=0.3)
+
+
 @pytest.mark.parametrize("limit", [1, 20_000])
 def test_what_is_in_flight_stays_within_the_limit_and_all_comes_in_order(
     good: RunningServer, target: Target, limit: int

@@ -115,6 +115,7 @@ def changed(change: Callable[[list[bytes], dict[MessageKind, Any]], list[bytes]]
     return b"".join(change(parts_of(sent, "lossless", "bfloat16"), codecs))
 
 
+NAMES = ("features", "last_hidden")
 LONG = bytearray(message(MessageKind.BEAT))
 LONG[16:20] = (1 << 31).to_bytes(4, "little")
 CHANGES: dict[str, tuple[Callable[[list[bytes], dict[MessageKind, Any]], list[bytes]], str]] = {
@@ -137,7 +138,7 @@ CHANGES: dict[str, tuple[Callable[[list[bytes], dict[MessageKind, Any]], list[by
     ),
     "a narrow table": (
         lambda parts, c: [
-            hello(c, "bfloat16", codecs={k: codec_entry(c[MessageKind.LAST_HIDDEN]) for k in ("features", "last_hidden")}),
+            hello(c, "bfloat16", codecs=dict.fromkeys(NAMES, codec_entry(c[MessageKind.LAST_HIDDEN]))),
             *parts[1:],
         ],
         "rows that cannot be decoded",
