@@ -32,12 +32,12 @@ from deepspec.errors import run_main
 from deepspec.http import NoReply, stream
 from deepspec.sources.served import ServedSource
 from deepspec.streaming import client as clients
-from deepspec.streaming.client import Conversation, ServerFault, StreamClient, Wanted
+from deepspec.streaming.client import FeatureRequest, ServerFault, StreamClient, Wanted
 from deepspec.streaming.pool import ServerPool
 from deepspec.streaming.wire import (
     PROTOCOL,
     Arrays,
-    Kind,
+    MessageKind,
     codec_entry,
     data_messages,
     json_message,
@@ -64,12 +64,16 @@ def coded_reply(tokens: np.ndarray, level: str) -> bytes:
     """The messages of a conversation all of whose tokens but the first are supervised."""
     arrays = Arrays(hidden_states(LENGTH, D * len(LAYERS)), hidden_states(LENGTH - 1, D))
     chosen = LEVELS[level]
-    codecs = {Kind.FEATURES: chosen.features(arrays.features)}
+    codecs = {MessageKind.FEATURES: chosen.features(arrays.features)}
     if arrays.last_hidden is not None:
-        codecs[Kind.LAST_HIDDEN] = chosen.last_hidden(arrays.last_hidden)
+        codecs[MessageKind.LAST_HIDDEN] = chosen.last_hidden(arrays.last_hidden)
     tables = {kind.name.lower(): codec_entry(codec) for kind, codec in codecs.items()}
     hello = {"target": "of the benchmark", "dtype": "bfloat16", "tokens": tokens_digest(tokens), "codecs": tables}
-    parts = [json_message(Kind.HELLO, hello), *(make() for make in data_messages(arrays, codecs)), message(Kind.END)]
+    parts = [
+        json_message(MessageKind.HELLO, hello),
+        *(make() for make in data_messages(arrays, codecs)),
+        message(MessageKind.END),
+    ]
     return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in parts) + b"0\r\n\r\n"
 
 
@@ -79,13 +83,13 @@ HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 def send_for_ever(connection: socket.socket, kind: str, reply: bytes) -> None:
     """A body without an end, of BEATs, of rows that were sent before, or of one message of 4 GiB."""
     if kind == "beats":
-        beats = message(Kind.BEAT) * 4096
+        beats = message(MessageKind.BEAT) * 4096
         while True:
             connection.sendall(b"%x\r\n%b\r\n" % (len(beats), beats))
     if kind == "rows":
         connection.sendall(reply.removesuffix(b"0\r\n\r\n"))
     elif kind == "one message":
-        head = bytearray(message(Kind.HELLO))
+        head = bytearray(message(MessageKind.HELLO))
         head[16:20] = b"\xff\xff\xff\xff"
         connection.sendall(b"%x\r\n%b\r\n" % (len(head), bytes(head)))
     while True:
@@ -134,7 +138,7 @@ class FixedSource(ServedSource):
         self.lengths, self.group_sizes = np.full(count, LENGTH), (count,)
 
 
-def measure_client(url: str, one: Conversation, seconds: float) -> dict[str, float]:
+def measure_client(url: str, one: FeatureRequest, seconds: float) -> dict[str, float]:
     """GB/s of raw hidden states a CPU second of the client: best, and median, of conversations; and a second."""
     client = StreamClient(url, wanted())
     client.check()
@@ -202,7 +206,7 @@ def _plan(supervision: Supervision) -> LossPlan:
     return LossPlan(supervision.loss_mask.sum().float())
 
 
-def measure_endless(url: str, one: Conversation, kind: str, seconds: float) -> dict[str, Any]:
+def measure_endless(url: str, one: FeatureRequest, kind: str, seconds: float) -> dict[str, Any]:
     """How the client ends a body that has no end, and the megabytes of memory that it took beyond the limit."""
     client = StreamClient(url, wanted())
     client.check()
@@ -231,7 +235,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     tokens = np.arange(LENGTH, dtype=np.int32)
-    one = Conversation(0, tokens, np.arange(LENGTH) > 0)
+    one = FeatureRequest(0, tokens, np.arange(LENGTH) > 0)
     raw = LENGTH * wanted().token_bytes
     listener = socket.create_server(("127.0.0.1", 0), backlog=64)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"

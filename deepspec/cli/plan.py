@@ -31,7 +31,7 @@ def plan() -> int:
     parser.add_argument("--tokens", type=POSITIVE, help="instead of data: tokens of a conversation, on average")
     parser.add_argument("--supervised", type=SHARE, default=0.75, help="share of tokens that are answers, without data")
     parser.add_argument("--gpu", default="h100", help="a100-80gb, h100, h200, or a file of --measure")
-    parser.add_argument("--gpus", type=COUNT, default=8, help="processes of a host, one a GPU")
+    parser.add_argument("--gpus", type=COUNT, help="processes of a host, one a GPU (default: all that the machine has)")
     parser.add_argument("--hosts", type=COUNT, default=1, help="hosts of so many GPUs")
     parser.add_argument("--storage", default="disk", help="where the cache lies: disk, parallel or s3")
     parser.add_argument("--disk-rate", type=POSITIVE, help="bytes a second that a host reads there, measured by you")
@@ -43,6 +43,7 @@ def plan() -> int:
     parser.add_argument("--precision", choices=("bfloat16", "float32"), help="measure only this (default: both)")
     parser.add_argument("--page", type=Path, metavar="FILE", help="fill the tables of a page, such as docs/scale.md")
     given = parser.parse_args()
+    _check(given)
 
     if given.measure is not None:
         from deepspec.planning.machines import save_machine
@@ -58,10 +59,35 @@ def plan() -> int:
         fill(given.page)
         say(f"{given.page}: filled")
     if given.recipe is None:
-        if given.measure is None and given.page is None:
-            raise DataError("missing on the command line", key="--recipe")
         return 0
     return _plan(given)
+
+
+def _form(plot: Path) -> str:
+    return plot.suffix.removeprefix(".").lower()
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Words that contradict each other, before the work begins.
+
+    Raises:
+        DataError: a word that would be ignored, or one that lacks another.
+        DeepSpecError: a plot of another form.
+    """
+    if given.recipe is None and given.measure is None and given.page is None:
+        raise DataError("missing on the command line", key="--recipe")
+    if (given.samples is None) != (given.tokens is None):
+        missing = "--samples" if given.samples is None else "--tokens"
+        raise DataError("samples and tokens belong together", key=missing, remedy="give both")
+    if given.samples is not None and given.data is not None:
+        remedy = "leave out either --data or --samples and --tokens"
+        raise DataError("the data are given twice", key="--data", found=given.data, remedy=remedy)
+    if given.precision is not None and given.measure is None:
+        raise DataError("only a measurement has one", key="--precision", remedy="add --measure FILE")
+    if given.recipe is None and (word := next((one for one in ("json", "plot") if getattr(given, one)), None)):
+        raise DataError("nothing is planned without --recipe", key=f"--{word}", found=getattr(given, word))
+    if given.plot is not None and _form(given.plot) not in FORMS:
+        raise DeepSpecError("not a form of a plot", key="--plot", found=given.plot, wanted=", ".join(FORMS))
 
 
 def _plan(given: argparse.Namespace) -> int:
@@ -75,25 +101,25 @@ def _plan(given: argparse.Namespace) -> int:
     recipe = load_recipe(given.recipe, given.set)
     spec, source = read_spec(recipe.target.path, recipe.target.revision)
     recipe, storage = recipe.for_target(spec), storage_named(given.storage)
+    machine = machine_named(str(given.measure or given.gpu))
     if given.disk_rate is not None:
         storage = replace(storage, title=f"{storage.title}, rate given", host_rate=given.disk_rate, total_rate=None)
-    if (given.samples is None) != (given.tokens is None):
-        raise DataError("samples and tokens belong together", key="--samples", found=given.samples)
     if given.samples is not None:
         work = work_of_numbers(given.samples, given.tokens, given.supervised, recipe.data.max_length)
     else:
         work = work_of_data(
             recipe, spec, given.data or next(iter((*recipe.data.cache, *recipe.data.files)), ""), given.supervised
         )
-    cluster = Cluster(machine_named(str(given.measure or given.gpu)), storage, given.gpus, given.hosts)
+    if work.totals.samples < recipe.train.global_batch:
+        remedy = "more conversations, or a smaller train.global_batch"
+        wanted = f"at least train.global_batch = {recipe.train.global_batch}"
+        raise DataError("not one whole step", key="samples", found=work.totals.samples, wanted=wanted, remedy=remedy)
+    cluster = Cluster(machine, storage, given.gpus or machine.gpus, given.hosts)
     made = make_plan(recipe, spec, work, cluster)
     print(text(made))
     say(f"sizes of the target: {source}")
     if given.json is not None:
         write_json(given.json, to_json(made))
     if given.plot is not None:
-        form = given.plot.suffix.removeprefix(".")
-        if form not in FORMS:
-            raise DeepSpecError("not a form of a plot", key="--plot", found=given.plot, wanted=", ".join(FORMS))
-        write_bytes(given.plot, plot(variants(recipe, spec, work, cluster), form))
+        write_bytes(given.plot, plot(variants(recipe, spec, work, cluster), _form(given.plot)))
     return 0

@@ -14,6 +14,7 @@ from deepspec.files import read_json, write_json
 
 SHIPPED = Path(__file__).with_name("machines.json")
 FORMAT = "deepspec-machine-1"
+_OTHERS = ("name", "title", "measured", "source", "device")  # fields that are no rates and sizes
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,31 @@ def machine_named(name: str) -> Machine:
     values = read_json(name, DeepSpecError)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise DeepSpecError("not a machine", file=name, remedy="make it with `deepspec plan --measure FILE`")
-    return Machine(**values)
+    try:
+        return _checked(Machine(**values))
+    except (TypeError, ValueError) as problem:
+        remedy = "make it with `deepspec plan --measure FILE`"
+        raise DeepSpecError("not a whole machine", file=name, found=str(problem), remedy=remedy) from None
+
+
+def _checked(machine: Machine) -> Machine:
+    """The machine, whose every rate can be divided by.
+
+    Raises:
+        ValueError: one cannot.
+    """
+    rates = {key: value for key, value in asdict(machine).items() if key not in _OTHERS}
+    for key in ("flops", "decode_rate"):
+        rates |= {f"{key}.{name}": value for name, value in rates.pop(key).items()}
+    for key, value in rates.items():
+        least_too = key in ("reserve", "operator_seconds", "host_memory")
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not (value > 0 or (least_too and value == 0))
+        ):
+            raise ValueError(f"{key} {value!r:.40}")
+    return machine
 
 
 def save_machine(machine: Machine, path: str | Path) -> None:

@@ -29,7 +29,7 @@ from deepspec.distributed import pick_device
 from deepspec.errors import RecipeError
 from deepspec.planning.machines import Machine
 from deepspec.planning.memory import optimizer_bytes, step_bytes
-from deepspec.planning.trace import Cost, example, trace
+from deepspec.planning.trace import MicroBatchCost, example, trace
 from deepspec.progress import Progress
 from deepspec.recipe import TrainSection
 from deepspec.recipe_files import CONFIGS
@@ -45,10 +45,10 @@ MICRO_BATCHES = 3  # of a step that is timed; one before it is not
 
 
 @dataclass(frozen=True)
-class Probe:
+class RateProbe:
     """One drafter at one size: what it costs by count, and what it took."""
 
-    cost: Cost
+    cost: MicroBatchCost
     parameters: int
     seconds: float  # of a micro-batch
     step_seconds: float  # of the optimizer's step
@@ -84,7 +84,7 @@ def probe_batch(spec: TargetSpec, config: Any, tokens: int, dtype: torch.dtype) 
     )
 
 
-def run_probe(name: str, size: Sequence[int], precision: str, world: Any) -> Probe:
+def run_probe(name: str, size: Sequence[int], precision: str, world: Any) -> RateProbe:
     """Train a drafter for a step, and count the same."""
     spec = probe_spec(*size[:3])
     config, dtype = probe_config(name, spec), getattr(torch, precision)
@@ -109,7 +109,7 @@ def run_probe(name: str, size: Sequence[int], precision: str, world: Any) -> Pro
     engine.close()
     parameters = sum(one.numel() for one in model.parameters())
     cost = trace(name, config, spec, batch.supervision, dtype, "cpu" if engine.device.type == "cpu" else "accelerator")
-    return Probe(cost, parameters, statistics.median(seconds[1:]), step_seconds)
+    return RateProbe(cost, parameters, statistics.median(seconds[1:]), step_seconds)
 
 
 def fit(rows: NDArray[np.float64], seconds: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -172,7 +172,7 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
     return machine_of(probes, precisions, max(reserve, 0.0))
 
 
-def machine_of(probes: Sequence[Probe], precisions: Sequence[str], reserve: float) -> Machine:
+def machine_of(probes: Sequence[RateProbe], precisions: Sequence[str], reserve: float) -> Machine:
     """The rates that explain the probes; ``reserve``: bytes that libraries take."""
     rows = np.array(
         [

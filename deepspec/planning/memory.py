@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from deepspec.planning.machines import Machine
-from deepspec.planning.trace import Cost
+from deepspec.planning.trace import MicroBatchCost
 from deepspec.training.settings import model_dtype, zero_stage
 
 PARTS = (
@@ -103,7 +103,7 @@ def bucket(zero: dict[str, Any], name: str = "reduce") -> int:
 
 
 def rank_memory(
-    sizes: Sizes, cost: Cost, settings: dict[str, Any], world: int, machine: Machine, workers: int
+    sizes: Sizes, cost: MicroBatchCost, settings: dict[str, Any], world: int, machine: Machine, workers: int
 ) -> Memory:
     """Memory of a rank at its fullest moment.
 

@@ -21,12 +21,12 @@ from deepspec.files import read_json
 from deepspec.planning.machines import Machine, Storage
 from deepspec.planning.memory import Memory, Sizes, optimizer_bytes, rank_memory, step_bytes
 from deepspec.planning.target import TargetCost, target_cost
-from deepspec.planning.trace import Cost, default_dtype, example, trace
+from deepspec.planning.trace import MicroBatchCost, default_dtype, example, trace
 from deepspec.recipe import Recipe
 from deepspec.targets import TargetSpec
 from deepspec.training.settings import accumulation_steps, deepspeed_settings, model_dtype, zero_stage
 
-_counted: dict[Any, Cost] = {}  # micro-batches that this process has counted: clusters differ, they do not
+_counted: dict[Any, MicroBatchCost] = {}  # micro-batches that this process has counted: clusters differ, they do not
 USABLE = 0.9  # of a GPU's memory, for a replica of the target
 
 
@@ -46,7 +46,7 @@ class Cluster:
 
 
 @dataclass(frozen=True)
-class Work:
+class DataSize:
     """The data of a training."""
 
     totals: Totals
@@ -80,7 +80,7 @@ class Plan:
     gpus: int
     hosts: int
     storage: str
-    work: Work
+    work: DataSize
     draft_parameters: int
     target_parameters: int
     target_active: int
@@ -127,7 +127,7 @@ def draft_sizes(recipe: Recipe, spec: TargetSpec) -> Sizes:
     return Sizes(sum(counts), max(counts), frozen, 2 if recipe.target.dtype == "bfloat16" else 4)
 
 
-def micro_seconds(cost: Cost, machine: Machine, parameters: int, weight_bytes: int) -> float:
+def micro_seconds(cost: MicroBatchCost, machine: Machine, parameters: int, weight_bytes: int) -> float:
     """Seconds of one micro-batch.
 
     Raises:
@@ -162,9 +162,19 @@ def exchange_seconds(cluster: Cluster, parameters: int, stage: int, accumulation
     return share * accumulation * (weights / rate + weights / second + gradient / rate)
 
 
-def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) -> Plan:
-    """The plan of a recipe, already checked against its target (:meth:`Recipe.for_target`)."""
+def make_plan(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster) -> Plan:
+    """The plan of a recipe, already checked against its target (:meth:`Recipe.for_target`).
+
+    Raises:
+        RecipeError: conversations that processes share, or a global batch that the ranks cannot share.
+    """
     train, machine = recipe.train, cluster.machine
+    if train.sequence_parallel > 1:
+        remedy = "plan one process a conversation, which holds more: --set train.sequence_parallel=1"
+        problem = "what processes hold that share a conversation is not counted"
+        raise RecipeError(
+            problem, key="train.sequence_parallel", found=train.sequence_parallel, wanted=1, remedy=remedy
+        )
     settings = deepspeed_settings(train, cluster.ranks)
     if machine.device != "cpu":  # what is left out on this machine counts there
         settings["zero_optimization"] = read_json(train.deepspeed, RecipeError).get("zero_optimization", {})
@@ -172,7 +182,7 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) ->
     sizes, mean = draft_sizes(recipe, spec), max(2, round(work.totals.mean_tokens))
     supervised = work.totals.last_rows / max(work.totals.tokens, 1)
 
-    def count(tokens: int, samples: int) -> Cost:
+    def count(tokens: int, samples: int) -> MicroBatchCost:
         key = (recipe.algorithm, repr(recipe.draft), repr(spec), tokens, samples, supervised, dtype, machine.device)
         if (key, train.activation_checkpointing) not in _counted:
             masks, checkpointing = example(tokens, samples, supervised), train.activation_checkpointing

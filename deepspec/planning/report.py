@@ -8,13 +8,15 @@ from functools import partial
 from typing import Any
 
 from deepspec.cache.estimate import Totals
+from deepspec.errors import RecipeError
 from deepspec.pages import saved
 from deepspec.planning.memory import PARTS
-from deepspec.planning.plan import Cluster, Plan, Work, make_plan
+from deepspec.planning.plan import Cluster, DataSize, Plan, make_plan
 from deepspec.progress import byte_size, duration
 from deepspec.recipe import Recipe
 from deepspec.tables import Table
 from deepspec.targets import TargetSpec
+from deepspec.training.settings import accumulation_steps
 
 HOSTS, DATA = (1, 8, 64), (0.1, 1.0, 10.0)  # times as many, of a plot
 
@@ -91,14 +93,16 @@ def text(plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def variants(recipe: Recipe, spec: TargetSpec, work: Work, cluster: Cluster) -> list[tuple[int, int, Plan]]:
+def variants(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster) -> list[tuple[int, int, Plan]]:
     """Plans of the same recipe for a tenth to ten times the tokens, on 1, 8 and 64 times the hosts: (tokens, hosts, _).
 
     Hosts that the global batch cannot be shared by are left out.
     """
     found = []
     for hosts in (cluster.hosts * count for count in HOSTS):
-        if recipe.train.global_batch % (recipe.train.micro_batch * cluster.gpus * hosts):
+        try:
+            accumulation_steps(recipe.train, cluster.gpus * hosts)
+        except RecipeError:
             continue
         for factor in DATA:
             old = work.totals

@@ -40,7 +40,7 @@ _PLANNED = "planned"  # the name of the counted attention among the backends
 
 
 @dataclass
-class Cost:
+class MicroBatchCost:
     """What was counted of one micro-batch."""
 
     flops: Counter[str] = field(default_factory=Counter)  # of products, by dtype
@@ -70,7 +70,7 @@ def example(tokens: int, samples: int, supervised: float) -> Supervision:
 def trace(
     algorithm_name: str, config: Any, target: TargetSpec, supervision: Supervision, dtype: torch.dtype, device: str,
     checkpointing: bool = False,
-) -> Cost:  # fmt: skip
+) -> MicroBatchCost:  # fmt: skip
     """Count one micro-batch.
 
     Args:
@@ -135,7 +135,7 @@ class _Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cost = Cost()
+        self.cost = MicroBatchCost()
         self._values: dict[int, Tensor] = {}  # by the id of a tensor without values, while that lives
         self._live: Counter[str] = Counter()
         self._storages: set[int] = set()
@@ -281,7 +281,9 @@ class _Attention(torch.autograd.Function):
     """Attention that holds what flex_attention holds: inputs, output, the rows' log of sums."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, cost: Cost, flops: int) -> Any:
+    def forward(
+        ctx: Any, query: Tensor, ck: Tensor, cv: Tensor, ok: Tensor, ov: Tensor, cost: MicroBatchCost, flops: int
+    ) -> Any:
         joined = [torch.cat((context, own.flatten(1, 2)), dim=1) for context, own in ((ck, ok), (cv, ov))]
         out, sums = torch.empty_like(query), torch.empty(query.shape[:-1], device=query.device)
         ctx.save_for_backward(query, ck, cv, ok, ov, *joined, out, sums)

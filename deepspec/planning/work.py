@@ -11,7 +11,7 @@ from deepspec.cache.format import MANIFEST
 from deepspec.cache.plan import scan
 from deepspec.data.chat import load_renderer
 from deepspec.errors import DataError
-from deepspec.planning.plan import Work
+from deepspec.planning.plan import DataSize
 from deepspec.recipe import Recipe
 from deepspec.targets import TargetSpec
 
@@ -19,14 +19,14 @@ PROBED = 2000  # conversations rendered, spread over the file
 CHARACTERS = 4.0  # bytes of a conversation's line a token, where there is no tokenizer: assumed
 
 
-def work_of_numbers(samples: int, tokens: float, supervised: float, longest: int) -> Work:
+def work_of_numbers(samples: int, tokens: float, supervised: float, longest: int) -> DataSize:
     """A data set of ``samples`` conversations of ``tokens`` tokens on average."""
     total = round(samples * tokens)
     totals = Totals(samples, samples, total, round(total * supervised))
-    return Work(totals, max(longest, math.ceil(tokens)), "numbers given")
+    return DataSize(totals, max(longest, math.ceil(tokens)), "numbers given")
 
 
-def work_of_data(recipe: Recipe, spec: TargetSpec, path: str, supervised: float) -> Work:
+def work_of_data(recipe: Recipe, spec: TargetSpec, path: str, supervised: float) -> DataSize:
     """Totals of a cache or of a conversations file.
 
     Args:
@@ -44,14 +44,14 @@ def work_of_data(recipe: Recipe, spec: TargetSpec, path: str, supervised: float)
         cache = TargetCache.open(path)
         manifest = cache.manifest
         totals = Totals(manifest.samples, manifest.samples, manifest.tokens, manifest.rows)
-        return Work(totals, int(max(cache.lengths)), f"cache {path}")
+        return DataSize(totals, int(max(cache.lengths)), f"cache {path}")
     if not os.path.isfile(path):
         remedy = "name a cache or a file of conversations, or give --samples and --tokens"
         raise DataError("no data there", file=path, key="--data", remedy=remedy)
     source, longest = scan(path), recipe.data.max_length
     if Path(recipe.target.path).is_dir():
         renderer = load_renderer(recipe, spec)
-        return Work(count(source, renderer, recipe.data.min_supervised, PROBED), longest, f"{path}, rendered")
+        return DataSize(count(source, renderer, recipe.data.min_supervised, PROBED), longest, f"{path}, rendered")
     mean = min(longest, os.path.getsize(path) / max(source.rows, 1) / CHARACTERS)
     found = work_of_numbers(source.rows, mean, supervised, longest)
-    return Work(found.totals, longest, f"{path}: no tokenizer at hand, {CHARACTERS:g} bytes a token assumed")
+    return DataSize(found.totals, longest, f"{path}: no tokenizer at hand, {CHARACTERS:g} bytes a token assumed")

@@ -15,7 +15,7 @@ from deepspec.cache.reader import stored_view
 from deepspec.distributed import world_from_environment
 from deepspec.recipe import Recipe
 from deepspec.sources.online import OnlineSource
-from deepspec.streaming.client import Conversation, wanted_of
+from deepspec.streaming.client import FeatureRequest, wanted_of
 from deepspec.streaming.pool import ServerPool
 from deepspec.targets import TargetEmbeddings
 
@@ -47,12 +47,12 @@ class ServedSource(OnlineSource):
         super().__init__(recipe, target, *files)
         data = recipe.data
         self.pool = ServerPool(
-            data.servers, wanted_of(recipe, target), limit=data.server_memory, patience=data.server_patience,
-            first=world_from_environment().rank,
+            data.servers, wanted_of(recipe, target, int(self.lengths.max())), limit=data.server_memory,
+            patience=data.server_patience, first=world_from_environment().rank,
         )  # fmt: skip
 
-    def _conversations(self, numbers: Sequence[int]) -> list[Conversation]:
-        return [Conversation(number, self._ids[number], self._masks[number]) for number in numbers]
+    def _conversations(self, numbers: Sequence[int]) -> list[FeatureRequest]:
+        return [FeatureRequest(number, self._ids[number], self._masks[number]) for number in numbers]
 
     def announce(self, numbers: Sequence[int]) -> None:
         """The samples of a step to come; where a cache is written, its batches are asked for instead."""
@@ -69,7 +69,7 @@ class ServedSource(OnlineSource):
         lengths = [len(rendered.input_ids) for _, _, rendered in rows]
         ids = np.concatenate([np.asarray(rendered.input_ids, np.int32) for _, _, rendered in rows])
         mask = np.concatenate([np.asarray(rendered.loss_mask, np.uint8) for _, _, rendered in rows])
-        asked = Conversation(-1 - samples[0], ids, mask.astype(bool), tuple(lengths))
+        asked = FeatureRequest(-1 - samples[0], ids, mask.astype(bool), tuple(lengths))
         states = next(self.pool.take([asked]))
         last = None
         if self.last_hidden and states.last_hidden is not None:

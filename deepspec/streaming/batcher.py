@@ -37,7 +37,7 @@ class Limits:
 
 
 @dataclass(eq=False)
-class Work:
+class QueuedRequest:
     """One conversation that is to be computed."""
 
     tokens: list[int]
@@ -79,7 +79,7 @@ class Batcher:
     def __init__(self, target: Target, limits: Limits) -> None:
         self.target, self.limits, self.counts = target, limits, Counts()
         self.queued = self.unsent = 0  # tokens, bytes
-        self._queue: deque[Work] = deque()
+        self._queue: deque[QueuedRequest] = deque()
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="target", daemon=True)
@@ -90,7 +90,7 @@ class Batcher:
         """Whether the target's thread runs."""
         return self._thread.is_alive()
 
-    def submit(self, work: Work) -> None:
+    def submit(self, work: QueuedRequest) -> None:
         """Queue a conversation.
 
         Raises:
@@ -104,7 +104,7 @@ class Batcher:
             self._queue.append(work)
             self._change.notify_all()
 
-    def give_up(self, work: Work) -> None:
+    def give_up(self, work: QueuedRequest) -> None:
         """Whoever wanted it is gone, or has it."""
         with self._change:
             if work in self._queue:
@@ -130,14 +130,14 @@ class Batcher:
                 chosen = self._choose()
             self._compute([work for work in chosen if work.result.set_running_or_notify_cancel()])
 
-    def _choose(self) -> list[Work]:
+    def _choose(self) -> list[QueuedRequest]:
         """The next batch: those that wait longest and ask for the same, within the budget of padded tokens."""
         first = self._queue[0]
         if first.lengths is not None:
             self._queue.popleft()
             self.queued -= len(first.tokens)
             return [first]
-        chosen, longest = list[Work](), 0
+        chosen, longest = list[QueuedRequest](), 0
         for work in self._queue:
             if (work.layers, work.last_hidden, work.lengths) != (first.layers, first.last_hidden, None):
                 continue
@@ -151,7 +151,7 @@ class Batcher:
             self.queued -= len(work.tokens)
         return chosen
 
-    def _compute(self, batch: list[Work]) -> None:
+    def _compute(self, batch: list[QueuedRequest]) -> None:
         if not batch:
             return
         begun = time.perf_counter()
@@ -176,7 +176,7 @@ class Batcher:
             work.done = release.one()
             work.result.set_result(Arrays(block.features[end - len(work.tokens) : end], last))
 
-    def _count(self, batch: list[Work], size: int, seconds: float) -> None:
+    def _count(self, batch: list[QueuedRequest], size: int, seconds: float) -> None:
         with self._change:
             self.unsent += size
             self.counts.batches += 1

@@ -27,7 +27,7 @@ from deepspec.http import NoReply, request, stream, without_password
 from deepspec.identity import differences, target_fields
 from deepspec.streaming.wire import PROTOCOL, Arrays, Reader, WireError
 from deepspec.targets import TargetEmbeddings
-from deepspec.targets.served import Extraction
+from deepspec.targets.served import REFUSALS, Extraction, RequestRefused
 
 TOKEN = "DEEPSPEC_SERVER_TOKEN"  # the shared secret of servers and readers, in the environment of both
 HANDSHAKE = 30.0  # seconds
@@ -47,7 +47,8 @@ class Wanted:
     level: str = "lossless"  # that the states are coded at
     storage: str | None = None  # the folder that servers with a shared file system write to
     timeout: float = 600.0  # seconds for a conversation
-    batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `Conversation.lengths`
+    longest: int = 0  # tokens of the longest conversation
+    batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `FeatureRequest.lengths`
 
     @property
     def dtype(self) -> str:
@@ -62,7 +63,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class FeatureRequest:
     """What a server is asked about."""
 
     number: int  # of the sample
@@ -99,11 +100,12 @@ class ServerFault(Exception):
     Args:
         problem: what is wrong, for a person.
         settled: whether it is a matter of how the server was started, which waiting does not change.
+        refuses: whether the server says that the request itself is wrong: it will say so again.
     """
 
-    def __init__(self, problem: str, settled: bool = False) -> None:
+    def __init__(self, problem: str, settled: bool = False, refuses: bool = False) -> None:
         super().__init__(without_logins(problem))
-        self.settled = settled
+        self.settled, self.refuses = settled, refuses
 
 
 class FeatureClient(ABC):
@@ -138,7 +140,7 @@ class FeatureClient(ABC):
         """
 
     @abstractmethod
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """The hidden states of one conversation.
 
         Raises:
@@ -204,12 +206,16 @@ class StreamClient(FeatureClient):
         known = {"target": served if isinstance(served, dict) else {}}
         if lines := differences(known, {"target": wanted.fields}, sides):
             raise ServerFault(f"it serves another target: {'; '.join(lines[:3])}", True)
+        most = said.get("max_length", 0)
+        if type(most) is not int or most < wanted.longest:
+            problem = f"it takes conversations of {most!r:.20} tokens, the longest of the data has {wanted.longest}"
+            raise ServerFault(f"{problem} (data.max_length of the recipe that it serves)", True)
         most = said.get("batch_tokens", 0)
         if type(most) is not int or most < wanted.batch_tokens:
             problem = f"it takes batches of {most!r:.20} tokens, the cache that is written has such of"
             raise ServerFault(f"{problem} {wanted.batch_tokens} (its --batch-tokens, cache.tokens_per_batch)", True)
 
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`; decoded as it comes."""
         wanted, length = self.wanted, len(conversation.tokens)
         D = wanted.target.spec.hidden_size
@@ -229,7 +235,7 @@ class StreamClient(FeatureClient):
         try:
             with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
                 if reply.status != 200:
-                    raise ServerFault(reply.rest().summary)
+                    raise ServerFault(reply.rest().summary, refuses=reply.status in REFUSALS)
                 Reader(reply.read_into, conversation.tokens, self._digest, wanted.dtype).read(arrays)
         except NoReply as none:
             raise ServerFault(none.problem) from None
@@ -289,14 +295,14 @@ class ExtractionClient(FeatureClient):
         except TargetError as wrong:
             raise ServerFault(wrong.problem + (f" ({wrong.found})" if wrong.found else "")) from None
 
-    def fetch(self, conversation: Conversation) -> States:
+    def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`."""
         try:
             ends = np.cumsum(conversation.lengths or [len(conversation.tokens)])[:-1]
             rows = [tokens.tolist() for tokens in np.split(conversation.tokens, ends)]
             made = [self._target.states(tokens, self.wanted.layers) for tokens in rows]
         except TargetError as wrong:
-            raise ServerFault(str(wrong)) from None
+            raise ServerFault(str(wrong), refuses=isinstance(wrong, RequestRefused)) from None
         last = None
         if self.wanted.last_hidden:
             last = torch.cat([one.last_hidden for one in made])
@@ -304,8 +310,8 @@ class ExtractionClient(FeatureClient):
         return States(torch.cat([one.features for one in made]), last)
 
 
-def wanted_of(recipe: Any, target: TargetEmbeddings) -> Wanted:
-    """What a recipe's training asks of ``data.servers``.
+def wanted_of(recipe: Any, target: TargetEmbeddings, longest: int) -> Wanted:
+    """What a recipe's training asks of ``data.servers``; ``longest``: tokens of its longest conversation.
 
     Raises:
         RecipeError: an unknown level.
@@ -317,6 +323,6 @@ def wanted_of(recipe: Any, target: TargetEmbeddings) -> Wanted:
     keeps_last = registry.algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
     return Wanted(
         target, target_fields(target.spec), recipe.target.layers, recipe.target.revision, keeps_last,
-        data.server_level, data.server_storage, data.server_timeout,
+        data.server_level, data.server_storage, data.server_timeout, longest,
         recipe.cache.tokens_per_batch if data.write_cache else 0,
     )  # fmt: skip

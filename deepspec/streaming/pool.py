@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 from deepspec.errors import SourceLost, TargetError
 from deepspec.http import without_password
-from deepspec.streaming.client import Conversation, FeatureClient, ServerFault, States, Wanted, open_client
+from deepspec.streaming.client import FeatureClient, FeatureRequest, ServerFault, States, Wanted, open_client
 
 log = logging.getLogger(__name__)
 REST, LONGEST_REST = 0.5, 30.0  # seconds that a server rests after a fault; doubled each time
@@ -44,11 +44,12 @@ class _Server:
 class _Job:
     """A conversation that is wanted."""
 
-    conversation: Conversation
+    conversation: FeatureRequest
     size: int
     future: Future[States] = field(default_factory=Future)
     begun: bool = False  # its bytes are counted
     attempts: int = 0
+    refusals: set[str] = field(default_factory=set)  # URLs of servers that say that the request is wrong
 
 
 class ServerPool:
@@ -85,14 +86,14 @@ class ServerPool:
 
     # -- for readers -----------------------------------------------------------------------------------------------
 
-    def announce(self, conversations: Sequence[Conversation]) -> None:
+    def announce(self, conversations: Sequence[FeatureRequest]) -> None:
         """Ask for these next; each must be taken once."""
         with self._change:
             for one in conversations:
                 self._queue.append(self._job(one))
             self._change.notify_all()
 
-    def take(self, conversations: Sequence[Conversation]) -> Iterator[States]:
+    def take(self, conversations: Sequence[FeatureRequest]) -> Iterator[States]:
         """The hidden states of each, announced or not, in order; their bytes are the caller's from then on.
 
         Raises:
@@ -109,7 +110,7 @@ class ServerPool:
                     self.held -= job.size if job.begun else 0
                     self._change.notify_all()
 
-    def _claim(self, conversation: Conversation) -> _Job:
+    def _claim(self, conversation: FeatureRequest) -> _Job:
         """The job of a conversation that a reader waits for."""
         waiting = self._jobs.get(conversation.number)
         job = waiting.popleft() if waiting else self._job(conversation, kept=False)
@@ -198,7 +199,7 @@ class ServerPool:
 
     # -- conversations ---------------------------------------------------------------------------------------------
 
-    def _job(self, conversation: Conversation, kept: bool = True) -> _Job:
+    def _job(self, conversation: FeatureRequest, kept: bool = True) -> _Job:
         job = _Job(conversation, len(conversation.tokens) * self.wanted.token_bytes)
         if kept:
             self._jobs[conversation.number].append(job)
@@ -251,6 +252,8 @@ class ServerPool:
         with self._change:
             server.in_flight -= 1
             if isinstance(problem, ServerFault):
+                if problem.refuses:
+                    job.refusals.add(server.url)
                 self._rest(server, problem)
                 self._again(job, problem)
             elif not job.future.done():
@@ -266,7 +269,8 @@ class ServerPool:
         job.attempts += 1
         if job.future.done():
             return
-        if self._lost is None and job.attempts < ATTEMPTS:
+        refused = job.refusals.issuperset(one.url for one in self._servers)  # none will take it, however long one waits
+        if self._lost is None and job.attempts < ATTEMPTS and not refused:
             self._urgent.appendleft(job)
             return
         problem = f"{job.attempts} attempts failed at sample {job.conversation.number}, the last with: {fault}"

@@ -32,11 +32,11 @@ from deepspec.cache.shard import CALIBRATION_ROWS
 from deepspec.errors import DeepSpecError
 from deepspec.files import sha256_json
 from deepspec.identity import target_fields
-from deepspec.streaming.batcher import Batcher, Full, Limits, Work
+from deepspec.streaming.batcher import Batcher, Full, Limits, QueuedRequest
 from deepspec.streaming.wire import (
     PROTOCOL,
     Arrays,
-    Kind,
+    MessageKind,
     codec_entry,
     data_messages,
     json_message,
@@ -146,7 +146,7 @@ class FeatureServer:
                 raise BadRequest(f"a request of more than {most:,} bytes")
         return bytes(body)
 
-    def _work(self, asked: Mapping[str, Any]) -> tuple[Work, str]:
+    def _work(self, asked: Mapping[str, Any]) -> tuple[QueuedRequest, str]:
         """The conversation that a request asks about, checked, and the level that it wants it at.
 
         Raises:
@@ -168,7 +168,7 @@ class FeatureServer:
                 raise BadRequest(f"supervised tokens {start} to {stop} of {len(tokens)}")
             mask[start:stop] = [1] * (stop - start)
         lengths = asked["lengths"] and tuple(asked["lengths"])
-        return Work(tokens, mask, tuple(asked["layers"]), asked["last_hidden"], lengths), level
+        return QueuedRequest(tokens, mask, tuple(asked["layers"]), asked["last_hidden"], lengths), level
 
     def _check_lengths(self, lengths: list[int], tokens: int) -> None:
         wrong = next((length for length in lengths if not 1 <= length <= self.max_length), None)
@@ -180,7 +180,7 @@ class FeatureServer:
         if sum(lengths) != tokens:
             raise BadRequest(f"lengths of {sum(lengths)} tokens in all, and {tokens} tokens")
 
-    async def _reply(self, work: Work, level: str, _scope: Any, _receive: Any, send: Any) -> None:
+    async def _reply(self, work: QueuedRequest, level: str, _scope: Any, _receive: Any, send: Any) -> None:
         """Send a conversation's messages as they come to be; a reader that is gone or too slow ends it."""
         head = [(b"content-type", b"application/octet-stream"), (b"cache-control", b"no-store")]
         try:
@@ -197,20 +197,20 @@ class FeatureServer:
         finally:
             self.batcher.give_up(work)
 
-    async def _messages(self, work: Work, level: str) -> AsyncIterator[bytes]:
+    async def _messages(self, work: QueuedRequest, level: str) -> AsyncIterator[bytes]:
         result = asyncio.wrap_future(work.result)
         while not result.done():
-            yield message(Kind.BEAT)
+            yield message(MessageKind.BEAT)
             await asyncio.wait([result], timeout=BEAT)
         if (problem := result.exception()) is not None:
             log.warning("a conversation of %d tokens failed: %s", len(work.tokens), problem)
-            yield json_message(Kind.FAILED, {"error": f"{type(problem).__name__}: {str(problem)[:200]}"})
+            yield json_message(MessageKind.FAILED, {"error": f"{type(problem).__name__}: {str(problem)[:200]}"})
             return
         arrays, run = result.result(), partial(asyncio.get_running_loop().run_in_executor, self.encoders)
         codecs = await run(self._codecs, arrays, level, work.layers)
         tables = {kind.name.lower(): codec_entry(codec) for kind, codec in codecs.items()}
         facts = {"target": self.digest, "dtype": self.dtype, "tokens": tokens_digest(work.tokens)}
-        yield json_message(Kind.HELLO, facts | {"codecs": tables})
+        yield json_message(MessageKind.HELLO, facts | {"codecs": tables})
         coming: asyncio.Future[bytes] | None = None
         for make in data_messages(arrays, codecs):  # the next one is encoded while this one is sent
             before, coming = coming, run(make)
@@ -218,13 +218,13 @@ class FeatureServer:
                 yield await before
         if coming is not None:
             yield await coming
-        yield message(Kind.END)
+        yield message(MessageKind.END)
 
-    def _codecs(self, arrays: Arrays, level: str, layers: tuple[int, ...]) -> dict[Kind, Any]:
+    def _codecs(self, arrays: Arrays, level: str, layers: tuple[int, ...]) -> dict[MessageKind, Any]:
         """The codec of each array. Tables of a level that rounds come of the conversation alone, so that every server
         sends the same values."""
         codecs, chosen = {}, LEVELS[level]
-        calibrations = {Kind.FEATURES: chosen.features, Kind.LAST_HIDDEN: chosen.last_hidden}
+        calibrations = {MessageKind.FEATURES: chosen.features, MessageKind.LAST_HIDDEN: chosen.last_hidden}
         for kind, calibrate in calibrations.items():
             array = arrays.of(kind)
             if array is None or not len(array):

@@ -35,7 +35,7 @@ _CHECKSUM = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CHECKSUM.size
 
 
-class Kind(IntEnum):
+class MessageKind(IntEnum):
     """What a message holds."""
 
     HELLO = 0
@@ -57,9 +57,9 @@ class Arrays:
     features: NDArray[Any]  # [S, C]
     last_hidden: NDArray[Any] | None  # [R, D]; None where the loss does not read them
 
-    def of(self, kind: Kind) -> NDArray[Any] | None:
+    def of(self, kind: MessageKind) -> NDArray[Any] | None:
         """The array that messages of this kind carry rows of."""
-        return self.features if kind == Kind.FEATURES else self.last_hidden
+        return self.features if kind == MessageKind.FEATURES else self.last_hidden
 
 
 def tokens_digest(tokens: Sequence[int] | NDArray[Any]) -> str:
@@ -70,14 +70,14 @@ def tokens_digest(tokens: Sequence[int] | NDArray[Any]) -> str:
 # -- sending -----------------------------------------------------------------------------------------------------------
 
 
-def message(kind: Kind, payload: bytes = b"", first: int = 0, rows: int = 0) -> bytes:
+def message(kind: MessageKind, payload: bytes = b"", first: int = 0, rows: int = 0) -> bytes:
     """One message."""
     head = _HEADER.pack(MAGIC, kind, first, rows, len(payload))
     checksum = google_crc32c.extend(google_crc32c.value(head), payload)
     return b"".join((head, _CHECKSUM.pack(checksum), payload))
 
 
-def json_message(kind: Kind, value: Mapping[str, Any]) -> bytes:
+def json_message(kind: MessageKind, value: Mapping[str, Any]) -> bytes:
     """A message with a JSON object."""
     return message(kind, json.dumps(value).encode())
 
@@ -92,7 +92,7 @@ def rows_a_message(array: NDArray[Any]) -> int:
     return max(2, MESSAGE_BYTES // max(1, array[:1].nbytes) // 2 * 2)
 
 
-def data_messages(arrays: Arrays, codecs: Mapping[Kind, Any]) -> Iterator[Callable[[], bytes]]:
+def data_messages(arrays: Arrays, codecs: Mapping[MessageKind, Any]) -> Iterator[Callable[[], bytes]]:
     """What makes each message of rows: calls, so that any thread may encode."""
     for kind, codec in codecs.items():
         array = arrays.of(kind)
@@ -128,14 +128,14 @@ class Reader:
             WireError: another target, other tokens, a wrong checksum, rows missing, twice or too many, or the server
                 says that it failed.
         """
-        codecs, done = self._hello(arrays), {Kind.FEATURES: 0, Kind.LAST_HIDDEN: 0}
+        codecs, done = self._hello(arrays), {MessageKind.FEATURES: 0, MessageKind.LAST_HIDDEN: 0}
         while True:
             kind, first, rows, size = self._header()
-            if kind == Kind.BEAT:
+            if kind == MessageKind.BEAT:
                 self._payload(size, 0)
             elif kind in codecs:
                 self._rows(kind, codecs[kind], first, rows, size, arrays, done)
-            elif kind == Kind.END:
+            elif kind == MessageKind.END:
                 self._payload(size, 0)
                 break
             else:
@@ -145,12 +145,12 @@ class Reader:
             if array is not None and done[kind] != len(array):
                 raise WireError(f"{done[kind]} of {len(array)} rows of {kind.name.lower()}")
 
-    def _hello(self, arrays: Arrays) -> dict[Kind, Any]:
+    def _hello(self, arrays: Arrays) -> dict[MessageKind, Any]:
         kind, _, _, size = self._header()
-        while kind == Kind.BEAT:
+        while kind == MessageKind.BEAT:
             self._payload(size, 0)
             kind, _, _, size = self._header()
-        if kind != Kind.HELLO:
+        if kind != MessageKind.HELLO:
             self._fail(kind, size)
         said = self._json(size)
         wanted = {"target": self.target, "tokens": tokens_digest(self.tokens), "dtype": self.dtype}
@@ -159,18 +159,18 @@ class Reader:
                 what = {"target": "another target than before", "tokens": "hidden states of other tokens"}
                 raise WireError(what.get(name, f"{name} {str(said.get(name))[:80]!r} instead of {value}"))
         codecs = {}
-        for kind in (Kind.FEATURES, Kind.LAST_HIDDEN):
+        for kind in (MessageKind.FEATURES, MessageKind.LAST_HIDDEN):
             array = arrays.of(kind)
             if array is not None and len(array):
                 codecs[kind] = _codec(said, kind)
         return codecs
 
-    def _header(self) -> tuple[Kind, int, int, int]:
+    def _header(self) -> tuple[MessageKind, int, int, int]:
         self.read_into(memoryview(self._head))
         magic, kind, first, rows, size = _HEADER.unpack_from(self._head)
-        if magic != MAGIC or kind not in iter(Kind):
+        if magic != MAGIC or kind not in iter(MessageKind):
             raise WireError("not a message of a feature server")
-        return Kind(kind), first, rows, size
+        return MessageKind(kind), first, rows, size
 
     def _payload(self, size: int, most: int) -> NDArray[np.uint8]:
         """The payload, once its checksum is right; valid until the next one is read."""
@@ -194,13 +194,20 @@ class Reader:
             raise WireError("not a JSON object")
         return value
 
-    def _fail(self, kind: Kind, size: int) -> None:
-        if kind == Kind.FAILED:
+    def _fail(self, kind: MessageKind, size: int) -> None:
+        if kind == MessageKind.FAILED:
             raise WireError(f"it failed: {str(self._json(size).get('error'))[:300]}")
         raise WireError(f"a message of kind {kind.name} where none belongs")
 
     def _rows(
-        self, kind: Kind, codec: Any, first: int, rows: int, size: int, arrays: Arrays, done: dict[Kind, int]
+        self,
+        kind: MessageKind,
+        codec: Any,
+        first: int,
+        rows: int,
+        size: int,
+        arrays: Arrays,
+        done: dict[MessageKind, int],
     ) -> None:
         array = arrays.of(kind)
         if array is None or first != done[kind] or not 0 < rows <= len(array) - first:
@@ -214,7 +221,7 @@ class Reader:
         done[kind] += rows
 
 
-def _codec(said: Mapping[str, Any], kind: Kind) -> Any:
+def _codec(said: Mapping[str, Any], kind: MessageKind) -> Any:
     """The codec that a HELLO states for ``kind``.
 
     Raises:

@@ -36,6 +36,7 @@ from deepspec.targets.stored import open_stored
 
 ATTEMPTS, PAUSE = 4, 0.5  # of a request, and the seconds before the second of them; doubled each time
 POLL = 0.002  # seconds between two looks at a lock
+REFUSALS = (400, 413, 422)  # statuses of a request that is wrong, whenever it is asked
 HEADER = 1 << 20  # bytes that a file may have beyond its two tensors
 
 
@@ -45,6 +46,10 @@ def server_layers(layers: Sequence[int], spec: TargetSpec) -> list[int]:
     The final norm is computed here, from the last layer's.
     """
     return sorted({layer + 1 for layer in layers if layer < spec.num_layers} | {spec.num_layers})
+
+
+class RequestRefused(TargetError):
+    """A server says that the request itself is wrong."""
 
 
 class Extraction:
@@ -162,6 +167,9 @@ class Extraction:
                 problem = none.problem if isinstance(none, NoReply) else str(none)
                 continue
             problem = reply.summary
+            if reply.status in REFUSALS:
+                raise RequestRefused("the server refuses the request", file=self.url + path, found=problem,
+                                     remedy="does it serve this target, for prompts of this length?")  # fmt: skip
             if 400 <= reply.status < 500 and reply.status != 429:
                 break
         raise TargetError("the server does not answer", file=self.url + path, found=problem,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,16 @@ import numpy as np
 import pytest
 
 from deepspec.cache.estimate import Totals
-from deepspec.errors import DataError, DeepSpecError
+from deepspec.cli.plan import plan as command
+from deepspec.errors import DataError, DeepSpecError, RecipeError
 from deepspec.planning import plan as planning
 from deepspec.planning.machines import Machine, machine_named, machine_names, save_machine, storage_named
 from deepspec.planning.measure import fit
 from deepspec.planning.memory import Sizes, sharded_parts
-from deepspec.planning.plan import Cluster, Plan, Work, exchange_seconds, make_plan
-from deepspec.planning.report import text, to_json
+from deepspec.planning.plan import Cluster, DataSize, Plan, exchange_seconds, make_plan
+from deepspec.planning.report import plot, text, to_json, variants
 from deepspec.planning.target import read_spec, target_cost
-from deepspec.planning.trace import Cost
+from deepspec.planning.trace import MicroBatchCost
 from deepspec.planning.work import work_of_data, work_of_numbers
 from deepspec.recipe import load_recipe
 from deepspec.recipe_files import CONFIGS
@@ -34,14 +36,17 @@ COUNTED = {  # bytes a weight of live tensors after half a step (rank 0 of W; bu
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A plan of a published recipe whose micro-batch is not counted but given."""
-    cost = Cost(moved=1e10, operators=1000, last=10**8)
+    cost = MicroBatchCost(moved=1e10, operators=1000, last=10**8)
     cost.flops["bfloat16"] = 10**13  # type: ignore[assignment]
     cost.peak.update({"activations": 4 * 10**9, "loss buffers": 10**9})
     monkeypatch.setattr(planning, "trace", lambda *given: cost)
     monkeypatch.setattr(planning, "_counted", {})
 
-    def plan(hosts: int = 1, storage: str = "disk", machine: Machine | None = None, **rates: Any) -> Plan:
-        recipe = load_recipe("dspark_qwen3_4b")
+    def plan(
+        hosts: int = 1, storage: str = "disk", machine: Machine | None = None, overrides: Sequence[str] = (),
+        **rates: Any,
+    ) -> Plan:  # fmt: skip
+        recipe = load_recipe("dspark_qwen3_4b", overrides)
         spec, _ = read_spec(recipe.target.path)
         place = replace(storage_named(storage), **rates)
         cluster = Cluster(machine or machine_named("h100"), place, 8, hosts)
@@ -109,13 +114,60 @@ def test_a_plan_says_which_rates_are_assumed_and_all_of_it_is_json(made: Any) ->
     assert all(not machine_named(name).measured for name in machine_names())
 
 
+def test_conversations_that_processes_share_are_not_planned_as_if_each_had_them_alone(made: Any) -> None:
+    with pytest.raises(RecipeError, match=r"train\.sequence_parallel: .*not counted; found 2"):
+        made(overrides=["train.sequence_parallel=2"])
+
+
+@pytest.mark.parametrize("settings", [[], ["train.micro_batch=16", "train.micro_tokens=8192"]])
+def test_a_plot_has_a_line_for_every_level_and_number_of_hosts_that_can_share_a_step(
+    made: Any, settings: list[str]
+) -> None:
+    recipe = load_recipe("dspark_qwen3_4b", settings)
+    spec, _ = read_spec(recipe.target.path)
+    work, cluster = work_of_numbers(100_000, 1000, 0.75, 4096), Cluster(machine_named("h100"), storage_named("s3"), 8)
+    plans = variants(recipe.for_target(spec), spec, work, cluster)
+    assert sorted({(tokens, hosts) for tokens, hosts, _ in plans}) == [
+        (tokens, hosts) for tokens in (10**7, 10**8, 10**9) for hosts in (1, 8, 64)
+    ]
+    assert plot(plans, "png").startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "--recipe: missing"),
+        (["--recipe=dspark_qwen3_4b", "--samples=9"], "--tokens: samples and tokens belong together"),
+        (["--recipe=dspark_qwen3_4b", "--samples=9", "--tokens=9", "--data=x"], "--data: the data are given twice"),
+        (["--recipe=dspark_qwen3_4b", "--precision=bfloat16"], "--precision: only a measurement has one"),
+        (["--measure=m.json", "--json=x"], "--json: nothing is planned without --recipe"),
+        (["--recipe=dspark_qwen3_4b", "--samples=9", "--tokens=9", "--plot=a.gif"], r"--plot: not a form.*svg, png"),
+        (["--recipe=dspark_qwen3_4b", "--samples=9", "--tokens=9"], r"not one whole step; found 9; wanted .* = 512"),
+    ],
+)
+def test_words_that_would_be_ignored_or_lead_nowhere_are_refused(
+    words: list[str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["deepspec plan", *words])
+    with pytest.raises(DeepSpecError, match=told):
+        command()
+
+
 def test_a_measured_machine_is_read_back_and_another_file_is_refused(tmp_path: Path) -> None:
     machine = replace(machine_named("h100"), name="here", measured=True)
     save_machine(machine, tmp_path / "here.json")
     assert machine_named(str(tmp_path / "here.json")) == machine
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(DeepSpecError, match="not a machine"):
-        machine_named(str(tmp_path / "other.json"))
+    kept = json.loads((tmp_path / "here.json").read_text())
+    less = {key: value for key, value in kept.items() if key != "memory"}
+    others: tuple[tuple[dict[str, Any], str], ...] = (
+        ({}, "not a machine"), (less, "not a whole machine.*memory"), (kept | {"more": 1}, "not a whole machine.*more"),
+        (kept | {"memory_rate": 0}, "not a whole machine.*memory_rate 0"),
+        (kept | {"flops": {"bfloat16": "fast"}}, "not a whole machine.*flops.bfloat16 'fast'"),
+    )  # fmt: skip
+    for values, told in others:
+        (tmp_path / "other.json").write_text(json.dumps(values))
+        with pytest.raises(DeepSpecError, match=told):
+            machine_named(str(tmp_path / "other.json"))
     with pytest.raises(DeepSpecError, match=r"unknown machine.*h100"):
         machine_named("h10")
     with pytest.raises(DeepSpecError, match="unknown storage"):
@@ -144,6 +196,6 @@ def test_data_is_a_file_or_numbers(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     work = work_of_data(recipe, spec, str(tmp_path / "data.jsonl"), 0.5)
     assert (work.totals.samples, "assumed" in work.source) == (3, True)
-    assert work_of_numbers(10, 100, 0.5, 50) == Work(Totals(10, 10, 1000, 500), 100, "numbers given")
+    assert work_of_numbers(10, 100, 0.5, 50) == DataSize(Totals(10, 10, 1000, 500), 100, "numbers given")
     with pytest.raises(DataError, match="--samples and --tokens"):
         work_of_data(recipe, spec, str(tmp_path / "none"), 0.5)

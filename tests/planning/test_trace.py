@@ -18,7 +18,9 @@ from deepspec.planning.trace import example, trace
 SPEC = probe_spec(64, 128, 256)
 
 
-def counted(name: str, device: str = "cpu", tokens: int = 48, samples: int = 1, **changes: Any) -> tracing.Cost:
+def counted(
+    name: str, device: str = "cpu", tokens: int = 48, samples: int = 1, **changes: Any
+) -> tracing.MicroBatchCost:
     config = probe_config(name, SPEC, **changes)
     return trace(name, config, SPEC, example(tokens, samples, 0.6), torch.bfloat16, device)
 

@@ -24,9 +24,9 @@ from deepspec.errors import SourceLost, TargetError
 from deepspec.identity import target_fields
 from deepspec.streaming import client as clients
 from deepspec.streaming import pool as pools
-from deepspec.streaming.client import Conversation, Wanted
+from deepspec.streaming.client import FeatureRequest, Wanted
 from deepspec.streaming.pool import ServerPool
-from deepspec.streaming.wire import Kind, json_message, message, tokens_digest
+from deepspec.streaming.wire import MessageKind, json_message, message, tokens_digest
 from deepspec.targets import Target, load_target
 from deepspec.targets.served import server_layers
 
@@ -64,16 +64,16 @@ def wanted_of(target: Target, **changes: Any) -> Wanted:
     return Wanted(target, target_fields(target.spec), GIVEN, timeout=1.0, **changes)
 
 
-def conversations(count: int) -> list[Conversation]:
+def conversations(count: int) -> list[FeatureRequest]:
     random = np.random.default_rng(4)
     made = []
     for number in range(count):
         length = int(random.integers(5, 60))
-        made.append(Conversation(number, random.integers(0, 900, length), random.random(length) < 0.5))
+        made.append(FeatureRequest(number, random.integers(0, 900, length), random.random(length) < 0.5))
     return made
 
 
-def check(pool: ServerPool, target: Target, asked: list[Conversation]) -> None:
+def check(pool: ServerPool, target: Target, asked: list[FeatureRequest]) -> None:
     """What the pool gives is what the target computes."""
     pool.announce(asked)
     for one, states in zip(asked, pool.take(asked), strict=True):
@@ -116,7 +116,9 @@ def chunk(send: Send, data: bytes) -> None:
 def hello(said: dict[str, Any], asked: dict[str, Any], **changes: Any) -> bytes:
     facts = {"target": said["digest"], "dtype": said["dtype"], "tokens": tokens_digest(asked["tokens"])}
     bytes_codec = {"name": "bytes", "configuration": {}}
-    return json_message(Kind.HELLO, facts | {"codecs": {"features": bytes_codec, "last_hidden": bytes_codec}} | changes)
+    return json_message(
+        MessageKind.HELLO, facts | {"codecs": {"features": bytes_codec, "last_hidden": bytes_codec}} | changes
+    )
 
 
 def short(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
@@ -126,7 +128,7 @@ def short(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
 
 def checksum(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
     begin(send)
-    rows = bytearray(message(Kind.FEATURES, bytes(len(asked["tokens"]) * 32 * 4 * 2), 0, len(asked["tokens"])))
+    rows = bytearray(message(MessageKind.FEATURES, bytes(len(asked["tokens"]) * 32 * 4 * 2), 0, len(asked["tokens"])))
     rows[-1] ^= 1
     chunk(send, hello(said, asked) + bytes(rows))
 
@@ -149,12 +151,12 @@ def hang(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
 def beats(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
     begin(send)
     while True:
-        chunk(send, message(Kind.BEAT) * 5000)
+        chunk(send, message(MessageKind.BEAT) * 5000)
 
 
 def long_message(send: Send, asked: dict[str, Any], said: dict[str, Any]) -> None:
     begin(send)
-    head = bytearray(message(Kind.FEATURES, b"", 0, 2))
+    head = bytearray(message(MessageKind.FEATURES, b"", 0, 2))
     head[16:20] = (1 << 31).to_bytes(4, "little")
     chunk(send, hello(said, asked) + bytes(head))
     while True:
@@ -297,6 +299,25 @@ def test_a_conversation_at_which_every_server_fails_is_named(good: RunningServer
     pool.close()
     liar.raw.listener.close()
     assert liar.asked == pools.ATTEMPTS
+
+
+def test_a_request_that_every_server_refuses_is_asked_once_of_each(good: RunningServer, target: Target) -> None:
+    def refuses(send: Send, _asked: dict[str, Any], _said: dict[str, Any]) -> None:
+        send(b"HTTP/1.1 400 No\r\nContent-Length: 8\r\n\r\ntoo long")
+
+    liars = [Liar(good, refuses), Liar(good, refuses)]
+    pool = ServerPool([liar.url for liar in liars], wanted_of(target), limit=1 << 20, patience=30.0)
+    with pytest.raises(SourceLost, match="2 attempts failed at sample 0, the last with: 400 too long"):
+        list(pool.take(conversations(1)))
+    pool.close()
+    for liar in liars:
+        liar.raw.listener.close()
+    assert [liar.asked for liar in liars] == [1, 1]
+
+
+def test_a_server_for_shorter_conversations_is_refused_at_the_start(good: RunningServer, target: Target) -> None:
+    with pytest.raises(TargetError, match=r"takes conversations of 256 tokens, the longest of the data has 257"):
+        ServerPool([good.url], wanted_of(target, longest=257), limit=1 << 20, patience=0.3)
 
 
 @pytest.mark.parametrize("limit", [1, 20_000])

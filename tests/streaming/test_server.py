@@ -24,8 +24,8 @@ from deepspec.errors import DeepSpecError
 from deepspec.http import request
 from deepspec.identity import target_fields
 from deepspec.streaming import server as servers
-from deepspec.streaming.batcher import Batcher, Full, Limits, Work
-from deepspec.streaming.client import Conversation, States, StreamClient, Wanted
+from deepspec.streaming.batcher import Batcher, Full, Limits, QueuedRequest
+from deepspec.streaming.client import FeatureRequest, States, StreamClient, Wanted
 from deepspec.targets import Target, load_target
 
 GIVEN = tuple(LAYERS)
@@ -121,8 +121,8 @@ class Held:
         return self.target.forward(ids, *rest, **options)
 
 
-def work_of(length: int, layers: tuple[int, ...] = (0,)) -> Work:
-    return Work([3] * length, [0] + [1] * (length - 1), layers, True)
+def work_of(length: int, layers: tuple[int, ...] = (0,)) -> QueuedRequest:
+    return QueuedRequest([3] * length, [0] + [1] * (length - 1), layers, True)
 
 
 def wait_until(what: Callable[[], bool]) -> None:
@@ -220,7 +220,7 @@ def test_signs_of_life_come_while_a_conversation_waits(
     client = StreamClient(server.url, Wanted(target, target_fields(target.spec), GIVEN, timeout=20.0))
     client.check()
     with ThreadPoolExecutor(1) as pool:
-        coming = pool.submit(client.fetch, Conversation(0, np.arange(4, 14), np.arange(10) > 3))
+        coming = pool.submit(client.fetch, FeatureRequest(0, np.arange(4, 14), np.arange(10) > 3))
         time.sleep(1.0)  # twice what the reader bears without a byte
         held.go.set()
         assert isinstance(coming.result(), States)
@@ -251,8 +251,8 @@ def test_levels_that_round_give_the_same_values_whoever_asks_first(target: Targe
         wanted = Wanted(target, target_fields(target.spec), GIVEN, level="near")
         client = StreamClient(server.url, wanted)
         client.check()
-        client.fetch(Conversation(1, np.full(first, 9), np.arange(first) > 3))
-        found.append(client.fetch(Conversation(0, np.arange(4, 34), np.arange(30) > 3)))
+        client.fetch(FeatureRequest(1, np.full(first, 9), np.arange(first) > 3))
+        found.append(client.fetch(FeatureRequest(0, np.arange(4, 34), np.arange(30) > 3)))
         server.stop()
     assert torch.equal(found[0].features, found[1].features)
     exact = target.forward(torch.arange(4, 34)[None], GIVEN).features[0]
@@ -270,7 +270,7 @@ def test_another_address_than_the_loopback_wants_a_secret(monkeypatch: pytest.Mo
 
 def test_a_conversation_without_a_supervised_token_has_no_last_states(target: Target) -> None:
     batcher = Batcher(target, Limits())
-    work = Work([3, 4, 5], [0, 0, 0], (0,), True)
+    work = QueuedRequest([3, 4, 5], [0, 0, 0], (0,), True)
     batcher.submit(work)
     assert work.result.result(20).last_hidden.shape == (0, 32)
     batcher.close()

@@ -17,7 +17,7 @@ from deepspec.streaming.wire import (
     HEADER_BYTES,
     MESSAGE_BYTES,
     Arrays,
-    Kind,
+    MessageKind,
     Reader,
     WireError,
     codec_entry,
@@ -46,22 +46,22 @@ def empty_like(arrays: Arrays) -> Arrays:
     return Arrays(np.zeros_like(arrays.features), None if last is None else np.zeros_like(last))
 
 
-def codecs_of(arrays: Arrays, level: str) -> dict[Kind, Any]:
-    found = {Kind.FEATURES: LEVELS[level].features(arrays.features)}
+def codecs_of(arrays: Arrays, level: str) -> dict[MessageKind, Any]:
+    found = {MessageKind.FEATURES: LEVELS[level].features(arrays.features)}
     if arrays.last_hidden is not None and len(arrays.last_hidden):
-        found[Kind.LAST_HIDDEN] = LEVELS[level].last_hidden(arrays.last_hidden)
+        found[MessageKind.LAST_HIDDEN] = LEVELS[level].last_hidden(arrays.last_hidden)
     return found
 
 
-def hello(made: Mapping[Kind, Any], dtype: str, **changes: Any) -> bytes:
+def hello(made: Mapping[MessageKind, Any], dtype: str, **changes: Any) -> bytes:
     tables = {kind.name.lower(): codec_entry(codec) for kind, codec in made.items()}
     said = {"target": "t", "dtype": dtype, "tokens": tokens_digest(TOKENS), "codecs": tables}
-    return json_message(Kind.HELLO, said | changes)
+    return json_message(MessageKind.HELLO, said | changes)
 
 
 def parts_of(arrays: Arrays, level: str, dtype: str) -> list[bytes]:
     codecs = codecs_of(arrays, level)
-    return [hello(codecs, dtype), *(make() for make in data_messages(arrays, codecs)), message(Kind.END)]
+    return [hello(codecs, dtype), *(make() for make in data_messages(arrays, codecs)), message(MessageKind.END)]
 
 
 def read(data: bytes, into: Arrays, dtype: str = "bfloat16") -> None:
@@ -82,7 +82,7 @@ def test_what_is_sent_is_what_comes(level: str, last: int | None, dtype: str, mo
     sent = arrays_of(40, last, dtype)
     come = empty_like(sent)
     parts = parts_of(sent, level, dtype)
-    read(message(Kind.BEAT) + parts[0] + message(Kind.BEAT) + b"".join(parts[1:]), come, dtype)
+    read(message(MessageKind.BEAT) + parts[0] + message(MessageKind.BEAT) + b"".join(parts[1:]), come, dtype)
     for kind, codec in codecs_of(sent, level).items():
         array, found = sent.of(kind), come.of(kind)
         assert array is not None
@@ -109,21 +109,22 @@ def test_no_flipped_bit_and_no_cut_is_taken_for_hidden_states(data: Any) -> None
         read(bytes(spoilt), come)
 
 
-def changed(change: Callable[[list[bytes], dict[Kind, Any]], list[bytes]]) -> bytes:
+def changed(change: Callable[[list[bytes], dict[MessageKind, Any]], list[bytes]]) -> bytes:
     sent = arrays_of(40, 25, "bfloat16")
     codecs = codecs_of(sent, "lossless")
     return b"".join(change(parts_of(sent, "lossless", "bfloat16"), codecs))
 
 
-LONG = bytearray(message(Kind.BEAT))
+NAMES = ("features", "last_hidden")
+LONG = bytearray(message(MessageKind.BEAT))
 LONG[16:20] = (1 << 31).to_bytes(4, "little")
-CHANGES: dict[str, tuple[Callable[[list[bytes], dict[Kind, Any]], list[bytes]], str]] = {
+CHANGES: dict[str, tuple[Callable[[list[bytes], dict[MessageKind, Any]], list[bytes]], str]] = {
     "no rows": (lambda parts, _: [parts[0], parts[-1]], "0 of 40 rows of features"),
     "no last hidden": (lambda parts, _: [*parts[:2], parts[-1]], "0 of 25 rows of last_hidden"),
     "rows twice": (lambda parts, _: [*parts[:2], *parts[1:]], "rows 0 to 40 of features after 40 rows"),
     "rows first": (lambda parts, _: parts[1:], "a message of kind FEATURES where none belongs"),
     "no rows in a message": (
-        lambda parts, c: [parts[0], message(Kind.FEATURES, b"", 0, 0), *parts[1:]], "rows 0 to 0 of features"
+        lambda parts, c: [parts[0], message(MessageKind.FEATURES, b"", 0, 0), *parts[1:]], "rows 0 to 0 of features"
     ),
     "two hellos": (lambda parts, _: [parts[0], *parts], "a message of kind HELLO where none belongs"),
     "other tokens": (
@@ -137,15 +138,15 @@ CHANGES: dict[str, tuple[Callable[[list[bytes], dict[Kind, Any]], list[bytes]], 
     ),
     "a narrow table": (
         lambda parts, c: [
-            hello(c, "bfloat16", codecs={k: codec_entry(c[Kind.LAST_HIDDEN]) for k in ("features", "last_hidden")}),
+            hello(c, "bfloat16", codecs=dict.fromkeys(NAMES, codec_entry(c[MessageKind.LAST_HIDDEN]))),
             *parts[1:],
         ],
         "rows that cannot be decoded",
     ),
-    "not JSON": (lambda parts, _: [message(Kind.HELLO, b"["), *parts[1:]], "not a JSON object"),
-    "a list": (lambda parts, _: [message(Kind.HELLO, b"[]"), *parts[1:]], "not a JSON object"),
+    "not JSON": (lambda parts, _: [message(MessageKind.HELLO, b"["), *parts[1:]], "not a JSON object"),
+    "a list": (lambda parts, _: [message(MessageKind.HELLO, b"[]"), *parts[1:]], "not a JSON object"),
     "it failed": (
-        lambda parts, _: [json_message(Kind.FAILED, {"error": "no memory"})], "it failed: no memory"
+        lambda parts, _: [json_message(MessageKind.FAILED, {"error": "no memory"})], "it failed: no memory"
     ),
     "a message of 2 GiB": (lambda parts, _: [parts[0], bytes(LONG)], "a message of 2,147,483,648 bytes"),
     "HTML": (lambda parts, _: [b"<html>".ljust(HEADER_BYTES)], "not a message of a feature server"),
@@ -164,4 +165,4 @@ def test_an_array_is_cut_into_messages_of_bounded_size() -> None:
     sizes = [len(make()) for make in data_messages(sent, codecs_of(sent, "raw"))]
     assert len(sizes) == 4
     assert max(sizes) <= MESSAGE_BYTES + HEADER_BYTES
-    assert json.loads(json_message(Kind.HELLO, {"a": 1})[HEADER_BYTES:]) == {"a": 1}
+    assert json.loads(json_message(MessageKind.HELLO, {"a": 1})[HEADER_BYTES:]) == {"a": 1}

@@ -251,15 +251,19 @@ def test_another_cache_in_the_folder_is_refused(inputs: Inputs) -> None:
         inputs.open(f"data.write_cache={inputs.built}", "target.layers=[0, 1]")
 
 
-SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((10, 1, 0), (10, 1, 1), (6, 2, 0), (6, 2, 1))]
+SHARING = (1, 2, 0, 2)  # two ranks that share conversations, and read what either computed
+SLOW = [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in ((10, 1, 0, 1), (10, 1, 1, 1), (6, 2, 0, 1), (6, 2, 1, 1), SHARING)
+]
 
 
-@pytest.mark.parametrize(("kills", "ranks", "served"), [(1, 1, 0), *SLOW])
+@pytest.mark.parametrize(("kills", "ranks", "served", "sharing"), [(1, 1, 0, 1), *SLOW])
 def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
-    inputs: Inputs, tmp_path: Path, kills: int, ranks: int, served: int
+    inputs: Inputs, tmp_path: Path, kills: int, ranks: int, served: int, sharing: int
 ) -> None:
     """The draft of a run that read a cache, and the cache of a build."""
-    settings = [*CUT, "train.save_every=1", "train.keep_last=2", f"train.max_steps={10 + 2 * kills}"]
+    settings = [*CUT, f"train.sequence_parallel={sharing}", "train.save_every=1", "train.keep_last=2", f"train.max_steps={10 + 2 * kills}"]
     words = [inputs.recipe, tmp_path, inputs.built, kills, ranks, served, *settings]
     done = run_tool("tests/helpers/write_kill.py", *words, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
