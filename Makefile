@@ -6,6 +6,7 @@ READY := .venv/.ready
 SCALE ?= full
 DRAFTERS ?= usual
 SOURCE ?= cache
+TARGET ?= qwen3
 TASKS ?= ../shared/eval
 SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file .mkdocs.yml
 
@@ -13,6 +14,7 @@ SITE := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet --config-file
 
 help:
 	@echo "make quickstart  the whole pipeline on a tiny target, 6 to 30 minutes on 2 cores"
+	@echo "                 make quickstart TARGET=qwen3_moe (experts) or TARGET=qwen3_next (linear attention)"
 	@echo "make real        three drafts for SmolLM2-135M-Instruct, two hours; make real SCALE=smoke  minutes"
 	@echo "make finetune    the drafts of make real fine-tuned on a narrow domain, half an hour; SCALE=smoke  minutes"
 	@echo "make ablate      what each choice costs or brings, and every drafter and loss side by side, on the quickstart's target, two hours"
@@ -39,7 +41,7 @@ $(READY): setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(READY)
-	@$(BIN)/python tools/quickstart.py --drafters $(DRAFTERS) --source $(SOURCE)
+	@$(BIN)/python tools/quickstart.py --drafters $(DRAFTERS) --source $(SOURCE) --target-type $(TARGET)
 
 real: $(READY)
 	@$(BIN)/python tools/real.py --scale $(SCALE) --tasks $(TASKS) --drafters $(DRAFTERS)

@@ -8,13 +8,15 @@ from pathlib import Path
 
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, SEED, Parser
+from deepspec.demos.quickstart import TYPES, USUAL_TYPE
 from deepspec.progress import made
 
 
 def quickstart() -> None:
     """The complete pipeline on a tiny target of its own, from prompts to the table, in 6 to 30 minutes.
 
-    Its output is under build/quickstart in the current folder. Run again, it continues where it stopped.
+    Its output is under build/quickstart in the current folder, of another --target-type under build/quickstart-TYPE.
+    Run again, it continues where it stopped.
     """
     parser = Parser(description=quickstart.__doc__, example="--drafters all", following="deepspec serve-check")
     parser.add_argument("--drafters", default="usual", help="usual (three), all, or names with commas between them")
@@ -24,11 +26,17 @@ def quickstart() -> None:
         default="cache",
         help="of hidden states: a cache built before, or one that the first training writes of what it gets",
     )
+    parser.add_argument(
+        "--target-type",
+        choices=TYPES,
+        default=USUAL_TYPE,
+        help="of the target: plain attention, experts, or linear attention in half of its layers",
+    )
     given = parser.parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
 
-    run(given.drafters, given.source)
+    run(given.drafters, given.source, given.target_type)
 
 
 def real() -> None:

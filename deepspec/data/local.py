@@ -169,7 +169,8 @@ class LocalSampler:
             if live.mean() < 0.9:  # the rows that ended leave; not at once, for leaving copies the cache
                 keep = torch.from_numpy(live.nonzero()[0]).to(self.device)
                 if self.keeps_cache:
-                    next(iter(cached.values())).batch_select_indices(keep)
+                    # not batch_select_indices, which transformers has for keys and values alone, not for states
+                    next(iter(cached.values())).reorder_cache(keep)
                 token, mask, positions, random, ids = (x[keep] for x in (token, mask, positions, random, ids))
                 rows, live = rows[live], live[live]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)

@@ -91,7 +91,7 @@ def answers(name: str, recipe: str, prompts: Path, output: Path, needs: Names, o
     return Stage(name, command + settings(native(recipe, overrides)), Path(f"{output}.manifest.json"), needs, work=2)
 
 
-def beside_server(stage: Stage, recipe: str, log: Path, start: Names) -> Stage:
+def beside_server(stage: Stage, recipe: str, log: Path, start: Names, overrides: Names = ()) -> Stage:
     """A training whose hidden states a feature server computes that runs as long as it does.
 
     Args:
@@ -99,15 +99,16 @@ def beside_server(stage: Stage, recipe: str, log: Path, start: Names) -> Stage:
         recipe: whose target is served.
         log: of the server.
         start: the command that starts both.
+        overrides: of the recipe.
     """
-    words = ("--quiet", "--recipe", recipe, *settings(native(recipe)), "--log", str(log), "--")
+    words = ("--quiet", "--recipe", recipe, *settings(native(recipe, overrides)), "--log", str(log), "--")
     return replace(stage, command=(*start, *words, *stage.command))
 
 
-def cache(name: str, recipe: str, data: Path, output: Path, needs: Names) -> Stage:
+def cache(name: str, recipe: str, data: Path, output: Path, needs: Names, overrides: Names = ()) -> Stage:
     """The target's hidden states over ``data``."""
     command = (DEEPSPEC, "cache", "build", "--recipe", recipe, "--data", str(data), "--output", str(output))
-    return Stage(name, command + settings(native(recipe)), output / "manifest.json", needs, work=1)
+    return Stage(name, command + settings(native(recipe, overrides)), output / "manifest.json", needs, work=1)
 
 
 def train(

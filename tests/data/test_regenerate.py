@@ -121,22 +121,29 @@ def test_batched_sampling_equals_a_loop_without_cache(model: Any) -> None:
     assert found.token_ids == ids[len(prompt) :]
 
 
-@pytest.mark.parametrize(("model_type", "cached"), [("gpt_oss", True), ("lfm2", True), ("minimax", False)])
+@pytest.mark.parametrize(
+    ("model_type", "cached"),
+    [("gpt_oss", True), ("lfm2", True), ("qwen3_next", True), ("falcon_h1", True), ("minimax", False)],
+)
 def test_a_model_of_any_kind_answers_a_batch_as_each_prompt_alone(model_type: str, cached: bool) -> None:
-    """With a cache where one of transformers continues its text; else over the complete text."""
+    """With a cache where one of transformers continues its text, else over the complete text; rows that end leave."""
     config = config_of(model_type)
     torch.manual_seed(0)
     network = auto_class(config, model_type).from_config(config).float().eval()
     prompts = [[5, 9, 40, 3, 3, 8], [7], [11, 80, 2, 6, 31, 17, 4, 4, 90]]
-    sampler = LocalSampler(network, [], RegenerateSection(temperature=0.0, max_tokens=8), 0, len(prompts))
-    assert sampler.keeps_cache == cached
-    found = {one.request.key: one.token_ids for one in sampler.answer([SamplingRequest(str(p), p) for p in prompts])}
+    wanted = {}
     for prompt in prompts:
         ids = list(prompt)
         for _ in range(8):
             with torch.no_grad():
                 ids.append(int(network(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        assert found[str(prompt)] == ids[len(prompt) :]
+        wanted[str(prompt)] = ids[len(prompt) :]
+    stop = wanted[str(prompts[0])][2]  # the first row leaves after at most two tokens
+    sampler = LocalSampler(network, [stop], RegenerateSection(temperature=0.0, max_tokens=8), 0, len(prompts))
+    assert sampler.keeps_cache == cached
+    found = {one.request.key: one.token_ids for one in sampler.answer([SamplingRequest(str(p), p) for p in prompts])}
+    assert found == {key: ids[: ids.index(stop)] if stop in ids else ids for key, ids in wanted.items()}
+    assert len({len(ids) for ids in found.values()}) > 1
 
 
 def test_turns_keep_tool_calls_as_context() -> None:

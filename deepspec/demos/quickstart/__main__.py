@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspec.arguments import COUNT, Parser
+from deepspec.demos.quickstart import TYPES, USUAL_TYPE
 from deepspec.errors import run_main
 
 
@@ -18,6 +19,7 @@ def main() -> int:
     prompts.add_argument("--output", type=Path, required=True)
     target = stages.add_parser("target", help="train the tiny target")
     target.add_argument("--steps", type=COUNT, help="optimizer steps")
+    target.add_argument("--target-type", choices=TYPES, default=USUAL_TYPE, help="transformers' model type")
     target.add_argument("--output", type=Path, required=True)
     served = stages.add_parser("served", help="run a training beside a feature server of its target")
     served.add_argument("--recipe", required=True, help="whose target it is")
@@ -36,7 +38,7 @@ def main() -> int:
     else:
         from deepspec.demos.quickstart.target import STEPS, make_target
 
-        make_target(given.output, given.steps or STEPS)
+        make_target(given.output, given.steps or STEPS, model_type=given.target_type)
     return 0
 
 

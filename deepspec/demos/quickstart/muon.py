@@ -1,4 +1,7 @@
-"""Muon: momentum whose update matrices are made orthogonal, many matrices of one shape at a time."""
+"""Muon: momentum whose update matrices are made orthogonal, many matrices of one shape at a time.
+
+A parameter of more than two dimensions is a stack of matrices (the experts of a layer).
+"""
 
 from __future__ import annotations
 
@@ -44,8 +47,10 @@ class Muon(torch.optim.Optimizer):
                     buffer = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
                     buffer.lerp_(parameter.grad, 1 - group["momentum"])
                     shapes[parameter.shape].append((parameter, parameter.grad.lerp(buffer, group["momentum"])))
-            for (rows, columns), pairs in shapes.items():
+            for (*_, rows, columns), pairs in shapes.items():
                 scale = group["lr"] * max(1.0, rows / columns) ** 0.5
                 parameters, updates = zip(*pairs, strict=True)
-                for parameter, update in zip(parameters, orthogonalize(torch.stack(updates)), strict=True):
+                stacked = torch.stack(updates)
+                orthogonal = orthogonalize(stacked.flatten(0, -3)).view_as(stacked)
+                for parameter, update in zip(parameters, orthogonal, strict=True):
                     parameter.sub_(update, alpha=scale)

@@ -6,10 +6,12 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from deepspec.demos.quickstart import USUAL_TYPE
 from deepspec.demos.runner import Runner
 from deepspec.demos.stages import (
     PYTHON,
     USUAL,
+    Names,
     Stage,
     answers,
     beside_server,
@@ -23,27 +25,27 @@ from deepspec.errors import DataError
 from deepspec.recipe import load_recipe
 
 ROOT = Path("build/quickstart")  # of everything generated, in the working directory; the recipes name it too
-LOGS = ROOT / "logs"
-WRITE = f"data.write_cache={ROOT / 'cache'}"
 DECODE = ("--batch-size", "16", "--no-plain")  # of a study, which compares accepted lengths
 
 
-def quickstart(drafters: str = USUAL, source: str = "cache") -> None:
+def quickstart(drafters: str = USUAL, source: str = "cache", target_type: str = USUAL_TYPE) -> None:
     """Run every stage that is not complete yet, write the report and print the table.
 
     Args:
         drafters: which; see :func:`deepspec.demos.stages.recipes`.
         source: of the hidden states; see :func:`plan`.
+        target_type: of the target; see :data:`deepspec.demos.quickstart.TYPES`.
 
     Raises:
         DeepSpecError: a stage failed, or a drafter that there is not.
     """
     from deepspec.demos.quickstart.report import write_report
 
-    Runner(plan(drafters, source), LOGS, cores=max(2, os.cpu_count() or 1)).run()
-    print(f"\n{write_report()}\n\n{ROOT}/report.html, {ROOT}/results.json\n\nnow you can")
-    draft = ROOT / f"{list(recipes(recipe_of, drafters))[-1]}-draft"
-    print(f"- talk to it, and see it draft: deepspec chat --target {ROOT}/target --draft {draft}")
+    root = root_of(target_type)
+    Runner(plan(drafters, source, target_type), root / "logs", cores=max(2, os.cpu_count() or 1)).run()
+    print(f"\n{write_report(root)}\n\n{root}/report.html, {root}/results.json\n\nnow you can")
+    draft = root / f"{list(recipes(recipe_of, drafters))[-1]}-draft"
+    print(f"- talk to it, and see it draft: deepspec chat --target {root}/target --draft {draft}")
     print("- take a real model, a few hours on a CPU: deepspec demo real")
     print("- train for your own target: deepspec recipes list")
 
@@ -70,12 +72,26 @@ def recipe_of(algorithm: str) -> str:
     return f"quickstart_{algorithm}"
 
 
-def results_folder(algorithm: str) -> Path:
+def root_of(target_type: str) -> Path:
+    """The folder of everything generated for a target of that type."""
+    return ROOT if target_type == USUAL_TYPE else ROOT.with_name(f"{ROOT.name}-{target_type}")
+
+
+def results_folder(algorithm: str, root: Path = ROOT) -> Path:
     """The folder of the draft's evaluation."""
-    return ROOT / f"{algorithm}-results"
+    return root / f"{algorithm}-results"
 
 
-def plan(drafters: str = USUAL, source: str = "cache") -> list[Stage]:
+def _moved(root: Path) -> Names:
+    """What the recipes, which are those of the usual target, must be told of another one in ``root``."""
+    if root == ROOT:
+        return ()
+    names = {"target.path": root / "target", "target.family": "null", "data.cache": f"[{root / 'cache'}]"}
+    names["data.conversations"] = root / "conversations.jsonl"
+    return tuple(f"{key}={value}" for key, value in names.items())
+
+
+def plan(drafters: str = USUAL, source: str = "cache", target_type: str = USUAL_TYPE) -> list[Stage]:
     """All stages, in an order in which each one's needs come before it.
 
     Args:
@@ -83,28 +99,39 @@ def plan(drafters: str = USUAL, source: str = "cache") -> list[Stage]:
         source: ``cache`` builds one before the trainings. With another one the first training writes it from the hidden
             states that the source computes, and the others read it: ``online``, in the training itself, or ``served``,
             by a feature server that runs beside it.
+        target_type: see :data:`deepspec.demos.quickstart.TYPES`; each has a folder of its own.
     """
-    prompts, target, conversations = ROOT / "prompts", ROOT / "target", ROOT / "conversations.jsonl"
+    root = root_of(target_type)
+    prompts, target, conversations, kept = (
+        root / "prompts",
+        root / "target",
+        root / "conversations.jsonl",
+        root / "cache",
+    )
+    make, moved = ("target", "--target-type", target_type, "--output", str(target)), _moved(root)
     found = recipes(recipe_of, drafters)
     shared = shared_recipe(recipes(recipe_of))
     own = (PYTHON, "-m", "deepspec.demos.quickstart")
     stages = [
         Stage("prompts", (*own, "prompts", "--output", str(prompts)), prompts / "train.jsonl.manifest.json"),
-        Stage("target", (*own, "target", "--output", str(target)), target / "target.json", work=5),
-        answers("answers", shared, prompts / "train.jsonl", conversations, ("prompts", "target")),
+        Stage("target", (*own, *make), target / "target.json", work=5),
+        answers("answers", shared, prompts / "train.jsonl", conversations, ("prompts", "target"), moved),
     ]
     readers = {name: recipe for name, recipe in found.items() if load_recipe(recipe).data.source == "cache"}
-    build = cache("cache", shared, conversations, ROOT / "cache", ("answers",))
+    build = cache("cache", shared, conversations, kept, ("answers",), moved)
     writer = None if source == "cache" or not readers else shared_recipe(readers)
     stages += [] if writer else [build]
     for name, recipe in sorted(found.items(), key=lambda item: item[1] != writer):  # who writes the cache comes first
-        draft, tasks, needs = ROOT / f"{name}-draft", [prompts / "held_out.jsonl"], (f"export {name}",)
+        draft, tasks, needs = root / f"{name}-draft", [prompts / "held_out.jsonl"], (f"export {name}",)
+        own_keys = (*moved, f"output={root / name}") if moved else ()
         if recipe == writer:
-            training, exported = train(name, recipe, draft, ("answers",), overrides=(f"data.source={source}", WRITE))
+            written = (*own_keys, f"data.source={source}", f"data.write_cache={kept}")
+            training, exported = train(name, recipe, draft, ("answers",), overrides=written)
             if source == "served":
-                training = beside_server(training, recipe, LOGS / "server.log", (*own, "served"))
+                training = beside_server(training, recipe, root / "logs" / "server.log", (*own, "served"), moved)
             stages += [training, exported, replace(build, needs=(training.name,))]
         else:
-            stages += train(name, recipe, draft, ("cache",))
-        stages.append(evaluate(f"evaluate {name}", recipe, draft, tasks, results_folder(name), needs))
+            stages += train(name, recipe, draft, ("cache",), overrides=own_keys)
+        results = results_folder(name, root)
+        stages.append(evaluate(f"evaluate {name}", recipe, draft, tasks, results, needs, overrides=moved))
     return stages

@@ -7,27 +7,26 @@ from pathlib import Path
 from typing import Any
 
 from deepspec.demos.measured import cache_sizes, equality, length, speed_up, tau_by_step
-from deepspec.demos.quickstart.plan import LOGS, ROOT, recipe_of, results_folder
+from deepspec.demos.quickstart.plan import ROOT, recipe_of, results_folder
 from deepspec.demos.runner import stage_seconds
 from deepspec.demos.stages import ALL, recipes
 from deepspec.evaluate.report import plot_positions
 from deepspec.files import read_json, write_json, write_text
 from deepspec.pages import figure, page
-from deepspec.recipe import load_recipe
 from deepspec.tables import Table
 
 
-def collect() -> dict[str, Any]:
-    """Gather the results of all stages from their files.
+def collect(root: Path) -> dict[str, Any]:
+    """Gather the results of all stages from their files in ``root``.
 
     Returns:
         ``algorithms`` (name -> the evaluator's results, and the training log), ``cache`` (bytes a token, coded and
         raw), ``seconds`` (of every stage, wall clock), ``target`` (how it was trained), ``machine``.
     """
-    sizes = cache_sizes([ROOT / "cache" / "manifest.json"])
+    sizes = cache_sizes([root / "cache" / "manifest.json"])
     algorithms = {}
-    for name, recipe in recipes(recipe_of, ALL).items():
-        measured, log = results_folder(name) / "results.json", Path(load_recipe(recipe).output) / "log.jsonl"
+    for name in recipes(recipe_of, ALL):
+        measured, log = results_folder(name, root) / "results.json", root / name / "log.jsonl"
         if measured.is_file():  # of this start or an earlier one
             algorithms[name] = read_json(measured) | {"training_log": str(log)}
     return {
@@ -38,8 +37,8 @@ def collect() -> dict[str, Any]:
             "bytes_per_token": sizes["coded_bytes"] / sizes["tokens"],
             "raw_bytes_per_token": sizes["raw_bytes"] / sizes["tokens"],
         },
-        "seconds": stage_seconds(LOGS),
-        "target": read_json(ROOT / "target" / "target.json"),
+        "seconds": stage_seconds(root / "logs"),
+        "target": read_json(root / "target" / "target.json"),
         "machine": {"system": platform.platform(), "python": platform.python_version()},
     }
 
@@ -94,9 +93,9 @@ def plot_training(axes: Any, results: dict[str, Any]) -> None:
     axes.grid(alpha=0.3)
 
 
-def write_report() -> str:
-    """Write ``results.json`` and ``report.html`` into build/quickstart and return the summary for the terminal."""
-    results = collect()
+def write_report(root: Path = ROOT) -> str:
+    """Write ``results.json`` and ``report.html`` into ``root`` and return the summary for the terminal."""
+    results = collect(root)
 
     def positions(axes: Any) -> None:
         for name, measured in results["algorithms"].items():
@@ -120,6 +119,6 @@ def write_report() -> str:
         "<h2>Stages</h2>",  # some ran side by side
         Table(["stage", "seconds"], seconds).html(),
     ]
-    write_text(ROOT / "report.html", page("deepspec quickstart", parts))
-    write_json(ROOT / "results.json", results)
+    write_text(root / "report.html", page("deepspec quickstart", parts))
+    write_json(root / "results.json", results)
     return summary(results)

@@ -1,4 +1,4 @@
-"""The quickstart's own target: a tiny Qwen3, trained on the generated conversations in about a minute."""
+"""The quickstart's own target: a tiny Qwen3, or one of experts or linear attention, trained on generated text."""
 
 from __future__ import annotations
 
@@ -8,8 +8,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from deepspec.demos.quickstart import TYPES, USUAL_TYPE
 from deepspec.demos.quickstart.muon import Muon
 from deepspec.demos.quickstart.text import Conversation, conversations
 from deepspec.demos.quickstart.tokenizer import END, END_OF_TEXT, VOCAB_SIZE, train_tokenizer
@@ -27,16 +34,17 @@ MUON_LR, ADAM_LR = 0.012, 0.012
 HELD_OUT_ROWS = 200
 
 
-def build_model(tokenizer: PreTrainedTokenizerBase) -> Qwen3ForCausalLM:
-    """A Qwen3 of 6 layers and hidden size 128, with the tokenizer's markers in its configs."""
+def build_model(tokenizer: PreTrainedTokenizerBase, model_type: str = USUAL_TYPE) -> PreTrainedModel:
+    """A model of 6 layers and hidden size 128, with the tokenizer's markers in its configs; of a type in TYPES."""
     pad, end = (tokenizer.get_vocab()[token] for token in (END_OF_TEXT, END))
-    config = Qwen3Config(
-        vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, max_position_embeddings=1024, tie_word_embeddings=True,
+    config = AutoConfig.for_model(
+        model_type, vocab_size=VOCAB_SIZE, hidden_size=128, intermediate_size=384, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
+        tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1000.0},  # short texts: a small base learns sooner
-        pad_token_id=pad, bos_token_id=None, eos_token_id=end,
+        pad_token_id=pad, bos_token_id=None, eos_token_id=end, **TYPES[model_type],
     )  # fmt: skip
-    model = Qwen3ForCausalLM(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
     model.set_attn_implementation("eager")  # on a CPU the fused kernel's backward takes six times as long in bfloat16
     model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=pad)
     return model
@@ -59,7 +67,7 @@ def collate(tokenizer: PreTrainedTokenizerBase, rows: list[Conversation]) -> tup
     return ids, weights
 
 
-def losses(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+def losses(model: PreTrainedModel, ids: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean cross-entropy, and the share of answer tokens predicted first: ids and weights [B, S]."""
     with torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bfloat16()):
         logits = model(ids, use_cache=False).logits[:, :-1].flatten(0, 1).float()
@@ -69,9 +77,9 @@ def losses(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> tuple[Tenso
     return (entropy * weights).sum() / weights.sum(), hits
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: list[Conversation], steps: int) -> None:
+def train(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[Conversation], steps: int) -> None:
     """Train on ``steps`` batches of ROWS conversations, each seen once, the learning rate falling to 0."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    matrices = [p for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n and "conv" not in n]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen]
     optimizers = (Muon(matrices, MUON_LR), torch.optim.AdamW(others, ADAM_LR, betas=(0.9, 0.95), weight_decay=0.0))
@@ -89,14 +97,14 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, rows: lis
     progress.finish()
 
 
-def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
+def make_target(folder: Path, steps: int = STEPS, seed: int = 0, model_type: str = USUAL_TYPE) -> None:
     """Train tokenizer and model and save them as a Hugging Face folder; ``target.json`` is written last."""
     folder.mkdir(parents=True, exist_ok=True)  # an output that cannot be made is refused before the training
     torch.set_num_threads(1)  # the matrices are so small that a second thread slows it down
     torch.manual_seed(seed)
     rows = list(islice(conversations(seed), max(steps * ROWS, TOKENIZER_ROWS)))
     tokenizer = train_tokenizer(text for row in rows[:TOKENIZER_ROWS] for text in (row.question, row.answer))
-    model = build_model(tokenizer)
+    model = build_model(tokenizer, model_type)
     train(model, tokenizer, rows, steps)
     model.eval()
     with torch.no_grad():
@@ -106,4 +114,4 @@ def make_target(folder: Path, steps: int = STEPS, seed: int = 0) -> None:
     with undone_on_error(folder), named(folder):
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    write_json(folder / MANIFEST, {"steps": steps, "seed": seed, "held_out_top1": top1})
+    write_json(folder / MANIFEST, {"model_type": model_type, "steps": steps, "seed": seed, "held_out_top1": top1})

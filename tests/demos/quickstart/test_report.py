@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,22 +16,19 @@ from deepspec.registry import ALGORITHMS
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch) -> Path:
+def root(tmp_path: Path) -> Path:
     """A finished quickstart with made-up numbers."""
     names = {name: tmp_path / name for name in ALGORITHMS}
     for number, folder in enumerate(names.values()):
         summaries = [measured(temperature, number) for temperature in (0.0, 1.0)]
-        write_json(folder / "results.json", {"summaries": summaries})
+        write_json(tmp_path / f"{folder.name}-results" / "results.json", {"summaries": summaries})
         rows = [{"kind": "train", "step": step, "tau": 1 + step / 10} for step in (10, 20)]
+        folder.mkdir()
         (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     parts = [{"tokens": 600}, {"tokens": 400}]
     write_json(tmp_path / "cache" / "manifest.json", {"parts": parts, "coded_bytes": 680_000, "raw_bytes": 1_000_000})
     write_json(tmp_path / "target" / "target.json", {"held_out_top1": 0.94})
     write_json(tmp_path / "logs" / "seconds.json", {"cache": 7.0, **{f"train {name}": 50.0 for name in names}})
-    monkeypatch.setattr(report, "ROOT", tmp_path)
-    monkeypatch.setattr(report, "LOGS", tmp_path / "logs")
-    monkeypatch.setattr(report, "results_folder", names.__getitem__)
-    monkeypatch.setattr(report, "load_recipe", lambda _: SimpleNamespace(output=str(next(iter(names.values())))))
     return tmp_path
 
 
@@ -48,7 +44,7 @@ def measured(temperature: float, bonus: int) -> dict[str, Any]:
 
 
 def test_the_table_holds_what_was_measured(root: Path) -> None:
-    text = report.write_report()
+    text = report.write_report(root)
     assert "dflash" in text
     assert "3.00 (3.00-3.00)" in text  # 2 and 4 tokens a round
     assert "5.00 (5.00-5.00)" in text
@@ -59,7 +55,7 @@ def test_the_table_holds_what_was_measured(root: Path) -> None:
 
 
 def test_the_page_has_its_plots_inside(root: Path) -> None:
-    report.write_report()
+    report.write_report(root)
     page = (root / "report.html").read_text()
     assert page.count("</svg>") == 3
-    assert not re.search(r'(src|href)="(?!#|\w+/report\.html")', page)
+    assert not re.search(r'(src|href)="(?!#|[\w-]+/report\.html")', page)

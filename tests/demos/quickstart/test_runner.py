@@ -16,6 +16,7 @@ from deepspec.demos.quickstart.plan import plan
 from deepspec.demos.runner import Runner, resolve, stage_seconds
 from deepspec.demos.stages import PYTHON, Stage
 from deepspec.errors import DeepSpecError, RecipeError
+from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
 
@@ -92,6 +93,25 @@ def test_with_another_source_the_first_training_writes_the_cache_that_the_others
     assert ("served" in writing[0].command) == (source == "served")
     assert list(stages).index("cache") < list(stages).index("train dflash")
     assert stages["train dflash"].needs == ("cache",)
+
+
+@pytest.mark.parametrize("source", ["cache", "online", "served"])
+def test_a_target_of_another_type_has_the_same_stages_in_a_folder_of_its_own(source: str) -> None:
+    usual, other = plan("all", source), plan("all", source, "qwen3_moe")
+    assert [(stage.name, stage.needs) for stage in usual] == [(stage.name, stage.needs) for stage in other]
+    own = Path("build/quickstart-qwen3_moe")
+    for stage in other:
+        assert own in stage.artefact.parents
+        assert not re.search(r"build/quickstart(?!-qwen3_moe)", " ".join(stage.command))
+        if "--recipe" in stage.command:
+            words = stage.command
+            overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            recipe = load_recipe(words[words.index("--recipe") + 1], overrides)
+            assert recipe.target.path == str(own / "target")
+            assert recipe.target.family is None  # found in the target itself
+            assert recipe.data.cache == (str(own / "cache"),)
+            if stage.name.startswith("train"):
+                assert own in Path(recipe.output).parents
 
 
 def test_what_an_earlier_stage_has_made_is_not_made_again(tmp_path: Path, capsys) -> None:

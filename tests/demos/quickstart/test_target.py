@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepspec.demos.quickstart import TYPES
 from deepspec.demos.quickstart import target as target_stage
 from deepspec.demos.quickstart.muon import NEWTON_SCHULZ, Muon, orthogonalize
-from deepspec.demos.quickstart.target import MANIFEST, PROMPT_WEIGHT, collate, make_target
+from deepspec.demos.quickstart.target import MANIFEST, PROMPT_WEIGHT, build_model, collate, losses, make_target
 from deepspec.demos.quickstart.text import conversations
 from deepspec.demos.quickstart.tokenizer import END, MASK_TOKEN_ID, VOCAB_SIZE, train_tokenizer
 from deepspec.distributed import multiplies_bfloat16
@@ -45,6 +46,37 @@ def test_muon_on_many_matrices_equals_muon_on_each() -> None:
                 x = a * x + (b * (x @ x.mT) + c * (x @ x.mT) @ (x @ x.mT)) @ x
             plain -= 0.1 * 2**0.5 * x.mT.float()
         torch.testing.assert_close(together[i].detach(), plain, atol=5e-3, rtol=0)
+
+
+def test_muon_on_a_stack_equals_muon_on_its_matrices() -> None:
+    torch.manual_seed(0)
+    stack, gradient = torch.nn.Parameter(torch.randn(3, 12, 6)), torch.randn(3, 12, 6)
+    apart = [torch.nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    stack.grad = gradient
+    for parameter, part in zip(apart, gradient, strict=True):
+        parameter.grad = part
+    Muon([stack], lr=0.1).step()
+    Muon(apart, lr=0.1).step()
+    torch.testing.assert_close(stack.detach(), torch.stack([one.detach() for one in apart]), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "family"), [("qwen3", "qwen3"), ("qwen3_moe", "qwen3"), ("qwen3_next", "llama")]
+)
+def test_a_target_of_every_type_learns_and_its_drafts_have_layers_of_its_width(
+    model_type: str, family: str, tmp_path: Path
+) -> None:
+    rows = list(islice(conversations(0), 40))
+    tokenizer = train_tokenizer(text for row in rows for text in (row.question, row.answer))
+    torch.manual_seed(0)
+    model = build_model(tokenizer, model_type)
+    losses(model, *collate(tokenizer, rows[:2]))[0].backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+    model.save_pretrained(tmp_path)
+    layers = load_spec(tmp_path).draft_layers()
+    shape = layers.shape
+    assert (layers.family.name, shape.num_heads, shape.head_dim, shape.intermediate_size) == (family, 4, 32, 384)
+    assert model_type in TYPES
 
 
 def test_batches_weigh_prompt_answer_and_padding_apart() -> None:
