@@ -71,6 +71,11 @@ def decoding_path(target: Target) -> DecodingPath:
     return _CHOSEN[target]
 
 
+def take_path(target: Target, path: DecodingPath) -> None:
+    """Decode ``target`` by the path of an equal model; nothing is tried."""
+    _CHOSEN[target] = path
+
+
 def open_rows(target: Target, layers: Sequence[int], num_rows: int, capacity: int) -> RowTarget:
     """``target`` for ``num_rows`` rows on its path; the arguments are those of ``PackedTarget``."""
     return decoding_path(target).open(target, layers, num_rows, capacity)

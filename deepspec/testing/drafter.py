@@ -27,6 +27,7 @@ import torch
 from deepspec import registry
 from deepspec.batch import Batch
 from deepspec.decoding.loop import Decoder
+from deepspec.decoding.paths import decoding_path, take_path
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.drafts import FROZEN, build_draft, draft_algorithm, load_draft, read_weights
 from deepspec.errors import CacheError, DraftError, RecipeError
@@ -306,11 +307,12 @@ class DeviceSuite(_Cases):
         """More rounds make no other copies. At a temperature the rows verify different numbers of tokens; without one
         a draft that can draws a tree."""
         model, target = case.draft().eval(), copy.deepcopy(case.target.model)
-        seen = []
+        path, seen = decoding_path(case.target), []  # tried on values, which fakes have not
         with fake_cuda() as traffic:
             to_fake(model)
             to_fake(target)
             fake_target = Target(target, case.target.spec)
+            take_path(fake_target, path)
             model.attach(fake_target.embed_weight, fake_target.head_weight)
             for new_tokens in (2, 3):
                 traffic.clear()
