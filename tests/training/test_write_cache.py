@@ -263,7 +263,13 @@ def test_a_run_killed_while_it_writes_ends_in_the_same_bits(
     inputs: Inputs, tmp_path: Path, kills: int, ranks: int, served: int, sharing: int
 ) -> None:
     """The draft of a run that read a cache, and the cache of a build."""
-    settings = [*CUT, f"train.sequence_parallel={sharing}", "train.save_every=1", "train.keep_last=2", f"train.max_steps={10 + 2 * kills}"]
+    settings = [
+        *CUT,
+        f"train.sequence_parallel={sharing}",
+        "train.save_every=1",
+        "train.keep_last=2",
+        f"train.max_steps={10 + 2 * kills}",
+    ]
     words = [inputs.recipe, tmp_path, inputs.built, kills, ranks, served, *settings]
     done = run_tool("tests/helpers/write_kill.py", *words, timeout=1200)
     assert done.returncode == 0, done.stdout + done.stderr
