@@ -137,7 +137,8 @@ def micro_seconds(cost: MicroBatchCost, machine: Machine, parameters: int, weigh
     seconds += (cost.moved + step_bytes(parameters, weight_bytes)) / machine.memory_rate
     for dtype, flops in cost.flops.items():
         if dtype not in machine.flops:
-            raise RecipeError("the machine has no rate for it", key=dtype, found=sorted(machine.flops))
+            remedy = "another precision (train.deepspeed), or measure both: deepspec plan --measure FILE"
+            raise RecipeError("the machine has no rate for it", key=dtype, found=sorted(machine.flops), remedy=remedy)
         seconds += flops / machine.flops[dtype]
     return seconds
 

@@ -66,7 +66,8 @@ def level_table(plan: Plan) -> Table:
 def text(plan: Plan) -> str:
     """What the command prints."""
     machine, cluster = plan.machine, f"{plan.hosts} x {plan.gpus}"
-    kind = "process" if machine.device == "cpu" else "GPU"
+    one, several = ("process", "processes") if machine.device == "cpu" else ("GPU", "GPUs")
+    copy = f"{plan.replica_gpus} {several} hold" if plan.replica_gpus > 1 else f"1 {one} holds"
     shares = ", ".join(f"{name} {duration(value)}" for name, value in plan.step_parts.items() if value)
     fits = "fits" if plan.fits else "DOES NOT FIT"
     lines = [
@@ -83,8 +84,7 @@ def text(plan: Plan) -> str:
         "",
         level_table(plan).text(),
         "",
-        f"target's forward over all data: {duration(3600 * plan.forward_hours)} "
-        f"({plan.replica_gpus} {kind}s hold one copy)",
+        f"target's forward over all data: {duration(3600 * plan.forward_hours)} ({copy} one copy)",
         f"training: {plan.steps:,} steps of {duration(plan.chosen.step_seconds)} ({shares}), "
         f"{plan.accumulation} micro-batches of {plan.micro_batch}: {duration(3600 * plan.train_hours)}",
         f"limit: {plan.chosen.limit}",

@@ -19,22 +19,24 @@ SPEC = probe_spec(64, 128, 256)
 
 
 def counted(
-    name: str, device: str = "cpu", tokens: int = 48, samples: int = 1, **changes: Any
-) -> tracing.MicroBatchCost:
+    name: str, device: str = "cpu", tokens: int = 48, samples: int = 1, dtype: torch.dtype = torch.bfloat16,
+    **changes: Any,
+) -> tracing.MicroBatchCost:  # fmt: skip
     config = probe_config(name, SPEC, **changes)
-    return trace(name, config, SPEC, example(tokens, samples, 0.6), torch.bfloat16, device)
+    return trace(name, config, SPEC, example(tokens, samples, 0.6), dtype, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
-def test_the_products_are_those_of_a_real_step(name: str) -> None:
+def test_the_products_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
     config, algorithm = probe_config(name, SPEC), registry.algorithm(name)
-    model = algorithm.build(config, SPEC).to(torch.bfloat16)
-    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(torch.bfloat16)
+    model = algorithm.build(config, SPEC).to(dtype)
+    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(dtype)
     model.attach(head, head)
-    batch = probe_batch(SPEC, config, 48, torch.bfloat16)
+    batch = probe_batch(SPEC, config, 48, dtype)
     with FlopCounterMode(display=False) as real:
         model(batch).loss().backward()
-    assert counted(name).total_flops == real.get_total_flops()
+    assert counted(name, dtype=dtype).total_flops == real.get_total_flops()
 
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)

@@ -169,7 +169,7 @@ class TwoPart(torch.autograd.Function):
         query, ck, cv, ok, ov = tensors
         G, K, scale = ck.shape[2], query.shape[2], ctx.sees.scale
         d_query, d_ok, d_ov = torch.empty_like(query), torch.empty_like(ok), torch.empty_like(ov)
-        d_ck, d_cv = (torch.zeros(x.shape, dtype=torch.float32) for x in (ck, cv))
+        d_ck, d_cv = (x.new_zeros(x.shape, dtype=torch.float32) for x in (ck, cv))
         for chunk in _chunks(tensors, ctx.sees):
             total = lse[chunk.groups].view(-1, G, chunk.q.shape[2]).transpose(0, 1)[..., None]
             grad = _heads_first(grad_out[chunk.groups], G)
