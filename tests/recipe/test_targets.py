@@ -27,8 +27,8 @@ LLAMA3 = {"model_type": "llama", "vocab_size": 128_256, "num_key_value_heads": 8
 GPT_OSS = {  # the larger one's are the defaults of transformers' class
     "model_type": "gpt_oss", "vocab_size": 201_088, "hidden_size": 2880, "intermediate_size": 2880, "head_dim": 64,
     "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4,
-    "rope_parameters": {"rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
-                        "truncate": False, "original_max_position_embeddings": 4096},
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 150_000.0, "factor": 32.0, "beta_fast": 32.0,
+                        "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096},
 }  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_30b_a3b": {
