@@ -344,14 +344,15 @@ class Recipe:
             raise RecipeError(
                 "layer beyond the model", key="target.layers", found=list(self.target.layers), wanted=wanted
             )
-        of = self.train.sequence_parallel
-        if of > 1 and spec.shape.num_heads % of:
-            wanted = f"a divisor of {spec.shape.num_heads}, the heads of {self.target.path}"
-            raise RecipeError("heads cannot be shared", key="train.sequence_parallel", found=of, wanted=wanted)
         if self.target.family not in (None, spec.family.name):
             wanted = f"{spec.family.name}, the family of {self.target.path}"
             raise RecipeError("family of another target", key="target.family", found=self.target.family, wanted=wanted)
-        return replace(self, draft=_parse_draft(self.algorithm, self.to_dict()["draft"], self.target.layers, spec))
+        draft = _parse_draft(self.algorithm, self.to_dict()["draft"], self.target.layers, spec)
+        of = self.train.sequence_parallel
+        if of > 1 and (heads := spec.draft_layers(draft.layers).shape.num_heads) % of:
+            wanted = f"a divisor of {heads}, the heads of the draft's layers"
+            raise RecipeError("heads cannot be shared", key="train.sequence_parallel", found=of, wanted=wanted)
+        return replace(self, draft=draft)
 
 
 def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:

@@ -27,6 +27,7 @@ from deepspec.nn.ragged import attend_ragged, grown, score_bias
 from deepspec.nn.tree import Tree
 from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import Target
+from deepspec.targets.positions import known_positions
 
 NAME = "deepspec_ragged"
 HARMLESS = {  # arguments of attention that change nothing here: no dropout in eval, positions are in queries and keys
@@ -312,9 +313,8 @@ class PackedTarget:
             return self._run_fused(self._fused, batch, input_ids, masks)
         mask = masks["full_attention"] if self._window is None else masks
         with ragged_attention(self.target.decoder, batch):
-            output = self.target.forward(
-                input_ids[None], self.layers, batch.positions[None], mask, past_key_values=self.cache
-            )
+            positions = known_positions(self.target.spec.config, batch.positions[None])
+            output = self.target.forward(input_ids[None], self.layers, positions, mask, past_key_values=self.cache)
         return TargetOutput(output.features[0], output.last_hidden[0])
 
     def _run_fused(

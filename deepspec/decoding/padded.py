@@ -29,6 +29,7 @@ from deepspec.decoding.kv import PackedBatch, RaggedCache
 from deepspec.nn.tree import Tree
 from deepspec.targets.capture import TargetOutput
 from deepspec.targets.load import Target
+from deepspec.targets.positions import known_positions
 
 MOST_REPLAYED = 32  # tokens of a row that come again; more are run once for all
 APPENDED = ("keys", "values")  # tensors of a cache's layer that grow into new ones and are never written into
@@ -63,7 +64,7 @@ class PaddedTarget:
         L, device = int(past.max()), input_ids.device
         # padding of a row comes after its tokens: none of them sees it; its positions stay those of the last token
         steps = np.minimum(np.arange(Q), np.maximum(counts - 1, 0)[:, None])
-        positions = torch.from_numpy(past[:, None] + steps).to(device)
+        positions = known_positions(self.target.spec.config, torch.from_numpy(past[:, None] + steps).to(device))
         ids = input_ids.new_zeros(batch.num_rows * Q).index_copy_(0, batch.dense, input_ids).view(-1, Q)
         own = DynamicCache()
         mask = torch.from_numpy(np.arange(-L, Q) >= -past[:, None]).to(device).long()
@@ -157,6 +158,7 @@ class ReplayTarget:
         ids = torch.cat((torch.tensor(row.after, dtype=torch.long, device=new.device), new))
         own = self._cache_after(row)
         positions = torch.arange(row.base, row.base + len(ids), device=new.device)[None]
+        positions = known_positions(self.target.spec.config, positions)
         made = self.target.forward(ids[None], self.layers, positions, None, past_key_values=own)
         begin = len(row.after)
         output = TargetOutput(made.features[0, begin:], made.last_hidden[0, begin:])

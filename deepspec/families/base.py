@@ -67,6 +67,8 @@ class Family:
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
     # a Llama-like config (deepspec.families.plain) in this family's own fields; None: they are the same
     from_plain: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    # (a config of this family, sizes by Llama's names) -> the config with them; None: the names are the same
+    resized: Callable[[Mapping[str, Any], Mapping[str, Any]], dict[str, Any]] | None = None
 
     def offset_of(self, name: str) -> float:
         """What the target adds to its stored weight ``name``: to those of norms ``norm_offset``."""

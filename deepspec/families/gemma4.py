@@ -29,7 +29,8 @@ def global_heads(config: Mapping[str, Any]) -> tuple[int, int]:
             break
     if not config.get("attention_k_eq_v"):
         kv_heads = None
-    return int(head_dim or _DEFAULT_GLOBAL_HEAD_DIM), int(kv_heads or config["num_key_value_heads"])
+    same = config.get("per_layer_config") is not None and config.get("head_dim")  # it lists what differs, and only that
+    return int(head_dim or same or _DEFAULT_GLOBAL_HEAD_DIM), int(kv_heads or config["num_key_value_heads"])
 
 
 def read_shape(config: Mapping[str, Any]) -> Shape:
@@ -45,6 +46,7 @@ def read_shape(config: Mapping[str, Any]) -> Shape:
         rope=read_rope(rope, 1_000_000.0),
         k_eq_v=bool(config.get("attention_k_eq_v", False)),
         softcap=None if softcap is None else float(softcap),
+        logit_scale=float(config.get("logit_scale") or 1.0),
     )
 
 
@@ -71,6 +73,15 @@ def from_plain(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**kept, **sizes, "hidden_activation": config["hidden_act"]}
 
 
+def resized(config: Mapping[str, Any], sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """A Gemma4 config with other sizes, by Llama's names, of its full-attention layers."""
+    changed = {**config, **sizes}
+    if "rope_parameters" in sizes:
+        changed["rope_parameters"] = {"full_attention": sizes["rope_parameters"]}
+    heads = {"global_head_dim": changed["head_dim"], "num_global_key_value_heads": changed["num_key_value_heads"]}
+    return changed | heads
+
+
 GEMMA4 = Family(
     name="gemma4",
     model_types=("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"),
@@ -85,6 +96,7 @@ GEMMA4 = Family(
     sandwich=True,
     scaled_embedding=True,
     from_plain=from_plain,
+    resized=resized,
     tiny_config={
         "global_head_dim": 16, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "sliding_window": 8,
         "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 96, "final_logit_softcapping": 5.0,

@@ -25,6 +25,18 @@ SHARED = ("shared_expert_intermediate_size", "shared_intermediate_size")
 COPIED = ("vocab_size", "hidden_size", "num_hidden_layers", "bos_token_id", "eos_token_id", "pad_token_id",
           "initializer_range")  # fmt: skip
 GATED_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu", "swish")  # of a gated MLP that engines have
+TURNED = ("partial_rotary_factor",)
+ROPE_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # kind -> keys it needs, keys it may have
+    "default": ((), TURNED),
+    "proportional": ((), TURNED),
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor",),
+        ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim",
+         "truncate"),
+    ),
+}  # fmt: skip
 MOST_KV_HEADS, MAX_POSITIONS, THETA = 8, 131_072, 10_000.0  # where the target states none
 
 
@@ -37,7 +49,7 @@ class LayerSection:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None  # of the MLP
-    rope: dict[str, Any] | None = None  # rope_parameters as transformers has them: rope_theta, rope_type, ...
+    rope: dict[str, Any] | None = None  # rope_parameters as transformers has them; rope_theta left out: the target's
 
     def __post_init__(self) -> None:
         if self.family is not None and self.family not in registry.FAMILIES:
@@ -49,6 +61,8 @@ class LayerSection:
                 raise RecipeError("value out of range", key=name, found=value, wanted="at least 1, or null")
         if self.head_dim is not None and self.head_dim % 2:
             raise RecipeError("value out of range", key="head_dim", found=self.head_dim, wanted="an even number")
+        if self.rope is not None:
+            _check_rope(self.rope)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -56,6 +70,25 @@ class LayerSection:
         names = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads", "rope": "rope_parameters"}
         stated = {names.get(one.name, one.name): getattr(self, one.name) for one in fields(self)}
         return {name: value for name, value in stated.items() if value is not None and name != "family"}
+
+
+def _check_rope(rope: Mapping[str, Any]) -> None:
+    """Check that the parameters are all that a kind with fixed frequencies has, and nothing else."""
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_KEYS:
+        wanted = f"one with fixed frequencies: {', '.join(ROPE_KEYS)}"
+        raise RecipeError("unknown kind of RoPE", key="rope.rope_type", found=kind, wanted=wanted)
+    needed, known = ROPE_KEYS[kind][0], ("rope_type", "rope_theta", *ROPE_KEYS[kind][0], *ROPE_KEYS[kind][1])
+    for key, value in rope.items():
+        if key not in known:
+            raise RecipeError(f"unknown key of a {kind} RoPE", key=f"rope.{key}", remedy=nearest(key, known))
+        number = key not in ("rope_type", "truncate")
+        if number and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise RecipeError("wrong value", key=f"rope.{key}", found=value, wanted="a number above 0, as 1.0e+6")
+    if missing := [key for key in needed if key not in rope]:
+        raise RecipeError(f"a {kind} RoPE needs it", key=f"rope.{missing[0]}", wanted="a number above 0")
+    if (part := rope.get("partial_rotary_factor", 1.0)) > 1:
+        raise RecipeError("value out of range", key="rope.partial_rotary_factor", found=part, wanted="at most 1")
 
 
 @dataclass(frozen=True)

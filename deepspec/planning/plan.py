@@ -118,7 +118,7 @@ def draft_sizes(recipe: Recipe, spec: TargetSpec) -> Sizes:
     """Parameters of the draft, counted from the model on the meta device, and what it takes of the target."""
     algorithm = registry.algorithm(recipe.algorithm)
     with torch.device("meta"), default_dtype(torch.bfloat16):
-        model = algorithm.build_model(recipe.draft, spec.shape, spec.family)
+        model = algorithm.empty(recipe.draft, spec)
     counts = [one.numel() for one in model.parameters()]
     tied = bool(spec.config.get("tie_word_embeddings"))
     frozen = spec.vocab_size * spec.hidden_size * (1 if tied else 2)

@@ -87,7 +87,7 @@ def trace(
     counting = _Counting()
     with counted_attention(counting), chunks_of(device), torch.device("meta"):
         with default_dtype(dtype):
-            model = algorithm.build_model(config, target.shape, target.family)
+            model = algorithm.empty(config, target)
         head, width = (target.vocab_size, target.hidden_size), len(config.target_layers) * target.hidden_size
         model.attach(*(torch.empty(head, dtype=dtype) for _ in range(2)))
         model.activation_checkpointing, model.loss = checkpointing, "tiled"

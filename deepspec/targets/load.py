@@ -73,11 +73,16 @@ class TargetSpec:
         own = self.has_family and family.name == self.family.name
         if own and not section.sizes:
             return DraftLayers(family, self.config)
-        config: Mapping[str, Any] = self.config
+        config, sizes = self.config, section.sizes
+        if "rope_parameters" in sizes:
+            default = {"rope_type": "default", "rope_theta": plain_config(config)["rope_parameters"]["rope_theta"]}
+            sizes["rope_parameters"] = default | sizes["rope_parameters"]
         if self.has_family:  # sizes of its full-attention layers, whatever its config calls them
             shape = self.family.read_shape(config)
             config = {**config, "num_key_value_heads": shape.num_kv_heads, "head_dim": shape.head_dim}
-        plain = plain_config(config) | section.sizes
+        if own:  # what is not stated stays the target's own: biases, keys as values, its rotary embedding
+            return DraftLayers(family, family.resized(config, sizes) if family.resized else {**config, **sizes})
+        plain = plain_config(config) | sizes
         if self.logit_scale != 1.0:
             plain["logit_scale"] = self.logit_scale
         return DraftLayers(family, family.from_plain(plain) if family.from_plain else plain)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from deepspec.errors import DataError
 
 STRETCHING = ("linear", "dynamic", "yarn")  # kinds of RoPE scaling whose factor multiplies the original positions
@@ -26,6 +28,15 @@ def positions_of(config: Mapping[str, Any]) -> int | None:
             original = one.get("original_max_position_embeddings") or stated
             most = max(most, int(float(one.get("factor") or 1.0) * original))
     return most
+
+
+def known_positions(config: Mapping[str, Any], positions: Tensor) -> Tensor:
+    """Positions of tokens to verify, none beyond the target's last: a learned embedding has no row there.
+
+    Drafted tokens may lie beyond it. :func:`check_room` holds that none of these comes into an answer.
+    """
+    most = positions_of(config)
+    return positions if most is None else positions.clamp_max(most - 1)
 
 
 def room_for(config: Mapping[str, Any], max_new_tokens: int) -> int | None:

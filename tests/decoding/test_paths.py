@@ -79,6 +79,13 @@ def test_plain_attention_is_packed() -> None:
     check_text(target)
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "opt"])
+def test_drafted_tokens_may_lie_beyond_the_last_position(model_type: str) -> None:
+    """These learn an embedding of each position; the last answers end at the last of them."""
+    target = target_of(model_type, max_position_embeddings=max(map(len, PROMPTS)) + SETTINGS.max_new_tokens)
+    check_text(target)
+
+
 def test_an_argument_of_attention_that_nobody_knows_is_not_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     target = target_of("mistral")
     with_argument(monkeypatch, target, lambda mixed: mixed * 1.5)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from deepspec import registry
 from deepspec.drafts import load_draft, read_provenance, read_weights, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.convert import ExportOptions, _is_rewritten, export_draft, import_draft
+from deepspec.export.convert import ExportOptions, _is_rewritten, export_draft, import_draft, read_draft
 from deepspec.export.parts import EMBED, HEAD, DraftCheckpoint, ImportHints
 
 # what a format cannot carry, and a word of the reason
@@ -290,6 +290,32 @@ def test_norms_of_eagle_3_1_are_stated_to_engines_that_read_them_and_refused_by_
         with pytest.raises(DraftError, match=next(iter(change))):
             import_draft(tmp_path / "sgl", tmp_path / "never")
     assert not (tmp_path / "never").exists()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "engine", "changed", "words"),
+    [
+        ("eagle3", "gguf", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4,
+                                                "partial_rotary_factor": 0.5}}, "turn complete heads.*0.5"),
+        ("dspark", "vllm", {"final_logit_softcapping": 5.0}, "no softcap of the logits.*5.0"),
+        ("dspark", "sglang", {"logit_scale": 0.5}, "no factor of the logits.*0.5"),
+        ("dspark", "gguf", {"logit_scale": 0.5}, "no factor of the logits.*0.5"),
+        ("dspark", "speculators", {"logit_scale": 0.5}, "no factor of the logits.*0.5"),
+        ("dflash2", "vllm", {"logit_scale": 0.5}, "no factor of the logits.*0.5"),
+        ("dspark", "vllm", {"logit_scale": 0.5}, None),
+        ("dflash", "vllm", {"final_logit_softcapping": 5.0}, None),  # the order of its tokens is the same without it
+    ],
+)  # fmt: skip
+def test_what_a_class_would_leave_out_of_layers_and_logits_is_refused(
+    algorithm: str, engine: str, changed: dict[str, Any], words: str | None, tmp_path: Path
+) -> None:
+    draft = read_draft(made(tmp_path, algorithm, "llama" if algorithm == "eagle3" else "qwen3")[2])
+    draft = DraftCheckpoint(draft.config | changed, draft.state)
+    if words is None:
+        assert registry.engine(engine).write(draft)
+        return
+    with pytest.raises(DraftError, match=words):
+        registry.engine(engine).write(draft)
 
 
 @pytest.mark.parametrize("format_name", ["vllm", "speculators"])

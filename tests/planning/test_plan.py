@@ -55,6 +55,16 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Any:
     return plan
 
 
+def test_the_draft_of_a_plan_has_the_layers_that_the_recipe_states() -> None:
+    recipe = load_recipe("dspark_qwen3_4b", ["draft.layers={family: llama, intermediate_size: 1024}"])
+    spec, _ = read_spec(recipe.target.path)
+    stated = planning.draft_sizes(recipe.for_target(spec), spec)
+    own = planning.draft_sizes(load_recipe("dspark_qwen3_4b").for_target(spec), spec)
+    shape, layers = spec.shape, recipe.draft.num_layers
+    less = 3 * shape.hidden_size * (shape.intermediate_size - 1024) + 2 * shape.head_dim  # and no norms of heads
+    assert own.parameters - stated.parameters == layers * less
+
+
 @pytest.mark.parametrize(("name", "ranks"), COUNTED)
 def test_weights_gradients_and_optimizer_are_those_that_deepspeed_held(name: str, ranks: int) -> None:
     train = replace(load_recipe("dspark_qwen3_4b").train, deepspeed=str(CONFIGS / f"{name}.json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from deepspec.data.messages import Unusable
 from deepspec.data.sources import to_messages
 from deepspec.errors import RecipeError, TargetError
 from deepspec.families.plain import plain_config
+from deepspec.registry import FAMILIES
 from deepspec.targets.adaptor import auto_class, check_logits, find_parts, flat_config, thinking_keyword
 from deepspec.targets.load import Target, load_target, load_target_embeddings, spec_from_config
 from deepspec.testing import tiny
@@ -140,12 +142,47 @@ def test_draft_layers_are_chosen_by_the_recipe_and_kept_by_the_folder() -> None:
     assert own.shape.head_dim == target.spec.shape.head_dim
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_the_recipe_does_not_state_stays_the_targets_own(family: str) -> None:
+    """Keys as values, a partly turned head, biases: one other size changes that size alone."""
+    target = tiny.tiny_target(family, attention_bias=True)
+    own, draft = target.spec.shape, tiny_draft("dspark", target, layers={"intermediate_size": 40})
+    assert draft.shape == replace(own, intermediate_size=40)
+    written = json.loads(json.dumps(draft.algorithm.config_json(draft.config, target.spec)))
+    assert draft.family.read_shape(written) == draft.shape
+    turned = tiny_draft("dspark", target, layers={"num_heads": 2, "num_kv_heads": 1, "rope": {"rope_type": "default"}})
+    assert (turned.shape.num_heads, turned.shape.num_kv_heads, turned.shape.head_dim) == (2, 1, own.head_dim)
+    assert turned.shape.rope.theta == own.rope.theta
+
+
+def test_layers_of_gemma4_that_are_all_alike_have_their_own_head_size() -> None:
+    target = tiny.tiny_target("gemma4")
+    draft = tiny_draft("dspark", target, layers={"head_dim": 24})
+    published = draft.algorithm.config_json(draft.config, target.spec)
+    through = AutoConfig.for_model(**published).to_dict()  # as another tool writes it
+    assert draft.family.read_shape(through).head_dim == 24
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_targets_softcap_and_scale_of_the_logits_are_the_drafts_in_every_family(family: str) -> None:
+    target = tiny.tiny_target("llama")
+    target.spec = replace(target.spec, config={**target.spec.config, "model_type": "cohere", "logit_scale": 0.25,
+                                               "final_logit_softcapping": 5.0}, model_type="cohere")  # fmt: skip
+    shape = tiny_draft("dspark", target, layers={"family": family}).shape
+    assert (shape.softcap, shape.logit_scale) == (5.0, 0.25)
+
+
 @pytest.mark.parametrize(
     ("layers", "words"),
     [
         ({"family": "lama"}, r"draft\.layers\.family: unknown family.*did you mean 'llama'"),
         ({"num_heads": 3, "num_kv_heads": 2}, r"draft\.layers\.num_kv_heads.*divisor of 3"),
         ({"head_dim": 7}, r"draft\.layers\.head_dim.*even"),
+        ({"rope": {"rope_type": "dynamic", "factor": 2.0}}, r"draft\.layers\.rope\.rope_type: unknown kind.*'dynamic'"),
+        ({"rope": {"rope_type": "yarn"}}, r"draft\.layers\.rope\.factor: a yarn RoPE needs it"),
+        ({"rope": {"theta": 5e5}}, r"draft\.layers\.rope\.theta: unknown key.*did you mean 'rope_theta'"),
+        ({"rope": {"rope_theta": "1e6"}}, r"draft\.layers\.rope\.rope_theta: wrong value; found '1e6'"),
+        ({"rope": {"partial_rotary_factor": 1.5}}, r"draft\.layers\.rope\.partial_rotary_factor.*at most 1"),
         ({"width": 7}, r"draft\.layers\.width: unknown key"),
     ],
 )

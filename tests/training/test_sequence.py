@@ -89,5 +89,11 @@ def test_what_cannot_be_shared_is_refused_by_name(tmp_path: Path) -> None:
     recipe = load_recipe(tools.write_recipe(tmp_path / "three", target, sequence_parallel=3))
     with pytest.raises(RecipeError, match=r"sequence_parallel.*heads cannot be shared.*a divisor of 4"):
         recipe.for_target(tools.load_spec(str(target)))
+    own = tools.write_recipe(tmp_path / "own", target, sequence_parallel=3)
+    layers = {"num_heads": 6, "num_kv_heads": 2}  # the draft's heads are shared, whatever the target has
+    assert load_recipe(own, [f"draft.layers={json.dumps(layers)}"]).for_target(tools.load_spec(str(target)))
+    pair = load_recipe(own, ["draft.layers={num_heads: 3, num_kv_heads: 1}", "train.sequence_parallel=2"])
+    with pytest.raises(RecipeError, match=r"sequence_parallel.*a divisor of 3"):
+        pair.for_target(tools.load_spec(str(target)))
     with pytest.raises(RecipeError, match=r"sequence_parallel.*cannot be grouped.*a divisor of 4"):
         deepspeed_settings(recipe.train, 4)

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from deepspec.export.engines.base import ExportEngine
-from deepspec.export.forms.base import complete_vocabulary, no_embedding, no_last_layer, one_layer, targets_own
+from deepspec.export.forms.base import (
+    complete_vocabulary,
+    no_embedding,
+    no_last_layer,
+    one_layer,
+    same_logits,
+    targets_own,
+)
 from deepspec.export.forms.block import DFlash, DSpark
 from deepspec.export.forms.eagle3 import NORMS, Eagle3Midlayer, no_norms
 from deepspec.export.forms.mtp import FROM_TARGET
@@ -52,7 +59,7 @@ EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     "its Eagle3 class has Llama's layers, and would leave out the norms of the heads without a word",
     (one_layer, no_norms(*NORMS), targets_embedding),
 )
-DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own))
+DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own, same_logits()))
 DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from deepspec.export.engines.vllm import VLLMEngine
-from deepspec.export.forms.base import complete_vocabulary
+from deepspec.export.forms.base import complete_vocabulary, same_logits
 from deepspec.export.forms.block import vanilla_head
 from deepspec.export.forms.mtp import SpeculatorMTP
 from deepspec.export.forms.speculators import SpeculatorBlock, SpeculatorDFlash2, SpeculatorEagle3, SpeculatorPEagle
@@ -21,12 +21,15 @@ DFLASH = SpeculatorBlock(
     {"qwen3": "DFlashSpeculator"}, "its dflash has layers of qwen3", (complete_vocabulary,), name="dflash"
 )
 DFLASH2 = SpeculatorDFlash2(
-    {"qwen3": "DFlash2DraftModel"}, "its dflash2 has layers of qwen3", (complete_vocabulary,), name="dflash2"
+    {"qwen3": "DFlash2DraftModel"},
+    "its dflash2 has layers of qwen3",
+    (complete_vocabulary, same_logits()),
+    name="dflash2",
 )
 DSPARK = SpeculatorBlock(
     {"qwen3": "DSparkSpeculator"},
     "its dspark has layers of qwen3",
-    (vanilla_head,),
+    (vanilla_head, same_logits()),
     name="dspark",
     carries=(),
     heads=True,

@@ -7,6 +7,7 @@ import shlex
 from typing import ClassVar
 
 from deepspec.export.engines.base import ExportEngine
+from deepspec.export.forms.base import complete_vocabulary, same_logits
 from deepspec.export.forms.block import DFlash, DFlash2, DSpark, vanilla_head
 from deepspec.export.forms.eagle3 import Eagle3
 from deepspec.export.forms.mtp import FROM_TARGET
@@ -28,10 +29,12 @@ P_EAGLE = PEagle(EAGLE3.classes, EAGLE3.other_family)
 DSPARK = DSpark(
     {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"},
     "its block drafters norm every head",
-    (keys_as_values, vanilla_head),
+    (keys_as_values, vanilla_head, same_logits({"qwen3": "logit_scale", "gemma4": "final_logit_softcapping"})),
 )
 DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has only Qwen3 layers")
-DFLASH2 = DFlash2({"qwen3": "DFlash2DraftModel"}, "its DFlash 2 class has only Qwen3 layers")  # vLLM 0.28 and later
+DFLASH2 = DFlash2(  # vLLM 0.28 and later
+    {"qwen3": "DFlash2DraftModel"}, "its DFlash 2 class has only Qwen3 layers", (complete_vocabulary, same_logits())
+)
 FROM_ANCHOR = Reason(
     "its K slots give K - 1 drafts", "sample_from_anchor", True, "train with draft.sample_from_anchor: false"
 )

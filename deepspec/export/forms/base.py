@@ -97,6 +97,26 @@ def targets_own(draft: DraftCheckpoint) -> Reason | None:
     return Reason("it takes the target's embedding and head", key, True) if key else None
 
 
+def same_logits(carried: Mapping[str, str] | None = None) -> Requirement:
+    """Where a head that adds to the logits would add to others: the class leaves out their softcap or their scale.
+
+    Args:
+        carried: by the family of the draft's layers which of the two the class has.
+    """
+
+    def check(draft: DraftCheckpoint) -> Reason | None:
+        shape, carries = draft.shape, (carried or {}).get(draft.family.name)
+        if not (draft.config.get("markov_rank") or draft.config.get("selector_rank")):
+            return None  # the order of the tokens is the same with and without them
+        if shape.softcap is not None and carries != "final_logit_softcapping":
+            return Reason("its class has no softcap of the logits", "final_logit_softcapping", shape.softcap)
+        if shape.logit_scale != 1.0 and carries != "logit_scale":
+            return Reason("its class has no factor of the logits", "logit_scale", shape.logit_scale)
+        return None
+
+    return check
+
+
 def no_last_layer(draft: DraftCheckpoint) -> Reason | None:
     """Where the state after the last layer is not handed out: the engine fails at the first request."""
     last = draft.config["num_target_layers"] - 1

@@ -25,6 +25,7 @@ from deepspec.export.forms.base import (
     no_embedding,
     no_last_layer,
     one_layer,
+    same_logits,
     targets_own,
     with_head_rows,
 )
@@ -54,9 +55,13 @@ BARE = {  # ours is no module's weight, or theirs has no such ending: the comple
 
 
 def plain_rope(draft: DraftCheckpoint) -> Reason | None:
-    """Where a scaling of the positions has no keys of ours in the file."""
-    kind = draft.shape.rope.kind
-    return None if kind == "default" else Reason("scaled positions were not tried there", "rope_parameters", kind)
+    """Where a scaling of the positions, or a turn of a part of each head, has no keys of ours in the file."""
+    rope = draft.shape.rope
+    if rope.kind != "default":
+        return Reason("scaled positions were not tried there", "rope_parameters", rope.kind)
+    if rope.partial_factor != 1.0:
+        return Reason("its layers turn complete heads", "partial_rotary_factor", rope.partial_factor)
+    return None
 
 
 def no_bias(draft: DraftCheckpoint) -> Reason | None:
@@ -149,7 +154,7 @@ class BlockGGUF(GGUFForm):
     The engine starts a draft with a Markov head as DSpark, and lets the anchor's slot draft only there.
     """
 
-    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, vanilla_head, markov_confidence)
+    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, vanilla_head, markov_confidence, same_logits())
     zero_head: bool = False
 
     def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
@@ -181,7 +186,7 @@ def lattice(draft: DraftCheckpoint) -> Reason | None:
 class DFlash2GGUF(BlockGGUF):
     """DFlash 2: told by its selector's tensors."""
 
-    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, complete_vocabulary, lattice)
+    requires: tuple[Requirement, ...] = (*COMMON, no_last_layer, complete_vocabulary, lattice, same_logits())
     carries: tuple[str, ...] = PARTS
 
     def own_keys(self, draft: DraftCheckpoint) -> dict[str, Any]:
