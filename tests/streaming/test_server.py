@@ -54,7 +54,7 @@ def ask(server: RunningServer, **changes: Any) -> tuple[int, str]:
     [
         ({"tokens": []}, "0 tokens; this server takes 1 to 64"),
         ({"tokens": [1] * 65}, "65 tokens; this server takes 1 to 64"),
-        ({"tokens": [1] * 100_000}, "a request of more than"),
+        ({"tokens": [1] * 200_000}, "a request of more than"),
         ({"tokens": [1, -1]}, "outside the vocabulary of 1536"),
         ({"tokens": [1, 1536]}, "outside the vocabulary of 1536"),
         ({"tokens": [1, 2.5]}, "not a request"),
