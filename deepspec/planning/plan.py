@@ -163,6 +163,13 @@ def exchange_seconds(cluster: Cluster, parameters: int, stage: int, accumulation
     return share * accumulation * (weights / rate + weights / second + gradient / rate)
 
 
+def _check_shared(of: int) -> None:
+    if of > 1:
+        remedy = "plan one process a conversation, which holds more: --set train.sequence_parallel=1"
+        problem = "what processes hold that share a conversation is not counted"
+        raise RecipeError(problem, key="train.sequence_parallel", found=of, wanted=1, remedy=remedy)
+
+
 def make_plan(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster) -> Plan:
     """The plan of a recipe, already checked against its target (:meth:`Recipe.for_target`).
 
@@ -170,12 +177,7 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster
         RecipeError: conversations that processes share, or a global batch that the ranks cannot share.
     """
     train, machine = recipe.train, cluster.machine
-    if train.sequence_parallel > 1:
-        remedy = "plan one process a conversation, which holds more: --set train.sequence_parallel=1"
-        problem = "what processes hold that share a conversation is not counted"
-        raise RecipeError(
-            problem, key="train.sequence_parallel", found=train.sequence_parallel, wanted=1, remedy=remedy
-        )
+    _check_shared(train.sequence_parallel)
     settings = deepspeed_settings(train, cluster.ranks)
     if machine.device != "cpu":  # what is left out on this machine counts there
         settings["zero_optimization"] = read_json(train.deepspeed, RecipeError).get("zero_optimization", {})
