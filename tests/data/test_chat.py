@@ -41,6 +41,8 @@ def fault(case: Case, messages: Messages, ids: list[int], mask: list[int], think
         stripped = thinking and i < last_user and message.get("reasoning_content")  # not as the target wrote it
         if message["role"] == "assistant" and not stripped:
             ends = not (case.name == "channel" and message.get("tool_calls"))
+            if case.name == "harmony" and i < len(messages) - 1:  # <|end|> of the history: the target wrote <|return|>
+                ends = False
             wanted.append(normal(case.shown(messages, i, thinking)) + (case.ending if ends else ""))
     wanted = [one for one in wanted if one]
     return None if found == wanted else f"{found} != {wanted}"

@@ -27,6 +27,8 @@ SPECIAL = (
     "<|eot|>",
     "<think>",
     "</think>",
+    *("[INST]", "[/INST]", "</s>", "<|turn_start|>", "<|chatbot|>", "<|turn_end|>"),
+    *("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|return|>"),
 )
 
 CHATML = """
@@ -87,6 +89,26 @@ CHANNEL = """{{ bos_token }}
 HEADERS = """{{ bos_token }}
 {%- for m in messages %}{{ '<|head|>' + m.role + '<|foot|>\\n\\n' + m.content | trim + '<|eot|>' }}{% endfor %}
 {%- if add_generation_prompt %}{{ '<|head|>assistant<|foot|>\\n\\n' }}{% endif %}"""
+
+# As Mistral: an answer follows the user's turn at once, the generation prompt is empty
+INST = """{{ bos_token }}
+{%- for m in messages %}
+{%- if m.role == 'assistant' %}{{ m.content + '</s>' }}{% else %}{{ '[INST]' + m.content + '[/INST]' }}{% endif %}
+{%- endfor %}"""
+
+# As Cohere: the role is a token, and white space at the ends is cut
+TURNS = """{{ bos_token }}
+{%- for m in messages %}{{ '<|turn_start|>' + ('<|chatbot|>' if m.role == 'assistant' else m.role) }}
+{{- m.content | trim + '<|turn_end|>' }}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|turn_start|><|chatbot|>' }}{% endif %}"""
+
+# As gpt-oss: the target writes the channel itself, and ends its last message with another token than an earlier one
+HARMONY = """
+{%- for m in messages %}{{ '<|start|>' + m.role }}
+{%- if m.role == 'assistant' %}
+{{- '<|channel|>final<|message|>' + m.content + ('<|return|>' if loop.last else '<|end|>') }}
+{%- else %}{{ '<|message|>' + m.content + '<|end|>' }}{% endif %}{% endfor %}
+{%- if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}"""
 
 Messages = list[dict[str, Any]]
 
@@ -151,6 +173,11 @@ def qwen3(messages: Messages, i: int, thinking: bool) -> str:
     return f"<think>\n{stripped}\n</think>\n\n{body}" if block and thinking else body
 
 
+def harmony(messages: Messages, i: int, thinking: bool) -> str:
+    """As HARMONY shows it."""
+    return f"<|channel|>final<|message|>{messages[i]['content']}"
+
+
 @cache
 def small_tokenizer(newlines_apart: bool = False) -> Any:
     """A byte-level BPE of some 500 tokens; ``newlines_apart``: with GPT-2's regex instead of a Qwen-like one."""
@@ -199,6 +226,9 @@ def small_case(name: str) -> Case:
         "channel": ("gemma4", CHANNEL, "<turn|>", channel),
         "headers": ("llama", HEADERS, "<|eot|>", trimmed),
         "headers-gpt2": ("llama", HEADERS, "<|eot|>", trimmed),
+        "inst": ("llama", INST, "</s>", plain),
+        "turns": ("llama", TURNS, "<|turn_end|>", trimmed),
+        "harmony": ("llama", HARMONY, "<|return|>", harmony),
     }
     family, template, ending, shown = table[name]
     tokenizer = with_template(small_tokenizer(name.endswith("gpt2")), template)
@@ -206,7 +236,10 @@ def small_case(name: str) -> Case:
     return Case(name, family, tokenizer, ending, shown, trims, shown in (reasoning, channel), shown is reasoning)
 
 
-SMALL = ("chatml", "chatml-gpt2", "marked", "marked-bare", "reasoning", "channel", "headers", "headers-gpt2")
+SMALL = (
+    *("chatml", "chatml-gpt2", "marked", "marked-bare", "reasoning", "channel", "headers", "headers-gpt2"),
+    *("inst", "turns", "harmony"),
+)
 REAL = ("qwen3", "gemma3", "llama3_1", "smollm2")
 
 

@@ -251,7 +251,7 @@ def test_recipes_of_newer_block_drafters_have_the_published_values() -> None:
     assert [(term.name, term.weight) for term in causal.draft.loss] == [("kl", 1.0)]
 
 
-@pytest.mark.parametrize("name", ["dflash2", "mtp"])
+@pytest.mark.parametrize("name", ["eagle3", "dflash", "dspark", "dflash2", "mtp"])
 def test_recipes_of_qwen3_5_fit_their_target(name: str) -> None:
     """At the target's real sizes, on the meta device; those that the config class does not default to are the 4B's."""
     from transformers.models.qwen3_5 import Qwen3_5TextConfig
@@ -264,8 +264,7 @@ def test_recipes_of_qwen3_5_fit_their_target(name: str) -> None:
     with torch.device("meta"):
         model = algorithm.build(recipe.draft, spec)
     count = {key: parameter.numel() for key, parameter in model.named_parameters()}
-    assert count["fc.weight"] == (5 * 2560 if name == "dflash2" else 2 * 2560) * 2560
-    assert count["layers.0.self_attn.q_proj.weight"] == 16 * 256 * 2560 * (
-        1 if name == "dflash2" else 2
-    )  # its own head has a gate
+    assert count["fc.weight"] == (2 if name == "mtp" else 5) * 2560 * 2560
+    wide = 2 if name in ("mtp", "eagle3") else 1  # a gate of its own head; embeddings beside features
+    assert count["layers.0.self_attn.q_proj.weight"] == wide * 16 * 256 * 2560
     assert recipe.draft.target_layers[-1] <= spec.num_layers == 32
