@@ -128,7 +128,7 @@ def test_every_published_recipe_is_among_them_and_keeps_its_settings() -> None:
     folder = tools.ROOT / "recipes"
     assert {path.stem for path in folder.glob("*.yaml") if target_of(path.stem)} == set(RECIPES)
     assert {QUICK, *IN_PROCESS, *LAUNCHED} == set(RECIPES)
-    assert len(RECIPES) == 19
+    assert len(RECIPES) == 22
     changed = {override.split("=")[0] for name in RECIPES for override in settings_of(name, Path("x"))}
     assert changed == {
         *("target.path", "data.conversations", "data.cache", "output", "train.max_steps", "train.global_batch"),

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from deepspec.files import write_text
+from deepspec.processes import sweep
 
 PAUSE = 0.15  # seconds that a start without a kill takes
 
@@ -23,7 +24,8 @@ def _wait_for_the_kill() -> None:
 
 
 def whole() -> None:
-    """Atomic, and nothing stays."""
+    """Atomic, and nothing stays: as every command it first removes what a dead one left."""
+    sweep(Path(sys.argv[1]))
     time.sleep(PAUSE)
     write_text(Path(sys.argv[1]) / "result", "complete")
 
