@@ -132,7 +132,7 @@ class FixedSource(ServedSource):
     """A served source of equal conversations, without a recipe."""
 
     def __init__(self, pool: ServerPool, tokens: np.ndarray, count: int) -> None:
-        self.pool, self.last_hidden = pool, True
+        self.pool, self.last_hidden, self.written = pool, True, None
         mask = np.arange(LENGTH) > 0
         self._ids, self._masks, self._sample_ids = [tokens] * count, [mask] * count, list(range(count))
         self.lengths, self.group_sizes = np.full(count, LENGTH), (count,)
