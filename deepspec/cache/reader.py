@@ -158,7 +158,7 @@ class TargetCache:
             part.array("features").read(int(row[_START]), stored_view(features))
             if last_hidden is not None:
                 start, array = int(row[_ROW_START]), part.array("last_hidden")
-                read_supervised(self.masks(number)[0], last_hidden, lambda out: array.read(start, out))
+                read_supervised(self.masks(number)[0][1:], last_hidden, lambda out: array.read(start, out))
         except CacheError as problem:
             raise self._name_sample(problem, number) from None
 
@@ -186,15 +186,15 @@ class TargetCache:
         return Sample(int(self.sample_ids[number]), ids, mask, features, last)
 
 
-def read_supervised(loss_mask: NDArray[Any], out: Tensor, read: Callable[[NDArray[Any]], object]) -> None:
+def read_supervised(next_supervised: NDArray[Any], out: Tensor, read: Callable[[NDArray[Any]], object]) -> None:
     """Rows of last_hidden, which are kept packed, to their places in ``out`` [n, D]; zeros elsewhere.
 
     Args:
-        loss_mask: [n].
+        next_supervised: [n] or [n - 1]; whether the token after the row is supervised. After the last there is none.
         out: contiguous.
         read: fills [R, D], the rows whose next token is supervised.
     """
-    kept = np.flatnonzero(loss_mask[1:])
+    kept = np.flatnonzero(next_supervised)
     first, count = (int(kept[0]), len(kept)) if len(kept) else (0, 0)
     rows = stored_view(out)
     if count and kept[-1] - first + 1 == count:  # one answer: its rows lie side by side

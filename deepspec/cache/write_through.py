@@ -154,7 +154,7 @@ class WriteThrough:
             stored_view(features)[...] = block.features[table[_START] :][: len(mask)]
             if last is not None and block.last_hidden is not None:
                 rows = block.last_hidden[table[_ROW_START] :]
-                read_supervised(mask, last, lambda out: np.copyto(out, rows[: len(out)]))
+                read_supervised(mask[1:], last, lambda out: np.copyto(out, rows[: len(out)]))
             return True
         if self.is_whole(part):
             reader = self._part(self._name(part))
@@ -310,7 +310,7 @@ def _read_part(
     """A sample from its first token and row of last_hidden in a part on."""
     reader.array("features").read(start, stored_view(features))
     if last is not None:
-        read_supervised(mask, last, lambda out: reader.array("last_hidden").read(row, out))
+        read_supervised(mask[1:], last, lambda out: reader.array("last_hidden").read(row, out))
 
 
 def _sample_id(part: PlannedPart, row: int) -> int:

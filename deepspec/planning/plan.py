@@ -186,12 +186,12 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster
     supervised = work.totals.last_rows / max(work.totals.tokens, 1)
 
     def count(tokens: int, samples: int) -> MicroBatchCost:
-        key = (recipe.algorithm, repr(recipe.draft), repr(spec), tokens, samples, supervised, dtype, machine.device)
-        if (key, train.activation_checkpointing) not in _counted:
-            masks, checkpointing = example(tokens, samples, supervised), train.activation_checkpointing
-            found = trace(recipe.algorithm, recipe.draft, spec, masks, dtype, machine.device, checkpointing)
-            _counted[key, checkpointing] = found
-        return _counted[key, train.activation_checkpointing]
+        how = (dtype, machine.device, train.activation_checkpointing)
+        key = (recipe.algorithm, repr(recipe.draft), repr(spec), tokens, samples, supervised, *how)
+        if key not in _counted:
+            masks = example(tokens, samples, supervised)
+            _counted[key] = trace(recipe.algorithm, recipe.draft, spec, masks, *how)
+        return _counted[key]
 
     most = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // work.longest)
     usual = train.micro_batch if train.micro_tokens is None else max(1, train.micro_tokens // mean)

@@ -10,6 +10,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from deepspec import registry
 from deepspec.cache.levels import LEVELS
 from deepspec.cache.memory import empty
 from deepspec.cache.parts import next_supervised
-from deepspec.cache.reader import stored_view
+from deepspec.cache.reader import read_supervised, stored_view
 from deepspec.errors import RecipeError, TargetError, nearest, without_logins
 from deepspec.http import NoReply, request, stream, without_password
 from deepspec.identity import differences, target_fields
@@ -218,9 +219,23 @@ class StreamClient(FeatureClient):
     def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`; decoded as it comes."""
         wanted, length = self.wanted, len(conversation.tokens)
-        D = wanted.target.spec.hidden_size
-        features = empty((length, D * len(wanted.layers)), wanted.target.dtype)
-        last = LastRows(conversation.last_rows(), D, wanted.target.dtype) if wanted.last_hidden else None
+        D, dtype = wanted.target.spec.hidden_size, wanted.target.dtype
+        features = empty((length, D * len(wanted.layers)), dtype)
+        receive = partial(self._receive, conversation, stored_view(features))
+        if not wanted.last_hidden:
+            receive(None)
+            return States(features, None)
+        last_hidden = empty((length, D), dtype)
+        read_supervised(conversation.last_rows(), last_hidden, receive)
+        return States(features, last_hidden)
+
+    def _receive(self, conversation: FeatureRequest, features: NDArray[Any], last_hidden: NDArray[Any] | None) -> None:
+        """Fill features [S, C] and the rows of last_hidden [R, D] that a loss reads.
+
+        Raises:
+            ServerFault: what came was not what was asked for.
+        """
+        wanted = self.wanted
         body = {
             "tokens": conversation.tokens.tolist(),
             "supervised": conversation.ranges(),
@@ -230,45 +245,17 @@ class StreamClient(FeatureClient):
         }
         if conversation.lengths is not None:
             body["lengths"] = list(conversation.lengths)
-        arrays = Arrays(stored_view(features), None if last is None else last.packed)
         limits: dict[str, Any] = {"stall": STALL, "seconds": wanted.timeout, "receive": RECEIVE}
         try:
             with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
                 if reply.status != 200:
                     raise ServerFault(reply.rest().summary, refuses=reply.status in REFUSALS)
-                Reader(reply.read_into, conversation.tokens, self._digest, wanted.dtype).read(arrays)
+                reader = Reader(reply.read_into, conversation.tokens, self._digest, wanted.dtype)
+                reader.read(Arrays(features, last_hidden))
         except NoReply as none:
             raise ServerFault(none.problem) from None
         except WireError as wrong:
             raise ServerFault(str(wrong)) from None
-        return States(features, None if last is None else last.spread())
-
-
-class LastRows:
-    """Last hidden states [S, D], of which the chosen rows come packed, the others are zeros.
-
-    Args:
-        rows: [S] which are chosen.
-        width: D.
-        dtype: of the states.
-    """
-
-    def __init__(self, rows: NDArray[np.bool_], width: int, dtype: torch.dtype) -> None:
-        self.states, kept = empty((len(rows), width), dtype), np.flatnonzero(rows)
-        self._out, first, count = stored_view(self.states), int(kept[0]) if len(kept) else 0, len(kept)
-        if not count or kept[-1] - first + 1 == count:  # one answer: its rows lie side by side, and come to their place
-            self.packed = self._out[first : first + count]  # [R, D] as stored, to be filled
-            self._out[:first], self._out[first + count :] = 0, 0
-            self._kept = None
-        else:
-            self.packed, self._kept = np.empty((count, width), self._out.dtype), kept
-
-    def spread(self) -> Tensor:
-        """[S, D], once ``packed`` is filled."""
-        if self._kept is not None:
-            self._out[...] = 0
-            self._out[self._kept] = self.packed
-        return self.states
 
 
 class ExtractionClient(FeatureClient):

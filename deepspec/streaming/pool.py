@@ -39,6 +39,12 @@ class _Server:
     until: float = 0.0  # when it is asked again
     problem: str = "not asked yet"
 
+    def rest(self, problem: str) -> float:
+        """Ask it nothing for a while; returns the seconds."""
+        pause = min(REST * 2**self.rests, LONGEST_REST)
+        self.ready, self.problem, self.until, self.rests = False, problem, time.monotonic() + pause, self.rests + 1
+        return pause
+
 
 @dataclass
 class _Job:
@@ -158,9 +164,7 @@ class ServerPool:
             server.client = server.client or open_client(server.url, self.wanted)
             server.client.check()
         except ServerFault as fault:
-            server.problem = str(fault)
-            server.rests += 1
-            server.until = time.monotonic() + min(REST * 2 ** (server.rests - 1), LONGEST_REST)
+            server.rest(str(fault))
             return fault
         server.ready = True
         return None
@@ -192,9 +196,7 @@ class ServerPool:
     def _rest(self, server: _Server, fault: ServerFault) -> None:
         """Take a server out until it has passed its handshake again."""
         if server.ready:
-            server.rests += 1
-            pause = min(REST * 2 ** (server.rests - 1), LONGEST_REST)
-            server.ready, server.problem, server.until = False, str(fault), time.monotonic() + pause
+            pause = server.rest(str(fault))
             log.warning("server %s: %s; asked again in %.3g s", without_password(server.url), fault, pause)
 
     # -- conversations ---------------------------------------------------------------------------------------------
