@@ -118,7 +118,7 @@ class Drafter(ABC):
         return self._cache[0].index(slots, rows)
 
     def hold(self, max_context_len: int) -> tuple[Tensor, ...]:
-        """Bound every row; the memory that passes then use. A graph may replay them: they change only tensors that stay."""
+        """Bound every row; the memory that passes then use. A graph may repeat them: what they change is in tensors."""
         self._max_context_len, room = max_context_len, max_context_len + self.max_draft + 1
         table = self._rotary.reserve(room, self._row_B.device)
         return (*table, *(part for cache in self._cache for part in cache.hold(room)))

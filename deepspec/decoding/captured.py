@@ -1,15 +1,15 @@
 """Rounds of static shapes that are captured once and replayed: CUDA graphs, or whatever stands in for them.
 
 The device's work of a round is two pieces: the draft's proposal, and the target's verification with the acceptance and
-the draft's extension. A piece runs over a *bucket*: rows, tokens a row and context length rounded up, so that few shapes
-occur. The first round of a bucket runs the piece as it is; it is watched for what a graph cannot hold. The second
-captures it, which executes nothing, and replays what was captured, as every later round does.
+the draft's extension. A piece runs over a *bucket*: rows, tokens a row and context length rounded up, so that few
+shapes occur. The first round of a bucket runs the piece as it is; it is watched for what a graph cannot hold. The
+second captures it, which executes nothing, and replays what was captured, as every later round does.
 
 A graph repeats the same kernels on the same memory. Three rules make that right:
 
 - Keys, values and rotary tables lie where they lay (``held``): when one has moved, every graph is made anew.
-- What a piece reads of the host (lengths, counts) and what it leaves (proposal, outcome, the draft's state) lies outside
-  the graphs' own memory, which all of them share.
+- What a piece reads of the host (lengths, counts) and what it leaves (proposal, outcome, the draft's state) lies
+  outside the graphs' own memory, which all of them share.
 - Python runs only when a piece is captured: a bound that the host keeps is set before the piece, never inside it.
 
 A piece that reads a value on the host stays eager, and says so once.
@@ -90,9 +90,19 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation."""
-        out = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
         self.why = self.why or _not_capturable(func, (args, kwargs, out))
         return out
+
+
+def is_composite(func: Any) -> bool:
+    """Whether an operation is made of others; inference mode hands it over whole, and a read would be hidden in it."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.namespace == "aten" and bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key))
 
 
 def _not_capturable(func: Any, values: Any) -> str:
@@ -119,7 +129,7 @@ class Captured:
     def __init__(self, graphs: Graphs, context_step: int = CONTEXT_STEP) -> None:
         self._graphs, self._step = graphs, context_step
         self.refused: dict[str, str] = {}  # piece -> why it stays eager
-        self.replayed: Counter[str] = Counter()  # rounds of each piece that a graph ran
+        self.replayed: Counter[tuple[str, tuple[int, ...]]] = Counter()  # rounds that a graph ran, by piece and bucket
         self._held: tuple[Tensor, ...] = ()
         self._replays: dict[tuple[str, tuple[int, ...]], Work | None] = {}  # None: warmed up
         self._proposals: dict[int, Proposal] = {}  # by slots, of B rows
@@ -130,6 +140,10 @@ class Captured:
         self._given = torch.zeros(2, num_rows, dtype=torch.long, device=target.cache.device)  # lengths, counts
         if not isinstance(target, PackedTarget):
             self._refuse(VERIFY, f"{type(target).__name__} is not packed")
+
+    def count(self, piece: str) -> int:
+        """Rounds of a piece that a graph ran."""
+        return sum(count for (name, _), count in self.replayed.items() if name == piece)
 
     @property
     def verifies(self) -> bool:
@@ -222,7 +236,7 @@ class Captured:
                 work()
                 return
         replay()
-        self.replayed[piece] += 1
+        self.replayed[key] += 1
 
 
 def _power(count: int) -> int:

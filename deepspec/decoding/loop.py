@@ -44,6 +44,7 @@ def generate(
     settings: DecodeSettings,
     batch_size: int = 1,
     policy: Policy | None = None,
+    captured: Captured | None = None,
 ) -> list[Generation]:
     """Decode prompts (token ids; the sample id is the index in the list) and return their generations in that order.
 
@@ -53,7 +54,7 @@ def generate(
         DataError: an empty prompt, or one beyond the target's positions.
         EvaluationError: a draft tree that cannot be used.
     """
-    decoder = Decoder(target, drafter, settings, batch_size, policy)
+    decoder = Decoder(target, drafter, settings, batch_size, policy, captured=captured)
     requests = deque(DecodeRequest(tuple(prompt), number) for number, prompt in enumerate(prompts))
     return sorted(decoder.stream(requests), key=lambda generation: generation.request.sample_id)
 

@@ -37,7 +37,7 @@ class DecodeSettings:
     confidence_temperatures: tuple[float, ...] | None = None
     release_counting: bool = False
     tree: tuple[int, ...] = ()
-    capture: bool = True
+    capture: bool = False
 
     def __post_init__(self) -> None:
         ranges = {"temperature": TEMPERATURE, "max_new_tokens": COUNT, "seed": SEED, "confidence_threshold": SHARE}

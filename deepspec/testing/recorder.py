@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from deepspec.decoding.captured import is_composite
+
 Call = tuple[Any, Any, Any, list[tuple[Tensor, bool]]]  # operation, its arguments, results and which are new memory
 
 
@@ -43,6 +45,9 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run and keep one operation."""
         kwargs = kwargs or {}
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
         if torch.Tag.data_dependent_output in func.tags:
             raise RuntimeError("operation not permitted when stream is capturing")
         given = _tensors((args, kwargs))
