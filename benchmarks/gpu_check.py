@@ -35,7 +35,19 @@ TINY = {"hidden": 32, "heads": 4, "kv": 2, "head_dim": 8, "mlp": 48, "vocab": 96
 HEADERS = {
     "training steps": ["drafter", "ms", "tokens/s", "of peak", "GB above weights and inputs"],
     "cache": ["what", "tokens/s", "GB/s"],
-    "decoding": ["drafter", "ms a round", "draft", "verify", "head", "other"],
+    "decoding": [
+        "drafter",
+        "ms a round",
+        "draft",
+        "verify",
+        "head",
+        "other",
+        "tokens/s",
+        "captured, ms a round",
+        "captured, tokens/s",
+        "captured rounds",
+        "eager",
+    ],
 }
 Work = Callable[[], dict[str, Any]]
 
@@ -111,7 +123,7 @@ def measures(report: Report, device: torch.device, peak: float, dry: bool) -> No
         return
     for section, rows in (
         ("cache", cache_rates(device, size, held[0])),
-        ("decoding", decode_rounds(device, size, held[0], 3 if dry else 64)),
+        ("decoding", decode_rounds(device, size, held[0], 6 if dry else 64)),
     ):
         for name, work in rows:
             report.row(section, name, work)

@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from bench_train_step import described, make_batch, qwen3_config
+from gpu_twins import graphs_of
 from plain_objectives import plain_block_loss, plain_eagle3_loss
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from deepspec import registry
 from deepspec.batch import Batch
+from deepspec.decoding.captured import VERIFY, Captured
 from deepspec.decoding.loop import Decoder
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.nn.attention import BACKENDS
@@ -220,7 +222,10 @@ def cache_rates(device: torch.device, size: Size, target: Target) -> Iterator[tu
 def decode_rounds(
     device: torch.device, size: Size, target: Target, tokens: int
 ) -> Iterator[tuple[str, Callable[[], Row]]]:
-    """Milliseconds of a round with random drafts, which are hardly ever accepted, and of decoding without a draft."""
+    """Milliseconds of a round, eager and captured, with random drafts, which are hardly ever accepted, and without one.
+
+    Phases are of eager rounds; the medians and tokens/s leave out the rounds in which graphs are made.
+    """
     prompt = tuple(torch.randint(size["vocab"], (min(512, size["S"]),)).tolist())
     settings = DecodeSettings(max_new_tokens=tokens)
 
@@ -230,12 +235,25 @@ def decode_rounds(
             model = draft_on(device, name, size).eval()
             model.attach(target.embed_weight, target.head_weight)
             drafter = model.algorithm.drafter(model, batch_size, len(prompt) + tokens + 64)
-        for _ in range(2):  # the first run brings everything up
-            decoder = Decoder(target, drafter, settings, batch_size)
+
+        def decode(captured: Captured | None) -> tuple[Decoder, float, int]:
+            decoder = Decoder(target, drafter, settings, batch_size, captured=captured)
+            decoder.clock.timings = []
             list(decoder.stream(deque(DecodeRequest(prompt, number) for number in range(batch_size))))
+            rows = [one for one in decoder.clock.timings if one.rows]
+            emitted = sum(one.emitted for one in rows) / len(rows)
+            middle = statistics.median(one.seconds for one in rows)
+            return decoder, round(1000 * middle, 2), round(emitted / middle)
+
+        decode(None)  # brings everything up
+        decoder, _, rate = decode(None)
+        captured = Captured(graphs_of(device))
+        _, replayed, replayed_rate = decode(captured)
         spent, rounds = decoder.clock.seconds(), max(1, decoder.clock.rounds)
         shares = {phase: round(1000 * spent[phase] / rounds, 3) for phase in ("draft", "verify", "head", "other")}
-        return {"ms a round": round(sum(shares.values()), 2), **shares}
+        row: Row = {"ms a round": round(sum(shares.values()), 2), **shares, "tokens/s": rate}
+        row |= {"captured, ms a round": replayed, "captured, tokens/s": replayed_rate}
+        return row | {"captured rounds": captured.count(VERIFY), "eager": "; ".join(captured.refused) or "nothing"}
 
     for name in (None, *registry.ALGORITHMS):
         for batch_size in (1, 16) if device.type == "cuda" else (2,):

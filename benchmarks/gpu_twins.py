@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from deepspec import registry
+from deepspec.algorithms.base import DraftModel
 from deepspec.batch import Batch
+from deepspec.decoding.captured import VERIFY, Captured, CudaGraphs, Graphs
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
 from deepspec.nn.attention import attend
@@ -25,6 +27,7 @@ from deepspec.nn.losses import HeadRows, head_loss
 from deepspec.targets import Target
 from deepspec.testing import tiny
 from deepspec.testing.case import Case, loss_and_gradients
+from deepspec.testing.recorder import RecordedGraphs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LIMITS = {"fp32": 1e-3, "bf16": 3e-2}
@@ -157,14 +160,46 @@ def decoding(device: torch.device) -> Iterator[Twin]:
         yield Twin(f"decoding, {name}, {family}", 0.0, partial(_wrong_answers, _case(name, family), device))
 
 
-def _wrong_answers(case: Case, device: torch.device) -> float:
-    settings = DecodeSettings(max_new_tokens=16)
+def _moved(case: Case, device: torch.device) -> tuple[Target, DraftModel]:
     target = Target(copy.deepcopy(case.target.model).to(device), case.target.spec)
     model = case.draft().eval().to(device)
     model.attach(target.embed_weight, target.head_weight)
+    return target, model
+
+
+def _wrong_answers(case: Case, device: torch.device) -> float:
+    settings = DecodeSettings(max_new_tokens=16)
+    target, model = _moved(case, device)
     plain = generate(target, None, PROMPTS, settings, 3)
     drafted = generate(target, case.owner.drafter(model, 3, 16), PROMPTS, settings, 3)
     return sum(a.output_ids != b.output_ids for a, b in zip(plain, drafted, strict=True)) / len(PROMPTS)
 
 
-CHECKS = (attention, losses, steps, decoding)
+def captured(device: torch.device) -> Iterator[Twin]:
+    """Rounds in CUDA graphs beside eager ones, greedy and sampled: the share of answers that differ."""
+    pairs = [(name, family) for name in registry.ALGORITHMS for family in ("qwen3", "gemma4")]
+    for name, family in pairs if device.type == "cuda" else pairs[:1]:
+        for temperature in (0.0, 1.0):
+            compare = partial(_changed_answers, _case(name, family), device, temperature)
+            yield Twin(f"captured rounds, {name}, {family}, temperature {temperature:g}", 0.0, compare)
+
+
+def _changed_answers(case: Case, device: torch.device, temperature: float) -> float:
+    """1 where a piece of the rounds was not captured."""
+    settings = DecodeSettings(temperature, 24, seed=1)
+    target, model = _moved(case, device)
+    rounds = Captured(graphs_of(device))
+    eager, replayed = (
+        generate(target, case.owner.drafter(model, 3, 16), PROMPTS, settings, 3, None, one) for one in (None, rounds)
+    )
+    if rounds.refused or not rounds.count(VERIFY):
+        return 1.0
+    return sum(a.output_ids != b.output_ids for a, b in zip(eager, replayed, strict=True)) / len(PROMPTS)
+
+
+def graphs_of(device: torch.device) -> Graphs:
+    """CUDA graphs; on the CPU what stands in for them."""
+    return CudaGraphs() if device.type == "cuda" else RecordedGraphs()
+
+
+CHECKS = (attention, losses, steps, decoding, captured)

@@ -114,8 +114,14 @@ class Drafter(ABC):
     def _reserve(self, num_slots: int, slots: Tensor, rows: Tensor) -> Tensor:
         """Room for ``num_slots`` slots of every row in every layer; the index of ``slots`` [R, N] of ``rows`` [R]."""
         for cache in self._cache:
-            cache.reserve(num_slots)
+            cache.hold(num_slots)
         return self._cache[0].index(slots, rows)
+
+    def hold(self, max_context_len: int) -> tuple[Tensor, ...]:
+        """Bound every row; the memory that passes then use. A graph may repeat them: what they change is in tensors."""
+        self._max_context_len, room = max_context_len, max_context_len + self.max_draft + 1
+        table = self._rotary.reserve(room, self._row_B.device)
+        return (*table, *(part for cache in self._cache for part in cache.hold(room)))
 
     def reset_rows(self, rows: Tensor) -> None:
         """Empty the contexts of ``rows`` [n] int64."""
@@ -428,8 +434,7 @@ class Algorithm(ABC):
 
     def needs_last_hidden(self, config: Any) -> bool:
         """Whether the objective reads the target's last hidden states: a term compares with its distribution."""
-        needed: bool = config.loss_weights.needs_target
-        return needed
+        return bool(config.loss_weights.needs_target)
 
 
 def require(holds: bool, key: str, found: object, wanted: str) -> None:

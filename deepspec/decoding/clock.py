@@ -37,10 +37,23 @@ class PhaseClock:
         self.wall = 0.0
         self.now: Callable[[], float] = time.perf_counter
         self.timings: list[StepTiming] | None = None
+        self._open = False
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count what happens inside to ``name``."""
+        """Count what happens inside to ``name``, or to the phase that is open already: a captured piece is one."""
+        if self._open:
+            yield
+            return
+        self._open = True
+        try:
+            with self._counted(name):
+                yield
+        finally:
+            self._open = False
+
+    @contextmanager
+    def _counted(self, name: str) -> Iterator[None]:
         if self._cuda:
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()

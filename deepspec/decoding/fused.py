@@ -39,6 +39,10 @@ class FusedDecoder:
         cos, sin = self._compute_rotary(self._embedding, positions[None])
         return cos[0], sin[0]
 
+    def hold(self, max_context_len: int) -> Table:
+        """The rotary table, of at least so many positions."""
+        return self._rotary.reserve(max_context_len, self._embedding.device)
+
     @staticmethod
     def of(target: Target) -> FusedDecoder | None:
         """None where the target has other layers, quantized or adapted ones, or hooks."""

@@ -166,6 +166,33 @@ class RaggedCache(Cache):
         )
         return self.batch
 
+    def plan_static(self, lengths: Tensor, counts: Tensor, queries: int, max_context_len: int) -> PackedBatch:
+        """Lay out Q tokens of each of the first R rows, of which ``counts`` [R] matter; nothing is read of the host.
+
+        What is written for the others comes after a row's own tokens, where the next forward writes again.
+
+        Args:
+            lengths: [R] committed positions, int64 on the device.
+            counts: [R] int64 on the device.
+            queries: Q.
+            max_context_len: L, at least Q more than any row's length; the buffers are that long already.
+        """
+        R, device = len(lengths), self.device
+        positions = lengths[:, None] + torch.arange(queries, device=device)
+        first = torch.arange(R, device=device)[:, None] * self.capacity
+        dense = torch.arange(R * queries, device=device)
+        self.batch = PackedBatch(
+            first_row=0, num_rows=R, rows=None, queries=queries, max_context_len=max_context_len, rectangular=True,
+            positions=positions.flatten(), writes=(positions + first).flatten(), dense=dense,
+            query_positions=positions, index=dense.view(R, queries), counts=counts,
+        )  # fmt: skip
+        return self.batch
+
+    def hold(self, max_context_len: int) -> tuple[Tensor, ...]:
+        """Make room for ``max_context_len`` positions of every row; the buffers that forwards then use."""
+        self._reserve(max_context_len)
+        return (*self._keys.values(), *self._values.values())
+
     def commit(self, counts: np.ndarray) -> None:
         """Keep the first ``counts[r]`` positions that the last forward wrote for each of the first R rows."""
         self.lengths[: len(counts)] += counts
@@ -316,6 +343,11 @@ class PackedTarget:
             positions = known_positions(self.target.spec.config, batch.positions[None])
             output = self.target.forward(input_ids[None], self.layers, positions, mask, past_key_values=self.cache)
         return TargetOutput(output.features[0], output.last_hidden[0])
+
+    def hold(self, max_context_len: int) -> tuple[Tensor, ...]:
+        """Make room for contexts of ``max_context_len``; the memory that forwards then use and that may move."""
+        table = () if self._fused is None else self._fused.hold(max_context_len)
+        return (*self.cache.hold(max_context_len), *table)
 
     def _run_fused(
         self, fused: FusedDecoder, batch: PackedBatch, input_ids: Tensor, masks: Mapping[str, Tensor]

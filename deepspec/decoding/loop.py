@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deepspec.decoding.captured import Captured, cuda_rounds
 from deepspec.decoding.clock import PhaseClock, StepTiming
 from deepspec.decoding.kv import PackedBatch
 from deepspec.decoding.paths import RowTarget, check_tree, open_rows
@@ -43,6 +44,7 @@ def generate(
     settings: DecodeSettings,
     batch_size: int = 1,
     policy: Policy | None = None,
+    captured: Captured | None = None,
 ) -> list[Generation]:
     """Decode prompts (token ids; the sample id is the index in the list) and return their generations in that order.
 
@@ -52,7 +54,7 @@ def generate(
         DataError: an empty prompt, or one beyond the target's positions.
         EvaluationError: a draft tree that cannot be used.
     """
-    decoder = Decoder(target, drafter, settings, batch_size, policy)
+    decoder = Decoder(target, drafter, settings, batch_size, policy, captured=captured)
     requests = deque(DecodeRequest(tuple(prompt), number) for number, prompt in enumerate(prompts))
     return sorted(decoder.stream(requests), key=lambda generation: generation.request.sample_id)
 
@@ -77,6 +79,7 @@ class Decoder:
         batch_size: B.
         policy: how many drafted tokens to verify; None: by ``settings.confidence_threshold``, or all.
         watch: called with a generation whenever it has new tokens.
+        captured: captures rounds; None: in CUDA graphs on CUDA where ``settings.capture``, elsewhere not at all.
 
     Raises:
         EvaluationError: ``settings.tree`` cannot be used with these.
@@ -90,6 +93,7 @@ class Decoder:
         batch_size: int = 1,
         policy: Policy | None = None,
         watch: Callable[[Generation], object] | None = None,
+        captured: Captured | None = None,
     ) -> None:
         self.watch = watch
         self.target, self.drafter, self.settings, self.batch_size = target, drafter, settings, batch_size
@@ -118,6 +122,8 @@ class Decoder:
         self._live = 0  # R: rows 0 .. R - 1 were not finished at the host's last read
         self._in_flight = np.zeros(batch_size, dtype=np.int64)  # [B] tokens of the last forward, not yet read
         self._packed: RowTarget | None = None
+        captured = captured or (cuda_rounds(device) if settings.capture else None)
+        self._captured = None if self._tree else captured  # a tree's rounds stay eager
 
     @torch.inference_mode()
     def stream(self, requests: deque[DecodeRequest]) -> Iterator[Generation]:
@@ -179,6 +185,8 @@ class Decoder:
             layers = self.drafter.model.config.target_layers if self.drafter else ()
             room = len(request.prompt_ids) + min(self.settings.max_new_tokens, 512) + self._slots + 1
             self._packed = open_rows(self.target, layers, self.batch_size, room)
+            if self._captured is not None:
+                self._captured.open(self._packed, self.drafter, self.batch_size)
         self._packed.cache.clear(row)
         self._rows[row] = _Row(Generation(request))
         if self._table.shape[2]:
@@ -238,11 +246,13 @@ class Decoder:
             last = self._last[: self._live]
             if self._tree is not None:
                 return self.drafter.propose_tree(last, self._tree)
-            return self.drafter.propose(last, self._sample_draft, slots)
+            if self._captured is None:
+                return self.drafter.propose(last, self._sample_draft, slots)
+            return self._captured.propose(self._last, self._live, self._sample_draft, slots)
 
-    def _uniforms(self) -> Uniforms:
-        rows = self._every_row[: self._live]
-        now = self._table[rows, self._round[: self._live].clamp_max(self._limit - 1)]
+    def _uniforms(self, count: int) -> Uniforms:
+        rows = self._every_row[:count]
+        now = self._table[rows, self._round[:count].clamp_max(self._limit - 1)]
         return Uniforms(now[:, : self._slots], now[:, self._slots : 2 * self._slots], now[:, -1])
 
     def _sample_draft(self, logits: Tensor, slot: int) -> tuple[Tensor, Tensor | None]:
@@ -251,7 +261,7 @@ class Decoder:
             return logits.argmax(-1), None
         probs = torch.softmax(logits.float() / self.settings.temperature, -1)
         if slot == 0:
-            self._now = self._uniforms()
+            self._now = self._uniforms(len(probs))
         return sample(probs, self._now.draft[:, slot]), probs
 
     def _settle(self, proposal: Proposal | None) -> list[Generation]:
@@ -354,9 +364,24 @@ class Decoder:
         counts = np.array([0 if row is None else row.length + 1 for row in self._rows[:live]], dtype=np.int64)
         if not counts.any():
             return
-        cache = self._target.cache
-        batch = cache.plan(counts, tree=self._tree)
-        tokens = self._last[:live, None]
+        if self._captured is not None and self._captured.verifies:
+            with self.clock.phase("verify"):
+                self._captured.verify(counts, proposal, self._run_target)
+        else:
+            batch = self._target.cache.plan(counts, tree=self._tree)
+            width = batch.queries if self._tree is None else self._tree.path.shape[1]
+            self._run_target(batch, proposal, int(self._target.cache.lengths[:live].max()) + width)
+        self._in_flight[:live] = counts
+        self.clock.rounds += 1
+        self.clock.row_rounds += int((counts > 0).sum())
+        self.clock.verified += int(counts.sum())
+
+    def _run_target(self, batch: PackedBatch, proposal: Proposal | None, max_context_len: int) -> None:
+        """The device's work of a planned forward: logits, acceptance, and the draft's extension.
+
+        ``max_context_len``: no row is longer with the batch's tokens.
+        """
+        tokens = self._last[: batch.num_rows, None]
         if proposal is not None:
             tokens = torch.cat((tokens, proposal.tokens), dim=1)[:, : batch.queries]
         packed = tokens.flatten() if batch.rectangular else tokens.flatten()[batch.dense]
@@ -365,16 +390,14 @@ class Decoder:
         with self.clock.phase("head"):
             logits = self.target.logits(output.last_hidden)
         result = self._accept(logits, tokens[:, 1:], proposal, batch)
-        torch.stack((result.accepted, result.token), dim=1, out=self._outcome[:live])
+        torch.stack((result.accepted, result.token), dim=1, out=self._outcome[: batch.num_rows])
         self._round += 1
         if self.drafter is not None:
-            self._extend(output.features, tokens, batch, result)
-        self._in_flight[:live] = counts
-        self.clock.rounds += 1
-        self.clock.row_rounds += int((counts > 0).sum())
-        self.clock.verified += int(counts.sum())
+            self._extend(output.features, tokens, batch, result, max_context_len)
 
-    def _extend(self, features: Tensor, tokens: Tensor, batch: PackedBatch, result: VerifyResult) -> None:
+    def _extend(
+        self, features: Tensor, tokens: Tensor, batch: PackedBatch, result: VerifyResult, max_context_len: int
+    ) -> None:
         """Give the accepted positions to the draft; of a tree the accepted path, which moves to the front of the cache.
 
         ``features`` are packed, ``tokens`` [R, Q] are those of the batch.
@@ -387,7 +410,6 @@ class Decoder:
         counts = torch.minimum(accepted + 1, batch.counts)  # none of a row that is finished
         after = torch.nn.functional.pad(tokens[:, 1:], (0, 1))
         after.scatter_(1, accepted[:, None], result.token[:, None])
-        max_context_len = int(self._target.cache.lengths[: self._live].max()) + index.shape[1]
         with self.clock.phase("draft"):
             self.drafter.extend(features[index], after, counts, max_context_len)  # type: ignore[union-attr]
 
@@ -398,10 +420,11 @@ class Decoder:
         if self.settings.temperature <= 0:
             return verify_greedy(logits, drafts, batch.index, lengths)
         if proposal is None or proposal.probs is None:
-            probs, self._now = logits.new_zeros(self._live, 0, logits.shape[-1]), self._uniforms()
+            probs = logits.new_zeros(len(drafts), 0, logits.shape[-1])
         else:
             probs = proposal.probs[:, : drafts.shape[1]]
-        return verify_sampled(logits, drafts, probs, batch.index, lengths, self.settings.temperature, self._now)
+        now = self._uniforms(len(drafts))
+        return verify_sampled(logits, drafts, probs, batch.index, lengths, self.settings.temperature, now)
 
 
 def _up_to_stop(tokens: Sequence[int], stops: frozenset[int]) -> int:

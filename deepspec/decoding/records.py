@@ -20,6 +20,7 @@ class DecodeSettings:
         seed: with a request's sample id the key of all its random numbers, so that they do not depend on the batch.
         confidence_threshold: verify only the drafted prefix whose confidences reach it; 0 verifies all.
         confidence_temperatures: one a slot, from Sequential Temperature Scaling; divides the confidence logits.
+        capture: on CUDA, capture rounds in graphs and replay them; the outputs are the same.
         tree: draft this static tree, children of every node by depth; empty: a chain. Only at temperature 0.
         release_counting: count as the released implementation does, only to compare with its results: go on until the
             rounds alone reach the limit, and verify what a block drafter proposes after a drafted stop token too.
@@ -36,6 +37,7 @@ class DecodeSettings:
     confidence_temperatures: tuple[float, ...] | None = None
     release_counting: bool = False
     tree: tuple[int, ...] = ()
+    capture: bool = False
 
     def __post_init__(self) -> None:
         ranges = {"temperature": TEMPERATURE, "max_new_tokens": COUNT, "seed": SEED, "confidence_threshold": SHARE}

@@ -34,6 +34,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--first-turn", action="store_true", help="only the first turn of each prompt, as in the paper")
     parser.add_argument("--tree", default="", help="draft a static tree: children of every node by depth, as 4,2,1,1")
     parser.add_argument("--no-plain", action="store_true", help="skip the baseline (no speed-up, no equality check)")
+    parser.add_argument("--no-capture", action="store_true", help="on CUDA, launch each operation of a round by itself")
     parser.add_argument(
         "--show", type=COUNT_OR_NONE, default=0, metavar="N", help="print N answers, their tokens in colour"
     )
@@ -63,7 +64,9 @@ def parse_study() -> argparse.Namespace:
     text = "of the policy that verifies while the draft is confident"
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.5, help=text)
     absent = dict.fromkeys(("server", "baseline_server"))
-    parser.set_defaults(study="scheduler", show=0, tree="", no_plain=False, batch_size=1, engine="auto", **absent)
+    parser.set_defaults(
+        study="scheduler", show=0, tree="", no_plain=False, no_capture=False, batch_size=1, engine="auto", **absent
+    )
     given = _read(parser)
     _check_server(given)
     return given
@@ -116,7 +119,7 @@ def _check_server(given: argparse.Namespace) -> None:
             raise EvaluationError("without a server", key=flag, remedy="name the --server, or leave it out")
         return
     values = vars(given)
-    names = ("tree", "confidence_threshold", "study", "no_plain", "show")
+    names = ("tree", "confidence_threshold", "study", "no_plain", "no_capture", "show")
     ours = {f"--{name.replace('_', '-')}": values[name] for name in names}
     ours["--dtype"] = given.dtype != "auto"
     ours["--batch-size"] = given.batch_size != 1 and not given.recipe
@@ -276,6 +279,7 @@ def _evaluate(given: argparse.Namespace) -> int:
         "temperatures": tuple(given.temperature),
         "tree": parse_tree(given.tree),
         "baseline": not given.no_plain,
+        "capture": not given.no_capture,
         "device": str(pick_device(world.local_rank)),
     }
     results = Evaluation(Options(**_fields(Options, vars(given) | more)), world).run()

@@ -102,6 +102,7 @@ class Options(Models):
     tree: tuple[int, ...] = ()  # static draft tree: children of every node by depth; empty: a chain
     baseline: bool = True  # also decode without the draft: speed-up and equality of greedy outputs
     first_turn: bool = False  # of each prompt, as the paper measured
+    capture: bool = True  # on CUDA, replay rounds as captured graphs
 
     def __post_init__(self) -> None:
         TEMPERATURE.check_each("temperature", self.temperatures, EvaluationError)
@@ -158,6 +159,7 @@ class Evaluation:
         settings = file_keys(asdict(self.options))
         left_out = ["output", "device"]
         left_out += [key for key in ("tree", "revision") if not settings[key]]  # as in runs of an earlier version
+        left_out += ["capture"] * settings["capture"]
         settings = {key: value for key, value in settings.items() if key not in left_out}
         if self.sts is not None and self.options.confidence_threshold > 0:  # without one nothing depends on them
             settings["confidence_temperatures"] = self.sts
@@ -334,7 +336,7 @@ class Evaluation:
         options, stops = self.options, self.renderer.stop_token_ids
         return DecodeSettings(
             temperature, options.max_new_tokens, stops, options.seed, options.confidence_threshold, self.sts,
-            tree=options.tree,
+            tree=options.tree, capture=options.capture,
         )  # fmt: skip
 
     def _longest(self, turns: Sequence[str]) -> int:

@@ -92,11 +92,15 @@ class RotaryRows:
 
     def at(self, positions: Tensor, num_positions: int) -> Table:
         """The table of ``positions`` [..], all below ``num_positions``: [.., 1, E] each."""
-        if self._table is None or len(self._table[0]) < num_positions:
-            every = torch.arange(max(256, 2 * num_positions), device=positions.device)
-            self._table = rotary_table(self._compute(every))
-        cos, sin = self._table
+        cos, sin = self.reserve(num_positions, positions.device)
         return cos[positions], sin[positions]
+
+    def reserve(self, num_positions: int, device: torch.device) -> Table:
+        """The table, of at least ``num_positions``."""
+        if self._table is None or len(self._table[0]) < num_positions:
+            every = torch.arange(max(256, 2 * num_positions), device=device)
+            self._table = rotary_table(self._compute(every))
+        return self._table
 
 
 def rotate_pairs(x: Tensor, table: Table) -> Tensor:

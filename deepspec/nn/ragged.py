@@ -28,9 +28,10 @@ class RaggedKV:
         self.keys = like.new_zeros(rows, capacity, heads, head_dim)  # a masked key must be finite: no empty memory
         self.values = like.new_zeros(rows, capacity, heads, head_dim)
 
-    def reserve(self, num_slots: int) -> None:
-        """Make room for ``num_slots`` slots of every row."""
+    def hold(self, num_slots: int) -> tuple[Tensor, Tensor]:
+        """Make room for ``num_slots`` slots of every row; the buffers."""
         self.keys, self.values = grown(self.keys, num_slots), grown(self.values, num_slots)
+        return self.keys, self.values
 
     def index(self, slots_RN: Tensor, rows_R: Tensor) -> Tensor:
         """Where :meth:`write` finds ``slots`` of ``rows``, [R*N]; the same for all buffers of this capacity."""

@@ -26,7 +26,8 @@ import torch
 
 from deepspec import registry
 from deepspec.batch import Batch
-from deepspec.decoding.loop import Decoder
+from deepspec.decoding.captured import DRAFT, VERIFY, Captured
+from deepspec.decoding.loop import Decoder, generate
 from deepspec.decoding.paths import decoding_path, take_path
 from deepspec.decoding.records import DecodeRequest, DecodeSettings
 from deepspec.drafts import FROZEN, build_draft, draft_algorithm, load_draft, read_weights
@@ -47,7 +48,8 @@ from deepspec.testing.case import (
     terms_of,
     write_run,
 )
-from deepspec.testing.fake_cuda import CUDA, fake_cuda, faked, to_fake
+from deepspec.testing.fake_cuda import CUDA, FakeGraphs, fake_cuda, faked, to_fake
+from deepspec.testing.recorder import RecordedGraphs
 from deepspec.training.report import Meter
 
 REDUCED = 20  # tokens of a reduced vocabulary
@@ -241,6 +243,20 @@ class DecodingSuite(_Cases):
         extend(case, moved, [PROMPTS[2]], [0])
         equal_rows(propose(moved, [PROMPTS[2]]), [alone[2]])
 
+    def test_captured_rounds_draft_and_commit_what_eager_ones_do(self, case: Case) -> None:
+        """A recorder of operations stands in for CUDA graphs; buffers grow, and contexts pass from bucket to bucket."""
+        model = case.draft().eval()
+        for temperature in (0.0, 1.0):
+            settings = DecodeSettings(temperature, 12, seed=3, stop_token_ids=(2, 17))
+            found = []
+            for captured in (None, Captured(RecordedGraphs(), 8)):
+                done = generate(case.target, case.owner.drafter(model, 3, 4), PROMPTS, settings, 3, None, captured)
+                found.append([(one.output_ids, [step.sent for step in one.rounds]) for one in done])
+            assert found[0] == found[1]
+            assert captured is not None
+            assert not captured.refused
+            assert min(captured.count(DRAFT), captured.count(VERIFY)) > 0
+
     def test_fewer_tokens_are_the_first_of_all(self, case: Case) -> None:
         """``max_draft`` of a round cuts the proposal, and never lengthens it."""
         model = case.draft().eval()
@@ -306,25 +322,39 @@ class DeviceSuite(_Cases):
     def test_a_round_of_decoding_reads_once_and_waits_for_nothing_else(self, case: Case, temperature: float) -> None:
         """More rounds make no other copies. At a temperature the rows verify different numbers of tokens; without one
         a draft that can draws a tree."""
-        model, target = case.draft().eval(), copy.deepcopy(case.target.model)
-        path, seen = decoding_path(case.target), []  # tried on values, which fakes have not
-        with fake_cuda() as traffic:
-            to_fake(model)
-            to_fake(target)
-            fake_target = Target(target, case.target.spec)
-            take_path(fake_target, path)
-            model.attach(fake_target.embed_weight, fake_target.head_weight)
-            for new_tokens in (2, 3):
-                traffic.clear()
-                drafter = case.owner.drafter(model, 2, 16)
-                tree = (2,) * min(2, drafter.max_draft) if drafter.max_children and not temperature else ()
-                settings = DecodeSettings(temperature=temperature, max_new_tokens=new_tokens, tree=tree)
-                decoder = Decoder(fake_target, drafter, settings, 2, Uneven() if temperature else None)
-                list(decoder.stream(deque(DecodeRequest(tuple(prompt), 0) for prompt in PROMPTS[:2])))
-                seen.append((decoder.clock.rounds, len(traffic.reads), Counter(traffic.waits)))
-        (few, few_reads, few_waits), (many, many_reads, many_waits) = seen
-        assert many_reads - few_reads == many - few > 0
-        assert not many_waits - few_waits, "waits in every round"
+        _check_rounds(case, temperature, captures=False)
+
+    @pytest.mark.parametrize("temperature", [0.0, 1.0])
+    def test_what_is_captured_of_a_round_copies_nothing(self, case: Case, temperature: float) -> None:
+        """All else is as in the test above, but for the tree, whose rounds stay eager."""
+        _check_rounds(case, temperature, captures=True)
+
+
+def _check_rounds(case: Case, temperature: float, captures: bool) -> None:
+    """Assert that rounds on fake CUDA tensors read once each and wait for nothing else."""
+    model, target = case.draft().eval(), copy.deepcopy(case.target.model)
+    path, seen = decoding_path(case.target), []  # tried on values, which fakes have not
+    with fake_cuda() as traffic:
+        to_fake(model)
+        to_fake(target)
+        fake_target = Target(target, case.target.spec)
+        take_path(fake_target, path)
+        model.attach(fake_target.embed_weight, fake_target.head_weight)
+        for new_tokens in (2, 3):
+            traffic.clear()
+            drafter = case.owner.drafter(model, 2, 16)
+            grows = drafter.max_children and not temperature and not captures
+            tree = (2,) * min(2, drafter.max_draft) if grows else ()
+            settings = DecodeSettings(temperature=temperature, max_new_tokens=new_tokens, tree=tree)
+            captured = Captured(FakeGraphs(traffic), 8) if captures else None
+            policy = Uneven() if temperature else None
+            decoder = Decoder(fake_target, drafter, settings, 2, policy, captured=captured)
+            list(decoder.stream(deque(DecodeRequest(tuple(prompt), 0) for prompt in PROMPTS[:2])))
+            seen.append((decoder.clock.rounds, len(traffic.reads), Counter(traffic.waits)))
+            assert captured is None or not captured.refused
+    (few, few_reads, few_waits), (many, many_reads, many_waits) = seen
+    assert many_reads - few_reads == many - few > 0
+    assert not many_waits - few_waits, "waits in every round"
 
 
 class TrainingRunSuite(_Cases):

@@ -111,3 +111,5 @@ def test_what_is_planted_in_a_drafter_fails_the_suite(
     monkeypatch.setattr(type(case.owner), "drafter_class", Planted)
     with pytest.raises(error):
         DeviceSuite().test_a_round_of_decoding_reads_once_and_waits_for_nothing_else(case, 0.0)
+    with pytest.raises(DeviceError):
+        DeviceSuite().test_what_is_captured_of_a_round_copies_nothing(case, 0.0)

@@ -37,6 +37,9 @@ def test_the_dry_run_runs_everything(run: Any, tmp_path: Path) -> None:
     names = {section: [row["row"] for row in rows] for section, rows in found["sections"].items()}
     assert set(names["training steps"]) == {*registry.ALGORITHMS, *(f"{name}, plain" for name in PLAIN)}
     assert {name.split(", ")[0] for name in names["decoding"]} == {"without a draft", *registry.ALGORITHMS}
+    rounds = found["sections"]["decoding"]
+    assert all(row["captured rounds"] > 0 and row["eager"] == "nothing" for row in rounds)
+    assert all(row["tokens/s"] > 0 and row["captured, tokens/s"] > 0 for row in rounds)
     assert {"build, lossless", "read, 8 threads"} < set(names["cache"])
     assert len(found["bars"]) == len(names["twins"])
     assert all(row["of peak"] > 0 for row in found["sections"]["training steps"] if ", plain" not in row["row"])
