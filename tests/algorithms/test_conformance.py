@@ -40,6 +40,17 @@ class TestNorms(TrainingLossSuite, DecodingSuite):
     section: ClassVar = {"num_layers": 2, "fc_norm": True, "norm_output": True, "norm_before_residual": True}
 
 
+@pytest.mark.slow
+class TestNormsOfEveryFamily(DraftFolderSuite, TrainingLossSuite, DecodingSuite):
+    algorithms, section = ("eagle3",), TestNorms.section
+
+
+@pytest.mark.slow
+class TestOneNormBeforeTheProjection(DraftFolderSuite, TrainingLossSuite, DecodingSuite):
+    algorithms = ("eagle3",)
+    section: ClassVar = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True}
+
+
 class TestExperts(DraftFolderSuite, TrainingLossSuite, DecodingSuite, TrainingRunSuite):
     """A head with the target's mixture of experts; at stage 3 every rank gathers every expert."""
 
