@@ -70,35 +70,31 @@ class ExpertWeights(nn.Module):
         by_expert, order = chosen.flatten().sort(stable=True)
         ends = torch.searchsorted(by_expert, torch.arange(count, device=x.device), right=True, out_int32=True)
         rows = x[order // most]
-        if x.is_cuda and _aligned(self.gate_up_proj) and _aligned(self.down_proj):
-            outputs = self.grouped(rows, ends)
-        else:
-            outputs = self.looped(rows, ends)
+        weights = self.gate_up_proj, self.down_proj
+        product = grouped if x.is_cuda and all(map(_aligned, weights)) else looped
+        # one call of the activation, a module: at ZeRO stage 3 every rank must call the same modules
+        gate, up = product(rows, self.gate_up_proj, ends).chunk(2, dim=-1)
+        outputs = product(self.act(gate) * up, self.down_proj, ends)
         outputs = outputs * shares.flatten()[order, None].to(outputs.dtype)
         return torch.empty_like(outputs).index_copy(0, order, outputs).unflatten(0, (-1, most)).sum(dim=1)
 
-    def looped(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """[n, D] of rows [n, D] sorted by expert, the last + 1 of each expert ``ends`` [E]: one expert at a time.
 
-        The ends are read by the host. :meth:`grouped` is the same without that.
-        """
-        parts, start = [], 0
-        weights = zip(ends.tolist(), self.gate_up_proj.unbind(), self.down_proj.unbind(), strict=True)
-        for number, (end, gate_up, down) in enumerate(weights):
-            if end > start or not number:  # of the first also where it has no row: the weights stay in the graph
-                parts.append(F.linear(self._activated(F.linear(rows[start:end], gate_up)), down))
-            start = end
-        return torch.cat(parts)
+def looped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Rows [n, in] sorted by expert times the weight [E, out, in] of theirs: [n, out], one expert after the other.
 
-    def grouped(self, rows: Tensor, ends: Tensor) -> Tensor:
-        """:meth:`looped` in two products, for which the host reads nothing."""
-        gate_up = F.grouped_mm(rows, self.gate_up_proj.transpose(1, 2), offs=ends)
-        return F.grouped_mm(self._activated(gate_up), self.down_proj.transpose(1, 2), offs=ends)
+    ``ends`` [E] int32: the last row + 1 of each expert, read by the host. :func:`grouped` is the same without that.
+    """
+    parts, start = [], 0
+    for number, (end, one) in enumerate(zip(ends.tolist(), weight.unbind(), strict=True)):
+        if end > start or not number:  # of the first also where it has no row: the weight stays in the graph
+            parts.append(F.linear(rows[start:end], one))
+        start = end
+    return torch.cat(parts)
 
-    def _activated(self, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated: Tensor = self.act(gate) * up
-        return activated
+
+def grouped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """:func:`looped` in one product, for which the host reads nothing."""
+    return F.grouped_mm(rows, weight.transpose(1, 2), offs=ends)
 
 
 def _aligned(weight: Tensor) -> bool:

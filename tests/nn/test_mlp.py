@@ -16,7 +16,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextSparseMo
 
 from deepspec import registry
 from deepspec.families.base import DRAFT_EXPERTS, Experts, Shape
-from deepspec.nn.mlp import ExpertMLP
+from deepspec.nn.mlp import ExpertMLP, grouped, looped
 from deepspec.nn.start import initialise
 
 HIDDEN, TOKENS = 32, 23
@@ -100,19 +100,34 @@ def test_it_is_every_expert_weighed(experts: Experts, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_grouped_products_are_the_loop(dtype: torch.dtype) -> None:
+def test_the_grouped_product_is_the_loop(dtype: torch.dtype) -> None:
     """Two experts get no row."""
-    model = mixture(Experts(8, 3, 24)).experts.to(dtype)
+    weight = mixture(Experts(8, 3, 24)).experts.to(dtype).gate_up_proj
     rows = torch.randn(20, HIDDEN, generator=torch.Generator().manual_seed(2)).to(dtype)
     ends = torch.tensor([0, 4, 5, 5, 9, 15, 16, 20], dtype=torch.int32)
-    looped, grouped = model.looped(rows, ends), model.grouped(rows, ends)
+    outputs = [product(rows, weight, ends) for product in (grouped, looped)]
     near = 1e-5 if dtype == torch.float32 else 5e-2
-    torch.testing.assert_close(grouped, looped, atol=near, rtol=near)
-    for weight in (model.gate_up_proj, model.down_proj):
-        losses = (out.float().square().mean() for out in (grouped, looped))
-        a, b = (torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses)
-        torch.testing.assert_close(a, b, atol=near, rtol=near)
-        assert not a[0].any()
+    torch.testing.assert_close(*outputs, atol=near, rtol=near)
+    gradients = [torch.autograd.grad(out.float().square().mean(), weight)[0] for out in outputs]
+    torch.testing.assert_close(*gradients, atol=near, rtol=near)
+    assert not gradients[0][0].any()
+    assert gradients[0][1].any()
+
+
+def test_the_same_modules_are_called_whichever_experts_the_tokens_chose() -> None:
+    """ZeRO stage 3 gathers a module's weights when it is called: a rank that calls others ends the run."""
+    model = mixture(Experts(8, 1, 24, 16))
+    called: list[list[str]] = []
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(lambda _module, _inputs, name=name: called[-1].append(name))
+    chosen = []
+    for tokens in (torch.zeros(0, HIDDEN), torch.ones(4, HIDDEN), torch.randn(40, HIDDEN)):
+        called.append([])
+        model(tokens)
+        chosen.append(len(model.gate(tokens).argmax(-1).unique()))
+        called[-1].remove("gate")
+    assert chosen[0] < chosen[1] < chosen[2]
+    assert called[0] == called[1] == called[2]
 
 
 def test_all_experts_take_part_in_a_step_without_a_token() -> None:
