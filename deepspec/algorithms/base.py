@@ -10,7 +10,7 @@ a round.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +22,7 @@ from deepspec.algorithms.loss_fields import LossFields
 from deepspec.batch import Batch, LossPlan, Part, Supervision
 from deepspec.errors import DraftError, RecipeError
 from deepspec.families.base import Family, Shape
-from deepspec.families.plain import LayerSection
+from deepspec.families.plain import DraftLayers, LayerSection
 from deepspec.metrics import LossTerms
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.features import FeatureLinear
@@ -35,6 +35,7 @@ from deepspec.nn.start import initialise
 from deepspec.nn.tree import Tree
 from deepspec.sections import parse_section
 from deepspec.targets import TargetSpec
+from deepspec.targets.stored import StackedTensor, StoredTensor
 
 # (logits [B, V], slot) -> tokens [B], probs [B, V] or None
 Sampler = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
@@ -334,10 +335,14 @@ class Algorithm(ABC):
         if size is not None and size > target.vocab_size:
             wanted = f"at most {target.vocab_size}, the vocabulary of {target.path}"
             raise RecipeError("vocabulary too large", key="draft.draft_vocab_size", found=size, wanted=wanted)
-        _ = target.draft_layers(config.layers).shape  # sizes that fit each other
+        _ = self.layers(config, target).shape  # sizes that fit each other
 
-    def native(self, stored: Collection[str]) -> dict[str, str]:
-        """Our names -> a checkpoint's, of a draft of this kind among tensors that the target itself does not use."""
+    def layers(self, config: Any, target: TargetSpec) -> DraftLayers:
+        """Family and sizes of the layers of a draft for ``target``."""
+        return target.draft_layers(config.layers)
+
+    def native(self, config: Any, stored: Mapping[str, StoredTensor]) -> Mapping[str, StoredTensor | StackedTensor]:
+        """By our names, a draft of this kind among the tensors of a checkpoint that the target itself does not use."""
         return {}
 
     def matches(self, published: Mapping[str, Any]) -> bool:
@@ -370,7 +375,7 @@ class Algorithm(ABC):
 
     def config_json(self, config: Any, target: TargetSpec, dtype: str = "float32") -> dict[str, Any]:
         """config.json of a draft for ``target`` in the published layout; ``dtype`` is that of the weights beside it."""
-        layers = target.draft_layers(config.layers)
+        layers = self.layers(config, target)
         published = layers.family.draft_config(layers.config, config.num_layers)
         published.update(
             model_type=layers.family.draft_model_type,
@@ -412,7 +417,7 @@ class Algorithm(ABC):
 
     def empty(self, config: Any, target: TargetSpec) -> DraftModel:
         """An uninitialised draft for ``target``, with the layers of ``draft.layers``."""
-        layers = target.draft_layers(config.layers)
+        layers = self.layers(config, target)
         return self.build_model(config, layers.shape, layers.family)
 
     def drafter(self, model: Any, batch_size: int, max_length: int) -> Drafter:

@@ -24,13 +24,17 @@ Which keys a step sees (``step_keys``):
 - ``own``: those of its own step at positions 0..t, as the published fine-tuning has it. Decoding has no such keys (a
   context of drafted states, one for each step), so a head trained with them drafts by the rule above all the same.
 
+The layer's MLP is dense; with ``experts`` it is a mixture of experts of the target's sizes, as the heads of such
+targets have it. A checkpoint holds the experts one by one or stacked; ours are stacked.
+
 B batch, S sequence, N active slots of a row (those that any step supervises), T steps, D hidden size, R supervised
 (step, slot) pairs, P distinct target positions of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -49,15 +53,20 @@ from deepspec.algorithms.base import (
 from deepspec.algorithms.eagle3 import Eagle3Drafter, TTTPlan, step_loss, supervised_slots
 from deepspec.batch import Batch, Supervision
 from deepspec.errors import TargetError
-from deepspec.families.base import Family, Shape
+from deepspec.families.base import DRAFT_EXPERTS, EXPERT_KEYS, Family, Shape
+from deepspec.families.plain import DraftLayers
 from deepspec.metrics import LossTerms
 from deepspec.nn.attention import attend
 from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.fused import norm_of
 from deepspec.nn.layer import DraftLayer, RMSNorm
 from deepspec.targets import TargetSpec
+from deepspec.targets.stored import StackedTensor, StoredTensor
 
+PREFIX = "mtp."  # of such a head's names in a target's checkpoint
+SINGLE = re.compile(r"(?P<experts>.*\.mlp\.experts)\.(?P<number>\d+)\.(?P<part>gate|up|down)_proj\.weight")
 KV = tuple[Tensor, Tensor]
+Rows = tuple[tuple[Any, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +77,7 @@ class MTPConfig(DraftConfig):
     steps: int = 3  # that the head is unrolled in training, and tokens drafted a round
     step_weight_decay: float = 0.6  # each step's loss weighs so much of the one before
     step_keys: Literal["committed", "own"] = "committed"  # that later steps see in training; own: each its own step's
+    experts: bool = False  # the layer has the target's mixture of experts in place of a dense MLP
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,6 +196,42 @@ def _slot_layer(
     return layer.finish(hidden, mixed[:, :, 0], gate), kv
 
 
+def stacked(head: Mapping[str, Any], join: Callable[[Rows], Any]) -> dict[str, Any]:
+    """A head's tensors with experts that are stored one by one joined into our two: [E, 2I, D] and [E, D, I].
+
+    Args:
+        head: by our names, those of single experts as checkpoints have them.
+        join: one tensor of rows, each of tensors that follow each other in it.
+    """
+    joined: dict[str, Any] = {}
+    single: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, tensor in head.items():
+        if (match := SINGLE.fullmatch(name)) is None:
+            joined[name] = tensor
+        else:
+            single.setdefault(match["experts"], {}).setdefault(int(match["number"]), {})[match["part"]] = tensor
+    for experts, by_number in single.items():
+        for name, parts in (("gate_up_proj", ("gate", "up")), ("down_proj", ("down",))):
+            rows = (tuple(by_number[number][part] for part in parts) for number in sorted(by_number))
+            joined[f"{experts}.{name}"] = join(tuple(rows))
+    return joined
+
+
+def apart(head: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The reverse of :func:`stacked`: a head's tensors with the experts one by one."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in head.items():
+        experts, _, kind = name.rpartition(".")
+        if not experts.endswith(".mlp.experts"):
+            found[name] = tensor
+            continue
+        parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)
+        for number, rows in enumerate(tensor):
+            for part, weight in zip(parts, rows.chunk(len(parts)), strict=True):
+                found[f"{experts}.{number}.{part}_proj.weight"] = weight
+    return found
+
+
 class MTPDrafter(Eagle3Drafter):
     """Step 0 at committed positions, then one step a token (or a depth of a tree), as Eagle3 drafts."""
 
@@ -215,6 +261,7 @@ class MTP(Algorithm):
         OwnField("mtp_steps", "steps", training_only=True),
         OwnField("step_weight_decay", "step_weight_decay", training_only=True),
         OwnField("step_keys", "step_keys", training_only=True),
+        OwnField(DRAFT_EXPERTS, "experts", default=False, optional=True),
     )
     tiny_section: ClassVar[dict[str, Any]] = {"target_layers": [4], "num_layers": 1, "steps": 3}
 
@@ -226,17 +273,42 @@ class MTP(Algorithm):
         layers = list(config.target_layers)
         require(depth - 1 <= layers[0] <= depth, "target_layers", layers, wanted)
 
-    def native(self, stored: Collection[str]) -> dict[str, str]:
+    def layers(self, config: MTPConfig, target: TargetSpec) -> DraftLayers:
+        """With ``experts`` those of the target's own heads.
+
+        Raises:
+            RecipeError: there are none, or ``layers`` states others.
+        """
+        if not config.experts:
+            return super().layers(config, target)
+        layers, wanted = target.expert_layers, f"false: {target.model_type} has no experts of a kind that is known here"
+        require(layers is not None, "experts", True, wanted)
+        require(config.layers is None, "layers", config.layers, "null with experts: its sizes are the target's")
+        return cast(DraftLayers, layers)
+
+    def config_json(self, config: MTPConfig, target: TargetSpec, dtype: str = "float32") -> dict[str, Any]:
+        """See :meth:`Algorithm.config_json`; with the sizes of the experts, which other drafts have not."""
+        published = super().config_json(config, target, dtype)
+        if config.experts:
+            published |= {key: target.config[key] for key in EXPERT_KEYS if key in target.config}
+        return published
+
+    def native(self, config: MTPConfig, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor | StackedTensor]:
         """See :meth:`Algorithm.native`: what Qwen3-Next and Qwen3.5 call ``mtp.*``.
 
         Raises:
             TargetError: a head of another kind.
         """
-        found = {name.removeprefix("mtp."): name for name in stored if name.startswith("mtp.")}
-        for name in [*found.values(), *(name for name in stored if ".eh_proj." in name)]:
-            if ".experts." in name or not name.startswith("mtp."):
-                problem = "the target's own head is of another kind: ours are dense, with standard attention"
-                raise TargetError(problem, key=name, remedy="set train.init: random")
+        other = next((name for name in stored if ".eh_proj." in name), None)
+        if other is not None:
+            problem = "the target's own head is of another kind: ours have standard attention, and names mtp.*"
+            raise TargetError(problem, key=other, remedy="set train.init: random")
+        head = {name.removeprefix(PREFIX): one for name, one in stored.items() if name.startswith(PREFIX)}
+        found = stacked(head, StackedTensor)
+        if bool(found) and any(".experts." in name for name in found) != config.experts:
+            problem = "the target's own head is dense" if config.experts else "the target's own head has experts"
+            remedy = f"set draft.experts: {'false' if config.experts else 'true'}, or train.init: random"
+            raise TargetError(problem, key="draft.experts", found=config.experts, remedy=remedy)
         return found
 
     def plan(self, config: MTPConfig, supervision: Supervision) -> TTTPlan:

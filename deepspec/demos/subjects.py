@@ -1,7 +1,7 @@
 """What the serve check serves: the quickstart's drafts, and drafts of random small targets of other families.
 
-A random target needs no training: its drafts learn its own answers to the prompts by heart in seconds, so that rounds
-accept none, some and all of what they draft.
+A random target needs no training: its drafts, and kinds that the quickstart has not trained, learn the target's own
+answers to the prompts by heart in seconds, so that rounds accept none, some and all of what they draft.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -26,13 +25,10 @@ from deepspec.batch import Batch, Supervision
 from deepspec.data.chat import Renderer
 from deepspec.decoding.loop import generate
 from deepspec.decoding.records import DecodeSettings
-from deepspec.demos.stages import native, settings
 from deepspec.drafts import FROZEN, draft_algorithm, read_weights, save_draft
 from deepspec.errors import DraftError
-from deepspec.export.consolidate import consolidate
 from deepspec.files import read_json
 from deepspec.serving.check import Row, ServeCheck, Subject
-from deepspec.serving.process import run
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import check_room
 
@@ -61,20 +57,19 @@ def quickstart_subject(folder: Path, count: int, max_tokens: int) -> Subject:
     decoding = DecodeSettings(0.0, max_tokens, renderer.stop_token_ids)
     for number, prompt in enumerate(prompts):  # before an engine is made and drafts are trained
         check_room(target.spec.config, len(prompt), max_tokens, f"prompt {number}")
-    draft = partial(_quickstart_draft, folder)
+    draft = partial(_quickstart_draft, folder, partial(_taught, target, _answered(target, prompts, decoding)))
     return Subject(QUICKSTART, path, target, prompts, decoding, tuple(TABLE[QUICKSTART]), draft, states=True)
 
 
-def _quickstart_draft(folder: Path, kind: str, work: Path) -> Path:
-    """The draft folder of a kind, made in ``work`` where the quickstart has none of it."""
+def _quickstart_draft(folder: Path, teach: Callable[[str, Path], Path], kind: str, work: Path) -> Path:
+    """The draft folder of a kind; where the quickstart has none of it one in ``work`` that ``teach`` makes."""
     finished, made = folder / f"{kind}-draft", work / f"{kind}-draft"
     if (finished / "provenance.json").is_file():
         return finished
+    if not kind.endswith(REDUCED):
+        return teach(kind, work)
     if not (made / "provenance.json").is_file():
-        if kind.endswith(REDUCED):
-            reduce_vocabulary(_quickstart_draft(folder, kind.removesuffix(REDUCED), work), made)
-        else:
-            _train(folder, kind, work, made)
+        reduce_vocabulary(_quickstart_draft(folder, teach, kind.removesuffix(REDUCED), work), made)
     return made
 
 
@@ -83,21 +78,6 @@ def _options(kind: str) -> tuple[str, dict[str, bool]]:
     name, *keys = kind.split(SET)
     fill_in = {"sample_from_anchor": False} if name.endswith(FILL_IN) else {}
     return name.removesuffix(REDUCED).removesuffix(FILL_IN), fill_in | dict.fromkeys(keys, True)
-
-
-def _train(quickstart: Path, kind: str, work: Path, made: Path) -> None:
-    """A kind that the quickstart does not make, from its cache."""
-    (algorithm, options), folder, root = _options(kind), work / kind, quickstart.resolve()
-    log.info("training %s (minutes)", kind)
-    recipe = f"quickstart_{algorithm}"
-    chosen = (
-        "train.max_steps=300", f"output={folder.resolve()}",
-        f"target.path={root / 'target'}", f"data.conversations={root / 'conversations.jsonl'}",
-        f"data.cache=[{root / 'cache'}]", *(f"draft.{key}={str(value).lower()}" for key, value in options.items()),
-    )  # fmt: skip
-    command = [sys.executable, "-m", "deepspec", "train", "--recipe", recipe]
-    run([*command, *settings(native(recipe, chosen))], work / f"train-{kind}.log")
-    consolidate(folder, made)
 
 
 def reduce_vocabulary(source: Path, output: Path) -> None:

@@ -23,6 +23,17 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Sizes of a mixture of experts, gated MLPs of which a router gives each token a few."""
+
+    count: int
+    per_token: int
+    width: int  # inner size of each
+    shared_width: int = 0  # of the one that every token passes; 0: there is none
+    normalised: bool = True  # a token's weights of its experts sum to 1
+
+
+@dataclass(frozen=True)
 class Shape:
     """Sizes of a draft's layers, read from a model's (text) config."""
 
@@ -41,6 +52,7 @@ class Shape:
     k_eq_v: bool = False  # values are the un-normed key projection; no v_proj
     softcap: float | None = None  # final logits c * tanh(x / c)
     logit_scale: float = 1.0  # factor of the logits, before the softcap
+    experts: Experts | None = None  # in place of the layer's MLP
 
 
 @dataclass(frozen=True)
@@ -63,6 +75,7 @@ class Family:
     scaled_embedding: bool = False  # embeddings times sqrt(hidden_size)
     gated: bool = False  # the target's own attention multiplies each head by a gate; only its own heads take that over
     norm_offset: float = 0.0  # what the target's norms add to their stored weights; ours are stored as they multiply
+    expert_types: tuple[str, ...] = ()  # `model_type` of targets whose own heads are such layers, with experts
     plain_layers: tuple[str, ...] = ()  # classes of transformers whose forward is that of a draft layer of this family
     tiny_config: Mapping[str, Any] = field(default_factory=dict)  # what a tiny model needs besides its sizes, for tests
     # a Llama-like config (deepspec.families.plain) in this family's own fields; None: they are the same
@@ -128,6 +141,22 @@ def read_common(config: Mapping[str, Any], activation_key: str = "hidden_act") -
     }
 
 
+DRAFT_EXPERTS = "draft_experts"  # of a config of a draft's layers: they have the experts that it states
+EXPERT_KEYS = (
+    "num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size",
+    "shared_expert_intermediate_size", "norm_topk_prob",
+)  # fmt: skip
+
+
+def read_experts(config: Mapping[str, Any]) -> Experts | None:
+    """The experts of the layers of a Qwen-like config; None: it states none, or is of a draft with dense layers."""
+    count, local, per_token, width, shared, normalised = map(config.get, EXPERT_KEYS)
+    count = count or local  # two names of one thing
+    if not (config.get(DRAFT_EXPERTS) and count and per_token and width):
+        return None
+    return Experts(int(count), int(per_token), int(width), int(shared or 0), normalised is not False)
+
+
 def read_flat_shape(config: Mapping[str, Any]) -> Shape:
     """The :class:`Shape` of a Llama-like flat config (Llama, Qwen3)."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
@@ -138,6 +167,7 @@ def read_flat_shape(config: Mapping[str, Any]) -> Shape:
         rope=read_rope(rope, theta),
         softcap=None if softcap is None else float(softcap),
         logit_scale=1.0 if scale is None else float(scale),
+        experts=read_experts(config),
     )
 
 

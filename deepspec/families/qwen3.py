@@ -1,4 +1,4 @@
-"""Qwen3: q_norm and k_norm on each head, SwiGLU. The draft of a target with experts has dense layers."""
+"""Qwen3: q_norm and k_norm on each head, SwiGLU. The drafts of a target with experts have dense layers by default."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def draft_config(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 QWEN3 = Family(
     name="qwen3",
     model_types=("qwen3", "qwen3_moe"),
+    expert_types=("qwen3_moe",),
     class_prefix="Qwen3",
     draft_model_type="qwen3",
     read_shape=read_flat_shape,

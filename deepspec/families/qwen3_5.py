@@ -33,6 +33,7 @@ def draft_config(config: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
 QWEN3_5 = Family(
     name="qwen3_5",
     model_types=("qwen3_5", "qwen3_5_text"),
+    expert_types=("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text"),
     class_prefix="Qwen3_5",
     draft_model_type="qwen3_5_text",
     read_shape=read_shape,

@@ -129,11 +129,24 @@ def _turn(rows: Tensor, size: int, number: int) -> Tensor:
     return rows.unflatten(0, (-1, 2, size))[:, number].flatten(0, 1)
 
 
+def _fused_mlp(mlp: Any) -> Callable[[Tensor], Tensor]:
+    """What a gated MLP computes, gate and up in one product."""
+    gate_up, down = JoinedLinear([mlp.gate_proj, mlp.up_proj]), JoinedLinear([mlp.down_proj])
+    activation: Callable[[Tensor], Tensor] = (mlp.act if hasattr(mlp, "act") else mlp.act_fn).forward
+
+    def forward(x: Tensor) -> Tensor:
+        gate, up = gate_up(x).chunk(2, dim=-1)
+        return down(activation(gate) * up)
+
+    return forward
+
+
 class FusedLayer:
     """The layer's weights and what is computed with them; a copy of the small ones, as they are now.
 
     Args:
-        layer: ``self_attn`` with ``q_proj`` .. ``o_proj``, ``mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``,
+        layer: ``self_attn`` with ``q_proj`` .. ``o_proj``, ``mlp`` with ``gate_proj``, ``up_proj`` and ``down_proj``
+            (or with ``experts``, which then run as they are),
             ``input_layernorm`` and ``post_attention_layernorm``; of a ``DraftLayer`` also the sandwich of Gemma and
             the convolutions around attention and MLP.
     """
@@ -156,10 +169,8 @@ class FusedLayer:
         value_norm = getattr(attention, "v_norm", None)
         self._value_norm = None if value_norm is None else norm_of(value_norm)
         self.input_norm, self._after_norm = norm_of(layer.input_layernorm), norm_of(layer.post_attention_layernorm)
-        self._out, self._down = JoinedLinear([attention.o_proj]), JoinedLinear([mlp.down_proj])
-        self._gate_up = JoinedLinear([mlp.gate_proj, mlp.up_proj])
-        activation = mlp.act if hasattr(mlp, "act") else mlp.act_fn
-        self._act: Callable[[Tensor], Tensor] = activation.forward
+        self._out = JoinedLinear([attention.o_proj])
+        self._plain_mlp: Callable[[Tensor], Tensor] = mlp.forward if hasattr(mlp, "experts") else _fused_mlp(mlp)
         self._attention_conv, self._mlp_conv = (getattr(layer, f"{name}_conv", None) for name in ("attention", "mlp"))
         self._sandwich: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor], Tensor] | None = None
         if getattr(layer, "sandwich", False):
@@ -225,7 +236,3 @@ class FusedLayer:
         convolved, delta = self._mlp_conv.forward(x)
         output: Tensor = self._mlp_conv.forward(self._plain_mlp(convolved), delta)[0]
         return output
-
-    def _plain_mlp(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, dim=-1)
-        return self._down(self._act(gate) * up)

@@ -1,4 +1,4 @@
-"""One draft layer for every algorithm and family, and its modules: norm, gated MLP, rotary table, projections.
+"""One draft layer for every algorithm and family, and its modules: norm, rotary table, projections.
 
 The layer does not build the mask: an algorithm gets queries and keys and values from it, calls
 :func:`deepspec.nn.attention.attend`, and passes the result to :meth:`DraftLayer.finish`.
@@ -8,17 +8,15 @@ S sequence, D hidden size, H query heads, G key/value heads, E head size; [..] a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from deepspec.families.base import Family, Rope, Shape
 from deepspec.nn.cpu.matmul import Linear
+from deepspec.nn.mlp import ExpertMLP, GatedMLP, computed_again
 from deepspec.nn.short_conv import ShortConvolution
 
 Table = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
@@ -67,33 +65,6 @@ class RMSNorm(nn.Module):
             return _normalised(x, self.weight, self.eps)[0]
         normed: Tensor = _Normalise.apply(x, self.weight, self.eps)
         return normed
-
-
-class GatedMLP(nn.Module):
-    """down(act(gate(x)) * up(x))."""
-
-    def __init__(self, shape: Shape) -> None:
-        super().__init__()
-        self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
-        self.act = ACT2FN[shape.activation]
-
-    def forward(self, x: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
-        """[.., D] -> [.., D], ``then`` of it where one is given."""
-        # act(gate) and its product are the layer's widest activations and cost little to compute again in backward
-        return _computed_again(self._down, self.gate_proj(x), self.up_proj(x), then)
-
-    def _down(self, gate: Tensor, up: Tensor, then: Callable[[Tensor], Tensor] | None) -> Tensor:
-        output: Tensor = self.down_proj(self.act(gate) * up)
-        return output if then is None else then(output)
-
-
-def _computed_again(function: Callable[..., Any], *inputs: Any) -> Any:
-    """``function(*inputs)``; backward computes it once more instead of keeping what it made."""
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def _inverse_frequencies(rope: Rope, head_dim: int, max_positions: int) -> tuple[Tensor, float]:
@@ -213,7 +184,7 @@ class DraftLayer(nn.Module):
         self.input_layernorm = RMSNorm(size, eps)
         self.self_attn = DraftAttention(shape, family, input_size, gated)
         self.post_attention_layernorm = RMSNorm(size, eps)
-        self.mlp = GatedMLP(shape)
+        self.mlp = GatedMLP(shape) if shape.experts is None else ExpertMLP(shape, shape.experts)
         self.attention_conv: ShortConvolution | None = None  # around attention and MLP, where an algorithm sets them
         self.mlp_conv: ShortConvolution | None = None
         self.sandwich = family.sandwich
@@ -226,7 +197,7 @@ class DraftLayer(nn.Module):
         """What attention reads [.., D], and what its convolution gives to :meth:`finish`."""
         if self.attention_conv is None:
             return self.input_layernorm(hidden), None
-        entered: tuple[Tensor, Tensor] = _computed_again(
+        entered: tuple[Tensor, Tensor] = computed_again(
             self._convolved, self.input_layernorm, self.attention_conv, hidden
         )
         return entered
@@ -248,7 +219,7 @@ class DraftLayer(nn.Module):
         if convolution is None:
             attended = self.self_attn.output(mixed)
         else:
-            attended = _computed_again(lambda heads: convolution(self.self_attn.output(heads), delta)[0], mixed)
+            attended = computed_again(lambda heads: convolution(self.self_attn.output(heads), delta)[0], mixed)
         if not self.sandwich:
             hidden = residual + attended
             return hidden + self._mlp(self.post_attention_layernorm, hidden)
@@ -260,5 +231,5 @@ class DraftLayer(nn.Module):
         convolution = self.mlp_conv
         if convolution is None:
             return self.mlp(norm(hidden))
-        convolved, delta = _computed_again(self._convolved, norm, convolution, hidden)
+        convolved, delta = computed_again(self._convolved, norm, convolution, hidden)
         return self.mlp(convolved, lambda output: convolution(output, delta)[0])

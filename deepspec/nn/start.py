@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from deepspec.nn.mlp import ExpertWeights
 from deepspec.nn.selector import CandidateSelector
 from deepspec.nn.short_conv import ShortConvolution
 
@@ -24,3 +25,5 @@ def initialise(model: nn.Module, std: float, seed: int) -> None:
         for module in model.modules():
             if isinstance(module, ShortConvolution | CandidateSelector):
                 module.start(generator)
+            elif isinstance(module, ExpertWeights):
+                module.start(std, generator)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from deepspec import registry
 from deepspec.distributed import world_from_environment
 from deepspec.errors import DeepSpecError, RecipeError, TargetError
-from deepspec.families.base import FIXED_ROPES, Family, Shape, length_dependent_rope, rope_kinds
+from deepspec.families.base import (
+    DRAFT_EXPERTS,
+    FIXED_ROPES,
+    Family,
+    Shape,
+    length_dependent_rope,
+    read_experts,
+    rope_kinds,
+)
 from deepspec.families.plain import DraftLayers, LayerSection, plain_config
 from deepspec.files import read_json
 from deepspec.progress import waiting
@@ -86,6 +94,18 @@ class TargetSpec:
         if self.logit_scale != 1.0:
             plain["logit_scale"] = self.logit_scale
         return DraftLayers(family, family.from_plain(plain) if family.from_plain else plain)
+
+    @property
+    def expert_layers(self) -> DraftLayers | None:
+        """The layers of the target's own next-token heads, with its experts; None where it has none that are known."""
+        families = [registry.family(name) for name in registry.FAMILIES]
+        usual = self.family if self.has_family else None  # a draft's config.json has its family's own model type
+        family = next((one for one in families if self.model_type in one.expert_types), usual)
+        config = {**self.config, DRAFT_EXPERTS: True}
+        if family is None or not family.expert_types or read_experts(config) is None:
+            return None
+        width = plain_config(config)["intermediate_size"]  # of dense layers: some of these targets state none
+        return DraftLayers(family, config | {"intermediate_size": width})
 
     @property
     def hidden_size(self) -> int:

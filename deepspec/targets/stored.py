@@ -46,6 +46,28 @@ class StoredTensor:
 
 
 @dataclass(frozen=True)
+class StackedTensor:
+    """One tensor of many stored ones: those of a row after each other, the rows along a new first axis."""
+
+    rows: tuple[tuple[StoredTensor, ...], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Of the whole; None where the rows' parts differ in shape."""
+        shapes = {tuple(part.shape for part in row) for row in self.rows}
+        if len(shapes) != 1:
+            return None
+        first, *others = shapes.pop()
+        if any(other[1:] != first[1:] for other in others):
+            return None
+        return len(self.rows), first[0] + sum(other[0] for other in others), *first[1:]
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor."""
+        return torch.stack([torch.cat([part.read(dtype) for part in row]) for row in self.rows])
+
+
+@dataclass(frozen=True)
 class StoredTarget:
     """A model on ``meta`` and where its tensors are stored."""
 
@@ -69,6 +91,10 @@ class StoredTarget:
         """Whether the files hold the model's tensor ``name``; a tied one is stored under one of its names."""
         return name in self.found or name in self.parts
 
+    def tensor(self, name: str) -> StoredTensor | PartedTensor | None:
+        """The model's tensor ``name``; None where the files do not hold it."""
+        return PartedTensor(self, name) if name in self.parts else self.found.get(name)
+
     def read(self, name: str) -> Tensor:
         """The model's tensor ``name``, in the dtype that it is loaded in."""
         dtype = self.model.state_dict()[name].dtype
@@ -89,6 +115,23 @@ class StoredTarget:
         if not {embed, head} & set(self.model.all_tied_weights_keys):
             return False
         return not (self.holds(embed) and self.holds(head)) or torch.equal(self.read(embed), self.read(head))
+
+
+@dataclass(frozen=True)
+class PartedTensor:
+    """A tensor of the model that transformers puts together from stored parts."""
+
+    target: StoredTarget
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the model's tensor."""
+        return tuple(self.target.model.state_dict()[self.name].shape)
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """The tensor."""
+        return self.target.read(self.name).to(dtype)
 
 
 def open_stored(path: str | Path, dtype: torch.dtype, revision: str | None) -> StoredTarget | None:

@@ -27,14 +27,15 @@ TARGET_LAYERS = (-1, 1, 3)  # that a tiny draft reads, the embedding among them
 
 
 def tiny_config(family: str, **changes: Any) -> PreTrainedConfig:
-    """A transformers config of ``family`` with four tiny layers."""
+    """A transformers config of ``family`` with four tiny layers; ``model_type`` among the changes is another kind."""
     owner = registry.family(family)
     sizes: dict[str, Any] = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": LAYERS,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
         "initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
     }  # fmt: skip
-    return AutoConfig.for_model(owner.draft_model_type, **{**sizes, **owner.tiny_config, **changes})
+    stated = {**sizes, **owner.tiny_config, **changes}
+    return AutoConfig.for_model(stated.pop("model_type", owner.draft_model_type), **stated)
 
 
 def tiny_model(family: str, **changes: Any) -> PreTrainedModel:

@@ -104,7 +104,7 @@ def check_fit(draft: DraftCheckpoint, recipe: Recipe, spec: TargetSpec) -> None:
     theirs, ours = draft.algorithm.name, owner.name
     if theirs not in (ours, *owner.starts_from):
         _refuse(draft, "algorithm", theirs, f"{' or '.join((ours, *owner.starts_from))}", f"set algorithm: {theirs}")
-    layers = spec.draft_layers(recipe.draft.layers)
+    layers = owner.layers(recipe.draft, spec)
     if draft.family != layers.family:
         remedy = f"set draft.layers.family: {draft.family.name}, or name a draft for this target"
         _refuse(draft, "model_type", draft.family.name, f"layers of {layers.family.name}", remedy)

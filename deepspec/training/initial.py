@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fnmatch
 import logging
-from collections.abc import Mapping
 from functools import partial
 from typing import cast
 
@@ -29,9 +28,10 @@ from deepspec.families.base import Family
 from deepspec.recipe import Recipe, TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
-from deepspec.targets.stored import StoredTensor, check_finite, open_stored
+from deepspec.targets.stored import PartedTensor, StackedTensor, StoredTensor, check_finite, open_stored
 
 log = logging.getLogger(__name__)
+Stored = StoredTensor | StackedTensor | PartedTensor
 NOISE = 0.1  # of the random weights that stay in the features' projection
 MISSED = 0.01  # share of the answers that a kept vocabulary may lack without a warning
 
@@ -102,7 +102,9 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     Raises:
         TargetError: the target is not stored as safetensors, or its last layers have other parts or shapes.
     """
-    if not spec.has_family or model.family != spec.family:
+    heads = spec.expert_layers
+    known = (spec.family if spec.has_family else None, heads and heads.family)
+    if model.family not in known:
         raise TargetError(
             "train.init: target copies the target's layers, and the draft has others", file=section.path,
             key="model_type", found=f"{spec.model_type}, with draft layers of {model.family.name}",
@@ -114,21 +116,26 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
             "train.init: target reads the target's weights one by one", file=section.path,
             remedy="store the target as safetensors, not quantized, or set train.init: random",
         )  # fmt: skip
-    copy = partial(_copy, path=section.path, family=spec.family)
-    if native := model.algorithm.native(stored.unused):
+    copy = partial(_copy, path=section.path, family=model.family)
+    if native := model.algorithm.native(model.config, stored.unused):
+        if left := sorted(set(native) - {name for name, _ in model.named_parameters()}):
+            problem, remedy = "the target's own head has parts that ours lacks", "set train.init: random"
+            raise TargetError(problem, file=section.path, key=left[0], found=left, remedy=remedy)
         for name, weight in model.named_parameters():
-            copy(weight, stored.unused, native.get(name, name))
+            copy(weight, native.get(name), name)
         log.info("starting from the target's own head: %d tensors", len(native))
         return
-    files, prefix = stored.found, stored.embedding_and_head()[0].removesuffix("embed_tokens.weight")
+    prefix = stored.embedding_and_head()[0].removesuffix("embed_tokens.weight")
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
-            copy(weight, files, f"{prefix}layers.{first + depth}.{_counterpart(name)}")
-    copy(cast(Tensor, model.norm.weight), files, f"{prefix}norm.weight")
+            theirs = f"{prefix}layers.{first + depth}.{_counterpart(name)}"
+            copy(weight, stored.tensor(theirs), theirs)
+    copy(cast(Tensor, model.norm.weight), stored.tensor(f"{prefix}norm.weight"), f"{prefix}norm.weight")
     if model.hidden_norm is not None:
         # what a block drafter norms before its context keys and values, the target's layer norms on its way in
-        copy(cast(Tensor, model.hidden_norm.weight), files, f"{prefix}layers.{first}.input_layernorm.weight")
+        theirs = f"{prefix}layers.{first}.input_layernorm.weight"
+        copy(cast(Tensor, model.hidden_norm.weight), stored.tensor(theirs), theirs)
     size = model.fc.out_features
     model.fc.weight.mul_(NOISE)
     model.fc.weight[:, -size:] += torch.eye(size)
@@ -139,9 +146,12 @@ def _counterpart(name: str) -> str:
     return "input_layernorm.weight" if name == "hidden_norm.weight" else name
 
 
-def _copy(weight: Tensor, files: Mapping[str, StoredTensor], name: str, path: str, family: Family) -> None:
-    """Fill ``weight`` [out, in]; of a wider one ([embedding | hidden]) the last columns."""
-    stored = files.get(name)
+def _copy(weight: Tensor, stored: Stored | None, name: str, path: str, family: Family) -> None:
+    """Fill ``weight`` [out, in] by ``stored``, called ``name``; of a wider one ([embedding | hidden]) the last columns.
+
+    Raises:
+        TargetError: there is none, of another shape, or with values that are not finite.
+    """
     found = None if stored is None else stored.shape
     wide = found is not None and weight.dim() == 2 and found[0] == weight.shape[0] and 2 * found[1] == weight.shape[1]
     if stored is None or not (found == tuple(weight.shape) or wide):

@@ -28,6 +28,11 @@ class TestConvolutionsAndASelectorOfDSpark(DraftFolderSuite, DecodingSuite):
 
 
 @pytest.mark.slow
+class TestCausalBlocksOfEveryFamily(DraftFolderSuite, DecodingSuite):
+    algorithms, section = ("dflash",), {**CAUSAL, **PARTS}
+
+
+@pytest.mark.slow
 class TestLossOfCausalBlocks(TrainingLossSuite):
     algorithms, section = ("dflash",), {**CAUSAL, **PARTS, "loss": [{"name": "kl"}]}
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from algorithm_tools import ALGORITHMS, random_batch, tiny_draft, tiny_target
+from algorithm_tools import ALGORITHMS, EXPERTS, random_batch, tiny_draft, tiny_target
 
 from deepspec import registry
 from deepspec.batch import Batch, Supervision
@@ -38,6 +38,25 @@ class TestNorms(TrainingLossSuite, DecodingSuite):
 
     algorithms, families = ("eagle3",), ("qwen3",)
     section: ClassVar = {"num_layers": 2, "fc_norm": True, "norm_output": True, "norm_before_residual": True}
+
+
+@pytest.mark.slow
+class TestNormsOfEveryFamily(DraftFolderSuite, TrainingLossSuite, DecodingSuite):
+    algorithms, section = ("eagle3",), TestNorms.section
+
+
+@pytest.mark.slow
+class TestOneNormBeforeTheProjection(DraftFolderSuite, TrainingLossSuite, DecodingSuite):
+    algorithms = ("eagle3",)
+    section: ClassVar = {"norm_before_fc": True, "norm_output": True, "norm_before_residual": True}
+
+
+class TestExperts(DraftFolderSuite, TrainingLossSuite, DecodingSuite, TrainingRunSuite):
+    """A head with the target's mixture of experts; at stage 3 every rank gathers every expert."""
+
+    algorithms, families, zero_stages = ("mtp",), ("qwen3",), (1, 3)
+    section: ClassVar = {"experts": True}
+    target_config: ClassVar = {"model_type": "qwen3_moe", "norm_topk_prob": True, **EXPERTS}
 
 
 class TestTrainingRun(TrainingRunSuite):

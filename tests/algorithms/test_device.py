@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from algorithm_tools import ALGORITHMS
+from algorithm_tools import ALGORITHMS, EXPERTS
 from torch import Tensor
 
 from deepspec import registry
@@ -48,6 +48,25 @@ FINE: dict[str, Plant] = {
 
 class TestDevice(DeviceSuite):
     algorithms = ALGORITHMS
+
+
+class _HalfPrecision(Case):
+    def draft(self, **changes: Any) -> Any:
+        return super().draft(**changes).bfloat16()
+
+
+class TestExpertsOnDevice(DeviceSuite):
+    """In bfloat16, whose experts are grouped; rounds are left out: transformers asks the driver for its target's."""
+
+    algorithms, families, section = ("mtp",), ("qwen3",), {"experts": True}
+    target_config: ClassVar = {"model_type": "qwen3_moe", **EXPERTS}
+    test_a_round_of_decoding_reads_once_and_waits_for_nothing_else = None  # type: ignore[assignment]
+
+    @pytest.fixture(scope="class")
+    def case(self, algorithm: str, family: str) -> Case:
+        target = tiny.tiny_target(family, **self.target_config)
+        section = tiny.tiny_section(algorithm, **self.section)
+        return _HalfPrecision(registry.algorithm(algorithm), target, section, self.target_config)
 
 
 @pytest.mark.parametrize("plant", {**READS, **MIXED}.values(), ids=[*READS, *MIXED])

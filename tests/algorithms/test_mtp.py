@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from algorithm_tools import LAYERS, random_batch, tiny_config, tiny_draft, tiny_target
+from algorithm_tools import EXPERTS, LAYERS, random_batch, tiny_draft, tiny_target
 from reference_f import check
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from deepspec import registry
+from deepspec.algorithms.mtp import apart
 from deepspec.decoding.loop import generate
 from deepspec.decoding.paths import decoding_path
 from deepspec.decoding.records import DecodeSettings
@@ -31,13 +31,25 @@ SHARED = Path(__file__).parents[3] / "shared" / "golden_new"
 CASES = sorted(SHARED.glob("F_*/train.json"))
 NORMED, PRENORM = LAYERS, LAYERS - 1  # ids of the target's last state, after its final norm and before
 PROMPTS = [[1, 5, 9, 12], [7], [3, 3, 8, 20, 33, 41, 50, 6, 9, 10, 11], [2, 90, 4]]
-FAMILIES = ("qwen3", "llama", "qwen3_5")  # whose layers of transformers take the arguments below
+KINDS = {  # kinds of target with experts in their layers -> the family of these
+    "qwen3_moe": "qwen3", "qwen3_next": "qwen3_5", "qwen3_5_moe_text": "qwen3_5",
+}  # fmt: skip
+FAMILIES = ("qwen3", "llama", "qwen3_5", *KINDS)  # whose layers of transformers take the arguments below
+
+
+def target_of(kind: str, **changes: Any) -> Any:
+    """A tiny target of a family, or of a kind with experts."""
+    if kind not in KINDS:
+        return tiny_target(kind, **changes)
+    shared = {"shared_expert_intermediate_size": 16} if KINDS[kind] == "qwen3_5" else {}
+    return tiny_target(KINDS[kind], model_type=kind, **{**EXPERTS, **shared, **changes})
 
 
 def head_over(target: Any, **changes: Any) -> Any:
     """A draft whose layer is the target's last one."""
-    draft, own = tiny_draft("mtp", target, **changes), target.decoder.layers[LAYERS - 1].state_dict()
-    draft.layers[0].load_state_dict(as_ours(own, target.spec.family))
+    experts = {"experts": True} if target.spec.model_type in KINDS else {}
+    draft, own = tiny_draft("mtp", target, **experts, **changes), target.decoder.layers[LAYERS - 1].state_dict()
+    draft.layers[0].load_state_dict(as_ours(own, draft.family))
     return draft.eval()
 
 
@@ -60,7 +72,7 @@ def plain_layer(target: Any, draft: Any, x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_step_over_its_own_keys_is_a_pass_of_the_targets_own_layer(family: str) -> None:
-    target, batch = tiny_target(family), random_batch([14, 14], 1)
+    target, batch = target_of(family), random_batch([14, 14], 1)
     draft, every = head_over(target, step_keys="own"), torch.arange(10).expand(2, -1)
     found = draft.train_hidden(batch.features, batch.input_ids, every, 3, 10)
     hidden = batch.features[:, :10]
@@ -72,7 +84,7 @@ def test_each_step_over_its_own_keys_is_a_pass_of_the_targets_own_layer(family: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_later_steps_over_committed_keys_are_a_longer_text(family: str) -> None:
     """Step k of slot t is the last position of [step 0 at 0..t, the slot's steps 1..k]."""
-    target, batch = tiny_target(family), random_batch([14], 1)
+    target, batch = target_of(family), random_batch([14], 1)
     draft, slot, steps = head_over(target), 6, 3
     active = torch.tensor([[slot, slot + 2]])
     found = draft.train_hidden(batch.features, batch.input_ids, active, steps, slot + 3)
@@ -89,8 +101,8 @@ def test_later_steps_over_committed_keys_are_a_longer_text(family: str) -> None:
 @pytest.mark.parametrize("family", [*FAMILIES, "gemma4"])
 def test_a_drafted_token_is_what_training_computes(family: str) -> None:
     """A chain that is forced along a text gives the logits of training at every step."""
-    target, batch = tiny_target(family), random_batch([12], 1)
-    draft, slot = tiny_draft("mtp", target, steps=4).eval(), 5
+    target, batch = target_of(family), random_batch([12], 1)
+    draft, slot = tiny_draft("mtp", target, steps=4, experts=family in KINDS).eval(), 5
     hidden = draft.train_hidden(batch.features, batch.input_ids, torch.tensor([[slot]]), 4, slot + 1)
     drafter = draft.algorithm.drafter(draft, 1, 4)
     ids, seen = batch.input_ids, []
@@ -163,65 +175,110 @@ def test_other_drafts_over_the_final_norm_are_refused_by_every_engine(tmp_path: 
 # -- a target's own head ----------------------------------------------------------------------------------------------
 
 
-def with_own_head(folder: Path, seed: int = 3, experts: bool = False) -> dict[str, Tensor]:
-    """A tiny Qwen3.5 on disk whose checkpoint holds a head; the head's tensors as stored."""
-    torch.manual_seed(seed)
-    AutoModelForCausalLM.from_config(tiny_config("qwen3_5")).save_pretrained(folder)
-    draft = tiny_draft("mtp", tiny_target("qwen3_5"), seed=seed)
-    head = {f"mtp.{name}": tensor for name, tensor in as_stored(draft.state_dict(), draft.family).items()}
-    if experts:
-        head = {name.replace(".mlp.", ".mlp.experts.0."): tensor for name, tensor in head.items()}
+def with_own_head(folder: Path, seed: int = 3, kind: str = "qwen3_5", one_by_one: bool = False) -> dict[str, Tensor]:
+    """A tiny target on disk whose checkpoint holds a head of its kind; the head's tensors as stored."""
+    target = target_of(kind)
+    target.model.save_pretrained(folder)
+    draft = tiny_draft("mtp", target, seed=seed, experts=kind in KINDS)
+    state = {name: rounded(tensor) for name, tensor in draft.state_dict().items()}
+    head = as_stored(state, draft.family)
+    head = {f"mtp.{name}": tensor.contiguous() for name, tensor in (apart(head) if one_by_one else head).items()}
     file = folder / "model.safetensors"
-    save_file(
-        {**load_file(file), **{name: tensor.contiguous() for name, tensor in head.items()}}, file, {"format": "pt"}
-    )
+    save_file({**load_file(file), **head}, file, {"format": "pt"})
     return head
 
 
-def test_a_training_starts_from_the_targets_own_head(tmp_path: Path) -> None:
-    head = with_own_head(tmp_path)
+def rounded(tensor: Tensor) -> Tensor:
+    """To bfloat16's values: as a published checkpoint's, which 1 can be added to and taken from in float32."""
+    return tensor.bfloat16().float()
+
+
+HEADS = [("qwen3_5", False), ("qwen3_next", True), ("qwen3_5_moe_text", False), ("qwen3_5_moe_text", True)]
+
+
+@pytest.mark.parametrize(("kind", "one_by_one"), HEADS)
+def test_a_training_starts_from_the_targets_own_head(kind: str, one_by_one: bool, tmp_path: Path) -> None:
+    head = with_own_head(tmp_path, kind=kind, one_by_one=one_by_one)
     target = load_target(tmp_path, torch.float32)
-    draft = tiny_draft("mtp", target, seed=9)
+    draft = tiny_draft("mtp", target, seed=9, experts=kind in KINDS)
     warm_start(draft, target.spec, TargetSection(path=str(tmp_path), layers=(NORMED,)))
-    for name, tensor in draft.state_dict().items():
+    state = draft.state_dict()
+    for name, tensor in (apart(state) if one_by_one else state).items():
         stored = head[f"mtp.{name}"]
         assert torch.equal(tensor, stored + 1.0 if tensor.dim() == 1 else stored), name  # all vectors are norms
 
 
-def test_a_head_with_experts_is_refused_by_name(tmp_path: Path) -> None:
-    with_own_head(tmp_path, experts=True)
-    draft = tiny_draft("mtp", tiny_target("qwen3_5"))
-    with pytest.raises(TargetError, match=r"mtp\.layers\.0\.mlp\.experts.*another kind.*train\.init: random"):
+@pytest.mark.parametrize(("kind", "experts"), [("qwen3_next", False), ("qwen3_5_moe_text", False), ("qwen3_5", True)])
+def test_a_head_is_dense_or_has_experts_as_the_checkpoints_has(kind: str, experts: bool, tmp_path: Path) -> None:
+    with_own_head(tmp_path, kind=kind)
+    target = target_of("qwen3_next" if experts else kind)
+    layers = {"layers": {"family": "qwen3_5"}} if not experts else {}
+    draft = tiny_draft("mtp", target, experts=experts, **layers)
+    wanted = "false" if experts else "true"
+    with pytest.raises(TargetError, match=rf"draft\.experts: .*set draft\.experts: {wanted}, or train\.init: random"):
         warm_start(draft, load_spec(tmp_path), TargetSection(path=str(tmp_path), layers=(NORMED,)))
 
 
-def test_a_target_without_a_head_gives_its_last_layer(tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config("qwen3_5")).save_pretrained(tmp_path)
+def test_a_head_with_further_parts_is_refused_by_name(tmp_path: Path) -> None:
+    with_own_head(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({**load_file(file), "mtp.layers.1.mlp.up_proj.weight": torch.ones(2, 2)}, file, {"format": "pt"})
+    draft = tiny_draft("mtp", tiny_target("qwen3_5"))
+    with pytest.raises(TargetError, match=r"layers\.1\.mlp\.up_proj.*parts that ours lacks.*train\.init: random"):
+        warm_start(draft, load_spec(tmp_path), TargetSection(path=str(tmp_path), layers=(NORMED,)))
+
+
+def test_experts_are_a_targets_own_alone() -> None:
+    with pytest.raises(RecipeError, match=r"experts: .*false: qwen3 has no experts"):
+        tiny_draft("mtp", tiny_target("qwen3"), experts=True)
+    with pytest.raises(RecipeError, match=r"layers: .*null with experts"):
+        tiny_draft("mtp", target_of("qwen3_moe"), experts=True, layers={"num_heads": 2})
+    assert not hasattr(tiny_draft("mtp", target_of("qwen3_moe")).layers[0].mlp, "experts")  # a fresh head is dense
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", *KINDS])
+def test_a_target_without_a_head_gives_its_last_layer(kind: str, tmp_path: Path) -> None:
+    target_of(kind).model.save_pretrained(tmp_path)
     target = load_target(tmp_path, torch.float32)
-    draft = tiny_draft("mtp", target)
+    draft: Any = tiny_draft("mtp", target, experts=kind in KINDS)
     warm_start(draft, target.spec, TargetSection(path=str(tmp_path), layers=(NORMED,)))
-    own = target.decoder.layers[LAYERS - 1]
-    assert torch.equal(draft.layers[0].self_attn.q_proj.weight, own.self_attn.q_proj.weight)
-    assert torch.equal(draft.layers[0].self_attn.q_norm.weight, own.self_attn.q_norm.weight + 1.0)
-    assert torch.equal(draft.norm.weight, target.decoder.norm.weight + 1.0)
+    decoder: Any = target.decoder
+    norm = {"norm.weight": decoder.norm.weight.detach()}
+    for name, tensor in as_ours(decoder.layers[LAYERS - 1].state_dict(), draft.family).items():
+        assert torch.equal(draft.layers[0].state_dict()[name], tensor), name
+    assert torch.equal(draft.norm.weight, as_ours(norm, draft.family)["norm.weight"])
 
 
 def saved_head(folder: Path, family: str = "qwen3_5", **changes: Any) -> Any:
     """A draft folder in ``folder/ours``; the model."""
-    target = tiny_target(family)
+    target = target_of(family)
     draft = tiny_draft("mtp", target, **changes)
-    frozen = dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
-    config = draft.algorithm.config_json(draft.config, target.spec)
-    save_draft(folder / "ours", {**draft.state_dict(), **frozen}, config, {})
+    save_head(folder / "ours", target, draft)
     return draft
 
 
-def test_a_trained_head_goes_back_into_the_checkpoint_under_its_names(tmp_path: Path) -> None:
-    """Copied over the target's files it is the head that the next training starts from, and nothing else changes."""
-    with_own_head(tmp_path / "target")
-    draft, before = saved_head(tmp_path), load_target(tmp_path / "target", torch.float32)
-    export_draft(tmp_path / "ours", tmp_path / "out", ExportOptions("native_mtp", tokenizer=str(tmp_path / "target")))
+def save_head(folder: Path, target: Any, draft: Any) -> None:
+    frozen = dict(zip(FROZEN, (target.embed_weight, target.head_weight), strict=True))
+    config = draft.algorithm.config_json(draft.config, target.spec)
+    save_draft(folder, {**draft.state_dict(), **frozen}, config, {})
+
+
+@pytest.mark.parametrize(("kind", "one_by_one"), HEADS)
+def test_a_head_goes_back_into_the_checkpoint_under_its_names(kind: str, one_by_one: bool, tmp_path: Path) -> None:
+    """Untrained to the bit; a trained one is what the next training starts from, and nothing else changes."""
+    head = with_own_head(tmp_path / "target", kind=kind, one_by_one=one_by_one)
+    before, section = load_target(tmp_path / "target", torch.float32), {"experts": kind in KINDS}
+    untrained = tiny_draft("mtp", before, seed=9, **section)
+    warm_start(untrained, before.spec, TargetSection(path=str(tmp_path / "target"), layers=(NORMED,)))
+    save_head(tmp_path / "untrained", before, untrained)
+    options = ExportOptions("native_mtp", tokenizer=str(tmp_path / "target"))
+    export_draft(tmp_path / "untrained", tmp_path / "same", options)
+    same = load_file(tmp_path / "same/mtp.safetensors")
+    assert set(same) == set(head)
+    assert all(torch.equal(tensor, head[name]) for name, tensor in same.items())
+    draft = tiny_draft("mtp", before, seed=5, **section)
+    save_head(tmp_path / "ours", before, draft)
+    export_draft(tmp_path / "ours", tmp_path / "out", options)
     for name in ("mtp.safetensors", "model.safetensors.index.json"):
         (tmp_path / "target" / name).write_bytes((tmp_path / "out" / name).read_bytes())
     (tmp_path / "target/model.safetensors").rename(tmp_path / "target/model-old.safetensors")
@@ -229,12 +286,14 @@ def test_a_trained_head_goes_back_into_the_checkpoint_under_its_names(tmp_path: 
     index.write_text(index.read_text().replace('"model.safetensors"', '"model-old.safetensors"'))
     after = load_target(tmp_path / "target", torch.float32)
     assert all(torch.equal(a, b) for a, b in zip(before.model.parameters(), after.model.parameters(), strict=True))
-    fresh = tiny_draft("mtp", after, seed=9)
+    fresh = tiny_draft("mtp", after, seed=9, **section)
     warm_start(fresh, after.spec, TargetSection(path=str(tmp_path / "target"), layers=(NORMED,)))
     for name, tensor in draft.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor)
     back, form = import_draft(tmp_path / "out", tmp_path / "back")
     assert (form, back.parsed) == ("native_mtp", draft.config)
+    for name, tensor in draft.state_dict().items():
+        torch.testing.assert_close(back.state[name], tensor)
 
 
 def test_the_library_reads_the_state_before_the_norm_and_its_files_come_back(tmp_path: Path) -> None:
@@ -258,6 +317,8 @@ def test_the_library_reads_the_state_before_the_norm_and_its_files_come_back(tmp
         ("speculators", "qwen3", {}, r"before the target's final norm.*layers: \[3\]"),
         ("vllm", "qwen3", {}, "from the target's own checkpoint"),
         ("gguf", "qwen3", {}, "no class for such a draft"),
+        ("speculators", "qwen3_next", {"experts": True, "target_layers": [PRENORM]}, "draft_experts.*no such part"),
+        ("native_mtp", "qwen3_moe", {"experts": True}, "model_type.*no such head"),
     ],
 )  # fmt: skip
 def test_what_an_engine_does_not_take_is_refused_by_name(

@@ -15,6 +15,7 @@ __all__ = ["HIDDEN", "LAYERS", "VOCAB", "padded", "random_batch", "rows_of", "ti
 MASK_TOKEN = 95
 ALGORITHMS = tuple(registry.ALGORITHMS)
 FAMILIES = tuple(registry.FAMILIES)
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 
 def draft_section(algorithm: str, **changes: Any) -> dict[str, Any]:

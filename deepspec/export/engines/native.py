@@ -1,7 +1,8 @@
 """A target's own checkpoint: the head that engines serve from there, to be put over it.
 
 The folder has the head's tensors under the checkpoint's names and the checkpoint's index, which names that file for
-them; copied beside the checkpoint's files, both make it the same target with the new head.
+them; copied beside the checkpoint's files, both make it the same target with the new head. Experts are stored one by
+one or stacked, as the checkpoint stores those of its own head, or of its layers where it has no head.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from deepspec.algorithms.mtp import PREFIX, SINGLE, apart, stacked
 from deepspec.drafts import INDEX, SHARD_BYTES, read_tensors, seal_draft
 from deepspec.errors import DraftError
 from deepspec.export.engines.base import ExportEngine
@@ -29,7 +32,7 @@ MTP = NativeMTP({"qwen3_5": "Qwen3_5MTP"}, "its checkpoints have no such head")
 
 
 class NativeEngine(ExportEngine):
-    """MTP heads of targets that bring one with them: dense Qwen3.5."""
+    """MTP heads of targets that bring one with them: Qwen3-Next and Qwen3.5."""
 
     name = "native_mtp"
     forms: ClassVar = {"mtp": MTP}
@@ -47,7 +50,7 @@ class NativeEngine(ExportEngine):
         return dict(read_json(folder / CONFIG, DraftError)) if (folder / CONFIG).is_file() else None
 
     def state(self, folder: Path) -> dict[str, Tensor]:
-        return read_tensors(folder / FILE)
+        return stacked(read_tensors(folder / FILE), lambda rows: torch.stack([torch.cat(row) for row in rows]))
 
     def sha256(self, folder: Path) -> str:
         return sha256_file(folder / FILE)
@@ -62,9 +65,12 @@ class NativeEngine(ExportEngine):
             DraftError: the target's files are not here.
         """
         path = target or written.config[EXTRAS].get("target_model_name_or_path")
-        index = _stored(path, written.file) | dict.fromkeys(written.state, FILE)
+        index = _stored(path, written.file)
+        theirs = [name for name in index if name.startswith(PREFIX)] or index
+        state = apart(written.state) if any(SINGLE.fullmatch(name) for name in theirs) else written.state
+        index |= dict.fromkeys(state, FILE)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in written.state.items()}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
         with temporary_file(folder / FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
         write_json(folder / CONFIG, dict(written.config))

@@ -11,15 +11,15 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from deepspec.algorithms.mtp import PREFIX
 from deepspec.drafts import FROZEN
 from deepspec.errors import DraftError
 from deepspec.export.forms.base import Form, Requirement, complete_vocabulary, one_layer, our_layout, targets_own
 from deepspec.export.forms.speculators import Speculator, trained
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
-from deepspec.families.base import Family
+from deepspec.families.base import DRAFT_EXPERTS, Family
 from deepspec.targets.load import family_of
 
-NATIVE = "mtp."  # before our names, in a checkpoint of Qwen3-Next's kind
 LIBRARY = "mtp_layers.0."
 FROM_TARGET = Reason(  # of engines that have such heads, in no folder of their own
     "it serves such heads from the target's own checkpoint", "algorithm", "mtp"
@@ -97,6 +97,8 @@ def _read(
     if depth is None:
         raise missing(draft, "num_target_layers", "name the target (--target)")
     fields = {"mtp_steps": int(steps), "step_weight_decay": 1.0, "step_keys": "committed"}  # ours state their own
+    if any(".mlp.experts." in name for name in state):
+        fields[DRAFT_EXPERTS] = True
     kept = {key: value for key, value in transformer.items() if key not in ("architectures", EXTRAS)}
     made = our_layout(draft, "mtp", kept, state, [int(depth) - (not after_norm)], hints, fields)
     return DraftCheckpoint(made.config | {"mtp_steps": int(steps)}, made.state, made.file)
@@ -108,17 +110,18 @@ class NativeMTP(Form):
 
     requires: tuple[Requirement, ...] = (one_layer, complete_vocabulary, targets_own, reads_normed)
     name: str = "mtp"
+    carries: tuple[str, ...] = (DRAFT_EXPERTS,)
     continues: ClassVar[bool] = True
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:
         own = {name: tensor for name, tensor in draft.state.items() if name not in FROZEN}
-        state = {NATIVE + name: tensor for name, tensor in as_stored(own, draft.family).items()}
+        state = {PREFIX + name: tensor for name, tensor in as_stored(own, draft.family).items()}
         config = draft.transformer | {"architectures": [self.classes[draft.family.name]], EXTRAS: draft.extras}
         return DraftCheckpoint(config, state, draft.file)
 
     def read(self, draft: DraftCheckpoint, hints: ImportHints) -> DraftCheckpoint:
         family = _family(draft.config, draft)
-        state = {name.removeprefix(NATIVE): tensor for name, tensor in draft.state.items()}
+        state = {name.removeprefix(PREFIX): tensor for name, tensor in draft.state.items()}
         return _read(draft, hints, draft.config, as_ours(state, family), True, None)
 
 
