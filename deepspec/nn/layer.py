@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from deepspec.families.base import Family, Rope, Shape
 from deepspec.nn.cpu.matmul import Linear
@@ -77,6 +76,8 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        from transformers.activations import ACT2FN  # seconds: a recipe is read without it
+
         self.act = ACT2FN[shape.activation]
 
     def forward(self, x: Tensor, then: Callable[[Tensor], Tensor] | None = None) -> Tensor:
