@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from cache_tools import train_tokenizer
@@ -171,7 +172,7 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     command = [sys.executable, "-m", "deepspec.evaluate", "--server", one.server, "--target", one.target]
     command += ["--draft", one.draft, "--tasks", one.tasks[0], "--temperature", "0", "--output", str(tmp_path / "out")]
     command += ["--max-new-tokens", str(TOKENS)]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = fork_server.start(command, subprocess.DEVNULL, subprocess.DEVNULL)
     rows = folder / "results.jsonl"
     while not (rows.exists() and rows.read_bytes().count(b"\n") > 1):
         assert job.poll() is None
@@ -180,7 +181,7 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     job.wait()
     kept = rows.read_text().rpartition("\n")[0].split("\n")
     assert not (folder / "results.json").exists()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = fork_server.run(command)
     assert done.returncode == 0, done.stderr
     found = rows_of(folder)
     assert sorted((row["task"], row["index"]) for row in found) == [("short", i) for i in range(6)] + [("talk", 0)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import torch
 import yaml
@@ -106,8 +107,10 @@ def make_setup(
 
 def run_tool(*arguments: object, launcher: list[str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a tool of the repository and return what it said."""
+    if launcher is None:
+        return fork_server.run([sys.executable, *arguments], tool_environment(), **options)
     return subprocess.run(
-        [*(launcher or []), sys.executable, *map(str, arguments)],
+        [*launcher, sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=tool_environment(),
         text=True,
