@@ -26,7 +26,6 @@ from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import load_spec, load_target
 
 ROOT = Path(__file__).parents[2]
-IMPORTED = "DEEPSPEC_PRODUCTS"  # is read when deepspec is imported: it needs a new interpreter
 LAYERS = [0, 1, 2]
 DRAFTS: dict[str, dict[str, Any]] = {
     "dspark": {"num_layers": 1, "block_size": 4, "num_anchors": 4, "mask_token_id": 3, "markov_rank": 8},
@@ -180,12 +179,10 @@ def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: An
     """Start a script as a user does: Python (in a fork) for one process, the deepspeed launcher for more."""
     environment = own_environment()
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    if processes == 1 and IMPORTED not in environment:
+    if processes == 1:
         return fork_server.run([sys.executable, script, *arguments], environment, **run)
-    command = [sys.executable, str(script), *arguments]
-    if processes > 1:
-        command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", str(processes)]
-        command += ["--master_port", str(free_port()), str(script), *arguments]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", str(processes)]
+    command += ["--master_port", str(free_port()), str(script), *arguments]
     settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, **run}
     return subprocess.run(command, **settings)
 

@@ -40,7 +40,7 @@ class Runs:
                         place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4, **cut
                     )
                     jobs.append({"recipe": str(recipe), "gather": str(place / "live.pt")})
-            tools.run_jobs(folder, jobs, processes, launcher=True)
+            tools.run_jobs(folder, jobs, processes, launcher=processes > 1)
         self.left_behind = {name for name in shared_memory() - before if "torch" in name or "shm" in name}
 
     def losses(self, algorithm: str, zero: str, processes: int) -> list[float]:
