@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -135,12 +134,6 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".deepspec.lock"
     }
-
-
-def last_line(text: str) -> dict[str, Any]:
-    """The last line of an output, as JSON."""
-    value: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    return value
 
 
 def make_cache(
