@@ -10,7 +10,8 @@ import ast
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from bars import Bars, at_most, write_bars
@@ -26,13 +27,12 @@ RENAMED = {  # design.md's table, as far as a name alone tells: `place`, `kept`,
     "TargetEnds", "said", "sayable", "whole_logits", "reach", "Facts", "Verdict", "Turn", "Ratio", "Feeder", "Folder",
     "adopt", "products", "meet", "meeting", "recognises", "cautions", "floors",
 }  # fmt: skip
-ONE_CLASS = ("Plan", "Manifest", "Request", "Summary", "Engine")  # names that stand for one class each
 
 
-def parsed() -> Iterator[tuple[Path, ast.Module]]:
+@cache
+def parsed() -> list[tuple[Path, ast.Module]]:
     """Every source file with its syntax tree."""
-    for path in SOURCES:
-        yield path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))
+    return [(path.relative_to(ROOT), ast.parse(path.read_text(encoding="utf-8"))) for path in SOURCES]
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
@@ -70,11 +70,17 @@ def renamed() -> list[str]:
     return sorted(found)
 
 
-def doubles() -> list[str]:
-    """Class names that stand for two classes, and a second pipeline.py."""
-    found = [node.name for _, tree in parsed() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
-    files = [path.name for path in SOURCES if path.name == "pipeline.py"]
-    return [name for name, count in Counter([*found, *files]).items() if count > 1 and name in (*ONE_CLASS, *files)]
+def doubles(trees: Iterable[tuple[Path, ast.Module]]) -> list[str]:
+    """Public classes that share their name with another class, or with an alias of a type; a second pipeline.py."""
+    classes, aliases = Counter[str](), set[str]()
+    for path, tree in trees:
+        classes[path.name] += path.name == "pipeline.py"
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] += 1
+            elif isinstance(node, ast.Assign) and not isinstance(node.value, ast.Call):  # a call makes no type
+                aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+    return sorted(name for name, n in classes.items() if n + (name in aliases) > 1 and not name.startswith("_"))
 
 
 def broken_contracts() -> list[str]:
@@ -92,7 +98,7 @@ def measure() -> tuple[Bars, list[str]]:
         (f"functions over {FUNCTION_LINES} lines", long_functions),
         (f"files over {FILE_LINES} lines", long_files),
         ("renamed names left", renamed),
-        ("names of two classes", doubles),
+        ("names of two classes", lambda: doubles(parsed())),
         ("broken import contracts", broken_contracts),
     ):
         faults = check()

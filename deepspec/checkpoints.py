@@ -186,8 +186,9 @@ def read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
 def _read_weights(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     if manifest.zero_stage == 0:
         return dict(torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["module"])
-    if manifest.zero_stage == 1 and (weights := _read_bf16_stage_one(folder, manifest)):
-        return weights | read_untrained(folder, manifest)
+    if manifest.zero_stage == 1 and (slices := _bf16_slices(folder, manifest)):
+        state = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")
+        return _cut(slices, state["param_shapes"]) | _untrained([state], manifest)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -203,6 +204,11 @@ def read_untrained(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     paths = sorted(folder.glob("*mp_rank_00_model_states.pt"), key=lambda path: _rank(path.name))
     with known_types(folder):
         states = [torch.load(path, map_location="cpu") for path in (paths if manifest.zero_stage == 3 else paths[:1])]
+    return _untrained(states, manifest)
+
+
+def _untrained(states: list[dict[str, Any]], manifest: Manifest) -> dict[str, Tensor]:
+    """See :func:`read_untrained`; of model states that are loaded."""
     module = states[0]["module"]
     found = {name: module[name].clone() for name in states[0].get("buffer_names") or ()}
     if manifest.zero_stage == 3:
@@ -219,11 +225,13 @@ def _rank(name: str) -> int:
     return int(match[1]) if match else 0
 
 
-def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] | None:
+def _bf16_slices(folder: Path, manifest: Manifest) -> list[list[Tensor]] | None:
     """ZeRO-1 in bf16 with fp32 accumulation: shards of DeepSpeed's BF16_Optimizer, which its own tool does not read.
 
-    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding. None where
-    the shards are of the common kind.
+    Each rank holds an equal slice of one flat fp32 buffer per parameter group; the buffer's end is padding.
+
+    Returns:
+        of each rank the slice of each group; None where the shards are of the common kind.
     """
     paths = [folder / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(manifest.world_size)]
     if not all(path.is_file() for path in paths):
@@ -231,8 +239,11 @@ def _read_bf16_stage_one(folder: Path, manifest: Manifest) -> dict[str, Tensor] 
     states = [torch.load(path, map_location="cpu")["optimizer_state_dict"] for path in paths]
     if "zero_stage" in states[0]:
         return None
-    slices = [state["single_partition_of_fp32_groups"] for state in states]
-    shapes = torch.load(folder / "mp_rank_00_model_states.pt", map_location="cpu")["param_shapes"]
+    return [state["single_partition_of_fp32_groups"] for state in states]
+
+
+def _cut(slices: list[list[Tensor]], shapes: list[dict[str, torch.Size]]) -> dict[str, Tensor]:
+    """The weights by name from the ranks' slices."""
     weights: dict[str, Tensor] = {}
     for group, named in enumerate(shapes):
         flat, start = torch.cat([one[group].flatten() for one in slices]), 0

@@ -153,6 +153,16 @@ def made(path: str | os.PathLike[str]) -> None:
         _commands[-1].facts["output"] = path
 
 
+def comes_next(command: str) -> None:
+    """Name the next command, for the last line; needed where it depends on what was found.
+
+    Args:
+        command: with ``{options}``.
+    """
+    if _commands:
+        _commands[-1].following = command
+
+
 def interactive() -> None:
     """From here on the user types: no line comes by itself."""
     if _commands:

@@ -97,7 +97,7 @@ def draw_chains(supervised: Tensor, config: PEagleConfig, generator: torch.Gener
 
 
 @dataclass(frozen=True)
-class Span:
+class DepthSpan:
     """Some depths of the chains that reach the first of them, attended together: 1, 2 to 3, 4 to 7, ...
 
     One group of all depths would hold a query for every depth of a chain that ended long before.
@@ -108,13 +108,13 @@ class Span:
     num_queries: int  # the last so many of the M depths are the span's
 
     @staticmethod
-    def make(reached_BS: Tensor, number_BSJ: Tensor, first: int, last: int) -> tuple[Span, Tensor]:
+    def make(reached_BS: Tensor, number_BSJ: Tensor, first: int, last: int) -> tuple[DepthSpan, Tensor]:
         """The span of depths ``first``..``last``, and which of its queries are elements, [B, N, K]."""
         anchor_BN, real_BN = _columns(reached_BS >= first)
         row_B1 = torch.arange(len(reached_BS))[:, None]
         element_BNM = number_BSJ[row_B1, anchor_BN, :last] * real_BN[..., None]
         own_BNK = torch.arange(first, last + 1) <= reached_BS[row_B1, anchor_BN, None]
-        return Span(anchor_BN, element_BNM, last + 1 - first), own_BNK & real_BN[..., None]
+        return DepthSpan(anchor_BN, element_BNM, last + 1 - first), own_BNK & real_BN[..., None]
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class ChainPlan(LossPlan):
 
     active_BM: Tensor  # int64 positions supervised at depth 0, 0 where a row has fewer
     position_C: Tensor  # the position a + d of each chain element
-    spans: tuple[Span, ...]
+    spans: tuple[DepthSpan, ...]
     cell_C: Tensor  # index of each chain element among the queries of all spans, flattened one after the other
     element_R: Tensor  # index of each supervised element among [B * M active | C of chains]
     grid_R: Tensor  # its index in [B, T, K] flattened: by anchor and depth
@@ -156,13 +156,13 @@ class ChainPlan(LossPlan):
         )  # fmt: skip
 
 
-def _spans(reached_BS: Tensor, chain_BSJ: Tensor, count: int) -> tuple[tuple[Span, ...], Tensor]:
+def _spans(reached_BS: Tensor, chain_BSJ: Tensor, count: int) -> tuple[tuple[DepthSpan, ...], Tensor]:
     """The spans of all depths, and the index of each of the ``count`` elements among their queries."""
     number_BSJ = (chain_BSJ.flatten().cumsum(0) - 1).clamp_min(0).view_as(chain_BSJ)
     spans, cell_C, first, before = [], torch.zeros(count, dtype=torch.int64), 1, 0
     while first <= chain_BSJ.shape[2]:
         last = min(2 * first - 1, chain_BSJ.shape[2])
-        span, own_BNK = Span.make(reached_BS, number_BSJ, first, last)
+        span, own_BNK = DepthSpan.make(reached_BS, number_BSJ, first, last)
         query = own_BNK.flatten().nonzero()[:, 0]
         cell_C[span.element_BNM[..., first - 1 :].flatten()[query]] = before + query
         spans.append(span)

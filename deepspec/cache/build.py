@@ -22,7 +22,7 @@ import torch
 
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.format import CacheManifest
-from deepspec.cache.forward import Conversation, forward_batch
+from deepspec.cache.forward import RenderedConversation, forward_batch
 from deepspec.cache.parts import Block, PartWriter, layout_of
 from deepspec.cache.plan import BuildJob, CachePlan, PlannedPart, batches, plan_build, read_rows
 from deepspec.cache.store import Store, build_lock, open_store
@@ -36,7 +36,7 @@ from deepspec.targets.served import ServedTarget
 
 log = logging.getLogger(__name__)
 Rejected = tuple[tuple[int, str, str], ...]  # sample id, conversation id, reason
-_Usable = tuple[list[Conversation], Rejected]  # of a part
+_Usable = tuple[list[RenderedConversation], Rejected]  # of a part
 QUEUE_BYTES = 1 << 30  # of hidden states between the forward and the encoders
 
 

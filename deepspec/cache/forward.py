@@ -13,11 +13,11 @@ from deepspec.data.chat import Rendered
 from deepspec.targets import Target
 from deepspec.targets.served import ServedTarget
 
-Conversation = tuple[int, str, Rendered]  # sample id, the conversation's own id, tokens
+RenderedConversation = tuple[int, str, Rendered]  # sample id, the conversation's own id, tokens
 
 
 def forward_batch(
-    target: Target | ServedTarget, layers: Sequence[int], keeps_last: bool, rows: Sequence[Conversation]
+    target: Target | ServedTarget, layers: Sequence[int], keeps_last: bool, rows: Sequence[RenderedConversation]
 ) -> tuple[int, Callable[[], Block]]:
     """One padded batch through the target.
 

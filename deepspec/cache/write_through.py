@@ -28,7 +28,7 @@ from torch import Tensor
 from deepspec.cache.assemble import finish_cache
 from deepspec.cache.build import QUEUE_BYTES, ByteQueue
 from deepspec.cache.format import SPOOL
-from deepspec.cache.forward import Conversation
+from deepspec.cache.forward import RenderedConversation
 from deepspec.cache.parts import Block, is_complete, layout_of, sweep, write_part
 from deepspec.cache.plan import CachePlan, PlannedPart, batches
 from deepspec.cache.reader import OPEN_PARTS, PartReader, read_supervised, stored_view
@@ -41,7 +41,9 @@ from deepspec.progress import Progress, waiting
 
 _PART, _BATCH, _START, _ROW_START, _PART_START, _PART_ROW_START = range(6)
 AGAIN = "run the training again, or deepspec cache build: both continue"
-Forward = Callable[[Sequence[Conversation]], tuple[int, Callable[[], Block]]]  # bytes, and what waits for the block
+Forward = Callable[
+    [Sequence[RenderedConversation]], tuple[int, Callable[[], Block]]
+]  # bytes, and what waits for the block
 
 
 @dataclass(frozen=True)
@@ -205,10 +207,10 @@ class WriteThrough:
         if release is not None:
             release()
 
-    def _conversations(self, part: int, batch: int) -> list[Conversation]:
+    def _conversations(self, part: int, batch: int) -> list[RenderedConversation]:
         """The batch as a build gives it to the target."""
         positions, samples = self._open(), self.samples
-        rows: list[Conversation] = []
+        rows: list[RenderedConversation] = []
         for number in positions.batches[part][batch]:
             ids, mask = samples.input_ids[number].tolist(), samples.loss_masks[number].astype(int).tolist()
             sample = _sample_id(positions.parts[part], int(samples.rows[number]))

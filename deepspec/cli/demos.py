@@ -9,7 +9,7 @@ from pathlib import Path
 from deepspec import registry
 from deepspec.arguments import COUNT, POSITIVE, SEED, Parser
 from deepspec.demos.quickstart import TYPES, USUAL_TYPE
-from deepspec.progress import made
+from deepspec.progress import comes_next, made
 
 
 def quickstart() -> None:
@@ -35,8 +35,12 @@ def quickstart() -> None:
     given = parser.parse_args()
 
     from deepspec.demos.quickstart.plan import quickstart as run
+    from deepspec.demos.quickstart.plan import root_of
 
     run(given.drafters, given.source, given.target_type)
+    if given.target_type != USUAL_TYPE:
+        work = f"build/serve-check-{given.target_type}"
+        comes_next(f"deepspec serve-check --quickstart {root_of(given.target_type)} --work {work}")
 
 
 def real() -> None:

@@ -11,6 +11,7 @@ from deepspec.cli import recipe_words
 from deepspec.errors import DataError, DeepSpecError
 from deepspec.files import write_bytes, write_json
 from deepspec.log import say
+from deepspec.progress import comes_next
 from deepspec.recipe import load_recipe
 
 FORMS = ("svg", "png", "pdf")
@@ -96,7 +97,7 @@ def _plan(given: argparse.Namespace) -> int:
     from deepspec.planning.plan import Cluster, make_plan
     from deepspec.planning.report import plot, text, to_json, variants
     from deepspec.planning.target import read_spec
-    from deepspec.planning.work import work_of_data, work_of_numbers
+    from deepspec.planning.work import is_cache, work_of_data, work_of_numbers
 
     recipe = load_recipe(given.recipe, given.set)
     spec, source = read_spec(recipe.target.path, recipe.target.revision)
@@ -117,6 +118,8 @@ def _plan(given: argparse.Namespace) -> int:
     cluster = Cluster(machine, storage, given.gpus or machine.gpus, given.hosts)
     made = make_plan(recipe, spec, work, cluster)
     print(text(made))
+    if recipe.data.source != "cache" or (recipe.data.cache and all(map(is_cache, recipe.data.cache))):
+        comes_next("deepspec train --recipe {recipe}")
     say(f"sizes of the target: {source}")
     if given.json is not None:
         write_json(given.json, to_json(made))

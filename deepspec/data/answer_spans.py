@@ -179,7 +179,7 @@ def _call(name: str, argument: str, result: Message) -> Message:
 
 
 @dataclass(frozen=True)
-class Answer:
+class AnswerSpan:
     """The characters of one assistant turn in the rendered text, its end of turn included where it has one."""
 
     start: int
@@ -187,7 +187,9 @@ class Answer:
     supervised: bool
 
 
-def spans_from_offsets(offsets: Sequence[tuple[int, int]], length: int, answers: Sequence[Answer]) -> list[Span] | None:
+def spans_from_offsets(
+    offsets: Sequence[tuple[int, int]], length: int, answers: Sequence[AnswerSpan]
+) -> list[Span] | None:
     """The tokens of every answer from the tokens' character offsets; the fast way.
 
     None where the offsets leave characters out (some tokenizers trim or normalise): then they cannot be trusted.
@@ -211,7 +213,7 @@ def spans_from_offsets(offsets: Sequence[tuple[int, int]], length: int, answers:
 
 
 def spans_from_prefixes(
-    encode: Callable[[str], list[int]], text: str, ids: Sequence[int], answers: Sequence[Answer]
+    encode: Callable[[str], list[int]], text: str, ids: Sequence[int], answers: Sequence[AnswerSpan]
 ) -> list[Span]:
     """The tokens of every answer by comparing the ids of growing prefixes with ``ids``; for any tokenizer.
 

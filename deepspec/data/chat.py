@@ -17,7 +17,7 @@ from typing import Any
 from jinja2.exceptions import TemplateError
 
 from deepspec import registry
-from deepspec.data.answer_spans import MARK, Answer, Span, SpanFinder, spans_from_offsets, spans_from_prefixes
+from deepspec.data.answer_spans import MARK, AnswerSpan, Span, SpanFinder, spans_from_offsets, spans_from_prefixes
 from deepspec.data.marks import Field, Reading, mark
 from deepspec.data.messages import (
     THINK,
@@ -210,7 +210,7 @@ class Renderer:
             raise NoSupervision(problem, key="messages", found=f"{len(ids)} tokens", remedy=remedy)
         return rendered
 
-    def _text_and_answers(self, given: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[Answer]]:
+    def _text_and_answers(self, given: list[Message], tools: Sequence[Any] | None) -> tuple[str, str, list[AnswerSpan]]:
         """The prompt of the last answer, the complete text (it begins with that prompt), the answers in it."""
         shown = self._shown(given)
         full = self._render(shown, tools)
@@ -241,7 +241,7 @@ class Renderer:
             ends = text.startswith(self._ending, end)
             if turn.get("finish_reason") == "length" and not turn.get("tool_calls"):
                 ends = False
-            answers.append(Answer(start, end + len(self._ending) * ends, supervised))
+            answers.append(AnswerSpan(start, end + len(self._ending) * ends, supervised))
         return prompt, text, answers
 
     def _is_written(self, shown: list[Message], i: int, reading: Reading, opened: bool) -> bool:
@@ -322,7 +322,7 @@ class Renderer:
 
     # -- tokens -------------------------------------------------------------------------------------------------------
 
-    def _encode_with_spans(self, text: str, answers: list[Answer]) -> tuple[list[int], list[Span]]:
+    def _encode_with_spans(self, text: str, answers: list[AnswerSpan]) -> tuple[list[int], list[Span]]:
         """The ids of ``text``, and the tokens of every answer."""
         coded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, offsets = list(coded["input_ids"]), coded["offset_mapping"]
@@ -330,7 +330,7 @@ class Renderer:
         return ids, spans_from_prefixes(self._encode, text, ids, answers) if spans is None else spans
 
     def _join(
-        self, prompt: list[int], ids: list[int], spans: list[Span], answers: list[Answer]
+        self, prompt: list[int], ids: list[int], spans: list[Span], answers: list[AnswerSpan]
     ) -> tuple[list[int], list[int]]:
         """Ids and mask, the ids before the last answer being exactly the prompt's."""
         first, stop = spans[-1]

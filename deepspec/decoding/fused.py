@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspec.nn.fused import FusedLayer, RotaryRows, Table, norm_of
+from deepspec.nn.fused import FusedLayer, RotaryRows, RotaryTable, norm_of
 from deepspec.targets.capture import EMBEDDING, TargetOutput
 from deepspec.targets.load import Target
 
@@ -32,14 +32,14 @@ class FusedDecoder:
         self._embedding: Tensor = decoder.embed_tokens.weight
         self._layers = [FusedLayer(layer) for layer in decoder.layers[: target.spec.num_layers]]
         self._norm = norm_of(decoder.norm)
-        self._compute_rotary: Callable[[Tensor, Tensor], Table] = decoder.rotary_emb
+        self._compute_rotary: Callable[[Tensor, Tensor], RotaryTable] = decoder.rotary_emb
         self._rotary = RotaryRows(self._table)
 
-    def _table(self, positions: Tensor) -> Table:
+    def _table(self, positions: Tensor) -> RotaryTable:
         cos, sin = self._compute_rotary(self._embedding, positions[None])
         return cos[0], sin[0]
 
-    def hold(self, max_context_len: int) -> Table:
+    def hold(self, max_context_len: int) -> RotaryTable:
         """The rotary table, of at least so many positions."""
         return self._rotary.reserve(max_context_len, self._embedding.device)
 

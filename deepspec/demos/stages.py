@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -33,6 +34,23 @@ class Stage:
     needs: Names = ()  # stages that must be complete before
     cores: int = 1  # processes that compute at the same time
     work: float = 0.1  # seconds on all of these, against those of the others: for the time left
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One training of a comparison: what it is, and its recipe with what it changes."""
+
+    about: str
+    recipe: str
+    overrides: Names = ()
+    level: str = "lossless"  # of the cache
+
+
+def variants(table: Mapping[str, Any]) -> dict[str, Variant]:
+    """Those of a file in ``recipes/ablations``; a variant without a recipe has that of all."""
+    common = {"recipe": table["recipe"]} if "recipe" in table else {}
+    rows = {name: {**common, **row} for name, row in table["variants"].items()}
+    return {name: Variant(**row | {"overrides": tuple(row.get("overrides", ()))}) for name, row in rows.items()}
 
 
 def recipes(recipe_of: Callable[[str], str], drafters: str = USUAL) -> dict[str, str]:

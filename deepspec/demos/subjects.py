@@ -28,7 +28,7 @@ from deepspec.decoding.records import DecodeSettings
 from deepspec.drafts import FROZEN, draft_algorithm, read_weights, save_draft
 from deepspec.errors import DraftError
 from deepspec.files import read_json
-from deepspec.serving.check import Row, ServeCheck, Subject
+from deepspec.serving.check import CheckRow, ServeCheck, Subject
 from deepspec.targets import Target, load_target, load_tokenizer
 from deepspec.targets.positions import check_room
 
@@ -175,7 +175,7 @@ def _taught(target: Target, answered: Callable[[], Batch], kind: str, work: Path
 def check_engines(
     servers: Mapping[str, Callable[[Path], Any]], like: Subject, names: Sequence[str] | None, work: Path,
     kinds: Sequence[str] = (),
-) -> list[Row]:  # fmt: skip
+) -> list[CheckRow]:  # fmt: skip
     """Check every engine with every subject.
 
     Args:
@@ -199,7 +199,7 @@ def check_engines(
             try:
                 check = ServeCheck(subject, make(work / engine / subject.name), kinds)
             except DraftError as refusal:
-                rows.append(Row(subject.name, "", "", "refused", note=str(refusal), server=engine))
+                rows.append(CheckRow(subject.name, "", "", "refused", note=str(refusal), server=engine))
                 continue
             rows += check.run()
     return rows

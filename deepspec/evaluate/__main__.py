@@ -250,7 +250,7 @@ def _run(given: argparse.Namespace) -> int:
 def _serve(given: argparse.Namespace) -> int:
     from deepspec.distributed import world_from_environment
     from deepspec.evaluate.report import write_report
-    from deepspec.evaluate.server import ServerEvaluation, ServerOptions, load_table
+    from deepspec.evaluate.server import ServerEvaluation, ServerEvaluationOptions, load_table
 
     if (size := world_from_environment().size) > 1:
         raise EvaluationError("one process asks a server", found=f"{size} processes", remedy="start without torchrun")
@@ -260,7 +260,7 @@ def _serve(given: argparse.Namespace) -> int:
         "temperatures": tuple(given.temperature),
         "concurrency": tuple(given.concurrency or (1,)),
     }
-    results = ServerEvaluation(ServerOptions(**_fields(ServerOptions, vars(given) | more))).run()
+    results = ServerEvaluation(ServerEvaluationOptions(**_fields(ServerEvaluationOptions, vars(given) | more))).run()
     for concurrency, one in results.items():
         folder = Path(given.output) / f"concurrency-{concurrency}"
         write_report(one.to_row(), folder)

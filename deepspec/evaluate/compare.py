@@ -43,7 +43,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Difference:
+class LengthDifference:
     """Acceptance length of a run minus that of the first, over ``prompts`` prompts that both decoded."""
 
     value: float
@@ -56,7 +56,7 @@ class Difference:
         return f"{self.value:+.2f} ({self.interval[0]:+.2f} to {self.interval[1]:+.2f})"
 
 
-def difference(first: Run, other: Run, task: str, temperature: float, seed: int = 0) -> Difference | None:
+def difference(first: Run, other: Run, task: str, temperature: float, seed: int = 0) -> LengthDifference | None:
     """Paired bootstrap of the acceptance length; None where the task's prompts differ, or none had a round in both."""
     keys = sorted(key for key in first.rows if key[:2] == (task, temperature) and key in other.rows)
     keys = [key for key in keys if first.rows[key]["committed"] and other.rows[key]["committed"]]
@@ -69,7 +69,7 @@ def difference(first: Run, other: Run, task: str, temperature: float, seed: int 
         lengths.append(tokens.sum() / rounds.sum())
         draws.append(resampled(tokens, seed) / resampled(rounds, seed))
     interval = quantiles(draws[0] - draws[1]) if len(keys) > 1 else None
-    return Difference(float(lengths[0] - lengths[1]), interval, len(keys))
+    return LengthDifference(float(lengths[0] - lengths[1]), interval, len(keys))
 
 
 def _same_prompts(first: Run, other: Run, task: str) -> bool:

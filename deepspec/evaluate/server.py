@@ -52,7 +52,7 @@ SEEDS = 2**31  # engines take seeds below
 
 
 @dataclass(frozen=True)
-class ServerOptions(Models):
+class ServerEvaluationOptions(Models):
     """The settings; ``draft`` may be empty: the server has its own, and the folder only names its algorithm.
 
     Raises:
@@ -76,7 +76,7 @@ class ServerOptions(Models):
 
 
 @dataclass
-class Conversation:
+class ServedConversation:
     """What came back for a prompt, turn by turn."""
 
     index: int
@@ -96,15 +96,15 @@ class Shares:
 
     def __init__(self, single: bool = False) -> None:
         self.single = single
-        self._lock, self._inside, self._last = threading.Lock(), list[Conversation](), 0.0
+        self._lock, self._inside, self._last = threading.Lock(), list[ServedConversation](), 0.0
 
-    def enter(self, one: Conversation) -> None:
+    def enter(self, one: ServedConversation) -> None:
         """A request begins."""
         with self._lock:
             self._charge()
             self._inside.append(one)
 
-    def leave(self, one: Conversation) -> None:
+    def leave(self, one: ServedConversation) -> None:
         """It has ended."""
         with self._lock:
             self._charge()
@@ -124,7 +124,7 @@ class ServerEvaluation:
         DeepSpecError: no server, a target or task that cannot be loaded, or a task none of whose prompts fits.
     """
 
-    def __init__(self, options: ServerOptions) -> None:
+    def __init__(self, options: ServerEvaluationOptions) -> None:
         self.options, self.output = options, Path(options.output)
         spec = load_spec(options.target, options.revision)
         tokenizer = load_tokenizer(options.target, options.revision)
@@ -232,7 +232,7 @@ class ServerEvaluation:
     def _ask_all(
         self, client: EngineClient, task: Task, indices: Sequence[int], temperature: float, concurrency: int,
         drafted: bool,
-    ) -> Iterator[Conversation]:  # fmt: skip
+    ) -> Iterator[ServedConversation]:  # fmt: skip
         if not indices:
             return
         shares, kind = Shares(concurrency == 1), "drafted" if drafted else "baseline"
@@ -246,9 +246,9 @@ class ServerEvaluation:
 
     def _converse(
         self, client: EngineClient, task: Task, index: int, temperature: float, drafted: bool, shares: Shares
-    ) -> Conversation:
+    ) -> ServedConversation:
         """All turns of a prompt."""
-        one, stops = Conversation(index), tuple(self.renderer.stop_token_ids)
+        one, stops = ServedConversation(index), tuple(self.renderer.stop_token_ids)
         while len(one.answers) < len(task.prompts[index]):
             turn = len(one.answers)
             prompt = self._prompt(task, index, one.answers)
@@ -285,7 +285,12 @@ class ServerEvaluation:
         return str(self.renderer.tokenizer.decode(known, skip_special_tokens=True))
 
     def _result(
-        self, task: Task, temperature: float, one: Conversation, rounds: Sequence[Counted], alone: dict[str, Any] | None
+        self,
+        task: Task,
+        temperature: float,
+        one: ServedConversation,
+        rounds: Sequence[Counted],
+        alone: dict[str, Any] | None,
     ) -> PromptResult:
         each = [answer.each for answer in one.answers if answer.each is not None]
         complete = all(UNKNOWN not in tokens for tokens in one.outputs)

@@ -23,7 +23,7 @@ VOCABULARY_ROWS = 16384  # of the head, turned to the wider dtype at a time
 
 
 @dataclass(frozen=True)
-class Difference:
+class FirstDifference:
     """The first difference of a greedy output from the baseline's, and whether rounding explains it."""
 
     turn: int
@@ -40,7 +40,7 @@ def first_difference(
     prompts: Sequence[Sequence[int]],
     baseline: Sequence[Sequence[int]],
     drafted: Sequence[Sequence[int]],
-) -> Difference | None:
+) -> FirstDifference | None:
     """Explain the first difference; None where the outputs are equal.
 
     Args:
@@ -57,12 +57,12 @@ def first_difference(
         position = next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(other)))
         one, two = (ids[position] if position < len(ids) else None for ids in (first, other))
         if one is None or two is None:
-            return Difference(turn, position, one, two, gap=None, rounding=None, tied=False)
+            return FirstDifference(turn, position, one, two, gap=None, rounding=None, tied=False)
         own, exact = next_logits(target, [*prompt, *first[:position]])
         rounding = float((own.double() - exact.double()).abs().max())
         a, b = float(exact[one]), float(exact[two])
         tied = float(exact.max()) - min(a, b) <= 2 * rounding
-        return Difference(turn, position, one, two, gap=abs(a - b), rounding=rounding, tied=tied)
+        return FirstDifference(turn, position, one, two, gap=abs(a - b), rounding=rounding, tied=tied)
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Table = tuple[Tensor, Tensor]
+RotaryTable = tuple[Tensor, Tensor]
 MOST_JOINED = 1 << 22  # weights of one product; larger ones are bound by reading them, and are not copied
 
 
@@ -72,7 +72,7 @@ def _eps(module: Any) -> float:
     return float(module.eps if hasattr(module, "eps") else module.variance_epsilon)
 
 
-def rotary_table(table: Table) -> Table:
+def rotary_table(table: RotaryTable) -> RotaryTable:
     """(cos, sin), [.., E] each, as :func:`rotate_pairs` takes them: the first half of sin negated, a heads axis."""
     cos, sin = table
     first, second = sin.chunk(2, dim=-1)
@@ -86,16 +86,16 @@ class RotaryRows:
         compute: (cos, sin), [S, E] each, of positions [S].
     """
 
-    def __init__(self, compute: Callable[[Tensor], Table]) -> None:
+    def __init__(self, compute: Callable[[Tensor], RotaryTable]) -> None:
         self._compute = compute
-        self._table: Table | None = None
+        self._table: RotaryTable | None = None
 
-    def at(self, positions: Tensor, num_positions: int) -> Table:
+    def at(self, positions: Tensor, num_positions: int) -> RotaryTable:
         """The table of ``positions`` [..], all below ``num_positions``: [.., 1, E] each."""
         cos, sin = self.reserve(num_positions, positions.device)
         return cos[positions], sin[positions]
 
-    def reserve(self, num_positions: int, device: torch.device) -> Table:
+    def reserve(self, num_positions: int, device: torch.device) -> RotaryTable:
         """The table, of at least ``num_positions``."""
         if self._table is None or len(self._table[0]) < num_positions:
             every = torch.arange(max(256, 2 * num_positions), device=device)
@@ -103,7 +103,7 @@ class RotaryRows:
         return self._table
 
 
-def rotate_pairs(x: Tensor, table: Table) -> Tensor:
+def rotate_pairs(x: Tensor, table: RotaryTable) -> Tensor:
     """Heads [.., H, E] rotated by a :func:`rotary_table`, in the dtype of the table."""
     cos, sin = table
     if cos.shape[-1] < x.shape[-1]:
@@ -182,7 +182,7 @@ class FusedLayer:
         normed = self.input_norm(hidden)
         return (normed, None) if self._attention_conv is None else self._attention_conv.forward(normed)
 
-    def queries_keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor, Tensor]:
+    def queries_keys_values(self, x: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor, Tensor]:
         """[.., D] -> rotated queries [.., H, E], rotated keys and values [.., G, E]; a :func:`rotary_table`.
 
         Where a gate follows each query in ``q_proj`` it does here: see :meth:`parted`.
@@ -202,7 +202,7 @@ class FusedLayer:
             return queries, None
         return queries[..., : self.head_dim], queries[..., self.head_dim :]
 
-    def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
         """The keys and values alone."""
         heads = self._kv(x).unflatten(-1, (-1, self.head_dim))
         keys = heads[..., : self._keys, :]

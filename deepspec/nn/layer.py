@@ -19,7 +19,7 @@ from deepspec.nn.cpu.matmul import Linear
 from deepspec.nn.mlp import ExpertMLP, GatedMLP, computed_again
 from deepspec.nn.short_conv import ShortConvolution
 
-Table = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
+RotaryTable = tuple[Tensor, Tensor]  # (cos, sin) of a rotary embedding
 
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ class Rotary(nn.Module):
         with torch.device("cpu"):  # values and no state: also where the draft is built on ``meta``
             self._inv_freq, self._scaling = _inverse_frequencies(shape.rope, shape.head_dim, shape.max_positions)
 
-    def forward(self, positions: Tensor) -> Table:
+    def forward(self, positions: Tensor) -> RotaryTable:
         """(cos, sin), each [.., E] (or the part that is turned) fp32, of integer ``positions`` [..]."""
         if self._inv_freq.device != positions.device:
             self._inv_freq = self._inv_freq.to(positions.device)
@@ -111,7 +111,7 @@ class Rotary(nn.Module):
         return angles.cos() * self._scaling, angles.sin() * self._scaling
 
 
-def rotate(x: Tensor, table: Table) -> Tensor:
+def rotate(x: Tensor, table: RotaryTable) -> Tensor:
     """Apply a rotary ``table`` (cos, sin: [.., S, E] fp32) to heads ``x`` [.., S, H, E], in fp32.
 
     A narrower table turns the first values of each head.
@@ -151,11 +151,11 @@ class DraftAttention(nn.Module):
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.unflatten(-1, (-1, self.head_dim))
 
-    def queries(self, x: Tensor, table: Table) -> Tensor:
+    def queries(self, x: Tensor, table: RotaryTable) -> Tensor:
         """[.., input_size] -> rotated queries [.., H, E]."""
         return self.queries_gate(x, table)[0]
 
-    def queries_gate(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor | None]:
+    def queries_gate(self, x: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor | None]:
         """:meth:`queries`, and what :meth:`DraftLayer.finish` multiplies the heads by; None where nothing gates."""
         heads, gate = self._heads(self.q_proj(x)), None
         if self.gated:
@@ -163,7 +163,7 @@ class DraftAttention(nn.Module):
             gate = gate.sigmoid()
         return rotate(heads if self.q_norm is None else self.q_norm(heads), table), gate
 
-    def keys_values(self, x: Tensor, table: Table) -> tuple[Tensor, Tensor]:
+    def keys_values(self, x: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
         """[.., input_size] -> rotated keys and values, [.., G, E] each."""
         keys = self._heads(self.k_proj(x))
         values = keys if self.v_proj is None else self._heads(self.v_proj(x))

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers.activations import ACT2FN
 
 from deepspec.families.base import Experts, Shape
 from deepspec.nn.cpu.matmul import Linear
@@ -29,6 +28,14 @@ def computed_again(function: Callable[..., Any], *inputs: Any) -> Any:
     return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
+def activation(name: str) -> nn.Module:
+    """transformers' activation of that name."""
+    from transformers.activations import ACT2FN  # seconds: a recipe is read without it
+
+    found: nn.Module = ACT2FN[name]
+    return found
+
+
 class GatedMLP(nn.Module):
     """down(act(gate(x)) * up(x))."""
 
@@ -37,7 +44,7 @@ class GatedMLP(nn.Module):
         self.gate_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.up_proj = Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
         self.down_proj = Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
-        self.act = ACT2FN[shape.activation]
+        self.act = activation(shape.activation)
 
     def forward(self, x: Tensor, then: Then | None = None) -> Tensor:
         """[.., D] -> [.., D], ``then`` of it where one is given."""
@@ -53,11 +60,11 @@ class GatedMLP(nn.Module):
 class ExpertWeights(nn.Module):
     """All experts' weights, one tensor a kind: each takes part in every step, whichever experts its tokens chose."""
 
-    def __init__(self, hidden_size: int, sizes: Experts, activation: str) -> None:
+    def __init__(self, hidden_size: int, sizes: Experts, act: str) -> None:
         super().__init__()
         self.gate_up_proj = nn.Parameter(torch.empty(sizes.count, 2 * sizes.width, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(sizes.count, hidden_size, sizes.width))
-        self.act = ACT2FN[activation]
+        self.act = activation(act)
 
     def start(self, std: float, generator: torch.Generator) -> None:
         """Normal(0, std), as matrices start."""

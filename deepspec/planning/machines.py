@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import asdict, dataclass, field
 from functools import cache
@@ -136,8 +137,9 @@ def _checked(machine: Machine) -> Machine:
 
 
 def save_machine(machine: Machine, path: str | Path) -> None:
-    """Write a machine that was measured."""
-    write_json(path, {"format": FORMAT, **asdict(machine)})
+    """Write a machine that was measured; a rate that nothing limits is left out, as JSON has no infinity."""
+    values = {key: value for key, value in asdict(machine).items() if value != math.inf}
+    write_json(path, {"format": FORMAT, **values})
 
 
 def assumptions() -> list[tuple[str, str]]:

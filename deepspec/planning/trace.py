@@ -50,11 +50,6 @@ class MicroBatchCost:
     last: int = 0  # bytes of the batch's hidden states on the device
 
     @property
-    def total_flops(self) -> float:
-        """Of all dtypes."""
-        return float(sum(self.flops.values()))
-
-    @property
     def held(self) -> int:
         """Bytes at the fullest moment, beside weights and inputs."""
         return sum(self.peak.values())

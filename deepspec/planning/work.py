@@ -26,6 +26,11 @@ def work_of_numbers(samples: int, tokens: float, supervised: float, longest: int
     return DataSize(totals, max(longest, math.ceil(tokens)), "numbers given")
 
 
+def is_cache(path: str) -> bool:
+    """Whether ``path`` is a URL, or the folder of a finished cache."""
+    return "://" in path or (Path(path) / MANIFEST).exists()
+
+
 def work_of_data(recipe: Recipe, spec: TargetSpec, path: str, supervised: float) -> DataSize:
     """Totals of a cache or of a conversations file.
 
@@ -38,7 +43,7 @@ def work_of_data(recipe: Recipe, spec: TargetSpec, path: str, supervised: float)
     Raises:
         DataError: neither is there.
     """
-    if "://" in path or (Path(path) / MANIFEST).exists():
+    if is_cache(path):
         from deepspec.cache.reader import TargetCache
 
         cache = TargetCache.open(path)

@@ -92,7 +92,7 @@ def kinds_of(formats: Sequence[str], sources: Sequence[str]) -> list[Kind]:
 
 
 @dataclass
-class Row:
+class CheckRow:
     """What came out for a kind."""
 
     target: str
@@ -128,7 +128,7 @@ class ServeCheck:
         self.subject, self.server, self.wanted = subject, server, kinds
         server.check_target(subject.target.spec)
 
-    def run(self) -> list[Row]:
+    def run(self) -> list[CheckRow]:
         """Check every kind, with a line of progress each."""
         kinds = kinds_of(self.server.formats, self.subject.kinds)
         chosen = [kind for kind in kinds if not self.wanted or kind.name in self.wanted]
@@ -139,7 +139,7 @@ class ServeCheck:
             if not self.server.loads_only:
                 raise
             note = f"its environment was not made: {problem.problem}: {problem.found}"
-            return [Row(self.subject.name, "", "", "not run", note=note, server=self.server.version)]
+            return [CheckRow(self.subject.name, "", "", "not run", note=note, server=self.server.version)]
         for number, kind in enumerate(chosen, 1):
             log.info("[%d/%d] %s: %s (%s)", number, len(chosen), self.subject.name, kind.name, kind.format)
             rows.append(self.check(kind))
@@ -148,9 +148,9 @@ class ServeCheck:
             rows.append(self.check_hidden_states())
         return [replace(row, server=self.server.version) for row in rows]
 
-    def check(self, kind: Kind) -> Row:
+    def check(self, kind: Kind) -> CheckRow:
         """Export, serve, compare one kind."""
-        row = Row(self.subject.name, kind.name, kind.format, "refused")
+        row = CheckRow(self.subject.name, kind.name, kind.format, "refused")
         folder = self.server.work / "exports" / kind.name.replace(" ", "-")
         try:
             source = self.subject.draft(kind.source, self.server.work)
@@ -176,7 +176,7 @@ class ServeCheck:
             row.status, row.note = "not run", f"acceptance needs the CPU shim (--shim); without: {row.note}"
         return row
 
-    def load(self, row: Row, kind: Kind, draft: DraftCheckpoint, folder: Path) -> Row:
+    def load(self, row: CheckRow, kind: Kind, draft: DraftCheckpoint, folder: Path) -> CheckRow:
         """Write into the row what an engine that only loads drafts makes of an export."""
         ours, name = self.ours(kind, draft, folder), kind.name.replace(" ", "-")
         try:
@@ -186,10 +186,10 @@ class ServeCheck:
         row.status, row.same_rounds, row.note = verdict
         return row
 
-    def check_hidden_states(self) -> Row:
+    def check_hidden_states(self) -> CheckRow:
         """Hidden states out of the served target, compared with those of the same target in this process."""
         target, prompts = self.subject.target, self.subject.prompts
-        row = Row(self.subject.name, HIDDEN_STATES, "extraction", "equal")
+        row = CheckRow(self.subject.name, HIDDEN_STATES, "extraction", "equal")
         if self.server.shim is None:
             row.status, row.note = "not run", "needs the CPU shim's connector (--shim)"
             return row
@@ -260,7 +260,7 @@ def largest_difference(
 
 
 def compare(
-    row: Row, ours: Sequence[Generation], engine: Sequence[Mapping[str, Any]], baseline: list[list[int]]
+    row: CheckRow, ours: Sequence[Generation], engine: Sequence[Mapping[str, Any]], baseline: list[list[int]]
 ) -> None:
     """Write the verdict on one kind into its row: of every prompt our generation, the engine's tokens and (drafted,
     accepted) of every round, and its own tokens without a draft.
@@ -288,7 +288,7 @@ def _length(pairs: Sequence[tuple[int, int]], side: int) -> float | None:
     return sum(pair[side] + 1 for pair in pairs) / len(pairs) if pairs else None
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[CheckRow]) -> str:
     """The rows as a Markdown table."""
     header = ("engine", "target", "draft", "format", "verdict", "lossless", "ours", "there", "difference",
               "rounds equal", "note")  # fmt: skip
@@ -301,6 +301,6 @@ def table(rows: Sequence[Row]) -> str:
     return f"CPU, fp32, greedy\n\n{Table(header, cells).markdown()}"
 
 
-def to_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def to_json(rows: Sequence[CheckRow]) -> list[dict[str, Any]]:
     """The rows as a JSON value."""
     return [asdict(row) | {"difference": row.difference} for row in rows]

@@ -24,7 +24,7 @@ from deepspec.errors import shown
 from deepspec.serving.client import UNKNOWN, Answer, Counted, EngineClient, Question
 
 
-class Totals(NamedTuple):
+class TimingTotals(NamedTuple):
     """What the timings have counted up to a token."""
 
     tokens: int
@@ -102,7 +102,7 @@ class LlamaCppClient(EngineClient):
             "seed": question.seed, "samplers": ["temperature"], "cache_prompt": False, "return_tokens": True,
         }  # fmt: skip
 
-    def _totals(self, event: dict[str, Any]) -> Totals:
+    def _totals(self, event: dict[str, Any]) -> TimingTotals:
         timings = event.get("timings")
         try:
             values = [timings[key] for key in ("predicted_n",)]  # type: ignore[index]
@@ -111,7 +111,7 @@ class LlamaCppClient(EngineClient):
             values = [None]
         if not all(type(one) is int and 0 <= one < 2**31 for one in values):
             raise self.bad("no timings in a reply", shown(event), "timings.predicted_n", "use a newer server")
-        return Totals(*values)
+        return TimingTotals(*values)
 
     def _stopped(self, event: dict[str, Any]) -> bool:
         kind = event.get("stop_type")
@@ -120,7 +120,7 @@ class LlamaCppClient(EngineClient):
         return bool(kind == "eos")
 
 
-def rounds_of(seen: Sequence[Totals], stopped: bool) -> list[Counted]:
+def rounds_of(seen: Sequence[TimingTotals], stopped: bool) -> list[Counted]:
     """The rounds of an answer.
 
     Args:
@@ -131,7 +131,7 @@ def rounds_of(seen: Sequence[Totals], stopped: bool) -> list[Counted]:
     steps = [later.tokens - one.tokens for one, later in pairwise(seen)]
     alone = [drafted for drafted, step in zip(drafts, steps, strict=True) if step == 1]
     usual = max([one for one in alone if one] or [one for one in drafts if one] or [1])
-    found, end, known = list[Counted](), 1, Totals(1, 0, 0)  # end: the last token of the rounds found
+    found, end, known = list[Counted](), 1, TimingTotals(1, 0, 0)  # end: the last token of the rounds found
     for one in seen:
         if one.tokens > end:
             new = _between(one.tokens - end, one.drafted - known.drafted, one.accepted - known.accepted, usual)

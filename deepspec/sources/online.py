@@ -15,7 +15,7 @@ from torch import Tensor
 from deepspec import registry
 from deepspec.batch import Batch
 from deepspec.cache.fingerprint import fingerprint_of
-from deepspec.cache.forward import Conversation, forward_batch
+from deepspec.cache.forward import RenderedConversation, forward_batch
 from deepspec.cache.parts import Block
 from deepspec.cache.plan import Source, read_rows, scan
 from deepspec.cache.write_through import Samples
@@ -147,7 +147,7 @@ class OnlineSource(FeatureSource):
         if self.written is not None:
             self.written.close()
 
-    def forward_block(self, rows: Sequence[Conversation]) -> tuple[int, Callable[[], Block]]:
+    def forward_block(self, rows: Sequence[RenderedConversation]) -> tuple[int, Callable[[], Block]]:
         """One batch of a cache through the target; see :func:`deepspec.cache.forward.forward_batch`."""
         return forward_batch(cast(Target, self.target), self.layers, self.last_hidden, rows)
 

@@ -59,7 +59,7 @@ class ServedSource(OnlineSource):
         if self.written is None:
             self.pool.announce(self._conversations(numbers))
 
-    def forward_block(self, rows: Sequence[cache.Conversation]) -> tuple[int, Callable[[], Block]]:
+    def forward_block(self, rows: Sequence[cache.RenderedConversation]) -> tuple[int, Callable[[], Block]]:
         """One batch of a cache through a server, in one pass of its own as in a build.
 
         Raises:

@@ -50,7 +50,7 @@ BEAT = 5.0  # seconds between signs of life while a conversation waits or is com
 SLOW = 60.0  # seconds that a reader may take for one message
 MOST_TABLES = 64  # kept
 TOKEN_CHARACTERS = 24  # that a request may have a token
-Answer = Callable[..., Any]  # an ASGI response
+AsgiResponse = Callable[..., Any]  # an ASGI response
 
 
 class BadRequest(Exception):
@@ -122,7 +122,7 @@ class FeatureServer:
             lines += [f"# TYPE deepspec_{name} gauge", f"deepspec_{name} {value}"]
         return PlainTextResponse("\n".join([*lines, ""]), media_type="text/plain; version=0.0.4")
 
-    async def features(self, request: Request) -> Answer:
+    async def features(self, request: Request) -> AsgiResponse:
         """One conversation's hidden states."""
         if not self._admits(request):
             return _refusal(401, "the shared secret is missing or wrong")

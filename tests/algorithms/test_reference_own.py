@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+import fork_server
 import pytest
 from make_reference import DRAFTS, FAMILY, REFERENCE, ROOT
 from reference_cases import check_folder
@@ -46,6 +46,7 @@ def test_a_proposal_that_differs_is_seen(tmp_path: Path) -> None:
 def test_the_cases_are_small_and_the_checker_needs_no_folder(tmp_path: Path) -> None:
     assert sum(path.stat().st_size for path in REFERENCE.rglob("*") if path.is_file()) < 700_000
     command = [sys.executable, ROOT / "tools" / "check_reference.py"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = fork_server.run(command, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.count(" equal ") == 2 * len(DRAFTS)
     assert "given as DIR" in done.stdout

@@ -17,7 +17,7 @@ from deepspec import log, progress
 from deepspec.arguments import Parser
 from deepspec.cli import VERBS
 from deepspec.errors import DeepSpecError, run_main
-from deepspec.progress import Progress, byte_size, duration, made, waiting
+from deepspec.progress import Progress, byte_size, comes_next, duration, made, waiting
 
 ROOT = Path(__file__).parents[2]
 FIRST = """
@@ -51,6 +51,9 @@ for path in ("launch/train.py", "tools/build_cache.py"):
     first([path, "--recipe", "dspark_qwen3_4b", "--output", "o", "--data", "d"][: 3 if "launch" in path else 7],
           lambda: runpy.run_path(path, run_name="__main__"))
 first(["x", "--target", "t", "--draft", "d"], lambda: runpy.run_module("deepspec.evaluate", run_name="__main__"))
+from deepspec.recipe import load_recipe
+load_recipe("dspark_qwen3_4b")
+found.append(("a recipe is read", [name for name in ("transformers", "deepspeed") if name in sys.modules]))
 print(json.dumps(found))
 """
 
@@ -63,6 +66,7 @@ def test_the_first_line_comes_before_the_slow_imports() -> None:
     found = json.loads(done.stdout)
     wanted = [f"deepspec {verb}: " for verb in VERBS]
     wanted += ["python launch/train.py: ", "python tools/build_cache.py: ", "python -m deepspec.evaluate: "]
+    wanted += ["a recipe is read"]
     assert [text for (text, _), start in zip(found, wanted, strict=True) if not text.startswith(start)] == []
     assert [text for text, imported in found if imported] == []
 
@@ -95,6 +99,8 @@ def test_a_command_says_what_it_reads_what_it_made_and_what_comes_next(tmp_path:
     ))  # fmt: skip
     command(monkeypatch, lambda given: made("s3://there"))
     assert capsys.readouterr().err == "deepspec try: Try it.\nmade s3://there in 0 ms\n"
+    command(monkeypatch, lambda given: comes_next("deepspec next"), following="deepspec other")
+    assert capsys.readouterr().err.endswith("done in 0 ms; next: deepspec next\n")
     command(monkeypatch, lambda given: None, "--output", "absent")
     assert capsys.readouterr().err.endswith("-> absent\ndeepspec try: done in 0 ms\n")
 

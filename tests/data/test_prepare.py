@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 
 from deepspec.cli.data import prepare as prepare_verb
@@ -132,13 +132,11 @@ def test_parquet_and_command_line(tmp_path: Path) -> None:
     table = pyarrow.table({"conversations": [[{"from": "human", "value": f"q {i}"}] for i in range(50)]})
     pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
     command = [sys.executable, "tools/prepare_data.py", "--source", f"{tmp_path / 'in.parquet'}=2", "--limit", "20"]
-    done = subprocess.run([*command, "--output", str(tmp_path / "out")], cwd=ROOT, capture_output=True, text=True)
+    done = fork_server.run([*command, "--output", str(tmp_path / "out")])
     assert done.returncode == 0, done.stderr
     assert "conversations to train on" in done.stdout
     assert sum(1 for _ in read_conversations(tmp_path / "out" / "train.jsonl")) <= 20
-    wrong = subprocess.run(
-        [*command[:3], "no.jsonl", "--quiet", "--output", str(tmp_path)], cwd=ROOT, capture_output=True, text=True
-    )
+    wrong = fork_server.run([*command[:3], "no.jsonl", "--quiet", "--output", str(tmp_path)])
     assert (wrong.returncode, wrong.stderr.count("\n")) == (1, 1)
     assert wrong.stderr.startswith("error: no.jsonl: no such file")
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import data_tools as tools
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -323,7 +324,7 @@ def test_client_killed_and_restarted(tmp_path: Path) -> None:
     code = CLIENT.format(
         tests=str(ROOT / "tests" / "helpers"), prompts=str(prompts), output=str(output), url=server.url
     )
-    client = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=subprocess.DEVNULL)
+    client = fork_server.start([sys.executable, "-c", code], subprocess.DEVNULL, subprocess.DEVNULL)
     while sum(server.answered.values()) < 30:
         assert client.poll() is None
         time.sleep(0.01)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deepspec.data.answer_spans import Answer, SpanFinder, spans_from_prefixes
+from deepspec.data.answer_spans import AnswerSpan, SpanFinder, spans_from_prefixes
 from deepspec.data.chat import Renderer, render_row, render_rows
 from deepspec.data.messages import normal_row
 from deepspec.data.refusals import NoSupervision, RenderCounts, refusal_lines
@@ -391,7 +391,7 @@ def test_prefixes_are_tokenised_once() -> None:
 
     text = "".join(f"<|im_start|>user\nq {n}<|im_end|>\n<|im_start|>assistant\na {n}<|im_end|>\n" for n in range(50))
     places = [text.index(f"a {n}<") for n in range(50)]
-    answers = [Answer(start, text.index(">", start) + 1, True) for start in places]
+    answers = [AnswerSpan(start, text.index(">", start) + 1, True) for start in places]
     ids = encode(text)
     tokenised = 0
     bounds = spans_from_prefixes(encode, text, ids, answers)

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from evaluate_tools import Folders, make_folders, rows_of, untimed, write_task
 
@@ -36,15 +37,15 @@ def lines(path: Path) -> int:
 
 def kill_in_the_middle(command: list[str], path: Path) -> int:
     """Start, wait for some rows in ``path``, kill -9; the rows that are there then."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
-    while lines(path) < 5:
-        assert process.poll() is None, process.stderr.read().decode()  # type: ignore[union-attr]
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+    with open(path.parent.with_suffix(".log"), "w+b") as log:
+        process = fork_server.start(command, subprocess.DEVNULL, log)
+        deadline = time.monotonic() + 120
+        while lines(path) < 5:
+            assert process.poll() is None, Path(log.name).read_text()
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    process.stderr.close()  # type: ignore[union-attr]
     return lines(path)
 
 

@@ -7,12 +7,12 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 from evaluate_tools import Folders, make_folders, rows_of, untimed, write_task
 
@@ -38,7 +38,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 def test_the_command_measures_and_reports(folders: Folders, tmp_path: Path) -> None:
     output = tmp_path / "out"
     command = [sys.executable, *folders.command(output, "--batch-size", "2")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = fork_server.run(command)
     assert done.returncode == 0, done.stderr
     assert "decoding path: packed (its layers are a family's own)" in done.stdout
     results = Results.load(output)

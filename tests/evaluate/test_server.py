@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from cache_tools import train_tokenizer
@@ -31,7 +32,7 @@ from deepspec.errors import EvaluationError
 from deepspec.evaluate.__main__ import compare, parse
 from deepspec.evaluate.results import Results
 from deepspec.evaluate.run import Evaluation, Options
-from deepspec.evaluate.server import ServerEvaluation, ServerOptions, load_table
+from deepspec.evaluate.server import ServerEvaluation, ServerEvaluationOptions, load_table
 from deepspec.export.convert import ExportOptions, export_draft, read_draft
 from deepspec.serving.client import Answer, Counted, cut_at_stop
 from deepspec.targets import load_target, load_tokenizer
@@ -46,7 +47,7 @@ WORDS = ["red", "green", "blue", "one", "two", "three", "four", "five", "six", "
 class Served:
     """A target, its draft and the tasks in folders, and the URLs of two servers."""
 
-    options: ServerOptions
+    options: ServerEvaluationOptions
     root: Path
 
     def run(self, output: Path, **more: Any) -> dict[int, Results]:
@@ -98,7 +99,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         running(root, "drafting", target=gguf, speculative_config=told) as url,
         running(root, "alone", target=gguf) as alone,
     ):
-        options = ServerOptions(
+        options = ServerEvaluationOptions(
             str(root / "target"), str(root / "draft"), "", (str(root / "tasks"),), server=url, baseline_server=alone,
             temperatures=(0.0,), max_new_tokens=TOKENS, timeout=30.0,
         )  # fmt: skip
@@ -171,7 +172,7 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     command = [sys.executable, "-m", "deepspec.evaluate", "--server", one.server, "--target", one.target]
     command += ["--draft", one.draft, "--tasks", one.tasks[0], "--temperature", "0", "--output", str(tmp_path / "out")]
     command += ["--max-new-tokens", str(TOKENS)]
-    job = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    job = fork_server.start(command, subprocess.DEVNULL, subprocess.DEVNULL)
     rows = folder / "results.jsonl"
     while not (rows.exists() and rows.read_bytes().count(b"\n") > 1):
         assert job.poll() is None
@@ -180,7 +181,7 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     job.wait()
     kept = rows.read_text().rpartition("\n")[0].split("\n")
     assert not (folder / "results.json").exists()
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = fork_server.run(command)
     assert done.returncode == 0, done.stderr
     found = rows_of(folder)
     assert sorted((row["task"], row["index"]) for row in found) == [("short", i) for i in range(6)] + [("talk", 0)]
@@ -282,16 +283,16 @@ class Counting:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> ServerOptions:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> ServerEvaluationOptions:
     made = make_folders(tmp_path_factory.mktemp("folders"))
-    return ServerOptions(
+    return ServerEvaluationOptions(
         str(made.target), "", "", (str(made.tasks / "short.jsonl"),), temperatures=(0.0,), max_new_tokens=9,
         timeout=2.0,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_counters_of_the_server_become_rounds(folders: ServerOptions, tmp_path: Path, together: int) -> None:
+def test_counters_of_the_server_become_rounds(folders: ServerEvaluationOptions, tmp_path: Path, together: int) -> None:
     server = Counting()
     with stub(server) as url:
         options = replace(folders, server=f"{url}/v1", output=str(tmp_path), concurrency=(together,))
@@ -362,7 +363,7 @@ def silent(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     ],
 )
 def test_a_bad_reply_is_one_line_that_names_the_server(
-    folders: ServerOptions, tmp_path: Path, reply: Answering, message: str
+    folders: ServerEvaluationOptions, tmp_path: Path, reply: Answering, message: str
 ) -> None:
     with stub(llamacpp(reply)) as url, pytest.raises(EvaluationError, match=message) as caught:
         ServerEvaluation(replace(folders, server=url, output=str(tmp_path))).run()
@@ -370,7 +371,7 @@ def test_a_bad_reply_is_one_line_that_names_the_server(
     assert "\n" not in str(caught.value)
 
 
-def test_a_server_that_is_none_is_refused(folders: ServerOptions) -> None:
+def test_a_server_that_is_none_is_refused(folders: ServerEvaluationOptions) -> None:
     message = "not a server of this engine"
     with stub(lambda handler, body: send(handler, {}, 404)) as url, pytest.raises(EvaluationError, match=message):
         ServerEvaluation(replace(folders, server=url, output="never"))
@@ -389,12 +390,12 @@ def test_what_the_server_decides_is_refused_by_name(monkeypatch: pytest.MonkeyPa
 
 
 def test_rounds_between_two_lines_of_a_stream() -> None:
-    from deepspec.serving.llamacpp_client import Totals, rounds_of
+    from deepspec.serving.llamacpp_client import TimingTotals, rounds_of
 
-    whole = [Totals(1, 0, 0), Totals(2, 4, 2), Totals(3, 4, 2), Totals(4, 4, 2), Totals(5, 8, 2), Totals(6, 12, 6)]
+    whole = [TimingTotals(*line) for line in ((1, 0, 0), (2, 4, 2), (3, 4, 2), (4, 4, 2), (5, 8, 2), (6, 12, 6))]
     assert rounds_of(whole, stopped=False) == [Counted(4, 2, 3), Counted(4, 0, 1), Counted(4, 4, 5)]
     assert rounds_of(whole, stopped=True)[-1] == Counted(1, 1, 1)  # what follows a drafted stop token was not verified
-    missing = [Totals(1, 0, 0), Totals(2, 4, 2), Totals(10, 12, 6)]  # the second round has no line
+    missing = [TimingTotals(1, 0, 0), TimingTotals(2, 4, 2), TimingTotals(10, 12, 6)]  # the second round has no line
     found = rounds_of(missing, stopped=False)
     assert (len(found), sum(one.accepted for one in found), sum(one.proposed for one in found)) == (3, 6, 12)
-    assert rounds_of([Totals(1, 0, 0), Totals(2, 0, 0)], stopped=False) == [Counted(0, 0, 1)]
+    assert rounds_of([TimingTotals(1, 0, 0), TimingTotals(2, 0, 0)], stopped=False) == [Counted(0, 0, 1)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
 import subprocess
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import numpy as np
 import torch
 import yaml
@@ -106,8 +106,10 @@ def make_setup(
 
 def run_tool(*arguments: object, launcher: list[str] | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run a tool of the repository and return what it said."""
+    if launcher is None:
+        return fork_server.run([sys.executable, *arguments], tool_environment(), **options)
     return subprocess.run(
-        [*(launcher or []), sys.executable, *map(str, arguments)],
+        [*launcher, sys.executable, *map(str, arguments)],
         cwd=ROOT,
         env=tool_environment(),
         text=True,
@@ -132,12 +134,6 @@ def contents(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != ".deepspec.lock"
     }
-
-
-def last_line(text: str) -> dict[str, Any]:
-    """The last line of an output, as JSON."""
-    value: dict[str, Any] = json.loads(text.strip().splitlines()[-1])
-    return value
 
 
 def make_cache(

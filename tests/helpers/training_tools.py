@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import cache_tools
+import fork_server
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from deepspec import registry
 from deepspec.batch import Batch
-from deepspec.distributed import RANK_VARIABLES
+from deepspec.distributed import RANK_VARIABLES, free_port
 from deepspec.drafts import save_draft
 from deepspec.sources.base import FeatureSource, pad
 from deepspec.targets import load_spec, load_target
@@ -175,22 +176,30 @@ def own_environment() -> dict[str, str]:
 
 
 def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: Any) -> Any:
-    """Start a script as a user does: plain Python for one process, the deepspeed launcher for more."""
-    from deepspec.distributed import free_port
-
-    folder = Path(sys.executable).parent
-    command = [sys.executable]
-    if processes > 1:
-        command = [str(folder / "deepspeed"), "-q", "--num_gpus", str(processes), "--master_port", str(free_port())]
+    """Start a script as a user does: Python (in a fork) for one process, the deepspeed launcher for more."""
     environment = own_environment()
-    environment["PATH"] = f"{folder}{os.pathsep}{environment['PATH']}"
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    if processes == 1:
+        return fork_server.run([sys.executable, script, *arguments], environment, **run)
+    command = [str(Path(sys.executable).with_name("deepspeed")), "-q", "--num_gpus", str(processes)]
+    command += ["--master_port", str(free_port()), str(script), *arguments]
     settings = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False, **run}
-    return subprocess.run([*command, str(script), *arguments], **settings)
+    return subprocess.run(command, **settings)
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], processes: int) -> None:
-    """Run trainings one after the other in one process group of that size (see training_worker.py)."""
-    path = folder / f"jobs_{processes}.json"
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], processes: int, launcher: bool = False) -> None:
+    """Run trainings one after the other in one process group of that size (see training_worker.py).
+
+    Args:
+        folder: gets the file of the jobs.
+        jobs: the trainings.
+        processes: of the group.
+        launcher: start them by the deepspeed launcher, each a new interpreter.
+    """
+    path, worker = folder / f"jobs_{processes}.json", ROOT / "tests" / "helpers" / "training_worker.py"
     path.write_text(json.dumps(jobs))
-    done = launch(ROOT / "tests" / "helpers" / "training_worker.py", [str(path)], processes)
+    if launcher:
+        done = launch(worker, [str(path)], processes)
+    else:
+        done = fork_server.run_ranks([sys.executable, worker, path], processes, free_port(), own_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from deepspec import registry
 from deepspec.distributed import on_rank0
 from deepspec.log import start_logging
+from deepspec.nn.cpu import matmul
 from deepspec.recipe import load_recipe
 from deepspec.training import run
 from deepspec.training.engine import training_processes
@@ -52,6 +54,8 @@ def main() -> None:
     parser.add_argument("--local_rank")
     options = parser.parse_args()
     registry.SOURCES["cache"] = "training_tools:MemorySource"
+    if os.environ.get("DEEPSPEC_PRODUCTS") == "onednn":  # read when deepspec was imported: before a fork
+        matmul._MIN_MULTIPLICATIONS = 0
     start_logging()
     with training_processes() as world:
         for job in json.loads(Path(options.jobs).read_text()):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import fork_server
 import pytest
 import torch
 import yaml
@@ -47,10 +47,7 @@ def write_recipe(path: Path, target: Path, **data: object) -> None:
 
 def run(command: list[str]) -> Outcome:
     """The command as a process of its own, in the checkout's root."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=own_environment(), capture_output=True, text=True, check=False,
-        timeout=120,
-    )  # fmt: skip
+    done = fork_server.run([sys.executable, *command], own_environment(), timeout=120)
     return Outcome(done.returncode, done.stderr)
 
 

@@ -33,6 +33,24 @@ def test_no_file_and_no_function_is_too_long() -> None:
     assert house.long_functions() == []
 
 
+def test_no_two_classes_share_a_name() -> None:
+    assert house.doubles(parsed()) == []
+
+
+@pytest.mark.parametrize(
+    ("first", "other", "found"),
+    [
+        ("class Answer: ...", "class Answer: ...", ["Answer"]),
+        ("class Answer: ...", "Answer = tuple[int, str]", ["Answer"]),
+        ("class _Row: ...", "class _Row: ...", []),  # private to its file
+        ("Row = dict", "Row = dict", []),
+    ],
+)
+def test_a_second_class_of_a_name_is_found(first: str, other: str, found: list[str]) -> None:
+    files = [(Path(f"{number}.py"), ast.parse(text)) for number, text in enumerate((first, other))]
+    assert house.doubles(files) == found
+
+
 def test_no_assert_outside_tests() -> None:
     found = [f"{path}:{n.lineno}" for path, tree in parsed() for n in ast.walk(tree) if isinstance(n, ast.Assert)]
     assert not [place for place in found if not place.startswith("deepspec/testing/")]  # the suites are tests

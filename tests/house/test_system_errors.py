@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -187,7 +188,7 @@ def test_an_output_below_a_file_is_one_line_in_every_command(tmp_path: Path) -> 
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"id": "a", "messages": [{"role": "user", "content": "Why?"}]}\n')
     command = ["tools/prepare_data.py", "--quiet", "--source", str(rows), "--output", str(tmp_path / "file" / "x")]
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = fork_server.run([sys.executable, *command])
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert f"error: {tmp_path}/file/x: Not a directory; a file is where a folder is wanted" in done.stderr

@@ -13,7 +13,7 @@ import pytest
 
 from deepspec.cache.estimate import Totals
 from deepspec.cli.plan import plan as command
-from deepspec.errors import DataError, DeepSpecError, RecipeError
+from deepspec.errors import DataError, DeepSpecError, RecipeError, run_main
 from deepspec.planning import plan as planning
 from deepspec.planning.machines import Machine, machine_named, machine_names, save_machine, storage_named
 from deepspec.planning.measure import fit
@@ -161,6 +161,39 @@ def test_words_that_would_be_ignored_or_lead_nowhere_are_refused(
     monkeypatch.setattr("sys.argv", ["deepspec plan", *words])
     with pytest.raises(DeepSpecError, match=told):
         command()
+
+
+@pytest.mark.parametrize(
+    ("override", "following"),
+    [
+        ("data.cache=[none]", "cache build"),
+        ("data.cache=[done, none]", "cache build"),
+        ("data.cache=[done]", "train"),
+        ("data.source=online", "train"),
+    ],
+)
+def test_the_next_command_builds_a_cache_only_where_one_is_missing(
+    override: str, following: str, tmp_path: Path, made: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "manifest.json").write_text("{}")
+    words = ["--recipe=dspark_qwen3_4b", "--samples=100000", "--tokens=1000", f"--set={override}"]
+    monkeypatch.setattr("sys.argv", ["deepspec plan", *words])
+    with pytest.raises(SystemExit):
+        run_main(command)
+    assert capsys.readouterr().err.endswith(f"; next: deepspec {following} --recipe dspark_qwen3_4b\n")
+
+
+def test_a_rate_that_nothing_limits_is_left_out_of_a_machines_file(tmp_path: Path) -> None:
+    machine = replace(machine_named("h100"), name="here", measured=True, link=float("inf"), network=float("inf"))
+    save_machine(machine, tmp_path / "here.json")
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    assert "link" not in json.loads((tmp_path / "here.json").read_text(), parse_constant=refuse)
+    assert machine_named(str(tmp_path / "here.json")) == machine
 
 
 def test_a_measured_machine_is_read_back_and_another_file_is_refused(tmp_path: Path) -> None:

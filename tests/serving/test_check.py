@@ -21,7 +21,7 @@ from deepspec.drafts import load_draft, save_draft
 from deepspec.errors import DeepSpecError, DraftError
 from deepspec.export.convert import ExportOptions, export_draft
 from deepspec.http import NoReply, request
-from deepspec.serving.check import Kind, Row, ServeCheck, Subject, compare, kinds_of, table
+from deepspec.serving.check import CheckRow, Kind, ServeCheck, Subject, compare, kinds_of, table
 from deepspec.serving.process import run, serve
 from deepspec.serving.vllm import VLLMServer, server_arguments
 from deepspec.targets.served import server_layers
@@ -40,8 +40,8 @@ def engine_row(tokens: list[int], *accepted: int) -> dict[str, Any]:
     return {"tokens": tokens, "rounds": [[7, count] for count in accepted]}
 
 
-def verdict(ours: list[Generation], engine: list[dict[str, Any]], baseline: list[list[int]]) -> Row:
-    row = Row("quickstart", "dspark", "vllm", "refused")
+def verdict(ours: list[Generation], engine: list[dict[str, Any]], baseline: list[list[int]]) -> CheckRow:
+    row = CheckRow("quickstart", "dspark", "vllm", "refused")
     compare(row, ours, engine, baseline)
     return row
 

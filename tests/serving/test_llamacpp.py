@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ class Drafted:
     folder: Path
     target: Target
     batch: Batch
+    own: list[list[int]]  # these answers
+
+    @cached_property
+    def engines(self) -> list[list[int]]:
+        """The engine's own answers, without a draft."""
+        server = LlamaCppServer(self.folder / "work", self.folder / "never")
+        return [row["tokens"] for row in run(self, server, None)]
 
 
 def letters() -> Any:
@@ -61,15 +69,16 @@ def answered(family: str, folder: Path) -> Drafted:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     target = load_target(folder, torch.float32)
-    texts = [[*prompt, *one.output_ids] for prompt, one in zip(PROMPTS, answers(target, None), strict=True)]
-    return Drafted(folder, target, batch_of(target, texts, (0, 1, 2)))
+    own = [one.output_ids for one in answers(target, None)]
+    texts = [[*prompt, *output] for prompt, output in zip(PROMPTS, own, strict=True)]
+    return Drafted(folder, target, batch_of(target, texts, (0, 1, 2)), own)
 
 
 def answers(target: Target, drafter: Any, settings: DecodeSettings = SETTINGS) -> list[Any]:
     return generate(target, drafter, PROMPTS, settings, 1)
 
 
-def taught(drafted: Drafted, algorithm: str, steps: int = 60, **changes: Any) -> DraftModel:
+def taught(drafted: Drafted, algorithm: str, steps: int = 30, **changes: Any) -> DraftModel:
     """A draft that has learned the answers, so that rounds accept none, some and all of what it drafts."""
     section = {**tiny.tiny_section(algorithm, target_layers=[0, 1, 2]), **changes}
     owner = registry.algorithm(algorithm)
@@ -77,7 +86,7 @@ def taught(drafted: Drafted, algorithm: str, steps: int = 60, **changes: Any) ->
     model.attach(drafted.target.embed_weight, drafted.target.head_weight)
     if model.config.draft_vocab_size:
         model.set_draft_vocab(drafted.batch.input_ids.unique()[: model.config.draft_vocab_size])
-    return learn(model, drafted.batch, steps)
+    return learn(model, drafted.batch, steps, lr=8e-3)
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +142,7 @@ def theirs(rows: list[dict[str, Any]]) -> list[list[int]]:
 
 def same(served: Served, rows: list[dict[str, Any]], ours: list[list[int]]) -> None:
     """Tokens as the target alone gives them, here and there, and as many accepted in every round."""
-    alone = run(served.drafted, served.server, None)
-    assert [row["tokens"] for row in rows] == [row["tokens"] for row in alone]
-    assert [row["tokens"] for row in rows] == [one.output_ids for one in answers(served.drafted.target, None)]
+    assert [row["tokens"] for row in rows] == served.drafted.engines == served.drafted.own
     for mine, their in zip(ours, theirs(rows), strict=True):
         assert their == mine[: len(their)]
         assert len(mine) - len(their) in (0, 1)  # it has no round where the limit leaves nothing to draft
@@ -179,7 +186,7 @@ def test_its_least_probability_is_our_confidence_threshold(block_case: Drafted, 
 def test_smaller_weights_change_what_is_accepted_and_no_token(block_case: Drafted, dtype: str, tmp_path: Path) -> None:
     served = Served(block_case, taught(block_case, "dspark"), tmp_path, dtype)
     rows = served.rows(served.export())
-    assert [row["tokens"] for row in rows] == [row["tokens"] for row in run(block_case, served.server, None)]
+    assert [row["tokens"] for row in rows] == block_case.engines
     assert sum(map(sum, theirs(rows))) > 0
 
 

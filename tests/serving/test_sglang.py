@@ -19,7 +19,7 @@ from deepspec.decoding.records import DecodeRequest, DecodeSettings, Generation,
 from deepspec.drafts import save_draft
 from deepspec.errors import DeepSpecError
 from deepspec.export.convert import ExportOptions, export_draft
-from deepspec.serving.check import Kind, Row, ServeCheck, Subject
+from deepspec.serving.check import CheckRow, Kind, ServeCheck, Subject
 from deepspec.serving.sglang import SGLangServer, asked
 from deepspec.testing.tiny import tiny_folder
 
@@ -66,7 +66,7 @@ def right(check: ServeCheck, folder: Path, algorithm: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def row_of(check: ServeCheck, folder: Path, answer: dict[str, Any]) -> Row:
+def row_of(check: ServeCheck, folder: Path, answer: dict[str, Any]) -> CheckRow:
     (folder / "answer.json").write_text(json.dumps(answer))
     (row,) = check.run()
     return row

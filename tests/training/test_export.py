@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +56,18 @@ def test_the_command_writes_a_draft_that_stands_alone(place: Path, tmp_path: Pat
     assert provenance["step"] == 4
     assert provenance["dtype"] == "float32"
     assert (tmp_path / "draft" / "recipe.yaml").is_file()
+
+
+def test_the_model_states_are_loaded_once(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    newest, loaded, original = place / "a" / "run" / "checkpoints" / "step_4", list[str](), torch.load
+
+    def counted(path: Path, **options: Any) -> Any:
+        loaded.append(path.name)
+        return original(path, **options)
+
+    monkeypatch.setattr(torch, "load", counted)
+    read_weights(newest, read_manifest(newest))
+    assert sorted(loaded) == ["bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt", "mp_rank_00_model_states.pt"]
 
 
 def test_an_earlier_checkpoint_without_embeddings(place: Path, tmp_path: Path) -> None:

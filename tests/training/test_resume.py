@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 import training_tools as tools
@@ -27,6 +28,7 @@ from deepspec.export.consolidate import consolidate
 from deepspec.files import read_json
 from deepspec.recipe import load_recipe
 
+Process = subprocess.Popen[str] | fork_server.Forked
 STEPS = 8
 WORKER = tools.ROOT / "tests" / "helpers" / "training_worker.py"
 
@@ -165,13 +167,6 @@ def test_every_configuration_changes_its_processes(everything: Runs, algorithm: 
     check_other_processes(everything, algorithm, zero)
 
 
-def run_worker(folder: Path, jobs: list[dict[str, Any]]) -> subprocess.CompletedProcess[str]:
-    path = folder / "jobs.json"
-    path.write_text(json.dumps(jobs))
-    done: subprocess.CompletedProcess[str] = tools.launch(WORKER, [str(path)], 1)
-    return done
-
-
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of six steps, kept every two; the folder of its recipe."""
@@ -286,19 +281,21 @@ def test_a_cut_checkpoint_is_named(finished: Path, tmp_path: Path) -> None:
 # -- signals and crashes ----------------------------------------------------------------------------------------------
 
 
-def start_worker(folder: Path, recipe: Path, launcher: Sequence[str] = (sys.executable,)) -> subprocess.Popen[str]:
+def start_worker(folder: Path, recipe: Path, launcher: Sequence[str] = (sys.executable,)) -> Process:
     path = folder / "jobs.json"
     path.write_text(json.dumps([{"recipe": str(recipe)}]))
     environment = tools.own_environment()
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [*launcher, str(WORKER), str(path)]
     with open(folder / "output.txt", "a", encoding="utf-8") as output:
+        if launcher == (sys.executable,):
+            return fork_server.start(command, output, output, environment)
         return subprocess.Popen(
             command, cwd=tools.ROOT, env=environment, stdout=output, stderr=output, text=True, start_new_session=True
         )
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 60.0) -> None:
+def wait_for(condition: Any, process: Process, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition() and process.poll() is None and time.monotonic() < end:
         time.sleep(0.005)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import pytest
 import torch
 import training_tools as tools
@@ -38,17 +38,8 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         jobs.append({"recipe": str(recipe), "gather": str(folder / algorithm / "live.pt")})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     command = [sys.executable, str(tools.ROOT / "tests" / "helpers" / "sequence_worker.py"), str(folder)]
-    environment = tools.own_environment() | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    ranks = [
-        subprocess.Popen(
-            [*command, *request.param["cases"]], env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tools.ROOT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    said = [rank.communicate()[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], "\n".join(one[-3000:] for one in said)
+    done = fork_server.run_ranks([*command, *request.param["cases"]], 2, free_port(), tools.own_environment(), 1800)
+    assert done.returncode == 0, done.stdout[-6000:]
     return folder
 
 

@@ -14,6 +14,7 @@ from deepspec.export.consolidate import consolidate
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 OFFLOAD = ("zero1_offload", "zero2_offload", "zero3_offload")
+STEPS = 4  # of the quick trainings
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 
 
@@ -39,7 +40,7 @@ class Runs:
                         place, target, algorithm, zero, max_steps=steps, save_every=steps, lr=5e-4, **cut
                     )
                     jobs.append({"recipe": str(recipe), "gather": str(place / "live.pt")})
-            tools.run_jobs(folder, jobs, processes)
+            tools.run_jobs(folder, jobs, processes, launcher=processes > 1)
         self.left_behind = {name for name in shared_memory() - before if "torch" in name or "shm" in name}
 
     def losses(self, algorithm: str, zero: str, processes: int) -> list[float]:
@@ -64,14 +65,14 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     configurations = [*(f"{stage}_{kind}" for kind in ("fp32", "bf16") for stage in STAGES)]
     with pytest.MonkeyPatch.context() as patch:  # so small a draft would not call it by itself
         patch.setenv("DEEPSPEC_PRODUCTS", "onednn")
-        return Runs(tmp_path_factory.mktemp("zero"), ("dspark",), configurations, 6)
+        return Runs(tmp_path_factory.mktemp("zero"), ("dspark",), configurations, STEPS)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_losses_do_not_depend_on_the_stage(quick: Runs, stage: str, precision: str, processes: int) -> None:
-    check_losses(quick, "dspark", f"{stage}_{precision}", processes, 6)
+    check_losses(quick, "dspark", f"{stage}_{precision}", processes, STEPS)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

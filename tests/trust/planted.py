@@ -12,15 +12,16 @@ from deepspec.files import write_text
 from deepspec.processes import sweep
 
 PAUSE = 0.15  # seconds that a start without a kill takes
+LONG = 5.0  # of one that is killed meanwhile; not for ever, as a kill before it was counted makes the next one wait
 
 
 def _wait_for_the_kill() -> None:
-    """Stay for ever at a start that is killed: the fourth, and every other one after it (three measure the time)."""
+    """Stay long at a start that is killed: the fourth, and every other one after it (three measure the time)."""
     starts = Path(sys.argv[1]).parents[1] / "starts"
     with open(starts, "ab") as handle:
         handle.write(b".")
     number = starts.stat().st_size
-    time.sleep(60 if number > 3 and number % 2 == 0 else PAUSE)
+    time.sleep(LONG if number > 3 and number % 2 == 0 else PAUSE)
 
 
 def whole() -> None:

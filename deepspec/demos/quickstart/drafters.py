@@ -22,7 +22,7 @@ import yaml
 from deepspec.demos.quickstart.plan import DECODE, more_prompts, require_finished
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import Names, Stage, evaluate, train
+from deepspec.demos.stages import Stage, evaluate, train, variants
 from deepspec.drafts import load_draft
 from deepspec.errors import DataError, RecipeError, nearest
 from deepspec.evaluate.compare import Run
@@ -38,19 +38,7 @@ PAGE = Path("docs/algorithms.md")
 TABLE = yaml.safe_load((RECIPES / "ablations" / "drafters.yaml").read_text(encoding="utf-8"))
 STEPS, SECONDS = "steps", "seconds"  # what is equal
 CONTEXT, PASSES = 128, 40  # tokens before the first drafted block, and blocks, of the time to draft one
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One drafter with one loss."""
-
-    about: str
-    recipe: str
-    overrides: Names = ()
-
-
-VARIANTS = {name: Variant(row["about"], row["recipe"], tuple(row.get("overrides", ())))
-            for name, row in TABLE["variants"].items()}  # fmt: skip
+VARIANTS = variants(TABLE)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from deepspec.files import write_text
 log = logging.getLogger(__name__)
 
 TRAIN, HELD_OUT = "train.jsonl", "held_out.jsonl"
-Task = Callable[[random.Random], tuple[str, str]]
+Writer = Callable[[random.Random], tuple[str, str]]
 
 NAMES = ("Anna", "Ben", "Carla", "David", "Emma", "Felix", "Grace", "Hugo", "Ida", "Jonas", "Lena", "Omar")
 THINGS = ("apples", "books", "coins", "marbles", "pencils", "shells", "stamps", "tickets", "eggs", "cards")
@@ -193,7 +193,7 @@ def listing(rng: random.Random) -> tuple[str, str]:
     return question, "\n".join((opening, *(f"{number}. {item}" for number, item in enumerate(picked, 1))))
 
 
-TASKS: dict[str, Task] = {
+TASKS: dict[str, Writer] = {
     task.__name__: task
     for task in (shopping, giving, rate, equation, convert, function, fold, fact, story, listing)
 }  # fmt: skip

@@ -6,7 +6,6 @@ the same seed for as many steps on the same answers, and decoded over the same h
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -14,7 +13,7 @@ import yaml
 from deepspec.demos.quickstart.plan import DECODE, more_prompts, require_finished
 from deepspec.demos.quickstart.plan import ROOT as QUICKSTART
 from deepspec.demos.runner import Runner
-from deepspec.demos.stages import DEEPSPEC, Names, Stage, evaluate, export, train
+from deepspec.demos.stages import DEEPSPEC, Names, Stage, evaluate, export, train, variants
 from deepspec.recipe_files import RECIPES
 
 ROOT = Path("build/ablations")
@@ -26,21 +25,9 @@ HELD_OUT = 256  # prompts
 STEPS = 500  # of every variant: half of the quickstart's
 CURVE = (100, 200, 300, 400)  # optimizer steps of the base whose drafts are measured too
 BASE = "base"  # the variant that changes nothing
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One changed thing."""
-
-    about: str
-    overrides: Names = ()
-    level: str = "lossless"  # of the cache
-
-
 TABLE = yaml.safe_load((RECIPES / "ablations" / "quickstart.yaml").read_text("utf-8"))
 RECIPE: str = TABLE["recipe"]
-VARIANTS = {name: Variant(**row | {"overrides": tuple(row.get("overrides", ()))})
-            for name, row in TABLE["variants"].items()}  # fmt: skip
+VARIANTS = variants(TABLE)
 LEVELS = ("raw", *(variant.level for variant in VARIANTS.values() if variant.level != "lossless"))  # to recode
 
 

@@ -28,7 +28,7 @@ TASKS = ("domain", "chat")
 
 
 @dataclass(frozen=True)
-class Scale:
+class FinetuneScale:
     """How much of everything; the general draft and its data are those of the real run of the same name."""
 
     root: Path
@@ -39,8 +39,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(Path("build/finetune"), prompts=400, held_out=48),
-    "smoke": Scale(
+    "full": FinetuneScale(Path("build/finetune"), prompts=400, held_out=48),
+    "smoke": FinetuneScale(
         Path("build/finetune-smoke"), prompts=16, held_out=2,
         overrides=("train.max_steps=3", "train.save_every=2", "regenerate.max_tokens=24"),
         decoding=("evaluate.max_new_tokens=8",),

@@ -15,7 +15,7 @@ from deepspec.export.forms.base import (
     same_logits,
     targets_own,
 )
-from deepspec.export.forms.block import DFlash, DSpark
+from deepspec.export.forms.block import DFlashForm, DSparkForm
 from deepspec.export.forms.eagle3 import NORMS, Eagle3Midlayer, no_norms
 from deepspec.export.forms.mtp import FROM_TARGET
 from deepspec.export.parts import DraftCheckpoint, Reason
@@ -36,7 +36,7 @@ def targets_embedding(draft: DraftCheckpoint) -> Reason | None:
 
 
 @dataclass(frozen=True, eq=False)
-class SGLangDSpark(DSpark):
+class SGLangDSpark(DSparkForm):
     """The size of a head is stated."""
 
     def stated(self, draft: DraftCheckpoint) -> dict[str, Any]:
@@ -60,7 +60,7 @@ EAGLE3 = SGLangEagle3(  # unknown weights are skipped there without a word
     (one_layer, no_norms(*NORMS), targets_embedding),
 )
 DSPARK = SGLangDSpark({"qwen3": "Qwen3DSparkModel"}, BLOCK, (complete_vocabulary, targets_own, same_logits()))
-DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())
+DFLASH = DFlashForm({"qwen3": "DFlashDraftModel"}, BLOCK, (complete_vocabulary, targets_own), carries=())
 
 
 class SGLangEngine(ExportEngine):

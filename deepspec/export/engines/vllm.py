@@ -8,10 +8,10 @@ from typing import ClassVar
 
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.forms.base import complete_vocabulary, same_logits
-from deepspec.export.forms.block import DFlash, DFlash2, DSpark, vanilla_head
-from deepspec.export.forms.eagle3 import Eagle3
+from deepspec.export.forms.block import DFlash2Form, DFlashForm, DSparkForm, vanilla_head
+from deepspec.export.forms.eagle3 import Eagle3Form
 from deepspec.export.forms.mtp import FROM_TARGET
-from deepspec.export.forms.p_eagle import PEagle
+from deepspec.export.forms.p_eagle import PEagleForm
 from deepspec.export.parts import DraftCheckpoint, Reason
 
 
@@ -22,17 +22,17 @@ def keys_as_values(draft: DraftCheckpoint) -> Reason | None:
     return Reason("its Gemma4 drafts take keys as values", "attention_k_eq_v", False)
 
 
-EAGLE3 = Eagle3(
+EAGLE3 = Eagle3Form(
     {"qwen3": "Eagle3Qwen3ForCausalLM", "llama": "Eagle3LlamaForCausalLM"}, "there is no Eagle3 class of this family"
 )
-P_EAGLE = PEagle(EAGLE3.classes, EAGLE3.other_family)
-DSPARK = DSpark(
+P_EAGLE = PEagleForm(EAGLE3.classes, EAGLE3.other_family)
+DSPARK = DSparkForm(
     {"qwen3": "Qwen3DSparkModel", "gemma4": "Gemma4DSparkModel"},
     "its block drafters norm every head",
     (keys_as_values, vanilla_head, same_logits({"qwen3": "logit_scale", "gemma4": "final_logit_softcapping"})),
 )
-DFLASH = DFlash({"qwen3": "DFlashDraftModel"}, "its DFlash class has only Qwen3 layers")
-DFLASH2 = DFlash2(  # vLLM 0.28 and later
+DFLASH = DFlashForm({"qwen3": "DFlashDraftModel"}, "its DFlash class has only Qwen3 layers")
+DFLASH2 = DFlash2Form(  # vLLM 0.28 and later
     {"qwen3": "DFlash2DraftModel"}, "its DFlash 2 class has only Qwen3 layers", (complete_vocabulary, same_logits())
 )
 FROM_ANCHOR = Reason(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from deepspec.export.engines.vllm import FROM_ANCHOR, VLLMEngine
-from deepspec.export.forms.block import PARTS, DFlash, DFlash2
+from deepspec.export.forms.block import PARTS, DFlash2Form, DFlashForm
 from deepspec.export.parts import DraftCheckpoint, ImportHints
 
 
@@ -14,8 +14,8 @@ class ZLabEngine(VLLMEngine):
 
     name = "zlab"
     forms: ClassVar = {
-        "dflash-k-1": DFlash({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's"),
-        "dflash2-k-1": DFlash2({"qwen3": "DFlash2DraftModel"}, "its layers are Qwen3's"),
+        "dflash-k-1": DFlashForm({"qwen3": "DFlashDraftModel"}, "its layers are Qwen3's"),
+        "dflash2-k-1": DFlash2Form({"qwen3": "DFlash2DraftModel"}, "its layers are Qwen3's"),
     }
     no_form = "it holds only DFlash drafts"
     refused: ClassVar = dict.fromkeys(("dflash", "dflash2"), FROM_ANCHOR)

@@ -46,7 +46,7 @@ def vanilla_head(draft: DraftCheckpoint) -> Reason | None:
 
 
 @dataclass(frozen=True, eq=False)
-class DSpark(Form):
+class DSparkForm(Form):
     """Flat, with the released names."""
 
     name: str = "dspark"
@@ -74,7 +74,7 @@ class DSpark(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class DFlash(Form):
+class DFlashForm(Form):
     """``DFlashDraftModel``, z-lab's own: K slots give K - 1 drafts, slot j predicts the token at its own position.
 
     Layer ids are ours: the layers whose output is read.
@@ -121,7 +121,7 @@ class DFlash(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class DFlash2(DFlash):
+class DFlash2Form(DFlashForm):
     """``DFlash2DraftModel``: the same with the sizes of the convolutions and the selector in ``dflash_config``."""
 
     name: str = "dflash2"

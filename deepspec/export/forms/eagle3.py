@@ -18,7 +18,7 @@ LEFT_OUT = ("architectures", "eagle_aux_hidden_state_layer_ids", "eagle_config",
 
 
 @dataclass(frozen=True, eq=False)
-class Eagle3(Form):
+class Eagle3Form(Form):
     """``layers.0.*``; ``eagle_aux_hidden_state_layer_ids`` are one higher than ours."""
 
     requires: tuple[Requirement, ...] = (one_layer,)
@@ -51,7 +51,7 @@ class Eagle3(Form):
 
 
 @dataclass(frozen=True, eq=False)
-class Eagle3Midlayer(Eagle3):
+class Eagle3Midlayer(Eagle3Form):
     """``midlayer.*``; ``eagle_config`` names the layers whose OUTPUT is read, as ours does."""
 
     def write(self, draft: DraftCheckpoint) -> DraftCheckpoint:

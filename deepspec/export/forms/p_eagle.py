@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deepspec.errors import DraftError
 from deepspec.export.forms.base import Requirement, our_layout, own_names
-from deepspec.export.forms.eagle3 import LEFT_OUT, PARALLEL, Eagle3, one_lower, read_norms, stated_norms
+from deepspec.export.forms.eagle3 import LEFT_OUT, PARALLEL, Eagle3Form, one_lower, read_norms, stated_norms
 from deepspec.export.parts import EMBED, EXTRAS, DraftCheckpoint, ImportHints, Reason, missing
 
 ROW, HIDDEN, THEIRS = "mask.embedding", "mask.hidden", "mask_hidden"  # ours, ours, engines' name of the second
@@ -29,7 +29,7 @@ def no_fc_norm(draft: DraftCheckpoint) -> Reason | None:
 
 
 @dataclass(frozen=True, eq=False)
-class PEagle(Eagle3):
+class PEagleForm(Eagle3Form):
     """Eagle3's class, told by ``pard_token`` that it drafts in parallel."""
 
     requires: tuple[Requirement, ...] = (no_fc_norm,)

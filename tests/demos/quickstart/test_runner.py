@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from deepspec.cli import demos
+from deepspec.demos import quickstart
 from deepspec.demos.quickstart import served
 from deepspec.demos.quickstart.plan import plan
 from deepspec.demos.runner import Runner, resolve, stage_seconds
 from deepspec.demos.stages import PYTHON, Stage
-from deepspec.errors import DeepSpecError, RecipeError
+from deepspec.errors import DeepSpecError, RecipeError, run_main
 from deepspec.recipe import load_recipe
 from deepspec.registry import ALGORITHMS
 
@@ -154,3 +156,20 @@ def test_the_usual_plan_has_three_drafters_and_a_name_takes_one_more() -> None:
     assert [stage.name for stage in plan("dflash2") if stage.name.startswith("train ")] == ["train dflash2"]
     with pytest.raises(RecipeError, match=r"--drafters: no such drafter here"):
         plan("dflesh")
+
+
+@pytest.mark.parametrize(
+    ("target_type", "words"),
+    [
+        ("qwen3", ""),
+        ("qwen3_moe", " --quickstart build/quickstart-qwen3_moe --work build/serve-check-qwen3_moe"),
+    ],
+)
+def test_the_next_command_serves_the_drafts_of_this_target(
+    target_type: str, words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart.plan, "quickstart", lambda *given: None)
+    monkeypatch.setattr(sys, "argv", ["deepspec quickstart", "--target-type", target_type])
+    with pytest.raises(SystemExit):
+        run_main(demos.quickstart)
+    assert capsys.readouterr().err.endswith(f"; next: deepspec serve-check{words}\n")
