@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import os
 import signal
 import subprocess
 import sys
@@ -44,3 +46,14 @@ def test_a_rank_that_fails_ends_the_others(tmp_path: Path) -> None:
     done = fork_server.run_ranks([sys.executable, "-c", program], 2, 1, {})
     assert done.returncode != 0
     assert "ZeroDivisionError" in done.stdout
+
+
+def test_a_fork_of_the_test_itself_leaves_the_server_alone(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ""]
+    assert fork_server.run(command).returncode == 0
+    child = os.fork()
+    if child == 0:
+        atexit._run_exitfuncs()
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert fork_server.run(command).returncode == 0
