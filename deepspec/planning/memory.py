@@ -30,6 +30,9 @@ PARTS = (
     "loss buffers", "optimizer's step", "buckets", "libraries",
 )  # fmt: skip
 
+# of a process that is measured: what is freed goes back to the system at once; bytes, glibc's, fixed
+HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
 
 @dataclass(frozen=True)
 class Sizes:
