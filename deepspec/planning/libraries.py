@@ -55,7 +55,7 @@ def main() -> None:
     for loaded in ("deepspec.training.run", "zarr"):  # by a training with a cache
         importlib.import_module(loaded)
     with training_processes() as world:
-        time_step(name, size, precision, world)
+        time_step(name, size, precision, world, equal=False)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         print(total - free - torch.cuda.memory_reserved())

@@ -87,12 +87,13 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
             probes.append(run_probe(*job, world))
             progress.add()
     machine = machine_of(probes, precisions)
-    taken = []
+    taken: dict[str, list[float]] = {}
     for job, probe in zip(jobs, probes, strict=True):
-        taken.append(library_bytes(job, probe, machine))
+        taken.setdefault(job[0], []).append(library_bytes(job, probe, machine))
         progress.add()
     progress.close()
-    return replace(machine, reserve=max(statistics.median(taken), 0.0))
+    reserves = {name: max(statistics.fmean(found), 0.0) for name, found in taken.items()}
+    return replace(machine, reserve=statistics.median(reserves.values()), reserve_of=reserves)
 
 
 def machine_of(probes: Sequence[RateProbe], precisions: Sequence[str]) -> Machine:

@@ -106,8 +106,9 @@ def bucket(zero: dict[str, Any], name: str = "reduce") -> int:
 
 
 def rank_memory(
-    sizes: Sizes, cost: MicroBatchCost, settings: dict[str, Any], world: int, machine: Machine, workers: int
-) -> Memory:
+    sizes: Sizes, cost: MicroBatchCost, settings: dict[str, Any], world: int, machine: Machine, workers: int,
+    algorithm: str = "",
+) -> Memory:  # fmt: skip
     """Memory of a rank at its fullest moment.
 
     Args:
@@ -117,6 +118,7 @@ def rank_memory(
         world: W.
         machine: its libraries' bytes, and what its allocator loses.
         workers: the recipe's `train.workers`.
+        algorithm: the drafter, for what libraries take of its training where that was measured.
     """
     found, zero, dtype = (
         sharded_parts(sizes, settings, world),
@@ -142,5 +144,5 @@ def rank_memory(
     if stage == 3 or (stage == 2 and not on_cpu):
         size = bucket(zero) * each
         device["buckets"] = size * (2 if zero.get("overlap_comm") and stage == 2 else 1)
-    device["libraries"] = machine.reserve
+    device["libraries"] = machine.reserve_of.get(algorithm, machine.reserve)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ SIZES = (  # hidden, intermediate, vocabulary, tokens: of the probes in turn
 PRECISIONS = {"bfloat16": "zero1_bf16.json", "float32": "zero1_fp32.json"}
 SUPERVISED = 0.6  # of a probe's tokens
 MICRO_BATCHES = 3  # of a step that is timed; one before it is not
+DRAWS = 15  # micro-batches of a step whose anchors differ
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,19 @@ def count_step(name: str, size: Sequence[int], precision: str, device: str) -> t
     return trace(name, config, spec, example(size[3], 1, SUPERVISED), dtype, kind), sizes
 
 
-def time_step(name: str, size: Sequence[int], precision: str, world: World) -> tuple[float, float]:
-    """Train a drafter for a step: seconds of a micro-batch (median) and of the optimizer's step."""
+def time_step(
+    name: str, size: Sequence[int], precision: str, world: World, equal: bool = True
+) -> tuple[float, float]:  # fmt: skip
+    """Train a drafter for a step: seconds of a micro-batch (median) and of the optimizer's step.
+
+    Args:
+        name: a row of the registry.
+        size: a row of SIZES.
+        precision: a key of PRECISIONS.
+        world: of one process.
+        equal: every micro-batch is the same; else anchors are drawn for each, as in a training: where products then
+            differ in their rows, libraries keep something for each.
+    """
     spec = probe_spec(*size[:3])
     config, dtype = probe_config(name, spec), getattr(torch, precision)
     algorithm = registry.algorithm(name)
@@ -104,11 +116,12 @@ def time_step(name: str, size: Sequence[int], precision: str, world: World) -> t
     head = (torch.randn(spec.vocab_size, spec.hidden_size) * 0.05).to(dtype)
     model.attach(head, head)
     engine = Engine(model, _section(precision), world)
-    batch = probe_batch(spec, config, size[3], dtype)
-    batch = batch.planned(algorithm.plan(config, batch.supervision))
+    batch, count = probe_batch(spec, config, size[3], dtype), MICRO_BATCHES + 1 if equal else DRAWS
     seconds = []
-    for turn in range(MICRO_BATCHES + 1):
-        engine.begin_micro_batch(last=turn == MICRO_BATCHES)
+    for turn in range(count):
+        drawn = batch.supervision if equal else replace(batch.supervision, epoch=turn)
+        batch = batch.planned(algorithm.plan(config, drawn))
+        engine.begin_micro_batch(last=turn == count - 1)
         begun = time.process_time()
         terms = engine.forward(batch)
         engine.backward(terms, 1000.0)
