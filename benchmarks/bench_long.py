@@ -20,10 +20,11 @@ import time
 import numpy as np
 import torch
 from bars import Bars, at_least, write_bars
-from bench_train_step import HANDED_BACK, SMALL, build, forget_peak, make_batch, resident, step
+from bench_train_step import SMALL, build, forget_peak, make_batch, resident, step
 from start import Benchmark
 
 from deepspec.errors import run_main
+from deepspec.planning.memory import HANDED_BACK
 
 LENGTHS = (4_096, 16_384, 65_536, 131_072)
 SIZE = {**SMALL, "hidden": 64, "heads": 2, "kv": 1, "head_dim": 32, "mlp": 128, "vocab": 1024, "anchors": 512}

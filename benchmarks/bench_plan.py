@@ -5,8 +5,9 @@
 The machine is measured first (``deepspec plan --measure``), in the same run. Then for each size: a random target, a
 cache of conversations, ``deepspec plan`` on it, and ``launch/train.py`` in a process of its own, bfloat16 and ZeRO-1 as
 the published recipes have it. Time is CPU seconds of all threads an optimizer step (median), which neighbours disturb
-least; memory is the peak of the process during the steps, above its size when it opens the target, in a second training
-whose allocator hands back at once what is freed (glibc's own setting keeps some of it, and is the faster one).
+least; memory is the peak of the process during the steps, in a second training whose allocator hands back at once what
+is freed (glibc's own setting keeps some of it, and is the faster one). What the process holds when it opens the target
+is taken off both: Python's and the libraries' code would make the difference look small.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ from typing import Any
 
 import yaml
 from bars import Bars, at_most, write_bars
-from bench_train_step import HANDED_BACK
 from start import Benchmark, tell
 
 from deepspec.errors import run_main
 from deepspec.files import write_text
+from deepspec.planning.memory import HANDED_BACK
 from deepspec.progress import bytes_in
 from deepspec.recipe_files import CONFIGS
 from deepspec.tables import Table, fill_page
@@ -163,7 +164,7 @@ def compare(work: Path, machine: Path, name: str) -> dict[str, float]:
     chosen = next(one for one in plan["levels"] if one["level"] == plan["level"])
     return {
         "weights": plan["draft_parameters"], "planned seconds": chosen["step_seconds"],
-        "seconds": statistics.median(seconds), "planned bytes": plan["device_bytes"],
+        "seconds": statistics.median(seconds), "planned bytes": plan["device_bytes"] - held["start"],
         "bytes": held["peak"] - held["start"],
     }  # fmt: skip
 

@@ -42,6 +42,7 @@ from deepspec import registry
 from deepspec.batch import Batch, Supervision
 from deepspec.errors import run_main
 from deepspec.nn.loss_table import LOSSES
+from deepspec.planning.memory import HANDED_BACK
 from deepspec.targets import TargetSpec
 
 PUBLISHED = {  # (algorithm, dtype) -> seconds, MB above model and inputs
@@ -52,7 +53,6 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SMALL = {"hidden": 256, "heads": 4, "kv": 2, "head_dim": 64, "mlp": 1024, "vocab": 32_768, "S": 1024, "anchors": 128}
 REAL = {"hidden": 2560, "heads": 32, "kv": 8, "head_dim": 128, "mlp": 9728, "vocab": 151_936, "S": 4096, "anchors": 512}
 MEMORY = 1.1  # of its base's, at most, for every row below
-HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}  # bytes; glibc's, fixed
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Machine:
     source: str
     device: str  # "cpu" or "accelerator"
     memory: float  # bytes of a GPU, or of the CPU's host
-    reserve: float  # bytes that libraries take
+    reserve: float  # bytes that Python and libraries take
     slack: float  # held / counted bytes of activations and loss buffers: what an allocator loses
     flops: dict[str, float]  # a second in products, by dtype
     memory_rate: float  # bytes a second that the other operators read and write
@@ -41,6 +41,7 @@ class Machine:
     host_link: float = float("inf")  # between a GPU and its host
     network: float = float("inf")  # of a GPU to other hosts
     decode_rate: dict[str, float] = field(default_factory=dict)  # raw bytes a second and core, by level
+    reserve_of: dict[str, float] = field(default_factory=dict)  # `reserve` of a drafter, where it was measured
 
     @property
     def label(self) -> str:
@@ -123,7 +124,7 @@ def _checked(machine: Machine) -> Machine:
         ValueError: one cannot.
     """
     rates = {key: value for key, value in asdict(machine).items() if key not in _OTHERS}
-    for key in ("flops", "decode_rate"):
+    for key in ("flops", "decode_rate", "reserve_of"):
         rates |= {f"{key}.{name}": value for name, value in rates.pop(key).items()}
     for key, value in rates.items():
         least_too = key in ("reserve", "operator_seconds", "host_memory")

@@ -30,6 +30,9 @@ PARTS = (
     "loss buffers", "optimizer's step", "buckets", "libraries",
 )  # fmt: skip
 
+# of a process that is measured: what is freed goes back to the system at once; bytes, glibc's, fixed
+HANDED_BACK = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -103,8 +106,9 @@ def bucket(zero: dict[str, Any], name: str = "reduce") -> int:
 
 
 def rank_memory(
-    sizes: Sizes, cost: MicroBatchCost, settings: dict[str, Any], world: int, machine: Machine, workers: int
-) -> Memory:
+    sizes: Sizes, cost: MicroBatchCost, settings: dict[str, Any], world: int, machine: Machine, workers: int,
+    algorithm: str = "",
+) -> Memory:  # fmt: skip
     """Memory of a rank at its fullest moment.
 
     Args:
@@ -114,6 +118,7 @@ def rank_memory(
         world: W.
         machine: its libraries' bytes, and what its allocator loses.
         workers: the recipe's `train.workers`.
+        algorithm: the drafter, for what libraries take of its training where that was measured.
     """
     found, zero, dtype = (
         sharded_parts(sizes, settings, world),
@@ -139,5 +144,5 @@ def rank_memory(
     if stage == 3 or (stage == 2 and not on_cpu):
         size = bucket(zero) * each
         device["buckets"] = size * (2 if zero.get("overlap_comm") and stage == 2 else 1)
-    device["libraries"] = machine.reserve
+    device["libraries"] = machine.reserve_of.get(algorithm, machine.reserve)
     return found

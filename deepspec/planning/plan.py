@@ -199,7 +199,7 @@ def make_plan(recipe: Recipe, spec: TargetSpec, work: DataSize, cluster: Cluster
     if train.micro_tokens is not None:
         accumulation = max(1, math.ceil(train.global_batch / cluster.ranks / usual))
     full = count(work.longest, most)
-    memory = rank_memory(sizes, full, settings, cluster.ranks, machine, train.workers)
+    memory = rank_memory(sizes, full, settings, cluster.ranks, machine, train.workers, recipe.algorithm)
     # activations and features grow with the samples; the loss's buffers are a chunk's
     growing = machine.slack * full.peak["activations"] + memory.device["features"]
     room, each = machine.memory - memory.total, growing / most

@@ -84,7 +84,8 @@ def trace(
         with default_dtype(dtype):
             model = algorithm.empty(config, target)
         head, width = (target.vocab_size, target.hidden_size), len(config.target_layers) * target.hidden_size
-        model.attach(*(torch.empty(head, dtype=dtype) for _ in range(2)))
+        tables = [torch.empty(head, dtype=dtype) for _ in range(2)]
+        model.attach(*tables)
         model.activation_checkpointing, model.loss = checkpointing, "tiled"
         model.attention = "two_part" if device == "cpu" else _PLANNED
         shape = supervision.loss_mask.shape
@@ -95,6 +96,7 @@ def trace(
         )  # fmt: skip
         for parameter in model.parameters():  # the engine takes each gradient as it comes
             parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+        counting.leave_out([*model.parameters(), *model.buffers(), *tables, *_tensors([batch.features, last])])
         with counting:
             model(batch).loss().backward()
     counting.cost.last = batch.features.nbytes + (0 if last is None else last.nbytes)
@@ -134,6 +136,10 @@ class _Counting(TorchDispatchMode):
         self._values: dict[int, Tensor] = {}  # by the id of a tensor without values, while that lives
         self._live: Counter[str] = Counter()
         self._storages: set[int] = set()
+
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Do not count these, nor views of them: a plan has parts of its own for weights and features."""
+        self._storages.update(one.untyped_storage()._cdata for one in tensors)
 
     def with_values(self, given: Any) -> Any:
         """A tensor, or a loss plan, as the device has it; its integers keep their values."""

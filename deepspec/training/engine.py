@@ -34,18 +34,23 @@ log = logging.getLogger(__name__)
 UNIVERSAL_VERSION = 0.4
 
 
+KEPT_SHAPES = "64"
+
+
 @contextlib.contextmanager
 def training_processes() -> Iterator[World]:
     """The process group of the launcher, or one of a single process.
 
     On CPU the shared-memory op of DeepSpeed stays off: it needs a compiler at run time and leaves 69 MB per rank
-    in /dev/shm.
+    in /dev/shm. oneDNN keeps what it compiled for a product's shape, some 2 MB each, and steps differ in their shapes:
+    it keeps the last of :data:`KEPT_SHAPES`, not its usual 1,024.
     """
     backend, world = "nccl", world_from_environment()
     if torch.cuda.is_available():
         torch.cuda.set_device(pick_device(world.local_rank))
     else:
         backend = "gloo"
+        os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KEPT_SHAPES)  # read at the first product
         # before DeepSpeed asks: it would compile test programs, which a kill leaves in the temporary folder
         vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
     timeout = FOREVER if backend == "gloo" else default_pg_timeout  # of what a GPU waits for inside a step

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepspec import registry
 from deepspec.errors import RecipeError
 from deepspec.planning import trace as tracing
-from deepspec.planning.measure import probe_batch, probe_config, probe_spec
+from deepspec.planning.probes import probe_batch, probe_config, probe_spec
 from deepspec.planning.trace import example, trace
 
 SPEC = probe_spec(64, 128, 256)
@@ -37,6 +41,49 @@ def test_the_products_are_those_of_a_real_step(name: str, dtype: torch.dtype) ->
     with FlopCounterMode(display=False) as real:
         model(batch).loss().backward()
     assert counted(name, dtype=dtype).flops.total() == real.get_total_flops()
+
+
+class _Made(TorchDispatchMode):
+    """Bytes of the storages that operators make, at the fullest moment; those that were there before do not count."""
+
+    def __init__(self, before: list[Tensor]) -> None:
+        super().__init__()
+        self._known = {one.untyped_storage()._cdata for one in before}
+        self._now = self.fullest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for one in tree_leaves(found):
+            if isinstance(one, Tensor) and (key := one.untyped_storage()._cdata) not in self._known:
+                self._known.add(key)
+                self._add(one.untyped_storage().nbytes())
+                weakref.finalize(one.untyped_storage(), self._free, key, one.untyped_storage().nbytes())
+        return found
+
+    def _add(self, size: int) -> None:
+        self._now += size
+        self.fullest = max(self.fullest, self._now)
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_the_bytes_held_are_those_that_a_real_step_makes_and_no_weights(name: str, dtype: torch.dtype) -> None:
+    config, algorithm = probe_config(name, SPEC), registry.algorithm(name)
+    model = algorithm.build(config, SPEC).to(dtype)
+    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(dtype)
+    model.attach(head, head)
+    batch = probe_batch(SPEC, config, 480, dtype)
+    batch = batch.planned(algorithm.plan(config, batch.supervision))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
+    given = [one for one in (batch.features, batch.last_hidden) if one is not None]
+    with _Made([*model.parameters(), *model.buffers(), head, *given]) as made:
+        model(batch).loss().backward()
+    assert counted(name, tokens=480, dtype=dtype).held == pytest.approx(made.fullest, rel=0.05)
 
 
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
