@@ -3,8 +3,8 @@
 ``make real && make finetune && python benchmarks/bench_llamacpp.py [--prompts 12]``. Of the drafts that these train
 llama.cpp takes none (it wants Eagle3 over three of the target's layers, and heads that are normed for block drafters),
 so this first trains an Eagle3 over three layers for the domain, 400 steps on the domain's answers, once. Then the
-domain's held-out prompts are answered without a draft and with it, ``--spec-draft-n-max`` swept, every run in a process
-of its own and in turn.
+domain's held-out prompts are answered without a draft and with it, ``--spec-draft-n-max`` and ``--spec-draft-p-min``
+swept (a round ends where the draft is less sure of a token than that), every run in a process of its own and in turn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ from deepspec.targets import load_spec, load_tokenizer
 TARGET, DOMAIN = Path("build/real/target"), Path("build/finetune")
 WORK = Path("build/llamacpp")
 RECIPE, LAYERS = "eagle3_smollm2_135m", "target.layers=[1,14,27]"
-STEPS, SWEEP, MAX_TOKENS = 400, (1, 2, 3, 4, 5, 7), 96
+STEPS, MAX_TOKENS = 400, 96
+SWEEP = {  # type of the draft's weights -> (n-max, p-min)
+    "bf16": ((1, 0.0), (3, 0.0), (7, 0.0), (3, 0.8), (7, 0.8), (7, 0.95)), "q8_0": ((3, 0.0), (7, 0.8)),
+}  # fmt: skip
 ROUNDS = 2  # of all runs, in turn
 
 
@@ -50,12 +53,12 @@ def main() -> int:
     if not (WORK / "target.gguf").is_file():
         write_target(TARGET, WORK / "target.gguf", job["stop_token_ids"], "bf16")
     runs: dict[str, dict[str, Any] | None] = {"none": None}
-    for dtype in ("bf16", "q8_0"):
+    for dtype, sweep in SWEEP.items():
         folder = WORK / f"draft-{dtype}"
         if not (folder / "draft.gguf").is_file():
             export_draft(WORK / "draft", folder, ExportOptions("gguf", dtype=dtype))
-        for most in SWEEP if dtype == "bf16" else SWEEP[2:4]:
-            runs[f"{dtype}, n-max {most}"] = speculative(folder, most)
+        for most, sure in sweep:
+            runs[f"{dtype}, n-max {most}, p-min {sure}"] = speculative(folder, most, sure)
     return report(measured(server, job, runs), given.json)
 
 
@@ -84,9 +87,9 @@ def questions(count: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def speculative(folder: Path, most: int) -> dict[str, Any]:
-    """How the server runs the draft in ``folder``, ``most`` tokens a round."""
-    return {"draft": str((folder / "draft.gguf").resolve()), "type": "draft-eagle3", "n_max": most}
+def speculative(folder: Path, most: int, sure: float) -> dict[str, Any]:
+    """How the server runs the draft in ``folder``: ``most`` tokens a round, none after one less ``sure``."""
+    return {"draft": str((folder / "draft.gguf").resolve()), "type": "draft-eagle3", "n_max": most, "p_min": sure}
 
 
 def measured(server: LlamaCppServer, job: dict[str, Any], runs: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:

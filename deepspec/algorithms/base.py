@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from deepspec.algorithms.loss_fields import LossFields
+from deepspec.algorithms.own_fields import REQUIRED, OwnField
 from deepspec.batch import Batch, LossPlan, Part, Supervision
 from deepspec.errors import DraftError, RecipeError
 from deepspec.families.base import Family, Shape
@@ -39,7 +40,6 @@ from deepspec.targets.stored import StackedTensor, StoredTensor
 
 # (logits [B, V], slot) -> tokens [B], probs [B, V] or None
 Sampler = Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
-REQUIRED = object()
 T = TypeVar("T")
 
 
@@ -63,18 +63,6 @@ class DraftConfig(LossFields):
     def max_draft(self) -> int:
         """K."""
         raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class OwnField:
-    """A field of a draft's config.json that is an algorithm's own."""
-
-    key: str  # in config.json
-    attribute: str  # of the algorithm's config
-    default: Any = REQUIRED  # of a file without the field
-    training_only: bool = False  # no engine's layout has a field for it
-    learned: bool = False  # the weights have learned it: who starts from a draft keeps its value
-    optional: bool = False  # written only where it is not the default: a draft without the part is as it always was
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,13 @@ from deepspec.algorithms.base import (
     DraftConfig,
     Drafter,
     DraftModel,
-    OwnField,
     Proposal,
     Sampler,
     require,
     require_at_least,
 )
 from deepspec.algorithms.block_plan import BlockPlan
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import WeightedSum
 from deepspec.nn.fused import norm_of

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspec.algorithms.base import OwnField, require, require_at_least
+from deepspec.algorithms.base import require, require_at_least
 from deepspec.algorithms.block import BlockConfig, BlockDraft, acceptance_metrics, by_block
 from deepspec.algorithms.dflash import DFlash, SlotLoss, block_loss, select, with_selector
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import Batch
 from deepspec.metrics import LossTerms, WeightedSum
 from deepspec.nn.loss_chunk import LossWeights

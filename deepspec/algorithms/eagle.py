@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, OwnField, require
+from deepspec.algorithms.base import Algorithm, DraftConfig, DraftModel, require
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import Batch
 from deepspec.families.base import Family, Shape
 from deepspec.nn.chains import Chains

@@ -28,7 +28,6 @@ from deepspec.algorithms.base import (
     Algorithm,
     Drafter,
     DraftModel,
-    OwnField,
     Proposal,
     Sampler,
     require,
@@ -36,6 +35,7 @@ from deepspec.algorithms.base import (
 )
 from deepspec.algorithms.block import acceptance_metrics, scattered
 from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, chain_loss, wide_input
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import Batch, LossPlan, Part, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms

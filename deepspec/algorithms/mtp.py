@@ -46,11 +46,11 @@ from deepspec.algorithms.base import (
     Algorithm,
     DraftConfig,
     DraftModel,
-    OwnField,
     require,
     require_at_least,
 )
 from deepspec.algorithms.eagle3 import Eagle3Drafter, TTTPlan, step_loss, supervised_slots
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import Batch, Supervision
 from deepspec.errors import TargetError
 from deepspec.families.base import DRAFT_EXPERTS, EXPERT_KEYS, Family, Shape

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from deepspec.algorithms.base import (
     Algorithm,
     Drafter,
-    OwnField,
     Proposal,
     Sampler,
     require,
@@ -37,6 +36,7 @@ from deepspec.algorithms.base import (
 from deepspec.algorithms.block import scattered
 from deepspec.algorithms.eagle import NORM_FIELDS, EagleConfig, EagleDraft, WideInput, chain_loss, wide_input
 from deepspec.algorithms.eagle3 import supervised_slots
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import Batch, LossPlan, Supervision
 from deepspec.families.base import Family, Shape
 from deepspec.metrics import LossTerms, WeightedSum

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from deepspec.algorithms.base import Algorithm, DraftConfig, Drafter, DraftModel, OwnField, Proposal, require_at_least
+from deepspec.algorithms.base import Algorithm, DraftConfig, Drafter, DraftModel, Proposal, require_at_least
+from deepspec.algorithms.own_fields import OwnField
 from deepspec.batch import LossPlan
 from deepspec.metrics import LossTerms, WeightedSum
 

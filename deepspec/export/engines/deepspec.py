@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from deepspec import registry
-from deepspec.algorithms.base import REQUIRED
+from deepspec.algorithms.own_fields import REQUIRED
 from deepspec.export.engines.base import ExportEngine
 from deepspec.export.parts import EXTRAS, DraftCheckpoint, ImportHints, Reason
 
