@@ -81,7 +81,7 @@ class CudaGraphs:
         return replay
 
 
-class Watch(TorchDispatchMode):
+class HostReads(TorchDispatchMode):
     """Notes the first operation inside that a graph cannot hold."""
 
     def __init__(self) -> None:
@@ -221,7 +221,7 @@ class Captured:
             self._held = held
         key = piece, shape
         if key not in self._replays:
-            with Watch() as watch:
+            with HostReads() as watch:
                 self._graphs.run(work)
             if watch.why:
                 self._refuse(piece, watch.why)

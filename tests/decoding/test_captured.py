@@ -13,7 +13,7 @@ from model_types import config_of
 from torch import Tensor
 
 from deepspec.algorithms.base import Drafter, Proposal
-from deepspec.decoding.captured import DRAFT, VERIFY, Captured, Watch
+from deepspec.decoding.captured import DRAFT, VERIFY, Captured, HostReads
 from deepspec.decoding.loop import generate
 from deepspec.decoding.paths import decoding_path
 from deepspec.decoding.records import DecodeSettings
@@ -202,10 +202,10 @@ def test_a_piece_that_reads_on_the_host_stays_eager_and_says_so(
 def test_an_operation_that_no_graph_holds_is_noted_and_runs() -> None:
     x, one = torch.arange(4.0), torch.ones(1)
     for work in (lambda: x[torch.tensor([1, 0])], lambda: x.index_put_((torch.tensor([1]),), one), lambda: x + 1):
-        with Watch() as watch:
+        with HostReads() as watch:
             work()
         assert not watch.why
-    with Watch() as watch:
+    with HostReads() as watch:
         assert float(x.sum()) == 6.0
     assert watch.why
 
