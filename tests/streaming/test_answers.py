@@ -305,7 +305,7 @@ def test_a_run_that_is_killed_while_prompts_are_answered_and_once_more_later_end
             return subprocess.Popen(command, cwd=tools.ROOT, env=tools.own_environment(), stdout=file, stderr=file)
 
     def wait_for(path: Path, lines: int, process: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + 120
+        end = time.monotonic() + 300
         while not path.exists() or path.read_bytes().count(b"\n") < lines:
             assert process.poll() is None, log.read_text()[-2000:]
             assert time.monotonic() < end, log.read_text()[-2000:]
