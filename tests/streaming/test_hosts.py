@@ -177,21 +177,20 @@ def test_two_hosts_over_ssh_train_as_one_process_which_continues_from_their_chec
     assert "resuming" in hosts.log("alone.log")
 
 
-def test_two_hosts_without_ssh_train_as_one_process_and_continue_from_its_checkpoint(
+def test_two_hosts_without_ssh_continue_from_the_checkpoint_of_one_process_as_it_would(
     hosts: Hosts, recipes: Callable[[str], Path], wanted: list[float]
 ) -> None:
     recipe = recipes("no_ssh")
-    alone(hosts, recipe)
+    shutil.copytree(recipe.parent.parent / "alone" / "run", recipe.parent / "run")
     shutil.rmtree(steps_of(recipe.parent / "run")[6])
-    for _ in range(2):  # from the checkpoint of one process, then from the beginning
-        words = ["--hostfile", str(hosts.folder / "hosts"), "--no_ssh", "--master_addr", ADDRESSES[0]]
-        words += ["--master_port", str(MASTER_PORT)]
-        script = ["launch/train.py", "--recipe", str(recipe)]
-        processes = [
-            hosts.start(host, "deepspeed", *words, "--node_rank", str(host), *script, log=f"host{host}.log")
-            for host in (0, 1)
-        ]
-        ends = [process.wait(600) for process in processes]
-        assert ends == [0, 0], hosts.log("host0.log")[-2000:] + hosts.log("host1.log")[-2000:]
-        assert losses(recipe) == pytest.approx(wanted, abs=1e-5)
-        shutil.rmtree(recipe.parent / "run")
+    words = ["--hostfile", str(hosts.folder / "hosts"), "--no_ssh", "--master_addr", ADDRESSES[0]]
+    words += ["--master_port", str(MASTER_PORT)]
+    script = ["launch/train.py", "--recipe", str(recipe)]
+    processes = [
+        hosts.start(host, "deepspeed", *words, "--node_rank", str(host), *script, log=f"host{host}.log")
+        for host in (0, 1)
+    ]
+    ends = [process.wait(600) for process in processes]
+    assert ends == [0, 0], hosts.log("host0.log")[-2000:] + hosts.log("host1.log")[-2000:]
+    assert "resuming" in hosts.log("host0.log")
+    assert losses(recipe) == pytest.approx(wanted, abs=1e-5)
