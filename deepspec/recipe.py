@@ -67,7 +67,8 @@ class DataSection:
     """Where training samples come from."""
 
     source: str = "cache"  # a row of deepspec.registry.SOURCES
-    prompts: str | None = None  # hub id or file of prompts, for deepspec prepare
+    prompts: str | None = None  # hub id or file of prompts, for deepspec prepare; a file of them for `answers`
+    answers: str | None = None  # JSONL of the target's answers to `prompts`, which the servers of a run sample first
     held_out: float = 0.05  # share of the prompts held out of training
     conversations: str | tuple[str, ...] | None = None  # JSONL of prompts with the target's answers; one or several
     conversation_weights: tuple[float, ...] | None = None  # as cache_weights, of each file where no cache is read
@@ -92,6 +93,8 @@ class DataSection:
         if self.source not in registry.SOURCES:
             remedy = nearest(self.source, registry.SOURCES)
             raise RecipeError("unknown feature source", key="source", found=self.source, remedy=remedy)
+        if self.answers is not None:
+            self._check_answers(self.answers)
         for url in self.servers:
             check_url(url, "servers", RecipeError)
         limits = {"server_memory": POSITIVE, "server_timeout": POSITIVE, "server_patience": NOT_NEGATIVE}
@@ -99,10 +102,22 @@ class DataSection:
         _check_weights("cache_weights", self.cache_weights, len(self.cache), "cache")
         _check_weights("conversation_weights", self.conversation_weights, len(self.files), "file of conversations")
 
+    def _check_answers(self, answers: str) -> None:
+        if self.conversations:
+            remedy = "set data.conversations to null, or remove data.answers"
+            problem = "the conversations are given, or sampled by the run: not both"
+            raise RecipeError(problem, key="answers", found=answers, remedy=remedy)
+        for key, remedy in {
+            "prompts": "name a file of prompts: deepspec prepare makes one",
+            "write_cache": "name a folder: the hidden states of the answers are kept there",
+        }.items():
+            if getattr(self, key) is None:
+                raise RecipeError("data.answers needs it, and it is not set", key=key, remedy=remedy)
+
     @property
     def files(self) -> tuple[str, ...]:
-        """The files of `conversations`."""
-        given = self.conversations
+        """The files of `conversations`, or that of `answers`."""
+        given = self.conversations or self.answers
         return (given,) if isinstance(given, str) else given or ()
 
 

@@ -76,6 +76,37 @@ class Block:
     features: NDArray[Any]  # [N, L*D] as stored
     last_hidden: NDArray[Any] | None  # [R, D] as stored: rows whose next token is supervised
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the hidden states."""
+        return int(self.features.nbytes + (0 if self.last_hidden is None else self.last_hidden.nbytes))
+
+    def split(self) -> list[Block]:
+        """A block of each sample."""
+        found, start, row = [], 0, 0
+        counts = rows_of(self.loss_mask, self.lengths)
+        for number, (length, rows) in enumerate(zip(self.lengths, counts, strict=True)):
+            own, one = slice(start, start + length), slice(number, number + 1)
+            last = None if self.last_hidden is None else self.last_hidden[row : row + rows]
+            arrays = (self.input_ids[own], self.loss_mask[own], self.features[own], last)
+            found.append(Block(self.sample_ids[one], self.conversations[one], self.lengths[one], *arrays))
+            start, row = start + length, row + rows
+        return found
+
+
+def joined(blocks: list[Block]) -> Block:
+    """One block of the samples of several."""
+    rows = [one.last_hidden for one in blocks if one.last_hidden is not None]
+    return Block(
+        [sample for one in blocks for sample in one.sample_ids],
+        [name for one in blocks for name in one.conversations],
+        [length for one in blocks for length in one.lengths],
+        np.concatenate([one.input_ids for one in blocks]),
+        np.concatenate([one.loss_mask for one in blocks]),
+        np.concatenate([one.features for one in blocks]),
+        np.concatenate(rows) if rows else None,
+    )
+
 
 def next_supervised(loss_mask: NDArray[Any], lengths: list[int]) -> NDArray[np.bool_]:
     """[N] whether the NEXT token of the same sample is supervised: the rows where a loss reads the target."""

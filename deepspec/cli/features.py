@@ -53,7 +53,8 @@ def serve_features() -> None:
     recipe = load_recipe(given.recipe, given.set)
     section = recipe.target
     target = load_target(section.path, getattr(torch, section.dtype), pick_device(given.device), section.revision)
-    limits = Limits(given.batch_tokens or recipe.cache.tokens_per_batch, given.queue_tokens, given.unsent * 1_000_000)
+    tokens, answers = given.batch_tokens or recipe.cache.tokens_per_batch, recipe.regenerate.batch_size
+    limits = Limits(tokens, given.queue_tokens, given.unsent * 1_000_000, answers)
     length = recipe.data.max_length
     serve(
         FeatureServer(target, limits, max_length=length, secret=secret, encoders=given.encoders), given.host, given.port

@@ -113,6 +113,7 @@ class Renderer:
         if not tokenizer.is_fast:
             raise DataError("a fast tokenizer is needed", file=tokenizer.name_or_path, found=type(tokenizer).__name__)
         tail, self._ending, self._end_of_turn = self._probe_end_of_turn()
+        self.after_answer = tuple(self._encode(tail))  # ids that the template writes after an answer
         self._spans = SpanFinder(self._render, tail)
 
     # -- prompts ------------------------------------------------------------------------------------------------------

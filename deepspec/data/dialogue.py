@@ -98,6 +98,7 @@ class Outcome:
     dialogue: Dialogue
     error: str | None = None  # None: every turn is answered
     again: bool = False  # the error was the servers' of the moment: another start may have an answer
+    states: Any = None  # hidden states that the engine kept in the last turn, as it has them
 
 
 class AnswerEngine(Protocol):

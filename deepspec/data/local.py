@@ -7,10 +7,11 @@ uniform numbers, one for each token.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -40,6 +41,7 @@ class Generated:
     request: SamplingRequest
     token_ids: list[int]
     finish_reason: str  # "stop", or "length" when max_tokens cut it
+    states: Any = None  # hidden states of prompt and answer, of a sampler that keeps them
 
 
 def draw_seed(seed: int, key: str) -> int:
@@ -109,6 +111,25 @@ def continues(model: Any) -> bool:
     return float((found - complete).norm()) <= TOLERANCE.get(weight.dtype, 0.1) * float(complete.norm())
 
 
+def in_batches(requests: Iterable[SamplingRequest], size: int) -> Iterator[list[SamplingRequest]]:
+    """Requests in batches of like length, the longest first."""
+    ordered = sorted(requests, key=lambda request: (-len(request.input_ids), request.key))
+    for start in range(0, len(ordered), size):
+        yield ordered[start : start + size]
+
+
+@dataclass(eq=False)
+class Row:
+    """A request while it is answered."""
+
+    request: SamplingRequest
+    answer: list[int] = field(default_factory=list)
+    reason: str | None = None  # why it ended
+    ahead: deque[int] = field(default_factory=deque)  # tokens that still pass the model after the end
+    complete: bool = False
+    states: list[Any] = field(default_factory=list)  # of a sampler that keeps them: a piece a pass
+
+
 class LocalSampler:
     """Samples answers for many prompts with the model in this process.
 
@@ -121,49 +142,51 @@ class LocalSampler:
     """
 
     def __init__(
-        self, model: Any, stop_token_ids: Sequence[int], sampling: RegenerateSection, seed: int, batch_size: int
+        self, model: Any, stop_token_ids: Iterable[int], sampling: RegenerateSection, seed: int, batch_size: int
     ) -> None:
         self.model, self.sampling, self.seed, self.batch_size = model, sampling, seed, batch_size
         self.device = model.get_input_embeddings().weight.device
-        self.stop = torch.tensor(sorted(stop_token_ids), device=self.device)
+        self.stop = frozenset(stop_token_ids)
         self.keeps_cache = continues(model)  # else the complete text runs for every token
 
     def answer(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
         """Every request's answer, in the order in which they end; prompts of like length share a batch."""
-        ordered = sorted(requests, key=lambda request: (-len(request.input_ids), request.key))  # the largest first
-        for start in range(0, len(ordered), self.batch_size):
-            yield from self._batch(ordered[start : start + self.batch_size])
+        for batch in in_batches(requests, self.batch_size):
+            yield from self.answer_batch(batch)
+
+    def next_logits(
+        self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cached: dict[str, Any]
+    ) -> Tensor:
+        """One pass of the model over ``ids`` [B, n]: the logits after the last of them, [B, V]."""
+        given = cached | ({"position_ids": positions} if takes(self.model, "position_ids") else {})
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, **given).logits
+        return logits[:, -1]
+
+    def after_end(self, row: Row) -> Iterable[int]:
+        """Tokens that pass the model once a row's answer has ended."""
+        return ()
 
     @torch.inference_mode()
-    def _batch(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
+    def answer_batch(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
+        """The answers of requests that are one batch of the model, in the order in which they end."""
         limit = self.sampling.max_tokens
         cached: dict[str, Any] = new_cache(self.model) if self.keeps_cache else {"use_cache": False}
         width = max(len(request.input_ids) for request in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.long)  # [B, P], padded on the left
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.input_ids) :] = torch.tensor(request.input_ids)
-            mask[row, width - len(request.input_ids) :] = 1
+        for number, request in enumerate(requests):
+            ids[number, width - len(request.input_ids) :] = torch.tensor(request.input_ids)
+            mask[number, width - len(request.input_ids) :] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         numbers = np.stack([uniforms(self.seed, request.key, limit) for request in requests])
         random = torch.from_numpy(numbers).to(self.device)  # [B, max_tokens]
-        rows = np.arange(len(requests))  # the number of the request of each row still in the batch
-        live = np.ones(len(requests), dtype=bool)  # rows whose answer is not complete
-        answers: list[list[int]] = [[] for _ in requests]
-        places = takes(self.model, "position_ids")
-        for step in range(limit):
-            given = cached | ({"position_ids": positions} if places else {})
-            output = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, **given)
-            logits = output.logits[:, -1]  # [B, V]
-            token = sample(logits, self.sampling, random[:, step])
-            ended = torch.isin(token, self.stop).cpu().numpy()
-            for number, value, on, end in zip(rows.tolist(), token.tolist(), live, ended, strict=True):
-                if on and end:
-                    yield Generated(requests[number], answers[number], "stop")
-                elif on:
-                    answers[number].append(value)
-            live &= ~ended
+        rows, step = [Row(request) for request in requests], 0
+        while True:
+            logits = self.next_logits(rows, ids, mask, positions, cached)
+            token = sample(logits, self.sampling, random[:, min(step, limit - 1)])
+            yield from self._advance(rows, token)
+            step, live = step + 1, np.array([not row.complete for row in rows])
             if not live.any():
                 return
             if live.mean() < 0.9:  # the rows that ended leave; not at once, for leaving copies the cache
@@ -172,24 +195,55 @@ class LocalSampler:
                     # not batch_select_indices, which transformers has for keys and values alone, not for states
                     next(iter(cached.values())).reorder_cache(keep)
                 token, mask, positions, random, ids = (x[keep] for x in (token, mask, positions, random, ids))
-                rows, live = rows[live], live[live]
+                rows = [row for row in rows if not row.complete]
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], -1)
             after, ids_after = positions[:, -1:] + 1, token[:, None]
             whole = not self.keeps_cache
             ids = torch.cat([ids, ids_after], -1) if whole else ids_after
             positions = torch.cat([positions, after], -1) if whole else after
-        for number in rows[live].tolist():
-            yield Generated(requests[number], answers[number], "length")
+
+    def _advance(self, rows: Sequence[Row], token: Tensor) -> Iterator[Generated]:
+        """Give each row the token [B] that was drawn for it, or put there the next of those after its end."""
+        given: dict[int, int] = {}
+        for number, (row, value) in enumerate(zip(rows, token.tolist(), strict=True)):
+            if row.reason is None:
+                if value not in self.stop:
+                    row.answer.append(value)
+                if value in self.stop or len(row.answer) == self.sampling.max_tokens:
+                    row.reason = "stop" if value in self.stop else "length"
+                    row.ahead.extend(self.after_end(row))
+            if row.ahead:
+                given[number] = row.ahead.popleft()
+            elif row.reason is not None and not row.complete:
+                row.complete = True
+                yield Generated(row.request, row.answer, row.reason, row.states or None)
+        if given:
+            token[list(given)] = torch.tensor(list(given.values()), device=token.device)
 
 
-class LocalEngine:
-    """The target in this process, turn by turn over chunks of conversations."""
+class Sampler(Protocol):
+    """Something that samples answers to rendered prompts."""
 
-    def __init__(self, model: Any, renderer: Renderer, sampling: RegenerateSection, seed: int, batch_size: int) -> None:
-        self.renderer, self.config = renderer, model.config.get_text_config().to_dict()
-        self.most_new_tokens = sampling.max_tokens
-        self.sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
-        self.chunk = 8 * batch_size  # enough that prompts of like length find each other
+    def answer(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
+        """Every request's answer, in any order."""
+
+
+class SamplerEngine:
+    """A sampler as an engine: turn by turn over chunks of conversations.
+
+    Args:
+        sampler: that answers.
+        renderer: of the target.
+        config: the target's flat config.
+        most_new_tokens: of an answer.
+        chunk: conversations at a time.
+    """
+
+    def __init__(
+        self, sampler: Sampler, renderer: Renderer, config: Mapping[str, Any], most_new_tokens: int, chunk: int
+    ) -> None:
+        self.sampler, self.renderer, self.config = sampler, renderer, config
+        self.most_new_tokens, self.chunk = most_new_tokens, chunk
 
     def run(self, dialogues: Iterable[Dialogue]) -> Iterator[Outcome]:
         """See :class:`deepspec.data.dialogue.AnswerEngine`."""
@@ -221,7 +275,7 @@ class LocalEngine:
                 if dialogue.open:
                     waiting.append(dialogue)
                 else:
-                    yield Outcome(dialogue)
+                    yield Outcome(dialogue, states=generated.states)
 
     def _add(self, dialogue: Dialogue, generated: Generated, opened: bool) -> None:
         """Give a dialogue its answer.
@@ -237,3 +291,12 @@ class LocalEngine:
                 raise Unusable("the target called a tool, which only --engine server can read")
             reason = "tool_calls" if reason == "stop" else reason  # the call stays text, which renders to the same
         dialogue.answer(*read_answer(text, None, None, reason, opened), len(ids) + 1)
+
+
+class LocalEngine(SamplerEngine):
+    """The target in this process."""
+
+    def __init__(self, model: Any, renderer: Renderer, sampling: RegenerateSection, seed: int, batch_size: int) -> None:
+        sampler = LocalSampler(model, renderer.stop_token_ids, sampling, seed, batch_size)
+        config = model.config.get_text_config().to_dict()
+        super().__init__(sampler, renderer, config, sampling.max_tokens, 8 * batch_size)  # like lengths find each other

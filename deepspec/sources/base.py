@@ -29,6 +29,8 @@ class FeatureSource(ABC):
     reads_ahead: ClassVar[bool] = True  # whether several threads may call `batch`, ahead of the step
     computes: ClassVar[bool] = False  # whether hidden states are made in training, and can be kept: `data.write_cache`
 
+    answers: ClassVar[bool] = False  # whether it can have prompts answered: `data.answers`
+
     samples_ahead: ClassVar[int] = 0  # that `announce` wants to know of beyond those of the step that begins
     can_be_lost: ClassVar[bool] = False  # whether `batch` may raise SourceLost in the middle of a run
 
@@ -43,6 +45,14 @@ class FeatureSource(ABC):
 
         Raises:
             DeepSpecError: no such data, broken ones, or those of another recipe or target.
+        """
+
+    @classmethod  # noqa: B027 - most sources find what they read
+    def begin(cls, recipe: Recipe) -> None:
+        """Make what :meth:`open` reads, where that is not there yet: on rank 0, before any rank opens the source.
+
+        Raises:
+            DeepSpecError: it cannot be made.
         """
 
     @abstractmethod
@@ -89,8 +99,12 @@ def source_class(recipe: Recipe) -> type[FeatureSource]:
     """
     found: type[FeatureSource] = registry.source(recipe.data.source)
     for key in found.required:
-        if not getattr(recipe.data, key):
+        if not getattr(recipe.data, "files" if key == "conversations" else key):
             raise RecipeError(f"data.source {recipe.data.source} needs it, and it is not set", key=f"data.{key}")
+    if recipe.data.answers and not found.answers:
+        able = ", ".join(name for name in registry.SOURCES if registry.source(name).answers)
+        problem, remedy = f"data.source {recipe.data.source} has no prompts answered", f"set data.source: {able}"
+        raise RecipeError(problem, key="data.answers", found=recipe.data.answers, remedy=remedy)
     if recipe.data.write_cache and not found.computes:
         problem = f"data.source {recipe.data.source} computes nothing that could be written"
         raise RecipeError(problem, key="data.write_cache", found=recipe.data.write_cache, remedy="remove the key")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import numpy as np
 from torch import Tensor
 
 from deepspec.cache import forward as cache
-from deepspec.cache.parts import Block
+from deepspec.cache.parts import Block, joined
 from deepspec.cache.reader import stored_view
 from deepspec.distributed import world_from_environment
 from deepspec.recipe import Recipe
+from deepspec.sources.answered import KeptStates, answer_prompts, kept_store
 from deepspec.sources.online import OnlineSource
 from deepspec.streaming.client import FeatureRequest, wanted_of
 from deepspec.streaming.pool import ServerPool
@@ -42,6 +43,8 @@ class ServedSource(OnlineSource):
     reads_ahead = True
     samples_ahead = 256  # of a rank; their bytes are limited by `data.server_memory`
     can_be_lost = True
+    answers = True
+    kept: KeptStates | None = None  # of `data.answers`
 
     def __init__(self, recipe: Recipe, target: TargetEmbeddings, *files: str | Path) -> None:
         super().__init__(recipe, target, *files)
@@ -50,6 +53,20 @@ class ServedSource(OnlineSource):
             data.servers, wanted_of(recipe, target, int(self.lengths.max())), limit=data.server_memory,
             patience=data.server_patience, first=world_from_environment().rank,
         )  # fmt: skip
+
+    @classmethod
+    def begin(cls, recipe: Recipe) -> None:
+        """Have prompts answered, where the recipe names some instead of conversations."""
+        if recipe.data.answers is not None:
+            answer_prompts(recipe)
+
+    @classmethod
+    def open(cls, recipe: Recipe, target: TargetEmbeddings, held_out: bool = False) -> ServedSource:
+        """See :meth:`FeatureSource.open`."""
+        source = cast(ServedSource, super().open(recipe, target, held_out))
+        if recipe.data.answers is not None and not held_out:
+            source.kept = KeptStates(kept_store(recipe, target.spec))
+        return source
 
     def _conversations(self, numbers: Sequence[int]) -> list[FeatureRequest]:
         return [FeatureRequest(number, self._ids[number], self._masks[number]) for number in numbers]
@@ -60,11 +77,21 @@ class ServedSource(OnlineSource):
             self.pool.announce(self._conversations(numbers))
 
     def forward_block(self, rows: Sequence[cache.RenderedConversation]) -> tuple[int, Callable[[], Block]]:
-        """One batch of a cache through a server, in one pass of its own as in a build.
+        """One batch of a cache: what was kept of it, the rest through a server in one pass of its own as in a build.
 
         Raises:
             SourceLost: no server is left.
         """
+        kept = {row[0]: self.kept and self.kept.find(row, self.last_hidden) for row in rows}
+        missing = [row for row in rows if kept[row[0]] is None]
+        block = self._served_block(missing) if missing else None
+        if block is None or len(missing) < len(rows):
+            served = iter(block.split() if block is not None else ())
+            block = joined([kept[sample] or next(served) for sample, _, _ in rows])
+        found = block
+        return block.nbytes, lambda: found
+
+    def _served_block(self, rows: Sequence[cache.RenderedConversation]) -> Block:
         samples, names = [sample for sample, _, _ in rows], [name for _, name, _ in rows]
         lengths = [len(rendered.input_ids) for _, _, rendered in rows]
         ids = np.concatenate([np.asarray(rendered.input_ids, np.int32) for _, _, rendered in rows])
@@ -74,8 +101,7 @@ class ServedSource(OnlineSource):
         last = None
         if self.last_hidden and states.last_hidden is not None:
             last = stored_view(states.last_hidden)[asked.last_rows()]
-        block = Block(samples, names, lengths, ids, mask, stored_view(states.features), last)
-        return states.nbytes, lambda: block
+        return Block(samples, names, lengths, ids, mask, stored_view(states.features), last)
 
     def hidden_states(self, numbers: Sequence[int]) -> list[tuple[Tensor, Tensor | None]]:
         """Features [s, L*D] and last hidden states [s, D] of each, on the host; zeros where no loss reads the last.

@@ -50,7 +50,7 @@ class WrittenCache:
         self, recipe: Recipe, target: TargetEmbeddings, renderer: Renderer, files: Sequence[Path], samples: Samples,
         forward: Forward,
     ) -> None:  # fmt: skip
-        self.world, store = world_from_environment(), _folder(recipe, files)
+        self.world, store = world_from_environment(), cache_folder(recipe, files)
         D, keeps_last = target.spec.hidden_size, algorithm(recipe.algorithm).needs_last_hidden(recipe.draft)
         self.widths, self.dtype = (D * len(recipe.target.layers), D if keeps_last else None), target.dtype
         self.cache = WriteThrough(store, samples, forward)
@@ -89,8 +89,12 @@ class WrittenCache:
             log.info("%s: %d of %d parts are there; %s", self.cache.store.url, made, parts, AGAIN)
 
 
-def _folder(recipe: Recipe, files: Sequence[Path]) -> FolderStore:
-    """The cache's folder, where the recipe can have one."""
+def cache_folder(recipe: Recipe, files: Sequence[str | Path]) -> FolderStore:
+    """The cache's folder.
+
+    Raises:
+        RecipeError: a level that is not exact, several files, or a URL.
+    """
     store = open_store(str(recipe.data.write_cache))
     if len(files) > 1:
         remedy = "put the conversations into one file, or build a cache of each: deepspec cache build"

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -19,7 +19,8 @@ import numpy as np
 from deepspec.cache.forward import forward_batch
 from deepspec.cache.parts import rows_of
 from deepspec.data.chat import Rendered
-from deepspec.streaming.wire import Arrays
+from deepspec.streaming.sampling import Answering, StateSampler, answer_states
+from deepspec.streaming.wire import Arrays, Sampled
 from deepspec.targets import Target
 
 
@@ -34,6 +35,7 @@ class Limits:
     batch_tokens: int = 16384  # of one forward, padding included; a longer conversation runs alone
     queue_tokens: int = 1 << 20  # of conversations that wait
     unsent_bytes: int = 4 << 30  # of hidden states that are computed and not sent; a single batch is always allowed
+    answers: int = 32  # prompts that are answered side by side
 
 
 @dataclass(eq=False)
@@ -45,6 +47,8 @@ class QueuedRequest:
     layers: tuple[int, ...]
     last_hidden: bool
     lengths: tuple[int, ...] | None = None  # of several conversations that are one batch of their own
+    answering: Answering | None = None  # the conversations are prompts
+    answers: tuple[Sampled, ...] | None = None  # once computed; then ``tokens`` has them too
     result: Future[Arrays] = field(default_factory=Future)
     done: Callable[[], None] = lambda: None  # to be called when the result is no longer needed
 
@@ -66,6 +70,7 @@ class Counts:
     sent_bytes: int = 0
     refused: int = 0
     failed: int = 0
+    answers: int = 0
 
 
 class Batcher:
@@ -80,6 +85,7 @@ class Batcher:
         self.target, self.limits, self.counts = target, limits, Counts()
         self.queued = self.unsent = 0  # tokens, bytes
         self._queue: deque[QueuedRequest] = deque()
+        self._sampler: tuple[object, StateSampler] | None = None  # of the last answers, and what it was made for
         self._change = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="target", daemon=True)
@@ -154,6 +160,9 @@ class Batcher:
     def _compute(self, batch: list[QueuedRequest]) -> None:
         if not batch:
             return
+        if batch[0].answering is not None:
+            self._answer(batch[0], batch[0].answering)
+            return
         begun = time.perf_counter()
         rows = [(number, "", one) for number, work in enumerate(batch) for one in work.rows()]
         try:
@@ -162,9 +171,7 @@ class Batcher:
             if not _is_finite(block.features):
                 raise ValueError("the target's hidden states are not finite")
         except Exception as problem:  # no memory, a model that cannot take it: the requests are told
-            self.counts.failed += len(batch)
-            for work in batch:
-                work.result.set_exception(problem)
+            self._failed(batch, problem)
             return
         self._count(batch, size, time.perf_counter() - begun)
         ends = np.cumsum([len(work.tokens) for work in batch])
@@ -176,11 +183,37 @@ class Batcher:
             work.done = release.one()
             work.result.set_result(Arrays(block.features[end - len(work.tokens) : end], last))
 
+    def _answer(self, work: QueuedRequest, answering: Answering) -> None:
+        """Sample the answers of a request's prompts, and keep what the target computes meanwhile."""
+        begun = time.perf_counter()
+        try:
+            asked = (work.layers, replace(answering, keys=()))
+            if self._sampler is None or self._sampler[0] != asked:  # else it is known how the target keeps its text
+                self._sampler = asked, StateSampler(self.target, work.layers, answering)
+            prompts = [row.input_ids for row in work.rows()]
+            tokens, answers, arrays = answer_states(self._sampler[1], prompts, answering, work.last_hidden)
+            if not _is_finite(arrays.features):
+                raise ValueError("the target's hidden states are not finite")
+        except Exception as problem:
+            self._failed([work], problem)
+            return
+        work.tokens, work.answers = tokens, answers
+        size = arrays.features.nbytes + (0 if arrays.last_hidden is None else arrays.last_hidden.nbytes)
+        self._count([work], size, time.perf_counter() - begun)
+        self.counts.answers += len(answers)
+        work.done = _Release(1, lambda: self._sent(size)).one()
+        work.result.set_result(arrays)
+
+    def _failed(self, batch: list[QueuedRequest], problem: Exception) -> None:
+        self.counts.failed += len(batch)
+        for work in batch:
+            work.result.set_exception(problem)
+
     def _count(self, batch: list[QueuedRequest], size: int, seconds: float) -> None:
         with self._change:
             self.unsent += size
             self.counts.batches += 1
-            self.counts.conversations += len(batch)
+            self.counts.conversations += sum(len(work.lengths or (1,)) for work in batch)
             self.counts.tokens += sum(len(work.tokens) for work in batch)
             self.counts.raw_bytes += size
             self.counts.forward_seconds += seconds

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -26,7 +27,8 @@ from deepspec.cache.reader import read_supervised, stored_view
 from deepspec.errors import RecipeError, TargetError, nearest, without_logins
 from deepspec.http import NoReply, request, stream, without_password
 from deepspec.identity import differences, target_fields
-from deepspec.streaming.wire import PROTOCOL, Arrays, Reader, WireError
+from deepspec.streaming.sampling import Answering
+from deepspec.streaming.wire import PROTOCOL, Arrays, Reader, Sampled, WireError
 from deepspec.targets import TargetEmbeddings
 from deepspec.targets.served import REFUSALS, Extraction, RequestRefused
 
@@ -50,6 +52,7 @@ class Wanted:
     timeout: float = 600.0  # seconds for a conversation
     longest: int = 0  # tokens of the longest conversation
     batch_tokens: int = 0  # of what is to be one pass of the target, padding included; see `FeatureRequest.lengths`
+    answering: Answering | None = None  # how prompts are to be answered; its keys are those of each request
 
     @property
     def dtype(self) -> str:
@@ -72,6 +75,15 @@ class FeatureRequest:
     loss_mask: NDArray[np.bool_]  # [S]
     lengths: tuple[int, ...] | None = None  # of several, one after the other, that are to be one batch of the target
 
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return f"sample {self.number}"
+
+    def ask(self, client: FeatureClient) -> States:
+        """What ``client`` gives for it; see :meth:`FeatureClient.fetch`."""
+        return client.fetch(self)
+
     def ranges(self) -> list[list[int]]:
         """[start, stop) of the tokens that are supervised."""
         edges = np.flatnonzero(np.diff(np.concatenate(([0], self.loss_mask.astype(np.int8), [0]))))
@@ -93,6 +105,39 @@ class States:
     def nbytes(self) -> int:
         """Bytes in memory."""
         return self.features.nbytes + (0 if self.last_hidden is None else self.last_hidden.nbytes)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """An answer and what the target computed of prompt, answer and tail; s tokens."""
+
+    sampled: Sampled
+    tokens: NDArray[np.int32]  # [s]
+    features: Tensor  # [s, C]
+    last_hidden: Tensor | None  # [s, D]; zeros for the last token
+
+
+@dataclass(frozen=True)
+class AnswerRequest:
+    """Prompts that a server is to answer as one batch."""
+
+    number: int  # below 0: no sample's
+    prompts: tuple[list[int], ...]
+    keys: tuple[str, ...]  # what names each: all that with the seed decides its random numbers
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+        return f"the prompts {self.keys[0]} to {self.keys[-1]}"
+
+    @property
+    def tokens(self) -> list[int]:
+        """Of all prompts, one after the other."""
+        return [token for prompt in self.prompts for token in prompt]
+
+    def ask(self, client: FeatureClient) -> list[Answered]:
+        """What ``client`` gives for it; see :meth:`FeatureClient.answer`."""
+        return client.answer(self)
 
 
 class ServerFault(Exception):
@@ -147,6 +192,14 @@ class FeatureClient(ABC):
         Raises:
             ServerFault: what came was not what was asked for; none of it is used.
         """
+
+    def answer(self, asked: AnswerRequest) -> list[Answered]:
+        """The answers to prompts, with the states of both.
+
+        Raises:
+            ServerFault: what came was not what was asked for; none of it is used. Or it cannot answer.
+        """
+        raise ServerFault("it gives no hidden states of answers", settled=True)
 
 
 def headers() -> dict[str, str]:
@@ -215,6 +268,13 @@ class StreamClient(FeatureClient):
         if type(most) is not int or most < wanted.batch_tokens:
             problem = f"it takes batches of {most!r:.20} tokens, the cache that is written has such of"
             raise ServerFault(f"{problem} {wanted.batch_tokens} (its --batch-tokens, cache.tokens_per_batch)", True)
+        if wanted.answering is not None:
+            most = said.get("answers", 0)
+            if type(most) is not int or most < wanted.answering.sampling.batch_size:
+                problem = (
+                    f"it answers {most!r:.20} prompts at a time, the recipe {wanted.answering.sampling.batch_size}"
+                )
+                raise ServerFault(f"{problem} (regenerate.batch_size of the recipe that it serves)", True)
 
     def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`; decoded as it comes."""
@@ -235,23 +295,52 @@ class StreamClient(FeatureClient):
         Raises:
             ServerFault: what came was not what was asked for.
         """
-        wanted = self.wanted
-        body = {
-            "tokens": conversation.tokens.tolist(),
-            "supervised": conversation.ranges(),
-            "layers": list(wanted.layers),
-            "last_hidden": wanted.last_hidden,
-            "level": wanted.level,
-        }
+        body: dict[str, Any] = {"tokens": conversation.tokens.tolist(), "supervised": conversation.ranges()}
         if conversation.lengths is not None:
             body["lengths"] = list(conversation.lengths)
-        limits: dict[str, Any] = {"stall": STALL, "seconds": wanted.timeout, "receive": RECEIVE}
+        with self._asking("features", body, self.wanted.timeout) as reader:
+            reader.read(Arrays(features, last_hidden), conversation.tokens)
+
+    def answer(self, asked: AnswerRequest) -> list[Answered]:
+        """See :meth:`FeatureClient.answer`; a request may take ``timeout`` for each of its prompts."""
+        wanted, how = self.wanted, cast(Answering, self.wanted.answering)
+        body: dict[str, Any] = {"tokens": asked.tokens, "lengths": list(map(len, asked.prompts)), "keys": asked.keys}
+        body |= {"sampling": asdict(how.sampling), "seed": how.seed, "stop": how.stop, "tail": how.tail}
+        with self._asking("answers", body | {"most": how.most}, wanted.timeout * len(asked.keys)) as reader:
+            spec, dtype = wanted.target.spec, wanted.target.dtype
+            answers = reader.answers(len(asked.keys), how.sampling.max_tokens, spec.vocab_size)
+            pairs = zip(asked.prompts, answers, strict=True)
+            rows = [np.array([*prompt, *one.token_ids, *how.tail][: how.most], np.int32) for prompt, one in pairs]
+            lengths, tokens = list(map(len, rows)), np.concatenate(rows)
+            features = empty((len(tokens), spec.hidden_size * len(wanted.layers)), dtype)
+            last = empty((len(tokens), spec.hidden_size), dtype) if wanted.last_hidden else None
+
+            def fill(kept: NDArray[Any] | None) -> None:
+                reader.read(Arrays(stored_view(features), kept), tokens)
+
+            if last is None:
+                fill(None)
+            else:
+                read_supervised(next_supervised(np.ones(len(tokens)), lengths), last, fill)
+        last_rows = [None] * len(rows) if last is None else last.split(lengths)
+        found = zip(answers, rows, features.split(lengths), last_rows, strict=True)
+        return [Answered(*one) for one in found]
+
+    @contextmanager
+    def _asking(self, path: str, body: dict[str, Any], seconds: float) -> Iterator[Reader]:
+        """The reply to a POST, to be read within the block.
+
+        Raises:
+            ServerFault: what came was not what was asked for.
+        """
+        wanted = self.wanted
+        body |= {"layers": list(wanted.layers), "last_hidden": wanted.last_hidden, "level": wanted.level}
+        limits: dict[str, Any] = {"stall": STALL, "seconds": seconds, "receive": RECEIVE}
         try:
-            with stream(f"{self._url}/v1/features", body, headers(), **limits) as reply:
+            with stream(f"{self._url}/v1/{path}", body, headers(), **limits) as reply:
                 if reply.status != 200:
                     raise ServerFault(reply.rest().summary, refuses=reply.status in REFUSALS)
-                reader = Reader(reply.read_into, conversation.tokens, self._digest, wanted.dtype)
-                reader.read(Arrays(features, last_hidden))
+                yield Reader(reply.read_into, self._digest, wanted.dtype)
         except NoReply as none:
             raise ServerFault(none.problem) from None
         except WireError as wrong:
@@ -277,10 +366,23 @@ class ExtractionClient(FeatureClient):
 
     def check(self) -> None:
         """See :meth:`FeatureClient.check`; such a server tells no more than a name."""
+        if self.wanted.answering is not None:
+            problem = f"a server of {self._owner()} gives no hidden states of answers"
+            remedy = "start deepspec serve-features, or make the answers with deepspec regenerate first"
+            raise ServerFault(f"{problem} (data.answers): {remedy}", settled=True)
         try:
             self._target.connect()
         except TargetError as wrong:
             raise ServerFault(wrong.problem + (f" ({wrong.found})" if wrong.found else "")) from None
+
+    def _owner(self) -> str:
+        """Whose models it says it has."""
+        try:
+            return str(
+                request("GET", f"{self._url}/v1/models", HANDSHAKE, headers=headers()).json()["data"][0]["owned_by"]
+            )
+        except (NoReply, ValueError, LookupError, TypeError):
+            return "another engine"
 
     def fetch(self, conversation: FeatureRequest) -> States:
         """See :meth:`FeatureClient.fetch`."""

@@ -11,20 +11,41 @@ import logging
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
 
 from deepspec.errors import SourceLost, TargetError
 from deepspec.http import without_password
-from deepspec.streaming.client import FeatureClient, FeatureRequest, ServerFault, States, Wanted, open_client
+from deepspec.streaming.client import FeatureClient, ServerFault, Wanted, open_client
 
+T = TypeVar("T", covariant=True)
 log = logging.getLogger(__name__)
 REST, LONGEST_REST = 0.5, 30.0  # seconds that a server rests after a fault; doubled each time
 ATTEMPTS = 8  # at one conversation
 CLOSING = 2.0  # seconds that a thread has to end
 LOOK = 0.1  # seconds between two looks at resting servers
 MOST_THREADS = 64
+
+
+class Request(Protocol[T]):
+    """Something that a server is asked for."""
+
+    @property
+    def number(self) -> int:
+        """By which what was announced is taken."""
+
+    @property
+    def name(self) -> str:
+        """In messages."""
+
+    @property
+    def tokens(self) -> Sized:
+        """That it is about."""
+
+    def ask(self, client: FeatureClient) -> T:
+        """What ``client`` gives for it."""
 
 
 @dataclass
@@ -50,9 +71,9 @@ class _Server:
 class _Job:
     """A conversation that is wanted."""
 
-    conversation: FeatureRequest
+    conversation: Request[Any]
     size: int
-    future: Future[States] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     begun: bool = False  # its bytes are counted
     attempts: int = 0
     refusals: set[str] = field(default_factory=set)  # URLs of servers that say that the request is wrong
@@ -90,17 +111,22 @@ class ServerPool:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def size(self) -> int:
+        """Number of servers."""
+        return len(self._servers)
+
     # -- for readers -----------------------------------------------------------------------------------------------
 
-    def announce(self, conversations: Sequence[FeatureRequest]) -> None:
+    def announce(self, conversations: Sequence[Request[Any]]) -> None:
         """Ask for these next; each must be taken once."""
         with self._change:
             for one in conversations:
                 self._queue.append(self._job(one))
             self._change.notify_all()
 
-    def take(self, conversations: Sequence[FeatureRequest]) -> Iterator[States]:
-        """The hidden states of each, announced or not, in order; their bytes are the caller's from then on.
+    def take(self, conversations: Sequence[Request[T]]) -> Iterator[T]:
+        """What a server gives for each, announced or not, in order; their bytes are the caller's from then on.
 
         Raises:
             SourceLost: no server is left, or all fail at one of these.
@@ -116,7 +142,7 @@ class ServerPool:
                     self.held -= job.size if job.begun else 0
                     self._change.notify_all()
 
-    def _claim(self, conversation: FeatureRequest) -> _Job:
+    def _claim(self, conversation: Request[Any]) -> _Job:
         """The job of a conversation that a reader waits for."""
         waiting = self._jobs.get(conversation.number)
         job = waiting.popleft() if waiting else self._job(conversation, kept=False)
@@ -201,7 +227,7 @@ class ServerPool:
 
     # -- conversations ---------------------------------------------------------------------------------------------
 
-    def _job(self, conversation: FeatureRequest, kept: bool = True) -> _Job:
+    def _job(self, conversation: Request[Any], kept: bool = True) -> _Job:
         job = _Job(conversation, len(conversation.tokens) * self.wanted.token_bytes)
         if kept:
             self._jobs[conversation.number].append(job)
@@ -248,7 +274,7 @@ class ServerPool:
     def _fetch(self, job: _Job, server: _Server) -> None:
         states, problem = None, None
         try:
-            states = server.client.fetch(job.conversation)  # type: ignore[union-attr]  # ready: it has one
+            states = job.conversation.ask(server.client)  # type: ignore[arg-type]  # ready: it has one
         except Exception as found:
             problem = found
         with self._change:
@@ -275,7 +301,7 @@ class ServerPool:
         if self._lost is None and job.attempts < ATTEMPTS and not refused:
             self._urgent.appendleft(job)
             return
-        problem = f"{job.attempts} attempts failed at sample {job.conversation.number}, the last with: {fault}"
+        problem = f"{job.attempts} attempts failed at {job.conversation.name}, the last with: {fault}"
         job.future.set_exception(self._error(self._lost or problem))
 
     def _fail_all(self, problem: str) -> None:

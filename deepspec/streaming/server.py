@@ -3,10 +3,12 @@
     GET  /v1/target    the handshake: which target, to the last byte of its weights, and in which dtype
     POST /v1/features  {"tokens", "supervised", "layers", "last_hidden", "level"} -> messages of ``wire``;
                        with "lengths" the tokens are several conversations, which are one batch of the target
+    POST /v1/answers   {"tokens", "lengths", "keys", "sampling", "seed", ...}: prompts -> the target's answers, and the
+                       hidden states that it computed while it sampled them
     GET  /health       200 while the target runs
     GET  /metrics      counters as Prometheus reads them
 
-An ASGI application; ``serve`` runs it under uvicorn. The first two want the shared secret, where one is set.
+An ASGI application; ``serve`` runs it under uvicorn. The first three want the shared secret, where one is set.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ from deepspec.cache.shard import CALIBRATION_ROWS
 from deepspec.errors import DeepSpecError
 from deepspec.files import sha256_json
 from deepspec.identity import target_fields
+from deepspec.recipe import RegenerateSection
+from deepspec.sections import parse_section
 from deepspec.streaming.batcher import Batcher, Full, Limits, QueuedRequest
+from deepspec.streaming.sampling import Answering
 from deepspec.streaming.wire import (
     PROTOCOL,
     Arrays,
@@ -44,12 +49,14 @@ from deepspec.streaming.wire import (
     tokens_digest,
 )
 from deepspec.targets import Target
+from deepspec.targets.positions import positions_of
 
 log = logging.getLogger(__name__)
 BEAT = 5.0  # seconds between signs of life while a conversation waits or is computed
 SLOW = 60.0  # seconds that a reader may take for one message
 MOST_TABLES = 64  # kept
 TOKEN_CHARACTERS = 24  # that a request may have a token
+MOST_POSITIONS = 1 << 20  # of a prompt and its answer, for targets that state no limit
 AsgiResponse = Callable[..., Any]  # an ASGI response
 
 
@@ -82,6 +89,7 @@ class FeatureServer:
         routes = [
             Route("/v1/target", self.handshake),
             Route("/v1/features", self.features, methods=["POST"]),
+            Route("/v1/answers", self.answers, methods=["POST"]),
             Route("/health", self.health),
             Route("/metrics", self.metrics),
         ]
@@ -106,7 +114,7 @@ class FeatureServer:
             return _refusal(401, f"deepspec: the shared secret is {'wrong' if _secret(request) else 'missing'}")
         said = {"deepspec": PROTOCOL, "target": self.fields, "digest": self.digest, "dtype": self.dtype}
         limits = {"max_length": self.max_length, "batch_tokens": self.batcher.limits.batch_tokens}
-        return JSONResponse(said | limits | {"levels": list(LEVELS)})
+        return JSONResponse(said | limits | {"levels": list(LEVELS), "answers": self.batcher.limits.answers})
 
     async def health(self, _request: Request) -> Response:
         """Whether conversations are computed."""
@@ -124,19 +132,25 @@ class FeatureServer:
 
     async def features(self, request: Request) -> AsgiResponse:
         """One conversation's hidden states."""
+        return await self._take(request, lambda body: self._work(read_request(body)))
+
+    async def answers(self, request: Request) -> AsgiResponse:
+        """Answers to prompts, with the hidden states of both."""
+        return await self._take(request, lambda body: self._answer_work(read_answering(body)))
+
+    # -- a reply ---------------------------------------------------------------------------------------------------
+
+    async def _take(self, request: Request, read: Callable[[bytes], tuple[QueuedRequest, str]]) -> AsgiResponse:
         if not self._admits(request):
             return _refusal(401, "the shared secret is missing or wrong")
         try:
-            asked = read_request(await self._body(request))
-            work, level = self._work(asked)
+            work, level = read(await self._body(request))
             self.batcher.submit(work)
         except BadRequest as problem:
             return _refusal(400, str(problem))
         except Full:
             return _refusal(503, "the queue is full", {"Retry-After": "1"})
         return partial(self._reply, work, level)
-
-    # -- a reply ---------------------------------------------------------------------------------------------------
 
     async def _body(self, request: Request) -> bytes:
         body, most = bytearray(), TOKEN_CHARACTERS * max(self.max_length, self.batcher.limits.batch_tokens) + (1 << 16)
@@ -152,9 +166,38 @@ class FeatureServer:
         Raises:
             BadRequest: it cannot be computed.
         """
-        tokens, level = asked["tokens"], asked["level"]
-        self._check_lengths(asked["lengths"] or [len(tokens)], len(tokens))
-        if not all(0 <= token < self.target.spec.vocab_size for token in tokens):
+        tokens = asked["tokens"]
+        self._check_lengths(asked["lengths"] or [len(tokens)], len(tokens), self.max_length)
+        self._check(asked)
+        mask = [0] * len(tokens)
+        for start, stop in asked["supervised"]:
+            if not 0 <= start < stop <= len(tokens):
+                raise BadRequest(f"supervised tokens {start} to {stop} of {len(tokens)}")
+            mask[start:stop] = [1] * (stop - start)
+        lengths = asked["lengths"] and tuple(asked["lengths"])
+        return QueuedRequest(tokens, mask, tuple(asked["layers"]), asked["last_hidden"], lengths), asked["level"]
+
+    def _answer_work(self, asked: Mapping[str, Any]) -> tuple[QueuedRequest, str]:
+        """The prompts that a request wants answered, checked, and the level of their hidden states.
+
+        Raises:
+            BadRequest: they cannot be answered.
+        """
+        tokens, answering, limits = asked["tokens"], asked["answering"], self.batcher.limits
+        room = (positions_of(self.target.spec.config) or MOST_POSITIONS) - answering.sampling.max_tokens
+        self._check_lengths(asked["lengths"], len(tokens), room)
+        self._check({**asked, "tokens": [*tokens, *answering.stop, *answering.tail]})
+        if len(asked["lengths"]) > limits.answers:
+            raise BadRequest(f"{len(asked['lengths'])} prompts; this server answers {limits.answers} at a time")
+        if not 1 <= answering.most <= self.max_length:
+            raise BadRequest(f"states of {answering.most} tokens; this server sends those of 1 to {self.max_length}")
+        lengths, mask = tuple(asked["lengths"]), [0] * len(tokens)
+        layers, last_hidden = tuple(asked["layers"]), asked["last_hidden"]
+        return QueuedRequest(tokens, mask, layers, last_hidden, lengths, answering), asked["level"]
+
+    def _check(self, asked: Mapping[str, Any]) -> None:
+        level = asked["level"]
+        if not all(0 <= token < self.target.spec.vocab_size for token in asked["tokens"]):
             raise BadRequest(f"tokens outside the vocabulary of {self.target.spec.vocab_size}")
         if level not in LEVELS:
             raise BadRequest(f"level {level!r:.40}; this server has {', '.join(LEVELS)}")
@@ -162,18 +205,11 @@ class FeatureServer:
             self.target.spec.check_layers(asked["layers"])
         except DeepSpecError as problem:
             raise BadRequest(str(problem)) from None
-        mask = [0] * len(tokens)
-        for start, stop in asked["supervised"]:
-            if not 0 <= start < stop <= len(tokens):
-                raise BadRequest(f"supervised tokens {start} to {stop} of {len(tokens)}")
-            mask[start:stop] = [1] * (stop - start)
-        lengths = asked["lengths"] and tuple(asked["lengths"])
-        return QueuedRequest(tokens, mask, tuple(asked["layers"]), asked["last_hidden"], lengths), level
 
-    def _check_lengths(self, lengths: list[int], tokens: int) -> None:
-        wrong = next((length for length in lengths if not 1 <= length <= self.max_length), None)
+    def _check_lengths(self, lengths: list[int], tokens: int, longest: int) -> None:
+        wrong = next((length for length in lengths if not 1 <= length <= longest), None)
         if wrong is not None:
-            raise BadRequest(f"{wrong} tokens; this server takes 1 to {self.max_length}")
+            raise BadRequest(f"{wrong} tokens; this server takes 1 to {longest}")
         padded, most = max(lengths) * len(lengths), self.batcher.limits.batch_tokens
         if len(lengths) > 1 and padded > most:
             raise BadRequest(f"a batch of {padded} tokens with padding; this server takes {most} (--batch-tokens)")
@@ -209,7 +245,9 @@ class FeatureServer:
         arrays, run = result.result(), partial(asyncio.get_running_loop().run_in_executor, self.encoders)
         codecs = await run(self._codecs, arrays, level, work.layers)
         tables = {kind.name.lower(): codec_entry(codec) for kind, codec in codecs.items()}
-        facts = {"target": self.digest, "dtype": self.dtype, "tokens": tokens_digest(work.tokens)}
+        facts: dict[str, Any] = {"target": self.digest, "dtype": self.dtype, "tokens": tokens_digest(work.tokens)}
+        if work.answers is not None:
+            facts["answers"] = [(one.token_ids, one.finish_reason) for one in work.answers]
         yield json_message(MessageKind.HELLO, facts | {"codecs": tables})
         coming: asyncio.Future[bytes] | None = None
         for make in data_messages(arrays, codecs):  # the next one is encoded while this one is sent
@@ -267,6 +305,32 @@ def read_request(body: bytes) -> dict[str, Any]:
         raise BadRequest("not a request for hidden states") from None
     found = {"tokens": tokens, "layers": layers, "supervised": pairs, "last_hidden": last, "level": level}
     return found | {"lengths": lengths}
+
+
+def read_answering(body: bytes) -> dict[str, Any]:
+    """The fields of a request for answers, each of its type; how they are sampled as "answering".
+
+    Raises:
+        BadRequest: it is none.
+    """
+    try:
+        given = json.loads(body)
+        tokens, lengths, layers, keys = (given[name] for name in ("tokens", "lengths", "layers", "keys"))
+        seed, stop, tail, most = (given[name] for name in ("seed", "stop", "tail", "most"))
+        last, level = given["last_hidden"], given["level"]
+        numbers = [*tokens, *lengths, *layers, *stop, *tail, seed, most]
+        texts = {type(text) for text in [*keys, level]}
+        if not {type(number) for number in numbers} <= {int} or not isinstance(last, bool) or texts != {str}:
+            raise TypeError
+        if not lengths or len(set(keys)) != len(lengths):
+            raise ValueError
+        sampling = parse_section(RegenerateSection, given["sampling"], "sampling")
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadRequest("not a request for answers") from None
+    except DeepSpecError as problem:
+        raise BadRequest(str(problem)) from None
+    found = {"tokens": tokens, "lengths": lengths, "layers": layers, "last_hidden": last, "level": level}
+    return found | {"answering": Answering(sampling, seed, tuple(stop), tuple(tail), most, tuple(keys))}
 
 
 def serve(server: FeatureServer, host: str, port: int) -> None:

@@ -1,9 +1,9 @@
 """Hidden states of one conversation as messages: what a feature server sends, and how a reader takes it.
 
-A reply is a HELLO (JSON: which target, of which tokens, in which codecs), rows of FEATURES and LAST_HIDDEN in order,
-each message coded for itself, and an END; BEATs come while nothing else does. Every message has a CRC-32C over its
-header and payload. Nothing of a message is believed before its checksum is right, and no memory is taken for more than
-the conversation needs.
+A reply is a HELLO (JSON: which target, of which tokens, in which codecs; the answers where prompts were answered), rows
+of FEATURES and LAST_HIDDEN in order, each message coded for itself, and an END; BEATs come while nothing else does.
+Every message has a CRC-32C over its header and payload. Nothing of a message is believed before its checksum is right,
+and no memory is taken for more than the conversation needs.
 
 S tokens, R of them with a supervised next token, C = L*D values of the L layers, D hidden size.
 """
@@ -62,6 +62,14 @@ class Arrays:
         return self.features if kind == MessageKind.FEATURES else self.last_hidden
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """An answer of the target, without the stop token."""
+
+    token_ids: list[int]
+    finish_reason: str  # "stop", or "length"
+
+
 def tokens_digest(tokens: Sequence[int] | NDArray[Any]) -> str:
     """Hex SHA-256 of token ids."""
     return hashlib.sha256(np.ascontiguousarray(tokens, "<i4").tobytes()).hexdigest()
@@ -112,23 +120,45 @@ class Reader:
 
     Args:
         read_into: fills a piece of memory with what the server sends next.
-        tokens: [S] that were asked for.
         target: the digest by which the server named its target in the handshake.
         dtype: of the hidden states, ``bfloat16`` or ``float32``.
     """
 
-    def __init__(self, read_into: Callable[[memoryview], None], tokens: NDArray[Any], target: str, dtype: str) -> None:
-        self.read_into, self.tokens, self.target, self.dtype = read_into, tokens, target, dtype
+    def __init__(self, read_into: Callable[[memoryview], None], target: str, dtype: str) -> None:
+        self.read_into, self.target, self.dtype = read_into, target, dtype
         self._head = bytearray(HEADER_BYTES)
+        self._said: dict[str, Any] | None = None
 
-    def read(self, arrays: Arrays) -> None:
-        """Fill ``arrays``, whose every row must come.
+    def answers(self, count: int, longest: int, vocab_size: int) -> list[Sampled]:
+        """The answers of ``count`` prompts, before their states are read.
+
+        Args:
+            count: of the prompts.
+            longest: tokens that an answer may have.
+            vocab_size: of the target.
+
+        Raises:
+            WireError: see :meth:`read`; or no such answers.
+        """
+        found = self._hello().get("answers")
+        try:
+            answers = [Sampled(list(ids), str(reason)) for ids, reason in found or ()]
+        except (TypeError, ValueError):
+            raise WireError("no answers of the prompts") from None
+        fits = all(len(one.token_ids) <= longest and one.finish_reason in ("stop", "length") for one in answers)
+        known = all(type(token) is int and 0 <= token < vocab_size for one in answers for token in one.token_ids)
+        if len(answers) != count or not fits or not known:
+            raise WireError(f"{len(answers)} answers that are not those of the {count} prompts")
+        return answers
+
+    def read(self, arrays: Arrays, tokens: Sequence[int] | NDArray[Any]) -> None:
+        """Fill ``arrays``, whose every row must come, with the hidden states of ``tokens`` [S].
 
         Raises:
             WireError: another target, other tokens, a wrong checksum, rows missing, twice or too many, or the server
                 says that it failed.
         """
-        codecs, done = self._hello(arrays), {MessageKind.FEATURES: 0, MessageKind.LAST_HIDDEN: 0}
+        codecs, done = self._codecs(arrays, tokens), {MessageKind.FEATURES: 0, MessageKind.LAST_HIDDEN: 0}
         while True:
             kind, first, rows, size = self._header()
             if kind == MessageKind.BEAT:
@@ -145,15 +175,22 @@ class Reader:
             if array is not None and done[kind] != len(array):
                 raise WireError(f"{done[kind]} of {len(array)} rows of {kind.name.lower()}")
 
-    def _hello(self, arrays: Arrays) -> dict[MessageKind, Any]:
+    def _hello(self) -> dict[str, Any]:
+        """What the reply begins with, read once."""
+        if self._said is not None:
+            return self._said
         kind, _, _, size = self._header()
         while kind == MessageKind.BEAT:
             self._payload(size, 0)
             kind, _, _, size = self._header()
         if kind != MessageKind.HELLO:
             self._fail(kind, size)
-        said = self._json(size)
-        wanted = {"target": self.target, "tokens": tokens_digest(self.tokens), "dtype": self.dtype}
+        self._said = self._json(size)
+        return self._said
+
+    def _codecs(self, arrays: Arrays, tokens: Sequence[int] | NDArray[Any]) -> dict[MessageKind, Any]:
+        said = self._hello()
+        wanted = {"target": self.target, "tokens": tokens_digest(tokens), "dtype": self.dtype}
         for name, value in wanted.items():
             if said.get(name) != value:
                 what = {"target": "another target than before", "tokens": "hidden states of other tokens"}

@@ -30,6 +30,7 @@ HONOURED = RETIRED.keys() | {  # optimisation settings that a resumed run may ch
 FREE = (  # keys that do not change what is computed; data and target are compared by their fingerprints instead
     *("name", "output", "evaluate", "regenerate", "cache", "target.path", "target.revision", "target.family"),
     *("data.prompts", "data.held_out", "data.conversations", "data.cache", "data.source", "data.write_cache"),
+    "data.answers",
     *(f"data.{key}" for key in ("servers", "server_storage", "server_memory", "server_timeout", "server_patience")),
     *(f"train.{key}" for key in ("deepspeed", "log_every", "save_every", "keep_last", "keep_every", "keep_best")),
     *(f"train.{key}" for key in ("workers", "tensorboard", "wandb_project", "online_micro_batch", "validation")),

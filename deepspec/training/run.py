@@ -64,6 +64,7 @@ def train(path: str | Path, overrides: Sequence[str] = (), accept_changes: bool 
     with training_processes() as world, ExitStack() as stack:
         recipe = on_all_ranks(world, lambda: _hold(stack, load_recipe(path, overrides), world))
         on_rank0(world, lambda: keep_draft(recipe))
+        on_rank0(world, lambda: source_class(recipe).begin(recipe))
         prepared = on_all_ranks(world, lambda: prepare(recipe, world, accept_changes))
         for source in (prepared.source, *prepared.held_out.values()):
             stack.callback(source.close)

@@ -71,7 +71,7 @@ def read(data: bytes, into: Arrays, dtype: str = "bfloat16") -> None:
         if stream.readinto(memory) != len(memory):
             raise WireError("short")
 
-    Reader(fill, TOKENS, "t", dtype).read(into)
+    Reader(fill, "t", dtype).read(into, TOKENS)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
