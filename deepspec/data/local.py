@@ -119,7 +119,7 @@ def in_batches(requests: Iterable[SamplingRequest], size: int) -> Iterator[list[
 
 
 @dataclass(eq=False)
-class Row:
+class AnswerRow:
     """A request while it is answered."""
 
     request: SamplingRequest
@@ -155,14 +155,14 @@ class LocalSampler:
             yield from self.answer_batch(batch)
 
     def next_logits(
-        self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cached: dict[str, Any]
+        self, rows: Sequence[AnswerRow], ids: Tensor, mask: Tensor, positions: Tensor, cached: dict[str, Any]
     ) -> Tensor:
         """One pass of the model over ``ids`` [B, n]: the logits after the last of them, [B, V]."""
         given = cached | ({"position_ids": positions} if takes(self.model, "position_ids") else {})
         logits: Tensor = self.model(input_ids=ids, attention_mask=mask, logits_to_keep=1, **given).logits
         return logits[:, -1]
 
-    def after_end(self, row: Row) -> Iterable[int]:
+    def after_end(self, row: AnswerRow) -> Iterable[int]:
         """Tokens that pass the model once a row's answer has ended."""
         return ()
 
@@ -181,7 +181,7 @@ class LocalSampler:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         numbers = np.stack([uniforms(self.seed, request.key, limit) for request in requests])
         random = torch.from_numpy(numbers).to(self.device)  # [B, max_tokens]
-        rows, step = [Row(request) for request in requests], 0
+        rows, step = [AnswerRow(request) for request in requests], 0
         while True:
             logits = self.next_logits(rows, ids, mask, positions, cached)
             token = sample(logits, self.sampling, random[:, min(step, limit - 1)])
@@ -202,7 +202,7 @@ class LocalSampler:
             ids = torch.cat([ids, ids_after], -1) if whole else ids_after
             positions = torch.cat([positions, after], -1) if whole else after
 
-    def _advance(self, rows: Sequence[Row], token: Tensor) -> Iterator[Generated]:
+    def _advance(self, rows: Sequence[AnswerRow], token: Tensor) -> Iterator[Generated]:
         """Give each row the token [B] that was drawn for it, or put there the next of those after its end."""
         given: dict[int, int] = {}
         for number, (row, value) in enumerate(zip(rows, token.tolist(), strict=True)):
@@ -221,7 +221,7 @@ class LocalSampler:
             token[list(given)] = torch.tensor(list(given.values()), device=token.device)
 
 
-class Sampler(Protocol):
+class AnswerSampler(Protocol):
     """Something that samples answers to rendered prompts."""
 
     def answer(self, requests: Sequence[SamplingRequest]) -> Iterator[Generated]:
@@ -240,7 +240,7 @@ class SamplerEngine:
     """
 
     def __init__(
-        self, sampler: Sampler, renderer: Renderer, config: Mapping[str, Any], most_new_tokens: int, chunk: int
+        self, sampler: AnswerSampler, renderer: Renderer, config: Mapping[str, Any], most_new_tokens: int, chunk: int
     ) -> None:
         self.sampler, self.renderer, self.config = sampler, renderer, config
         self.most_new_tokens, self.chunk = most_new_tokens, chunk

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from deepspec.cache.parts import next_supervised
 from deepspec.cache.reader import stored_view
-from deepspec.data.local import LocalSampler, Row, SamplingRequest
+from deepspec.data.local import AnswerRow, LocalSampler, SamplingRequest
 from deepspec.recipe import RegenerateSection
 from deepspec.streaming.wire import Arrays, Sampled
 from deepspec.targets import Target
@@ -51,7 +51,7 @@ class StateSampler(LocalSampler):
         self.target, self.layers, self.tail = target, tuple(layers), answering.tail
 
     def next_logits(
-        self, rows: Sequence[Row], ids: Tensor, mask: Tensor, positions: Tensor, cached: dict[str, Any]
+        self, rows: Sequence[AnswerRow], ids: Tensor, mask: Tensor, positions: Tensor, cached: dict[str, Any]
     ) -> Tensor:
         """See :meth:`LocalSampler.next_logits`; the states of the tokens that are new go to their rows."""
         past = next(iter(cached.values())) if self.keeps_cache else None
@@ -66,7 +66,7 @@ class StateSampler(LocalSampler):
                 row.states.append((features[number, own], last[number, own]))
         return self.target.logits(output.last_hidden[:, -1])
 
-    def after_end(self, row: Row) -> Iterable[int]:
+    def after_end(self, row: AnswerRow) -> Iterable[int]:
         """The tail; where the answer was cut, its last token too."""
         return (*row.answer[-1:], *self.tail) if row.reason == "length" else self.tail
 
