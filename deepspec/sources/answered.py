@@ -99,13 +99,13 @@ class ServedAnswers:
         with closing(self._pool()) as pool, ThreadPoolExecutor(min(4, os.cpu_count() or 1), "encoder") as encoders:
             section = self.recipe.regenerate
             sampler = PoolSampler(pool, section.batch_size, self.recipe.cache.tokens_per_batch)
-            size = CHUNK * section.batch_size
-            engine = SamplerEngine(sampler, self.renderer, self.spec.config, section.max_tokens, size)
+            chunk = CHUNK * section.batch_size
+            engine = SamplerEngine(sampler, self.renderer, self.spec.config, section.max_tokens, chunk)
             try:
                 for outcome in engine.run(chain([first], iterator)):
                     self._take(outcome)
-                    full = sum(one.features.nbytes for one in self._blocks) >= KEPT_BYTES
-                    if full or time.monotonic() - self._since > KEPT_SECONDS:
+                    size = sum(one.features.nbytes for one in self._blocks)
+                    if not size or size >= KEPT_BYTES or time.monotonic() - self._since > KEPT_SECONDS:
                         yield from self._flush(encoders)
             except SourceLost:
                 yield from self._flush(encoders)
