@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from deepspec import registry
+from deepspec.algorithms.base import DraftModel
+from deepspec.batch import Batch
 from deepspec.errors import RecipeError
 from deepspec.planning import trace as tracing
 from deepspec.planning.probes import probe_batch, probe_config, probe_spec
@@ -30,14 +32,20 @@ def counted(
     return trace(name, config, SPEC, example(tokens, samples, 0.6), dtype, device)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", registry.ALGORITHMS)
-def test_the_products_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
+def real_step(name: str, tokens: int, dtype: torch.dtype) -> tuple[DraftModel, Tensor, Batch]:
+    """A draft with values, its head, and a planned batch."""
     config, algorithm = probe_config(name, SPEC), registry.algorithm(name)
     model = algorithm.build(config, SPEC).to(dtype)
     head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(dtype)
     model.attach(head, head)
-    batch = probe_batch(SPEC, config, 48, dtype)
+    batch = probe_batch(SPEC, config, tokens, dtype)
+    return model, head, batch.planned(algorithm.plan(config, batch.supervision))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", registry.ALGORITHMS)
+def test_the_products_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
+    model, _, batch = real_step(name, 48, dtype)
     with FlopCounterMode(display=False) as real:
         model(batch).loss().backward()
     assert counted(name, dtype=dtype).flops.total() == real.get_total_flops()
@@ -72,12 +80,7 @@ class _Made(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_the_bytes_held_are_those_that_a_real_step_makes_and_no_weights(name: str, dtype: torch.dtype) -> None:
-    config, algorithm = probe_config(name, SPEC), registry.algorithm(name)
-    model = algorithm.build(config, SPEC).to(dtype)
-    head = torch.randn(SPEC.vocab_size, SPEC.hidden_size).to(dtype)
-    model.attach(head, head)
-    batch = probe_batch(SPEC, config, 480, dtype)
-    batch = batch.planned(algorithm.plan(config, batch.supervision))
+    model, head, batch = real_step(name, 480, dtype)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
     given = [one for one in (batch.features, batch.last_hidden) if one is not None]
