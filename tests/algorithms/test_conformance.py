@@ -58,6 +58,8 @@ class TestExperts(DraftFolderSuite, TrainingLossSuite, DecodingSuite, TrainingRu
     algorithms, families, zero_stages = ("mtp",), ("qwen3",), (1, 3)
     section: ClassVar = {"experts": True}
     target_config: ClassVar = {"model_type": "qwen3_moe", "norm_topk_prob": True, **EXPERTS}
+    # its experts are cut by a loop whose ends the host reads: such a head decodes eagerly (deepspec/evaluate/run.py)
+    test_captured_rounds_draft_and_commit_what_eager_ones_do = None  # type: ignore[assignment]
 
 
 class TestTrainingRun(TrainingRunSuite):
