@@ -334,11 +334,9 @@ class Evaluation:
 
     def _settings(self, temperature: float) -> DecodeSettings:
         options, stops = self.options, self.renderer.stop_token_ids
-        # experts of a draft are cut where the host reads: its rounds stay eager
-        capture = options.capture and not getattr(self.draft.config, "experts", False)
         return DecodeSettings(
             temperature, options.max_new_tokens, stops, options.seed, options.confidence_threshold, self.sts,
-            tree=options.tree, capture=capture,
+            tree=options.tree, capture=options.capture,
         )  # fmt: skip
 
     def _longest(self, turns: Sequence[str]) -> int:

@@ -91,6 +91,7 @@ def looped(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     ``ends`` [E] int32: the last row + 1 of each expert, read by the host. :func:`grouped` is the same without that.
     """
+    ends[-1].item()  # a read that the dispatcher sees, so no graph captures it: a CPU tensor's tolist passes it by
     parts, start = [], 0
     for number, (end, one) in enumerate(zip(ends.tolist(), weight.unbind(), strict=True)):
         if end > start or not number:  # of the first also where it has no row: the weight stays in the graph

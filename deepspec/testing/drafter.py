@@ -222,6 +222,8 @@ class TrainingLossSuite(_Cases):
 class DecodingSuite(_Cases):
     """The drafter: a row's proposal is its own, and decoding stays the target's."""
 
+    eager_pieces: ClassVar[set[str]] = set()  # those of a round that the host reads in: they are not captured
+
     def test_greedy_decoding_with_the_draft_is_the_targets_own(self, case: Case, tmp_path: Path) -> None:
         """A draft that was saved and loaded; alone and together with others."""
         loaded = load_draft(case.save(tmp_path / "draft", case.draft()), case.target)
@@ -254,8 +256,8 @@ class DecodingSuite(_Cases):
                 found.append([(one.output_ids, [step.sent for step in one.rounds]) for one in done])
             assert found[0] == found[1]
             assert captured is not None
-            assert not captured.refused
-            assert min(captured.count(DRAFT), captured.count(VERIFY)) > 0
+            assert set(captured.refused) == self.eager_pieces
+            assert all(captured.count(piece) > 0 for piece in {DRAFT, VERIFY} - self.eager_pieces)
 
     def test_fewer_tokens_are_the_first_of_all(self, case: Case) -> None:
         """``max_draft`` of a round cuts the proposal, and never lengthens it."""
