@@ -20,7 +20,7 @@ import torch
 from deepspec.errors import DeepSpecError
 from deepspec.planning.machines import Machine
 from deepspec.planning.memory import HANDED_BACK, rank_memory
-from deepspec.planning.probes import RateProbe, engine_settings, time_step
+from deepspec.planning.probes import DRAWS, RateProbe, engine_settings, time_step
 from deepspec.training.engine import training_processes
 
 Job = tuple[str, tuple[int, ...], str]  # drafter, a row of SIZES, precision
@@ -55,7 +55,7 @@ def main() -> None:
     for loaded in ("deepspec.training.run", "zarr"):  # by a training with a cache
         importlib.import_module(loaded)
     with training_processes() as world:
-        time_step(name, size, precision, world, equal=False)
+        time_step(name, size, precision, world, DRAWS)
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         print(total - free - torch.cuda.memory_reserved())

@@ -27,7 +27,7 @@ SIZES = (  # hidden, intermediate, vocabulary, tokens: of the probes in turn
 PRECISIONS = {"bfloat16": "zero1_bf16.json", "float32": "zero1_fp32.json"}
 SUPERVISED = 0.6  # of a probe's tokens
 MICRO_BATCHES = 3  # of a step that is timed; one before it is not
-DRAWS = 15  # micro-batches of a step whose anchors differ
+DRAWS = 15  # micro-batches of a step that shows what libraries keep
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ def count_step(name: str, size: Sequence[int], precision: str, device: str) -> t
 
 
 def time_step(
-    name: str, size: Sequence[int], precision: str, world: World, equal: bool = True
-) -> tuple[float, float]:  # fmt: skip
+    name: str, size: Sequence[int], precision: str, world: World, micro_batches: int = MICRO_BATCHES + 1
+) -> tuple[float, float]:
     """Train a drafter for a step: seconds of a micro-batch (median) and of the optimizer's step.
 
     Args:
@@ -106,8 +106,8 @@ def time_step(
         size: a row of SIZES.
         precision: a key of PRECISIONS.
         world: of one process.
-        equal: every micro-batch is the same; else anchors are drawn for each, as in a training: where products then
-            differ in their rows, libraries keep something for each.
+        micro_batches: of the step. What is random is drawn for each, as in a training: where products then differ in
+            their rows, libraries make and keep something for each.
     """
     spec = probe_spec(*size[:3])
     config, dtype = probe_config(name, spec), getattr(torch, precision)
@@ -116,12 +116,10 @@ def time_step(
     head = (torch.randn(spec.vocab_size, spec.hidden_size) * 0.05).to(dtype)
     model.attach(head, head)
     engine = Engine(model, _section(precision), world)
-    batch, count = probe_batch(spec, config, size[3], dtype), MICRO_BATCHES + 1 if equal else DRAWS
-    seconds = []
-    for turn in range(count):
-        drawn = batch.supervision if equal else replace(batch.supervision, epoch=turn)
-        batch = batch.planned(algorithm.plan(config, drawn))
-        engine.begin_micro_batch(last=turn == count - 1)
+    batch, seconds = probe_batch(spec, config, size[3], dtype), []
+    for turn in range(micro_batches):
+        batch = batch.planned(algorithm.plan(config, replace(batch.supervision, epoch=turn)))
+        engine.begin_micro_batch(last=turn == micro_batches - 1)
         begun = time.process_time()
         terms = engine.forward(batch)
         engine.backward(terms, 1000.0)
