@@ -4,10 +4,11 @@
 
 The machine is measured first (``deepspec plan --measure``), in the same run. Then for each size: a random target, a
 cache of conversations, ``deepspec plan`` on it, and ``launch/train.py`` in a process of its own, bfloat16 and ZeRO-1 as
-the published recipes have it. Time is CPU seconds of all threads an optimizer step (median), which neighbours disturb
-least; memory is the peak of the process during the steps, in a second training whose allocator hands back at once what
-is freed (glibc's own setting keeps some of it, and is the faster one). What the process holds when it opens the target
-is taken off both: Python's and the libraries' code would make the difference look small.
+the published recipes have it (float32 where this CPU has no products in bfloat16). Time is CPU seconds of all threads
+an optimizer step (median), which neighbours disturb least; memory is the peak of the process during the steps, in a
+second training whose allocator hands back at once what is freed (glibc's own setting keeps some of it, and is the
+faster one). What the process holds when it opens the target is taken off both: Python's and the libraries' code would
+make the difference look small.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from start import Benchmark, tell
 from deepspec.errors import run_main
 from deepspec.files import write_text
 from deepspec.planning.memory import HANDED_BACK
+from deepspec.planning.probes import PRECISIONS
 from deepspec.progress import bytes_in
 from deepspec.recipe_files import CONFIGS
 from deepspec.tables import Table, fill_page
@@ -48,6 +50,13 @@ CASES: dict[str, tuple[int, int, int, int, dict[str, Any], int]] = {
     "eagle3": (512, 2048, 8192, 256, {"num_layers": 1, "ttt_length": 4}, 3),
     "p_eagle": (448, 1792, 5120, 384, {"num_layers": 3, "num_depths": 4}, 2),
 }
+
+
+def precision() -> str:
+    """Of the trainings."""
+    from deepspec.distributed import multiplies_bfloat16
+
+    return "bfloat16" if multiplies_bfloat16() else "float32"
 
 
 def make_target(folder: Path, hidden: int, intermediate: int, vocabulary: int) -> None:
@@ -82,10 +91,11 @@ def make_case(work: Path, name: str) -> Path:
     write_conversations(folder / "data.jsonl", rows, {"made by": "bench_plan"})
     draft = section | ({"mask_token_id": 3} if "num_layers" in section and name != "eagle3" else {})
     recipe = {
-        "name": name, "algorithm": name, "target": {"path": "target", "layers": [0, 1, 2, 3, 4]}, "draft": draft,
+        "name": name, "algorithm": name, "draft": draft,
+        "target": {"path": "target", "layers": [0, 1, 2, 3, 4], "dtype": precision()},
         "data": {"max_length": tokens, "cache": ["cache"]},
         "train": {
-            "deepspeed": str(ROOT / "deepspeed_configs/zero1_bf16.json"), "epochs": 50, "max_steps": STEPS,
+            "deepspeed": str(CONFIGS / PRECISIONS[precision()]), "epochs": 50, "max_steps": STEPS,
             "micro_batch": 1, "global_batch": samples, "tensorboard": False, "log_every": 100,
         },
         "output": str(folder / "run"),
@@ -253,7 +263,7 @@ def main() -> int:
     machine = given.machine and given.machine.absolute()
     if machine is None:
         machine = work / "machine.json"
-        deepspec("plan", "--measure", str(machine), "--precision", "bfloat16")
+        deepspec("plan", "--measure", str(machine), "--precision", precision())
     rows: list[list[object]] = []
     bars: Bars = {}
     for name in given.cases.split(","):
@@ -267,7 +277,7 @@ def main() -> int:
         bars[f"{name}: memory, from the plan"] = at_most(abs(memory - 1), 0.1)
         bars[f"{name}: CPU seconds of a step, from the plan"] = at_most(abs(seconds - 1), 0.2)
     head = ["drafter", "weights", "planned s", "measured s", "ratio", "planned MB", "measured MB", "ratio"]
-    print(Table(head, rows).markdown())
+    print(f"{precision()}\n{Table(head, rows).markdown()}")
     if given.page:
         fill("plan against training", Table(head, rows))
     write_bars(given.json, bars)

@@ -87,6 +87,13 @@ class Family:
         """What the target adds to its stored weight ``name``: to those of norms ``norm_offset``."""
         return self.norm_offset if "norm" in name.removesuffix(".weight").rpartition(".")[2] else 0.0
 
+    def added_to(self, other: Family) -> tuple[str, ...] | None:
+        """Parts that layers of this family have beside those of ``other``; None where more differs."""
+        facts = ("value_norm", "attention_scale", "sandwich", "scaled_embedding", "gated")
+        if any(getattr(self, fact) != getattr(other, fact) for fact in facts) or self.head_norm < other.head_norm:
+            return None
+        return ("q_norm", "k_norm") if self.head_norm > other.head_norm else ()
+
     def chat_template_kwargs(self, thinking: bool) -> dict[str, bool]:
         """Keyword arguments of the chat template that turn thinking on or off."""
         return {} if self.thinking_keyword is None else {self.thinking_keyword: thinking}

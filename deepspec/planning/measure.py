@@ -28,7 +28,7 @@ from deepspec.errors import RecipeError
 from deepspec.planning.libraries import library_bytes
 from deepspec.planning.machines import Machine
 from deepspec.planning.memory import optimizer_bytes, step_bytes
-from deepspec.planning.probes import PRECISIONS, SIZES, RateProbe, run_probe
+from deepspec.planning.probes import LARGE, PRECISIONS, SIZES, RateProbe, run_probe
 from deepspec.progress import Progress
 from deepspec.training.engine import training_processes
 
@@ -74,21 +74,24 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
     Raises:
         RecipeError: several processes, of which each would measure.
     """
-    jobs = [
-        (name, SIZES[(number + turn) % len(SIZES)], precision)
-        for turn, precision in enumerate(precisions)
-        for number, name in enumerate(registry.ALGORITHMS)
-    ]
+    jobs, large = (
+        [
+            (name, sizes[(number + turn) % len(sizes)], precision)
+            for turn, precision in enumerate(precisions)
+            for number, name in enumerate(registry.ALGORITHMS)
+        ]
+        for sizes in (SIZES, LARGE)
+    )
     with training_processes() as world:
         if world.size > 1:
             raise RecipeError("rates are measured by one process", found=world.size, wanted="1 process")
-        progress, probes = Progress("measuring", 2 * len(jobs), noun="probes"), []
-        for job in jobs:
+        progress, probes = Progress("measuring", 2 * len(jobs) + len(large), noun="probes"), []
+        for job in jobs + large:
             probes.append(run_probe(*job, world))
             progress.add()
     machine = machine_of(probes, precisions)
     taken: dict[str, list[float]] = {}
-    for job, probe in zip(jobs, probes, strict=True):
+    for job, probe in zip(jobs, probes, strict=False):
         taken.setdefault(job[0], []).append(library_bytes(job, probe, machine))
         progress.add()
     progress.close()
@@ -106,7 +109,7 @@ def machine_of(probes: Sequence[RateProbe], precisions: Sequence[str]) -> Machin
         ]
     )  # fmt: skip
     found = fit(rows, np.array([one.seconds for one in probes]))
-    *products, moving, each = (float(one) for one in found)
+    *flop_seconds, moving, each = (float(one) for one in found)
     stepping = statistics.median(one.step_seconds / optimizer_bytes(one.sizes.parameters) for one in probes)
     device, memory = pick_device(), psutil.virtual_memory().total
     accelerator = device.type != "cpu"
@@ -115,7 +118,8 @@ def machine_of(probes: Sequence[RateProbe], precisions: Sequence[str]) -> Machin
         platform.node(), f"{title}, one process" + f" of {torch.get_num_threads()} threads" * (not accelerator), True,
         f"deepspec plan --measure, {len(probes)} probes", "accelerator" if accelerator else "cpu",
         float(torch.cuda.get_device_properties(device).total_memory if accelerator else memory), 0.0, 1.0,
-        {dtype: 1 / max(one, 1e-18) for dtype, one in zip(precisions, products, strict=True)}, 1 / max(moving, 1e-15),
+        {dtype: 1 / max(one, 1e-18) for dtype, one in zip(precisions, flop_seconds, strict=True)},
+        1 / max(moving, 1e-15),
         each, 1 / stepping, gpus=max(torch.cuda.device_count(), 1), cores=os.cpu_count() or 1,
         host_memory=float(memory), decode_rate=decode_rates(),
     )  # fmt: skip

@@ -24,6 +24,7 @@ from deepspec.training.settings import deepspeed_settings
 SIZES = (  # hidden, intermediate, vocabulary, tokens: of the probes in turn
     (128, 512, 4096, 384), (256, 1024, 6144, 512), (320, 1280, 12288, 384), (192, 512, 8192, 640),
 )  # fmt: skip
+LARGE = ((512, 1536, 6144, 384), (448, 2048, 8192, 256))  # a second one of each drafter: rates change with size
 PRECISIONS = {"bfloat16": "zero1_bf16.json", "float32": "zero1_fp32.json"}
 SUPERVISED = 0.6  # of a probe's tokens
 MICRO_BATCHES = 3  # of a step that is timed; one before it is not

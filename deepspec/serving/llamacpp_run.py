@@ -1,8 +1,9 @@
 """A generation run of llama.cpp in a process of its own: ``python -m deepspec.serving.llamacpp_run JOB.json OUT.json``.
 
 It imports nothing of deepspec but its errors. JOB holds target (a GGUF), speculative_config (draft, type, n_max, p_min;
-or null), prompts (token ids), max_tokens; OUT gets the tokens. The engine's trace on stderr says of every draft-verify
-round how many tokens were drafted and accepted: :func:`deepspec.serving.llamacpp.rounds_of` reads it.
+or null), prompts (token ids), max_tokens, cache_prompt (keep the start that prompts share; by default not); OUT gets
+the tokens. The engine's trace on stderr says of every draft-verify round how many tokens were drafted and accepted:
+:func:`deepspec.serving.llamacpp.rounds_of` reads it.
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def generate(job: dict[str, Any]) -> dict[str, Any]:
 
 def _answer(address: str, prompt: list[int], job: dict[str, Any]) -> dict[str, Any]:
     question = {
-        "prompt": prompt, "n_predict": job["max_tokens"], "temperature": 0.0, "cache_prompt": False,
-        "return_tokens": True, "ignore_eos": not job["stop_token_ids"],
+        "prompt": prompt, "n_predict": job["max_tokens"], "temperature": 0.0,
+        "cache_prompt": job.get("cache_prompt", False), "return_tokens": True, "ignore_eos": not job["stop_token_ids"],
     }  # fmt: skip
     body, kind = json.dumps(question).encode(), {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{address}/completion", body, kind)

@@ -241,35 +241,35 @@ class StreamClient(FeatureClient):
             reply = request("GET", f"{self._url}/v1/target", HANDSHAKE, headers=headers())
             if reply.status != 200:
                 raise ServerFault(reply.summary, settled=reply.status == 401)
-            said = reply.json()
+            hello = reply.json()
         except NoReply as none:
             raise ServerFault(none.problem) from None
         except ValueError as problem:
             raise ServerFault(str(problem)) from None
-        self._compare(said)
-        self._digest = str(said.get("digest"))
+        self._compare(hello)
+        self._digest = str(hello.get("digest"))
 
-    def _compare(self, said: Mapping[str, Any]) -> None:
+    def _compare(self, hello: Mapping[str, Any]) -> None:
         wanted = self.wanted
-        if said.get("deepspec") != PROTOCOL:
-            raise ServerFault(f"protocol {said.get('deepspec')!r}, not {PROTOCOL}: another version of deepspec", True)
-        if said.get("dtype") != wanted.dtype:
-            raise ServerFault(f"it computes in {said.get('dtype')}, the recipe's target in {wanted.dtype}", True)
-        served = said.get("target")
+        if hello.get("deepspec") != PROTOCOL:
+            raise ServerFault(f"protocol {hello.get('deepspec')!r}, not {PROTOCOL}: another version of deepspec", True)
+        if hello.get("dtype") != wanted.dtype:
+            raise ServerFault(f"it computes in {hello.get('dtype')}, the recipe's target in {wanted.dtype}", True)
+        served = hello.get("target")
         sides = ("server", "recipe")
         known = {"target": served if isinstance(served, dict) else {}}
         if lines := differences(known, {"target": wanted.fields}, sides):
             raise ServerFault(f"it serves another target: {'; '.join(lines[:3])}", True)
-        most = said.get("max_length", 0)
+        most = hello.get("max_length", 0)
         if type(most) is not int or most < wanted.longest:
             problem = f"it takes conversations of {most!r:.20} tokens, the longest of the data has {wanted.longest}"
             raise ServerFault(f"{problem} (data.max_length of the recipe that it serves)", True)
-        most = said.get("batch_tokens", 0)
+        most = hello.get("batch_tokens", 0)
         if type(most) is not int or most < wanted.batch_tokens:
             problem = f"it takes batches of {most!r:.20} tokens, the cache that is written has such of"
             raise ServerFault(f"{problem} {wanted.batch_tokens} (its --batch-tokens, cache.tokens_per_batch)", True)
         if wanted.answering is not None:
-            most = said.get("answers", 0)
+            most = hello.get("answers", 0)
             if type(most) is not int or most < wanted.answering.sampling.batch_size:
                 problem = (
                     f"it answers {most!r:.20} prompts at a time, the recipe {wanted.answering.sampling.batch_size}"

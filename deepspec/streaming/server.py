@@ -112,9 +112,9 @@ class FeatureServer:
         """Which target this is."""
         if not self._admits(request):
             return _refusal(401, f"deepspec: the shared secret is {'wrong' if _secret(request) else 'missing'}")
-        said = {"deepspec": PROTOCOL, "target": self.fields, "digest": self.digest, "dtype": self.dtype}
+        hello = {"deepspec": PROTOCOL, "target": self.fields, "digest": self.digest, "dtype": self.dtype}
         limits = {"max_length": self.max_length, "batch_tokens": self.batcher.limits.batch_tokens}
-        return JSONResponse(said | limits | {"levels": list(LEVELS), "answers": self.batcher.limits.answers})
+        return JSONResponse(hello | limits | {"levels": list(LEVELS), "answers": self.batcher.limits.answers})
 
     async def health(self, _request: Request) -> Response:
         """Whether conversations are computed."""

@@ -189,17 +189,17 @@ class Reader:
         return self._said
 
     def _codecs(self, arrays: Arrays, tokens: Sequence[int] | NDArray[Any]) -> dict[MessageKind, Any]:
-        said = self._hello()
+        hello = self._hello()
         wanted = {"target": self.target, "tokens": tokens_digest(tokens), "dtype": self.dtype}
         for name, value in wanted.items():
-            if said.get(name) != value:
+            if hello.get(name) != value:
                 what = {"target": "another target than before", "tokens": "hidden states of other tokens"}
-                raise WireError(what.get(name, f"{name} {str(said.get(name))[:80]!r} instead of {value}"))
+                raise WireError(what.get(name, f"{name} {str(hello.get(name))[:80]!r} instead of {value}"))
         codecs = {}
         for kind in (MessageKind.FEATURES, MessageKind.LAST_HIDDEN):
             array = arrays.of(kind)
             if array is not None and len(array):
-                codecs[kind] = _codec(said, kind)
+                codecs[kind] = _codec(hello, kind)
         return codecs
 
     def _header(self) -> tuple[MessageKind, int, int, int]:
@@ -258,14 +258,14 @@ class Reader:
         done[kind] += rows
 
 
-def _codec(said: Mapping[str, Any], kind: MessageKind) -> Any:
+def _codec(hello: Mapping[str, Any], kind: MessageKind) -> Any:
     """The codec that a HELLO states for ``kind``.
 
     Raises:
         WireError: an unknown one, or none.
     """
     try:
-        entry = said["codecs"][kind.name.lower()]
+        entry = hello["codecs"][kind.name.lower()]
         return CODECS[entry["name"]].from_dict(entry)
     except UNDECODED as problem:
         raise WireError(f"no codec of {kind.name.lower()} that can be used ({problem})") from None

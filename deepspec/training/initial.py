@@ -102,21 +102,14 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     Raises:
         TargetError: the target is not stored as safetensors, or its last layers have other parts or shapes.
     """
-    heads = spec.expert_layers
-    known = (spec.family if spec.has_family else None, heads and heads.family)
-    if model.family not in known:
-        raise TargetError(
-            "train.init: target copies the target's layers, and the draft has others", file=section.path,
-            key="model_type", found=f"{spec.model_type}, with draft layers of {model.family.name}",
-            wanted="a draft with the layers of its target's family", remedy="set train.init: random",
-        )  # fmt: skip
+    family, added = _family_of(model, spec, section)
     stored = open_stored(section.path, model.fc.weight.dtype, section.revision)
     if stored is None:
         raise TargetError(
             "train.init: target reads the target's weights one by one", file=section.path,
             remedy="store the target as safetensors, not quantized, or set train.init: random",
         )  # fmt: skip
-    copy = partial(_copy, path=section.path, family=model.family)
+    copy = partial(_copy, path=section.path, family=family)
     if native := model.algorithm.native(model.config, stored.unused):
         if left := sorted(set(native) - {name for name, _ in model.named_parameters()}):
             problem, remedy = "the target's own head has parts that ours lacks", "set train.init: random"
@@ -129,6 +122,8 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
+            if name.removesuffix(".weight").rpartition(".")[2] in added:
+                continue
             theirs = f"{prefix}layers.{first + depth}.{_counterpart(name)}"
             copy(weight, stored.tensor(theirs), theirs)
     copy(cast(Tensor, model.norm.weight), stored.tensor(f"{prefix}norm.weight"), f"{prefix}norm.weight")
@@ -139,6 +134,28 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     size = model.fc.out_features
     model.fc.weight.mul_(NOISE)
     model.fc.weight[:, -size:] += torch.eye(size)
+
+
+def _family_of(model: DraftModel, spec: TargetSpec, section: TargetSection) -> tuple[Family, tuple[str, ...]]:
+    """The family of the layers that are copied, and the parts of the draft's that these lack: they start as they are.
+
+    Raises:
+        TargetError: the draft's layers differ from the target's in more than such parts.
+    """
+    heads, own = spec.expert_layers, spec.family if spec.has_family else None
+    if model.family in (own, heads and heads.family):
+        return model.family, ()
+    added = None if own is None else model.family.added_to(own)
+    if own is None or added is None:
+        raise TargetError(
+            "train.init: target copies the target's layers, and the draft has others", file=section.path,
+            key="model_type", found=f"{spec.model_type}, with draft layers of {model.family.name}",
+            wanted="a draft with the layers of its target's family, or with norms on the heads beside them",
+            remedy="set train.init: random",
+        )  # fmt: skip
+    if added:
+        log.info("the target's layers have no %s: in the draft these start fresh", ", ".join(added))
+    return own, added
 
 
 def _counterpart(name: str) -> str:

@@ -79,6 +79,27 @@ def test_a_layers_buffers_are_copied_too(tmp_path: Path, algorithm: str) -> None
     assert torch.equal(draft.layers[0].mlp.up_proj.weight, model.model.layers[LAYERS - 1].mlp.up_proj.weight)
 
 
+def test_norms_on_the_heads_start_fresh_beside_a_targets_layers_without_them(tmp_path: Path) -> None:
+    """llama.cpp takes block drafters with such norms alone, of a Llama target too."""
+    target = saved(tmp_path, "llama")
+    draft = tiny_draft("dspark", target, target_layers=[0, LAYERS - 3], layers={"family": "qwen3"})
+    fresh = {name: part.clone() for name, part in draft.layers[1].state_dict().items() if "_norm" in name}
+    warm_start(draft, target.spec, section(tmp_path))
+    own, layer = target.model.model.layers[LAYERS - 1], draft.layers[1]
+    for name in ("q_norm", "k_norm"):
+        assert torch.equal(getattr(layer.self_attn, name).weight, fresh[f"self_attn.{name}.weight"])
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj", "input_layernorm"):
+        assert torch.equal(layer.get_submodule(name).weight, own.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize(("target_family", "draft_family"), [("qwen3", "llama"), ("llama", "gemma4")])
+def test_layers_with_other_arithmetic_are_refused(tmp_path: Path, target_family: str, draft_family: str) -> None:
+    target = saved(tmp_path, target_family)
+    draft = tiny_draft("dspark", target, layers={"family": draft_family})
+    with pytest.raises(TargetError, match=r"with draft layers of .*set train\.init: random"):
+        warm_start(draft, target.spec, section(tmp_path))
+
+
 def test_layers_that_do_not_fit_are_named(tmp_path: Path) -> None:
     target = saved(tmp_path, "llama")
     path = tmp_path / "model.safetensors"
