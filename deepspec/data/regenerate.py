@@ -72,6 +72,7 @@ def regenerate(
     engine: AnswerEngine,
     settings: Mapping[str, Any],
     max_failed: float = 0.02,
+    without: str = "continue without them with a larger --max-failed",
 ) -> RegenerationSummary:
     """Answer every prompt of a file once, resuming what an earlier start left.
 
@@ -81,6 +82,7 @@ def regenerate(
         engine: who answers.
         settings: what the answers depend on (target, sampling, seed, ...); a resume must have the same.
         max_failed: share of the prompts that may fail finally.
+        without: where more fail, how a caller's user goes on without them.
 
     Raises:
         DataError: unusable prompts, an output of other settings or at which another process works, or too many failures
@@ -103,7 +105,7 @@ def regenerate(
         else:
             partial = _open_partial(partial_path, settings)
             try:
-                summary = _answer_all(prompts, output, engine, partial, settings, max_failed)
+                summary = _answer_all(prompts, output, engine, partial, settings, max_failed, without)
             finally:
                 partial.close()
             partial_path.unlink()
@@ -114,7 +116,7 @@ def regenerate(
 
 def _answer_all(
     prompts: str | Path, output: Path, engine: AnswerEngine, partial: RowLog[str], settings: Mapping[str, Any],
-    max_failed: float,
+    max_failed: float, without: str,
 ) -> RegenerationSummary:  # fmt: skip
     total = sum(1 for _ in read_conversations(prompts))
     tokens, seconds, failures = _answer_rest(prompts, output, engine, partial, total)
@@ -123,7 +125,7 @@ def _answer_all(
             f"{failures.count} of {total} conversations failed; the first, {failures.first}",
             file=failures_path(output),
             wanted=f"at most {max_failed:.1%}",
-            remedy=failures.remedy(bool(partial)),
+            remedy=failures.remedy(without if partial else ""),
         )
     ends = Counter[str]()
     in_order = (partial[prompt["id"]] for prompt in read_conversations(prompts) if prompt["id"] in partial)
@@ -192,13 +194,13 @@ class _Failures:
             self.first = f"{outcome.dialogue.id}: {outcome.error}"
             log.warning("a failure, %s", self.first)
 
-    def remedy(self, some: bool) -> str:
-        """What to do about them; ``some``: there are other answers."""
+    def remedy(self, without: str) -> str:
+        """What to do about them; ``without``: how to go on without them, where there are other answers."""
         ways = [f"run the same command again: {self.again} of them may get an answer"] * bool(self.again)
         if self.again < self.count:
             ways.append(f"fix the cause of the other {self.count - self.again}" if self.again else
                         "fix their cause: the same command fails on them again")  # fmt: skip
-        return ", or ".join([*ways, *["continue without them with a larger --max-failed"] * some])
+        return ", or ".join([*ways, *[without] * bool(without)])
 
 
 def _answer_rest(

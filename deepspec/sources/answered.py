@@ -61,7 +61,8 @@ def answer_prompts(recipe: Recipe) -> None:
     cache_folder(recipe, data.files)
     engine = ServedAnswers(recipe.for_target(spec), spec)
     settings = RegenerationPlan.of_recipe(recipe).settings() | {"engine": "local"}  # whose sampling servers do
-    regenerate(Path(str(data.prompts)), Path(str(data.answers)), engine, settings)
+    without = f"take those out of {data.prompts}"
+    regenerate(Path(str(data.prompts)), Path(str(data.answers)), engine, settings, without=without)
 
 
 def kept_store(recipe: Recipe, spec: TargetSpec) -> FolderStore:

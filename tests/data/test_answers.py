@@ -122,8 +122,11 @@ def test_an_end_with_most_answers_cut_says_so_and_says_it_again(
 
 def test_the_first_failure_is_on_the_screen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     server = Scripted({"q0": ({"content": ""}, "stop"), "q1": ({"content": "fine"}, "stop")})
+    asked = prompts(tmp_path, ["q0", "q1"], turns=1)
     with pytest.raises(DataError, match="1 of 2 conversations failed; the first, p0: the target answered nothing"):
-        regenerate(prompts(tmp_path, ["q0", "q1"], turns=1), tmp_path / "o.jsonl", server_engine(server.url), {})
+        regenerate(asked, tmp_path / "o.jsonl", server_engine(server.url), {})
+    with pytest.raises(DataError, match=r"fails on them again, or take those out$"):  # a training has no --max-failed
+        regenerate(asked, tmp_path / "o.jsonl", server_engine(server.url), {}, without="take those out")
     server.stop()
     assert "a failure, p0: the target answered nothing" in capsys.readouterr().err
 
