@@ -175,6 +175,9 @@ class DraftAttention(nn.Module):
         return self.o_proj(mixed.flatten(-2))
 
 
+ADDED = ("attention_conv", "mlp_conv")  # parts of a layer that an algorithm sets; no family has them
+
+
 class DraftLayer(nn.Module):
     """Attention and MLP with the family's residual arrangement; the arguments are those of :class:`DraftAttention`."""
 

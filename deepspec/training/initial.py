@@ -4,7 +4,8 @@ A draft that starts at random first learns the language; one that starts from th
 Copied are the last layers and the final norm, and the projection of the features starts by passing the last feature
 on unchanged. The context keys and values of a block drafter's first layer are then exactly the target's own, where
 that feature is the input of the layer copied. What has no counterpart in the target (the heads, the embedding's half
-of a wide layer) starts at random. Where the checkpoint holds a draft of the very kind, that is the start.
+of a wide layer, convolutions, which start as the identity) starts fresh. Where the checkpoint holds a draft of the very
+kind, that is the start.
 
 D hidden size, L target layers.
 """
@@ -25,6 +26,7 @@ from deepspec import registry
 from deepspec.algorithms.base import DraftModel
 from deepspec.errors import RecipeError, TargetError
 from deepspec.families.base import Family
+from deepspec.nn.layer import ADDED
 from deepspec.recipe import Recipe, TargetSection
 from deepspec.sources.base import FeatureSource
 from deepspec.targets.load import TargetSpec
@@ -122,7 +124,7 @@ def warm_start(model: DraftModel, spec: TargetSpec, section: TargetSection) -> N
     first = spec.num_layers - len(model.layers)
     for depth, layer in enumerate(model.layers):
         for name, weight in layer.state_dict().items():  # buffers too: Gemma4's layer scalars
-            if name.removesuffix(".weight").rpartition(".")[2] in added:
+            if name.partition(".")[0] in ADDED or name.removesuffix(".weight").rpartition(".")[2] in added:
                 continue
             theirs = f"{prefix}layers.{first + depth}.{_counterpart(name)}"
             copy(weight, stored.tensor(theirs), theirs)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from deepspec.errors import TargetError
 from deepspec.recipe import TargetSection
+from deepspec.registry import ALGORITHMS
 from deepspec.targets import Target, load_target
 from deepspec.training import initial as module
 from deepspec.training.initial import warm_start
@@ -77,6 +78,21 @@ def test_a_layers_buffers_are_copied_too(tmp_path: Path, algorithm: str) -> None
     warm_start(draft, target.spec, section(tmp_path))
     assert draft.layers[0].layer_scalar.tolist() == [0.375]
     assert torch.equal(draft.layers[0].mlp.up_proj.weight, model.model.layers[LAYERS - 1].mlp.up_proj.weight)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "llama"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_every_drafter_starts_from_the_targets_last_layers(tmp_path: Path, algorithm: str, family: str) -> None:
+    """What an algorithm adds to its layers (DFlash 2's convolutions) the target has not: it starts as it is."""
+    target = saved(tmp_path, family)
+    draft, fresh = tiny_draft(algorithm, target), tiny_draft(algorithm, target).state_dict()
+    warm_start(draft, target.spec, section(tmp_path))
+    depth, layers = len(draft.layers), target.model.model.layers
+    for number, layer in enumerate(draft.layers):
+        assert torch.equal(layer.mlp.down_proj.weight, layers[LAYERS - depth + number].mlp.down_proj.weight)
+        for name in (one for one in layer.state_dict() if "_conv." in one):
+            assert torch.equal(layer.state_dict()[name], fresh[f"layers.{number}.{name}"])
+    assert any("_conv." in name for name in fresh) == (algorithm == "dflash2")
 
 
 def test_norms_on_the_heads_start_fresh_beside_a_targets_layers_without_them(tmp_path: Path) -> None:
