@@ -34,7 +34,6 @@ from start import Benchmark, tell
 from deepspec.errors import run_main
 from deepspec.files import write_text
 from deepspec.planning.memory import HANDED_BACK
-from deepspec.planning.probes import PRECISIONS
 from deepspec.progress import bytes_in
 from deepspec.recipe_files import CONFIGS
 from deepspec.tables import Table, fill_page
@@ -54,7 +53,7 @@ CASES: dict[str, tuple[int, int, int, int, dict[str, Any], int]] = {
 
 def precision() -> str:
     """Of the trainings."""
-    from deepspec.distributed import multiplies_bfloat16
+    from deepspec.distributed import multiplies_bfloat16  # torch: not before the command has said what it does
 
     return "bfloat16" if multiplies_bfloat16() else "float32"
 
@@ -78,6 +77,7 @@ def make_target(folder: Path, hidden: int, intermediate: int, vocabulary: int) -
 def make_case(work: Path, name: str) -> Path:
     """The recipe of a case, its target and cache made; the recipe's file."""
     from deepspec.data.conversations import write_conversations
+    from deepspec.planning.probes import PRECISIONS
 
     hidden, intermediate, vocabulary, tokens, section, samples = CASES[name]
     folder = work / name
@@ -276,8 +276,17 @@ def main() -> int:
         tell(" ".join(map(str, rows[-1])))
         bars[f"{name}: memory, from the plan"] = at_most(abs(memory - 1), 0.1)
         bars[f"{name}: CPU seconds of a step, from the plan"] = at_most(abs(seconds - 1), 0.2)
-    head = ["drafter", "weights", "planned s", "measured s", "ratio", "planned MB", "measured MB", "ratio"]
-    print(f"{precision()}\n{Table(head, rows).markdown()}")
+    head = [
+        f"drafter, {precision()}",
+        "weights",
+        "planned s",
+        "measured s",
+        "ratio",
+        "planned MB",
+        "measured MB",
+        "ratio",
+    ]
+    print(Table(head, rows).markdown())
     if given.page:
         fill("plan against training", Table(head, rows))
     write_bars(given.json, bars)

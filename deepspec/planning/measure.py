@@ -91,7 +91,7 @@ def measure(precisions: Sequence[str] = tuple(PRECISIONS)) -> Machine:
             progress.add()
     machine = machine_of(probes, precisions)
     taken: dict[str, list[float]] = {}
-    for job, probe in zip(jobs, probes, strict=False):
+    for job, probe in zip(jobs, probes[: len(jobs)], strict=True):
         taken.setdefault(job[0], []).append(library_bytes(job, probe, machine))
         progress.add()
     progress.close()

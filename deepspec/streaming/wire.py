@@ -127,7 +127,7 @@ class Reader:
     def __init__(self, read_into: Callable[[memoryview], None], target: str, dtype: str) -> None:
         self.read_into, self.target, self.dtype = read_into, target, dtype
         self._head = bytearray(HEADER_BYTES)
-        self._said: dict[str, Any] | None = None
+        self._stated: dict[str, Any] | None = None
 
     def answers(self, count: int, longest: int, vocab_size: int) -> list[Sampled]:
         """The answers of ``count`` prompts, before their states are read.
@@ -177,16 +177,16 @@ class Reader:
 
     def _hello(self) -> dict[str, Any]:
         """What the reply begins with, read once."""
-        if self._said is not None:
-            return self._said
+        if self._stated is not None:
+            return self._stated
         kind, _, _, size = self._header()
         while kind == MessageKind.BEAT:
             self._payload(size, 0)
             kind, _, _, size = self._header()
         if kind != MessageKind.HELLO:
             self._fail(kind, size)
-        self._said = self._json(size)
-        return self._said
+        self._stated = self._json(size)
+        return self._stated
 
     def _codecs(self, arrays: Arrays, tokens: Sequence[int] | NDArray[Any]) -> dict[MessageKind, Any]:
         hello = self._hello()
