@@ -17,7 +17,7 @@ from deepspec.arguments import COUNT, COUNT_OR_NONE, POSITIVE, RANK, SEED, SHARE
 from deepspec.errors import EvaluationError, run_main
 from deepspec.log import in_colour
 from deepspec.progress import made
-from deepspec.registry import CLIENTS
+from deepspec.registry import CLIENTS, SERVERS
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +46,9 @@ def parse() -> argparse.Namespace:
     server.add_argument("--server", metavar="URL", help="http://host:port of one that drafts")
     server.add_argument("--baseline-server", metavar="URL", help="one of the same target without a draft")
     server.add_argument("--engine", choices=("auto", *CLIENTS), default="auto", help="which engine it is")
+    server.add_argument("--serve", choices=SERVERS, metavar="ENGINE",
+                        help=f"start both, the draft exported to the engine's form: {', '.join(SERVERS)}")  # fmt: skip
+    server.add_argument("--context", type=COUNT, help="with --serve: positions of a request (default: the target's)")
     server.add_argument("--timeout", type=POSITIVE, default=900.0, help="seconds of one answer")
     given = _read(parser)
     _check_server(given)
@@ -63,7 +66,7 @@ def parse_study() -> argparse.Namespace:
     parser.add_argument("--concurrency", type=TOGETHER, nargs="+", default=[1, 4, 16, 64], help="requests at a time")
     text = "of the policy that verifies while the draft is confident"
     parser.add_argument("--confidence-threshold", type=SHARE, default=0.5, help=text)
-    absent = dict.fromkeys(("server", "baseline_server"))
+    absent = dict.fromkeys(("server", "baseline_server", "serve", "context"))
     parser.set_defaults(
         study="scheduler", show=0, tree="", no_plain=False, no_capture=False, batch_size=1, engine="auto", **absent
     )
@@ -111,7 +114,14 @@ def _read(parser: Parser) -> argparse.Namespace:
 
 def _check_server(given: argparse.Namespace) -> None:
     """Refuse what a server cannot be asked for, and what only a server can."""
-    if not given.server:
+    if given.serve:
+        named = [f"--{name.replace('_', '-')}" for name in ("server", "baseline_server") if getattr(given, name)]
+        if named or given.draft is None:
+            problem = "names a server beside one to start" if named else "no draft named"
+            raise EvaluationError(problem, key=(named or ["--serve"])[0], wanted="--serve ENGINE --draft DRAFT alone")
+    elif given.context:
+        raise EvaluationError("without a server to start", key="--context", remedy="set it where the server is started")
+    if not (given.server or given.serve):
         if given.draft is None:
             raise EvaluationError("no draft named", wanted="--draft")
         if given.baseline_server or given.engine != "auto":
@@ -121,7 +131,7 @@ def _check_server(given: argparse.Namespace) -> None:
     values = vars(given)
     names = ("tree", "confidence_threshold", "study", "no_plain", "no_capture", "show")
     ours = {f"--{name.replace('_', '-')}": values[name] for name in names}
-    ours["--dtype"] = given.dtype != "auto"
+    ours["--dtype"] = given.dtype != "auto" and not given.serve
     ours["--batch-size"] = given.batch_size != 1 and not given.recipe
     for flag, value in ours.items():
         if value:
@@ -235,16 +245,29 @@ def _run(given: argparse.Namespace) -> int:
     if not given.output and not Path(given.draft).is_dir():  # of the hub: results do not go into its download
         given.output = given.draft.strip("/").replace("/", "--") + "-evaluation"
     given.draft = str(fetch_draft(given.draft))
-    folder = "served" if given.server else "study" if given.study else "evaluation"
+    folder = "served" if given.server or given.serve else "study" if given.study else "evaluation"
     given.output = given.output or str(Path(given.draft) / folder)
     made(given.output)
     if given.thinking is None:
         given.thinking = trained_to_think(Path(given.draft))
         if given.thinking:
             log.info("thinking: on, as the draft was trained (--no-thinking turns it off)")
+    if given.serve:
+        return _start_and_serve(given)
     if given.server:
         return _serve(given)
     return _study(given) if given.study else _evaluate(given)
+
+
+def _start_and_serve(given: argparse.Namespace) -> int:
+    from deepspec.serving.base import Serving
+    from deepspec.serving.started import Pair
+
+    how = Serving(max(given.concurrency or (1,)), given.dtype, given.context)
+    pair = Pair(given.serve, given.target, Path(given.draft), Path(given.output) / "servers", how)
+    with pair.start() as (given.server, given.baseline_server):
+        given.started = f"{given.serve}, {given.dtype}, context {given.context or 'of the target'}"
+        return _serve(given)
 
 
 def _serve(given: argparse.Namespace) -> int:

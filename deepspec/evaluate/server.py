@@ -62,6 +62,7 @@ class ServerEvaluationOptions(Models):
     server: str = ""
     baseline_server: str | None = None  # of the same target without a draft
     engine: str = "auto"
+    started: str = ""  # how the servers were started for this run
     concurrency: tuple[int, ...] = (1,)  # requests at a time
     temperatures: tuple[float, ...] = (1.0,)
     max_new_tokens: int = 2048
@@ -143,6 +144,8 @@ class ServerEvaluation:
 
     def _identity(self, target: dict[str, Any]) -> dict[str, Any]:
         settings = asdict(self.options) | {"draft": bool(self.options.draft)}
+        if not self.options.started:
+            del settings["started"]  # runs of before have no such key
         not_of_a_run = ("target", "output", "device", "dtype", "server", "baseline_server", "concurrency", "timeout",
                         "engine", "tasks", "revision")  # fmt: skip
         values = target | {

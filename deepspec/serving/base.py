@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 from deepspec import registry
 from deepspec.export.parts import DraftCheckpoint
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How a server runs.
+
+    Args:
+        requests: answered at a time.
+        dtype: "float32", "bfloat16", or "auto": the target's own.
+        positions: of a request's context; None: as many as the target has.
+    """
+
+    requests: int
+    dtype: str = "auto"
+    positions: int | None = None
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,23 @@ class EngineProcesses:
     def python(self) -> str:
         """The interpreter of its environment."""
         return str(self.folder / "bin" / "python")
+
+    def serving(
+        self, name: str, target: str, how: Serving, speculative: Mapping[str, Any] | None = None, form: str = ""
+    ) -> AbstractContextManager[str]:
+        """The URL of a server while a block runs.
+
+        Args:
+            name: of its log.
+            target: folder or hub id.
+            how: it runs.
+            speculative: what :meth:`speculative` gives; None: it drafts nothing.
+            form: of the draft, as the engine calls it.
+
+        Raises:
+            DeepSpecError: it did not start; ``found`` is the last error in its log.
+        """
+        raise NotImplementedError
 
     def lacks_shim(self, form: str) -> bool:
         """Whether drafts of a form need the shim, and there is none."""

@@ -7,17 +7,19 @@ import logging
 import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspec.data.chat import Renderer
 from deepspec.errors import DeepSpecError, DraftError, TargetError
 from deepspec.export.forms.gguf import interleaved, layer_keys
 from deepspec.export.gguf_file import package, tokenizer_keys, write_file
-from deepspec.files import read_json
-from deepspec.serving.base import EngineProcesses
-from deepspec.serving.process import run, run_job
-from deepspec.targets import TargetSpec, load_spec, load_target
+from deepspec.files import read_json, write_json
+from deepspec.serving.base import EngineProcesses, Serving
+from deepspec.serving.process import python_path, run, run_job, serve
+from deepspec.targets import TargetSpec, load_spec, load_target, load_tokenizer
 
 log = logging.getLogger(__name__)
 PACKAGE = "xllamacpp>=2026.10"
@@ -65,6 +67,25 @@ class LlamaCppServer(EngineProcesses):
             log.info("installing %s into %s (once)", PACKAGE, self.folder)
             run([sys.executable, "-m", "venv", str(self.folder)], self.work / "install.log")
             run([self.python, "-m", "pip", "install", "-q", PACKAGE], self.work / "install.log")
+
+    def serving(
+        self, name: str, target: str, how: Serving, speculative: Mapping[str, Any] | None = None, form: str = ""
+    ) -> AbstractContextManager[str]:
+        """See the base class. In float32 its arithmetic is exact and of one thread, otherwise the engine's own."""
+        spec = load_spec(target)
+        file = self.work / f"target-{how.dtype}.gguf"
+        if not file.is_file():
+            stops = Renderer(load_tokenizer(target), spec).stop_token_ids
+            write_target(Path(target), file, stops, "fp32" if how.dtype == "float32" else "bf16")
+        positions = how.positions or spec.config["max_position_embeddings"]
+        job = {
+            "target": str(file.resolve()), "speculative_config": None if speculative is None else dict(speculative),
+            "requests": how.requests, "max_model_len": positions, "quick": how.dtype != "float32",
+        }  # fmt: skip
+        write_json(self.work / f"{name}.json", job)
+        command = [self.python, "-m", "deepspec.serving.llamacpp_serve", str(self.work / f"{name}.json")]
+        environment = {"PYTHONPATH": python_path(self.work), **self.environment}
+        return serve(command, self.work / f"{name}.log", environment, self.timeout)
 
     def generate(self, name: str, job: Mapping[str, Any], form: str = "") -> dict[str, Any]:
         """One run in its own process of what :mod:`deepspec.serving.llamacpp_run` takes, ``target`` being a folder.

@@ -19,19 +19,21 @@ TIMEOUT = 600  # seconds of one answer
 
 
 def parameters(engine: Any, job: dict[str, Any]) -> Any:
-    """Exact arithmetic in one thread: f32 states of attention, no flash attention, no cache of prompts."""
-    given = engine.CommonParams()
+    """Exact arithmetic: one thread, f32 states of attention, no flash attention; the engine's own with ``quick``."""
+    given, exact = engine.CommonParams(), not job.get("quick")
     given.model.path = job["target"]
     given.n_ctx, given.n_parallel, given.warmup = job["max_model_len"], 1, False
-    given.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     given.verbosity = 3  # the lines of the trace
-    _exact(engine, given)
+    if exact:
+        given.flash_attn_type = engine.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        _exact(engine, given)
     if wanted := job["speculative_config"]:
         kind = wanted["type"].upper().replace("-", "_")
         given.speculative.types = [getattr(engine.common_speculative_type, f"COMMON_SPECULATIVE_TYPE_{kind}")]
         draft = given.speculative.draft
         draft.mparams.path, draft.n_max, draft.p_min = wanted["draft"], wanted["n_max"], wanted.get("p_min", 0.0)
-        _exact(engine, draft)
+        if exact:
+            _exact(engine, draft)
     return given
 
 

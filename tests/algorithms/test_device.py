@@ -47,7 +47,12 @@ FINE: dict[str, Plant] = {
 
 
 class TestDevice(DeviceSuite):
-    algorithms = ALGORITHMS
+    algorithms, families = ALGORITHMS, ("qwen3",)
+
+
+@pytest.mark.slow
+class TestDeviceOfOtherFamilies(DeviceSuite):
+    algorithms, families = ALGORITHMS, tuple(name for name in registry.FAMILIES if name != "qwen3")
 
 
 class _HalfPrecision(Case):

@@ -55,8 +55,14 @@ def target() -> Target:
     return tiny_target("qwen3")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-@pytest.mark.parametrize("batch_size", [1, 3, 16])
+@pytest.mark.parametrize(
+    ("batch_size", "temperature"),
+    [
+        (1, 0.0),
+        (3, 1.0),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [(1, 1.0), (3, 0.0), (16, 0.0), (16, 1.0)]),
+    ],
+)
 @pytest.mark.parametrize("algorithm", [None, *ALGORITHMS])
 def test_captured_rounds_are_the_eager_ones(
     target: Target, algorithm: str | None, batch_size: int, temperature: float

@@ -343,7 +343,7 @@ POLICIES = {"all": None, "threshold": Threshold(0.2), "scheduler": Throughput(BA
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_joint_distribution_is_the_targets(name: str, temperature: float) -> None:
     counts, joint, clock = sampled_counts(POLICIES[name], temperature, 6_000)
     assert chi_square(counts, joint) > 1e-3

@@ -19,7 +19,6 @@ import pytest
 import torch
 from cache_tools import train_tokenizer
 from evaluate_tools import make_folders, rows_of, write_task
-from llamacpp_server import running
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from deepspec import registry
@@ -33,8 +32,10 @@ from deepspec.evaluate.__main__ import compare, parse
 from deepspec.evaluate.results import Results
 from deepspec.evaluate.run import Evaluation, Options
 from deepspec.evaluate.server import ServerEvaluation, ServerEvaluationOptions, load_table
-from deepspec.export.convert import ExportOptions, export_draft, read_draft
+from deepspec.serving.base import Serving
 from deepspec.serving.client import Answer, Counted, cut_at_stop
+from deepspec.serving.llamacpp import LlamaCppServer
+from deepspec.serving.started import Pair
 from deepspec.targets import load_target, load_tokenizer
 from deepspec.testing import tiny
 
@@ -71,8 +72,6 @@ def teach(root: Path, prompts: list[list[int]], stops: tuple[int, ...]) -> None:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     pytest.importorskip("xllamacpp", reason="the extra `llamacpp`")
-    from deepspec.serving.llamacpp import LlamaCppServer, write_target
-
     root = tmp_path_factory.mktemp("served")
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3)
     torch.manual_seed(3)
@@ -90,15 +89,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     renderer = Renderer(load_tokenizer(root / "target"), target.spec)
     stops = tuple(renderer.stop_token_ids)
     teach(root, [renderer.prompt([{"role": "user", "content": f"{word} and two?"}]) for word in WORDS[:6]], stops)
-    export_draft(root / "draft", root / "out", ExportOptions("gguf", target=str(root / "target")))
-    write_target(root / "target", root / "target.gguf", stops)
-    server = LlamaCppServer(root, root)
-    told = dict(server.speculative("gguf", read_draft(root / "draft"), root / "out"))
-    gguf = str(root / "target.gguf")
-    with (
-        running(root, "drafting", target=gguf, speculative_config=told) as url,
-        running(root, "alone", target=gguf) as alone,
-    ):
+    pair = Pair("llamacpp", str(root / "target"), root / "draft", root / "servers", Serving(4, "float32"))
+    with pair.start() as (url, alone):
         options = ServerEvaluationOptions(
             str(root / "target"), str(root / "draft"), "", (str(root / "tasks"),), server=url, baseline_server=alone,
             temperatures=(0.0,), max_new_tokens=TOKENS, timeout=30.0,
@@ -192,13 +184,74 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     ]
 
 
+def test_the_command_starts_and_ends_both_servers(served: Served, tmp_path: Path) -> None:
+    """As one command, twice: what is done stays done, what was exported stays."""
+    one = served.options
+    command = [
+        sys.executable,
+        "-m",
+        "deepspec.evaluate",
+        "--serve",
+        "llamacpp",
+        "--dtype",
+        "float32",
+        "--context",
+        "256",
+    ]
+    command += ["--target", one.target, "--draft", one.draft, "--tasks", one.tasks[0], "--temperature", "0"]
+    command += ["--max-new-tokens", str(TOKENS), "--output", str(tmp_path)]
+    done = fork_server.run(command)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "concurrency-1"
+    found, wanted = Results.load(folder).summaries, served.run(tmp_path / "there")[1].summaries
+    assert [(one.rounds, one.acceptance_length) for one in found] == [
+        (one.rounds, one.acceptance_length) for one in wanted
+    ]
+    rows, files = (folder / "results.jsonl").read_bytes(), sorted((tmp_path / "servers").rglob("*.gguf"))
+    assert len(files) == 2
+    times = [path.stat().st_mtime_ns for path in files]
+    assert fork_server.run(command).returncode == 0
+    assert (folder / "results.jsonl").read_bytes() == rows
+    assert [path.stat().st_mtime_ns for path in files] == times
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--serve", "llamacpp"], r"--serve: no draft named"),
+        (
+            ["--serve", "llamacpp", "--draft", "d", "--server", "http://h:1"],
+            r"--server: names a server beside one to start",
+        ),
+        (["--context", "9", "--draft", "d"], r"--context: without a server to start"),
+        (["--serve", "llamacpp", "--draft", "d", "--tree", "2,1"], r"--tree: not of a server"),
+    ],
+)
+def test_what_does_not_go_with_a_server_to_start_is_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--target", "t", *words])
+    with pytest.raises(EvaluationError, match=message):
+        parse()
+
+
+def test_an_engine_whose_server_does_not_run_here_is_refused(served: Served, tmp_path: Path) -> None:
+    pair = Pair("sglang", served.options.target, Path(served.options.draft), tmp_path, Serving(1))
+    with pytest.raises(EvaluationError, match=r"--serve: is not started here; found 'sglang'"), pair.start():
+        pass
+
+
 def test_another_model_or_setting_is_refused(served: Served, tmp_path: Path) -> None:
     served.run(tmp_path, baseline_server=None)
-    other = tmp_path / "other.gguf"
-    other.symlink_to(served.root / "target.gguf")
-    message = r"holds another run.*server.model: run target.gguf, now other.gguf"
-    with running(tmp_path, "other", target=str(other)) as url, pytest.raises(EvaluationError, match=message):
+    server = LlamaCppServer(tmp_path, tmp_path)
+    message = r"holds another run.*server.model: run target-float32.gguf, now target-bfloat16.gguf"
+    with (
+        server.serving("other", served.options.target, Serving(1, "bfloat16")) as url,
+        pytest.raises(EvaluationError, match=message),
+    ):
         served.run(tmp_path, server=url, baseline_server=None)
+    with pytest.raises(EvaluationError, match=r"settings.started: run None, now llamacpp, float32"):
+        served.run(tmp_path, baseline_server=None, started="llamacpp, float32")
     with pytest.raises(EvaluationError, match=r"settings.max_new_tokens: run 40, now 8"):
         served.run(tmp_path, baseline_server=None, max_new_tokens=8)
 
@@ -241,8 +294,9 @@ def send(handler: BaseHTTPRequestHandler, value: object, status: int = 200) -> N
 class Counting:
     """What vLLM replies: rounds of three drafted tokens that accept 0, 2 and 3, and one more token at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, told: dict[str, Any] | None = None) -> None:
         self.drafts, self.by_position = 7, [5, 4, 2]  # of earlier requests
+        self.told = told  # of an answer's rounds at its end
         self.asked: list[dict[str, Any]] = []
 
     def __call__(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
@@ -278,6 +332,10 @@ class Counting:
         parts: list[list[int]] = [[40], [41], [42, 43, 44], [45, 46, 47, 48]]
         events = [{"choices": [{"text": "x", "token_ids": part, "finish_reason": None}]} for part in parts]
         events[-1]["choices"][0]["finish_reason"] = "length"
+        assert asked["stream_options"]["include_usage"]
+        events.append(
+            {"choices": [], "usage": {}} | ({"metrics": {"speculative_decoding": self.told}} if self.told else {})
+        )
         text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
         send(handler, text.encode())
 
@@ -306,6 +364,31 @@ def test_counters_of_the_server_become_rounds(folders: ServerEvaluationOptions, 
     if together == 1:
         assert [row["accepted"] for row in rows] == [[3, 2, 0]] * 3
     assert len(server.asked) == 4  # one to warm up
+
+
+TOLD = {"acceptance_histogram": [1, 0, 1, 1], "num_draft_tokens": 9}
+
+
+@pytest.mark.parametrize("together", [1, 3])
+@pytest.mark.parametrize(
+    ("told", "accepted"),
+    [(TOLD, [3, 2, 0]), ({**TOLD, "per_step_accepted": [0, 2, 3], "per_step_drafted": [3, 3, 3]}, [0, 2, 3])],
+)
+def test_rounds_that_an_answer_tells_are_its_own_however_many_run(
+    folders: ServerEvaluationOptions, tmp_path: Path, together: int, told: dict[str, Any], accepted: list[int]
+) -> None:
+    with stub(Counting(told)) as url:
+        options = replace(folders, server=url, output=str(tmp_path), concurrency=(together,))
+        summary = ServerEvaluation(options).run()[together].summaries[0]
+    assert (summary.rounds, summary.acceptance_length, summary.output_tokens) == (9, 8 / 3, 27)
+    assert summary.verify_rate == pytest.approx(5 / 9)
+    assert [row["accepted"] for row in rows_of(tmp_path / f"concurrency-{together}")] == [accepted] * 3
+
+
+@pytest.mark.parametrize("told", [{"num_draft_tokens": 9}, {**TOLD, "per_step_accepted": [0, 2, "3"]}, [1]])
+def test_rounds_of_another_form_are_named(folders: ServerEvaluationOptions, tmp_path: Path, told: Any) -> None:
+    with stub(Counting(told)) as url, pytest.raises(EvaluationError, match=r"rounds of another form|no token ids"):
+        ServerEvaluation(replace(folders, server=url, output=str(tmp_path), concurrency=(1,))).run()
 
 
 def test_what_counters_count_behind_a_stop_token_is_left_out() -> None:

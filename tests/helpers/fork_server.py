@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import json
 import os
 import select
@@ -26,7 +27,11 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELOADED = ("deepspec.training.run", "deepspec.evaluate.run", "deepspec.cache.build", "deepspec.export.consolidate")
+PRELOADED = (
+    "deepspec.training.run", "deepspec.evaluate.run", "deepspec.cache.build", "deepspec.export.consolidate",
+    # what these import late: DeepSpeed's optimizers the compiler, transformers the classes of a model type
+    "deepspeed.runtime.zero.muon.muon_optimizer", "transformers.models.qwen3.modeling_qwen3", "pytest",
+)  # fmt: skip
 OWN = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # read when torch is imported
 
 
@@ -162,6 +167,7 @@ def _serve(address: str) -> None:
     sys.path.insert(0, str(ROOT))
     for name in PRELOADED:
         importlib.import_module(name)
+    gc.freeze()  # a job's collections, of which DeepSpeed asks for many, go over its own objects
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)
     listening.listen(64)

@@ -187,19 +187,15 @@ def launch(script: Path, arguments: Sequence[str], processes: int = 1, **run: An
     return subprocess.run(command, **settings)
 
 
-def run_jobs(folder: Path, jobs: list[dict[str, Any]], processes: int, launcher: bool = False) -> None:
+def run_jobs(folder: Path, jobs: list[dict[str, Any]], processes: int) -> None:
     """Run trainings one after the other in one process group of that size (see training_worker.py).
 
     Args:
         folder: gets the file of the jobs.
         jobs: the trainings.
         processes: of the group.
-        launcher: start them by the deepspeed launcher, each a new interpreter.
     """
     path, worker = folder / f"jobs_{processes}.json", ROOT / "tests" / "helpers" / "training_worker.py"
     path.write_text(json.dumps(jobs))
-    if launcher:
-        done = launch(worker, [str(path)], processes)
-    else:
-        done = fork_server.run_ranks([sys.executable, worker, path], processes, free_port(), own_environment())
+    done = fork_server.run_ranks([sys.executable, worker, path], processes, free_port(), own_environment())
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -45,5 +45,9 @@ def _row(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class TestToyFamily(DrafterSuite):
-    algorithms = tuple(ALGORITHMS)
-    families = ("toy",)
+    algorithms, families = ("dspark",), ("toy",)
+
+
+@pytest.mark.slow
+class TestToyFamilyOfOtherDrafters(DrafterSuite):
+    algorithms, families = tuple(name for name in ALGORITHMS if name != "dspark"), ("toy",)

@@ -22,6 +22,7 @@ from deepspec.planning.probes import probe_batch, probe_config, probe_spec
 from deepspec.planning.trace import example, trace
 
 SPEC = probe_spec(64, 128, 256)
+DTYPES = [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
 
 
 def counted(
@@ -42,7 +43,7 @@ def real_step(name: str, tokens: int, dtype: torch.dtype) -> tuple[DraftModel, T
     return model, head, batch.planned(algorithm.plan(config, batch.supervision))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_the_products_are_those_of_a_real_step(name: str, dtype: torch.dtype) -> None:
     model, _, batch = real_step(name, 48, dtype)
@@ -77,7 +78,7 @@ class _Made(TorchDispatchMode):
         self._now -= size
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", registry.ALGORITHMS)
 def test_the_bytes_held_are_those_that_a_real_step_makes_and_no_weights(name: str, dtype: torch.dtype) -> None:
     model, head, batch = real_step(name, 480, dtype)

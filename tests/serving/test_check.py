@@ -228,9 +228,8 @@ def test_the_kinds_are_those_of_the_engines_tables() -> None:
     assert sorted(with_ends) == [False, True]
 
 
-@pytest.mark.parametrize(
-    "model_type", [pytest.param(name, marks=[pytest.mark.slow] * (name != "llama")) for name in TABLE["random"]]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TABLE["random"])
 def test_a_draft_of_a_random_target_has_learnt_some_answers(model_type: str, tmp_path: Path) -> None:
     """Rounds that accept nothing would be equal in every engine, whatever it does with a draft."""
     target = tiny_target("qwen3", vocab_size=1536)

@@ -20,7 +20,7 @@ def types(quick: Sequence[str]) -> list[Any]:
 
 
 class TestModelType(TargetModelSuite):
-    test_the_digest_changes_with_every_tensor_byte = None  # of files, whatever the model; test_suite.py has it
+    test_the_digest_changes_with_a_tensors_bytes = None  # of files, whatever the model; test_suite.py has it
 
     @pytest.fixture(params=types(["gpt_oss", "qwen3_next", "gemma3"]))
     def model(self, request: pytest.FixtureRequest) -> PreTrainedConfig:
