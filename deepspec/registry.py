@@ -39,6 +39,7 @@ SERVERS = {  # engines that run here, for the serve check
 CLIENTS = {  # engines whose running server is asked; the first that knows a server is taken
     "llamacpp": "deepspec.serving.llamacpp_client:LlamaCppClient",
     "vllm": "deepspec.serving.vllm_client:VLLMClient",
+    "sglang": "deepspec.serving.sglang_client:SGLangClient",
 }
 
 FAMILIES = {

@@ -261,10 +261,10 @@ def _run(given: argparse.Namespace) -> int:
 
 def _start_and_serve(given: argparse.Namespace) -> int:
     from deepspec.serving.base import Serving
-    from deepspec.serving.started import Pair
+    from deepspec.serving.started import ServedPair
 
     how = Serving(max(given.concurrency or (1,)), given.dtype, given.context)
-    pair = Pair(given.serve, given.target, Path(given.draft), Path(given.output) / "servers", how)
+    pair = ServedPair(given.serve, given.target, Path(given.draft), Path(given.output) / "servers", how)
     with pair.start() as (given.server, given.baseline_server):
         given.started = f"{given.serve}, {given.dtype}, context {given.context or 'of the target'}"
         return _serve(given)

@@ -21,7 +21,7 @@ DTYPES = {"auto": None, "float32": "fp32", "bfloat16": "bf16"}  # of the command
 
 
 @dataclass(frozen=True)
-class Pair:
+class ServedPair:
     """What is started.
 
     Args:

@@ -35,7 +35,7 @@ from deepspec.evaluate.server import ServerEvaluation, ServerEvaluationOptions, 
 from deepspec.serving.base import Serving
 from deepspec.serving.client import Answer, Counted, cut_at_stop
 from deepspec.serving.llamacpp import LlamaCppServer
-from deepspec.serving.started import Pair
+from deepspec.serving.started import ServedPair
 from deepspec.targets import load_target, load_tokenizer
 from deepspec.testing import tiny
 
@@ -89,7 +89,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     renderer = Renderer(load_tokenizer(root / "target"), target.spec)
     stops = tuple(renderer.stop_token_ids)
     teach(root, [renderer.prompt([{"role": "user", "content": f"{word} and two?"}]) for word in WORDS[:6]], stops)
-    pair = Pair("llamacpp", str(root / "target"), root / "draft", root / "servers", Serving(4, "float32"))
+    pair = ServedPair("llamacpp", str(root / "target"), root / "draft", root / "servers", Serving(4, "float32"))
     with pair.start() as (url, alone):
         options = ServerEvaluationOptions(
             str(root / "target"), str(root / "draft"), "", (str(root / "tasks"),), server=url, baseline_server=alone,
@@ -236,7 +236,7 @@ def test_what_does_not_go_with_a_server_to_start_is_refused(
 
 
 def test_an_engine_whose_server_does_not_run_here_is_refused(served: Served, tmp_path: Path) -> None:
-    pair = Pair("sglang", served.options.target, Path(served.options.draft), tmp_path, Serving(1))
+    pair = ServedPair("sglang", served.options.target, Path(served.options.draft), tmp_path, Serving(1))
     with pytest.raises(EvaluationError, match=r"--serve: is not started here; found 'sglang'"), pair.start():
         pass
 
@@ -364,6 +364,64 @@ def test_counters_of_the_server_become_rounds(folders: ServerEvaluationOptions, 
     if together == 1:
         assert [row["accepted"] for row in rows] == [[3, 2, 0]] * 3
     assert len(server.asked) == 4  # one to warm up
+
+
+class Telling:
+    """What SGLang replies, all tokens so far or the new ones in an event; its rounds accept 0, 2 and 3 of three."""
+
+    def __init__(self, so_far: bool, told: dict[str, Any]) -> None:
+        self.so_far, self.told = so_far, told
+
+    def __call__(self, handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        if handler.path == "/get_model_info":
+            send(handler, {"model_path": "/models/tiny", "is_generation": True})
+        elif handler.path == "/get_server_info":
+            send(handler, {"version": "0.6", "context_length": 512})
+        elif handler.path == "/generate":
+            asked = json.loads(body)
+            assert asked["sampling_params"]["max_new_tokens"] in (4, 9)
+            events, tokens = [], list[int]()
+            for part in ([40], [41], [42, 43, 44], [45, 46, 47, 48]):
+                tokens += part
+                about = {"completion_tokens": len(tokens), "finish_reason": None, **self.told}
+                events.append({"text": "x", "output_ids": list(tokens) if self.so_far else part, "meta_info": about})
+            events[-1]["meta_info"]["finish_reason"] = {"type": "length", "length": 9}
+            text = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
+            send(handler, text.encode())
+        else:
+            send(handler, {"detail": "Not Found"}, 404)
+
+
+@pytest.mark.parametrize(
+    ("so_far", "told", "accepted"),
+    [
+        (
+            True,
+            {"spec_verify_ct": 3, "spec_correct_drafts_histogram": [1, 0, 1, 1], "spec_num_proposed_drafts": 9},
+            [3, 2, 0],
+        ),
+        (False, {"spec_verify_ct": 3, "spec_accept_histogram": [1, 0, 1, 1], "spec_draft_token_num": 9}, [3, 2, 0]),
+        (True, {"spec_verify_ct": 3, "spec_draft_token_num": 9}, [2, 2, 1]),
+    ],
+)
+def test_what_an_answer_of_sglang_tells_becomes_rounds(
+    folders: ServerEvaluationOptions, tmp_path: Path, so_far: bool, told: dict[str, Any], accepted: list[int]
+) -> None:
+    with stub(Telling(so_far, told)) as url:
+        evaluation = ServerEvaluation(replace(folders, server=url, output=str(tmp_path), concurrency=(2,)))
+        summary = evaluation.run()[2].summaries[0]
+    assert evaluation.engine == "sglang"
+    assert (summary.rounds, summary.acceptance_length, summary.output_tokens) == (9, 8 / 3, 27)
+    assert summary.verify_rate == pytest.approx(5 / 9)
+    assert [row["accepted"] for row in rows_of(tmp_path / "concurrency-2")] == [accepted] * 3
+
+
+@pytest.mark.parametrize("told", [{"spec_verify_ct": "3"}, {"spec_verify_ct": 3, "spec_accept_histogram": 4}])
+def test_rounds_of_sglang_in_another_form_are_named(
+    folders: ServerEvaluationOptions, tmp_path: Path, told: Any
+) -> None:
+    with stub(Telling(True, told)) as url, pytest.raises(EvaluationError, match="rounds of another form"):
+        ServerEvaluation(replace(folders, server=url, output=str(tmp_path), concurrency=(1,))).run()
 
 
 TOLD = {"acceptance_histogram": [1, 0, 1, 1], "num_draft_tokens": 9}
