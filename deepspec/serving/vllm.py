@@ -124,11 +124,11 @@ class VLLMServer(EngineProcesses):
             str(how.requests),
             "--no-enable-prefix-caching",
         ]
-        words += ["--per-request-spec-decode-metrics", "detailed"]
         if how.positions is not None:
             words += ["--max-model-len", str(how.positions)]
         if speculative is not None:
             words += ["--speculative-config", json.dumps(dict(speculative))]
+            words += ["--per-request-spec-decode-metrics", "detailed"]
         words += ["--gpu-memory-utilization", HALF] if torch.cuda.is_available() else ["--enforce-eager"]
         environment = {key: value for key, value in SERVED.items() if key not in os.environ} | self._shim_of(form)
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", *words]
