@@ -272,6 +272,8 @@ def read_message(message: Message, opened: bool) -> Message:
 
 def medium_in(content: Any) -> str | None:
     """The first part of a message's content that is an image, a video or sound; None: there is none."""
+    if isinstance(content, str):
+        return None  # as most are
     parts = content if isinstance(content, list) else [content]
     kinds = (part.get("type") for part in parts if isinstance(part, Mapping))
     return next((MEDIA[kind] for kind in kinds if isinstance(kind, str) and kind in MEDIA), None)

@@ -104,8 +104,8 @@ class VLLMServer(EngineProcesses):
         return run_job(command, self.work, name, job, environment, self.timeout)[0]
 
     def _shim_of(self, form: str) -> dict[str, str]:
-        """What makes a form run on a CPU."""
-        if self.shim is None or form not in SHIM_FORMS:
+        """What makes a form run on a CPU; a GPU needs nothing."""
+        if self.shim is None or form not in SHIM_FORMS or torch.cuda.is_available():
             return {}
         paths = os.pathsep.join((python_path(self.work), str(self.shim.resolve())))
         return INTERPRETER | {"VLLM_USE_V2_MODEL_RUNNER": SHIM_FORMS[form], "PYTHONPATH": paths}
