@@ -32,7 +32,12 @@ class TestTrainingLoss(TrainingLossSuite):
 
 
 class TestDecoding(DecodingSuite):
-    algorithms = ALGORITHMS
+    algorithms, families = ALGORITHMS, ("qwen3",)
+
+
+@pytest.mark.slow
+class TestDecodingOfOtherFamilies(DecodingSuite):
+    algorithms, families = ALGORITHMS, tuple(name for name in registry.FAMILIES if name != "qwen3")
 
 
 class TestNorms(TrainingLossSuite, DecodingSuite):
@@ -69,7 +74,9 @@ class TestTrainingRun(TrainingRunSuite):
     families = ("llama",)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize(
+    "algorithm", [pytest.param(one, marks=[pytest.mark.slow] * (one in ("p_eagle", "mtp"))) for one in ALGORITHMS]
+)
 def test_a_draft_that_follows_the_target_is_accepted(algorithm: str) -> None:
     """Trained on the target's own greedy answers, the draft must be accepted clearly more often than a random one."""
     target = tiny_target("qwen3", initializer_range=0.5)

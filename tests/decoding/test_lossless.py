@@ -34,7 +34,10 @@ CASES: dict[str, tuple[str, Policy | None, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("eagle3", "dflash", "dflash2", "dspark", "dspark, scheduler")
+
+
+@pytest.mark.parametrize("case", [pytest.param(one, marks=[pytest.mark.slow] * (one not in QUICK)) for one in CASES])
 def test_joint_distribution_of_real_drafts(case: str) -> None:
     algorithm, policy, changes = CASES[case]
     sizes = {"vocab_size": VOCAB, "initializer_range": 0.5, "bos_token_id": None, "eos_token_id": None}

@@ -184,6 +184,7 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
     ]
 
 
+@pytest.mark.slow
 def test_the_command_starts_and_ends_both_servers(served: Served, tmp_path: Path) -> None:
     """As one command, twice: what is done stays done, what was exported stays."""
     one = served.options
@@ -244,9 +245,9 @@ def test_an_engine_whose_server_does_not_run_here_is_refused(served: Served, tmp
 def test_another_model_or_setting_is_refused(served: Served, tmp_path: Path) -> None:
     served.run(tmp_path, baseline_server=None)
     server = LlamaCppServer(tmp_path, tmp_path)
-    message = r"holds another run.*server.model: run target-float32.gguf, now target-bfloat16.gguf"
+    message = r"holds another run.*server.context: run 512, now 256"
     with (
-        server.serving("other", served.options.target, Serving(1, "bfloat16")) as url,
+        server.serving("other", served.options.target, Serving(1, "float32", 256)) as url,
         pytest.raises(EvaluationError, match=message),
     ):
         served.run(tmp_path, server=url, baseline_server=None)

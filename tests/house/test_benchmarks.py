@@ -16,7 +16,15 @@ from deepspec.errors import DataError, run_main
 
 FOLDER = Path(start.__file__).parent
 NAMES = sorted(path.stem for path in FOLDER.glob("*.py") if "Benchmark(__doc__" in path.read_text())
-OF_THE_QUICKSTART = ("bench_cache", "bench_data", "bench_decode", "bench_levels", "bench_quality", "bench_training")
+OF_THE_QUICKSTART = (
+    "bench_cache",
+    "bench_commands",
+    "bench_data",
+    "bench_decode",
+    "bench_levels",
+    "bench_quality",
+    "bench_training",
+)
 
 
 def parser(name: str) -> argparse.ArgumentParser:

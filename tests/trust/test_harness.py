@@ -34,7 +34,13 @@ def planted(name: str) -> Stage:
     return Stage(name, f"planted:{name}", lambda out: [out])
 
 
-@pytest.mark.parametrize(("name", "found"), [("whole", set()), ("torn", {"lost"}), ("leaves", {"left"})])
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("torn", {"lost"}),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in [("whole", set()), ("leaves", {"left"})]),
+    ],
+)
 def test_a_kill_finds_what_a_stage_loses_or_leaves(tmp_path: Path, name: str, found: set[str]) -> None:
     row = kills.kill_anywhere(planted(name), 5, Place(tmp_path))
     assert row.tried == 5

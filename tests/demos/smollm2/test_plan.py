@@ -97,6 +97,7 @@ def test_every_variant_changes_one_thing() -> None:
 
 
 def test_bad_starts_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)  # where no quickstart is
     with pytest.raises(DataError, match="did you mean 'smoke'"):
         real("smok", tmp_path, 1)
     with pytest.raises(DataError, match="did you mean 'smoke'"):
