@@ -49,11 +49,10 @@ class SGLangClient(EngineClient):
             told, found = self.check_tokens(event.get("output_ids")), event.get("meta_info")
             if not isinstance(found, dict):
                 raise self.bad("a stream of another form", shown(event), "meta_info")
-            about = found
-            tokens = (
-                told if len(told) == about.get("completion_tokens") else tokens + told
-            )  # of all so far, or new ones
-        finish = (about.get("finish_reason") or {}).get("type")
+            about, everything = found, len(told) == found.get("completion_tokens")
+            tokens = told if everything else tokens + told  # an event has all tokens so far, or the new ones
+        ended = about.get("finish_reason")
+        finish = ended.get("type") if isinstance(ended, dict) else ended
         if finish not in ("stop", "length") or len(tokens) != about.get("completion_tokens"):
             wanted = "finish_reason stop or length, and completion_tokens token ids"
             raise self.bad("a stream without its end", f"{shown(finish)}, {len(tokens)} token ids", wanted)

@@ -115,15 +115,8 @@ class VLLMServer(EngineProcesses):
     ) -> AbstractContextManager[str]:
         """See the base class. Answers tell their rounds; prompts share no prefix, so that each costs what it costs."""
         folder = str(Path(target).resolve()) if Path(target).is_dir() else target
-        words = [
-            "--model",
-            folder,
-            "--dtype",
-            how.dtype,
-            "--max-num-seqs",
-            str(how.requests),
-            "--no-enable-prefix-caching",
-        ]
+        words = ["--model", folder, "--dtype", how.dtype, "--max-num-seqs", str(how.requests)]
+        words += ["--no-enable-prefix-caching"]
         if how.positions is not None:
             words += ["--max-model-len", str(how.positions)]
         if speculative is not None:
