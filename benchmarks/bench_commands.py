@@ -73,7 +73,7 @@ def commands(inputs: Path, algorithms: list[str]) -> Iterator[Command]:
     yield Command("prepare prompts", "row", (2_000, 20_000), "prompts", prepare)
     yield Command("build a cache", "sample", (100, 1_100), "cache", build)
     for algorithm in algorithms:
-        yield Command(f"train {algorithm}", "step", (20, 120), algorithm, _training(algorithm, inputs))
+        yield Command(f"train {algorithm}", "step", (10, 60), algorithm, _training(algorithm, inputs))
 
 
 def _training(algorithm: str, inputs: Path) -> Words:
