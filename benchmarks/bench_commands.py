@@ -1,24 +1,21 @@
 """The commands of another checkout and of this one in turn: CPU seconds to prepare prompts, build a cache and train.
 
     make quickstart
-    git worktree add /tmp/before a06a0c0
-    python benchmarks/bench_commands.py --baseline-checkout /tmp/before
+    git worktree add build/before a06a0c0
+    python benchmarks/bench_commands.py
 
 What a user types has stayed, so any checkout since a06a0c0 can be the baseline. Each command runs at two sizes, in
 processes of its own: a row, sample or step costs the difference over the difference in size, what is left is the start.
 CPU seconds of the command and its children; the checkout that begins a pair changes from pair to pair. Each trains from
 the cache that it built, of the same answers, by its own recipe with as many anchors, one sample in a micro-batch: a
 step is a random draw now and was samples of like lengths at a06a0c0, so that several in one pad more, 16 % of the
-quickstart's tokens at four of eight. ``bench_decode.py
---baseline-checkout`` compares decoding.
+quickstart's tokens at four of eight. ``bench_decode.py --baseline-checkout`` compares decoding.
 """
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +30,7 @@ from start import QUICKSTART, Benchmark, quickstart_inputs, tell
 
 from deepspec.arguments import COUNT
 from deepspec.errors import DataError, run_main
+from deepspec.serving.process import run
 from deepspec.tables import Table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -108,20 +106,12 @@ def cpu_seconds(words: list[str], checkout: Path, log: Path) -> float:
     """Run one command of a checkout to its end.
 
     Raises:
-        DataError: it failed.
+        DeepSpecError: it failed; ``found`` is the last error in its log.
     """
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    environment = {**os.environ, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
-    with open(log, "w", encoding="utf-8") as handle:
-        run = subprocess.run(
-            [sys.executable, str(checkout / words[0]), *words[1:]],
-            cwd=checkout, env=environment, stdout=handle, stderr=subprocess.STDOUT, check=False,
-        )  # fmt: skip
+    command = [sys.executable, str(checkout / words[0]), *words[1:]]
+    run(command, log, {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}, folder=checkout)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    if run.returncode:
-        raise DataError(
-            log.read_text(encoding="utf-8")[-2000:], file=checkout / words[0], found=f"exit {run.returncode}"
-        )
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
@@ -148,20 +138,18 @@ def measure(command: Command, checkouts: dict[str, Path], folder: Path, pairs: i
     unit, start = (
         {name: median(getattr(one, what) for one in ones) for name, ones in found.items()} for what in ("unit", "start")
     )
-    row = [command.name, command.unit, f"{1000 * unit['before']:.3f}", f"{1000 * unit['now']:.3f}"]
-    row += [
-        f"{median(ratios):.3f}x",
-        f"{min(ratios):.2f}-{max(ratios):.2f}",
-        f"{start['before']:.1f}",
-        f"{start['now']:.1f}",
-    ]
+    row = [
+        command.name, command.unit, f"{1000 * unit['before']:.3f}", f"{1000 * unit['now']:.3f}",
+        f"{median(ratios):.3f}x", f"{min(ratios):.2f}-{max(ratios):.2f}",
+        f"{start['before']:.1f}", f"{start['now']:.1f}",
+    ]  # fmt: skip
     return [*row], median(ratios)
 
 
 def main() -> None:
     """Measure, print a table."""
     bars = f"building a cache and training cost at most {LIMIT} times the baseline's"
-    parser = Benchmark(__doc__, bars=bars, takes="half an hour")
+    parser = Benchmark(__doc__, bars=bars, takes="a quarter of an hour")
     parser.add_argument(
         "--baseline-checkout", type=Path, default=Path("build/before"), metavar="DIR", help="the older deepspec"
     )
@@ -173,16 +161,7 @@ def main() -> None:
         remedy = f"git worktree add {given.baseline_checkout} a06a0c0"
         raise DataError("no checkout", file=given.baseline_checkout, key="--baseline-checkout", remedy=remedy)
     checkouts = {"before": given.baseline_checkout.resolve(), "now": ROOT}
-    header = [
-        "command",
-        "unit",
-        "before, CPU ms",
-        "now, CPU ms",
-        "ratio",
-        "of single pairs",
-        "start before, s",
-        "start now, s",
-    ]
+    header = ["command", "unit", "before, CPU ms", "now, CPU ms", "ratio", "of single pairs", "start before, s"]
     rows, bars = [], Bars()
     with tempfile.TemporaryDirectory(prefix="deepspec-commands-") as name:
         folder, every = Path(name), list(commands(Path(name), given.algorithms))
@@ -194,7 +173,7 @@ def main() -> None:
             rows.append(row)
             if command.unit != "row":  # preparing does more than at a06a0c0: signs count, values are looked into
                 bars[f"{command.name}, of the baseline"] = at_most(ratio, LIMIT)
-    print(Table(header, rows).markdown())
+    print(Table([*header, "start now, s"], rows).markdown())
     write_bars(given.json, bars)
 
 

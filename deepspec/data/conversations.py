@@ -9,14 +9,13 @@ answer is context only, never supervised). Readers get every row as :func:`deeps
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from deepspec.data.lines import NotJSON, is_blank, is_shallow, numbered_lines, parse_json, parse_line, value_problem
+from deepspec.data.lines import NotJSON, is_blank, numbered_lines, parse_json, parse_line, value_problem
 from deepspec.data.messages import Message as Message
 from deepspec.data.messages import Unusable, medium_in, normal_row
 from deepspec.errors import DataError
@@ -29,7 +28,6 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 WANTED = 'one JSON object a line: {"id": "...", "messages": [{"role": "user", "content": "..."}, ...]}'
 
 
-_STRICT = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
 UNFINISHED = ".unfinished.json"  # beside files that replace earlier ones together: their names, until all have
 
 
@@ -58,15 +56,6 @@ def row_problem(row: Any) -> tuple[str, object] | None:
         if not isinstance(content, str) and not (content is None and beside):
             return "a message needs `content`, a string (or null beside tool_calls or reasoning_content)", content
     return None
-
-
-def _line_of(row: Mapping[str, Any]) -> bytes | None:
-    """The line of a row; None where its values have to be looked into one by one, which takes much longer."""
-    try:
-        text = _STRICT.encode(row)
-        return text.encode() + b"\n" if is_shallow(text) else None
-    except (ValueError, TypeError, RecursionError):
-        return None
 
 
 def usable_row(line: bytes) -> dict[str, Any] | str:
@@ -189,12 +178,11 @@ class ConversationWriter:
         Raises:
             DataError: the row is not a conversation.
         """
-        line = _line_of(row)
-        problem = value_problem(dict(row)) if line is None else None
+        problem = value_problem(dict(row))
         fault = (problem, None) if problem is not None else row_problem(row)
         if fault is not None:
             raise DataError(fault[0], file=self.path, key=row.get("id"), found=fault[1])
-        line = line or dump_row(row)
+        line = dump_row(row)
         self._digest.update(line)
         with named(self.path):
             self._handle.write(line)

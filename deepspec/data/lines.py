@@ -107,13 +107,10 @@ def parse_json(text: bytes | str) -> Any:
 
 def _is_plain(text: str) -> bool:
     """Whether the value of JSON text cannot have what :func:`value_problem` looks for: seen in the text, many times
-    faster. No half of a surrogate pair without an escape, but in a str, and no depth without brackets."""
-    return is_shallow(text) and "\\u" not in text and (text.isascii() or not _lone_surrogate(text))
-
-
-def is_shallow(text: str) -> bool:
-    """Whether JSON text has too few opening brackets, those inside strings included, to be nested too deep."""
-    return text.count("{") + text.count("[") <= DEPTH
+    faster. No half of a surrogate pair without an escape, but in a str, and no depth without brackets, of which those
+    inside strings are counted too."""
+    shallow = text.count("{") + text.count("[") <= DEPTH
+    return shallow and "\\u" not in text and (text.isascii() or not _lone_surrogate(text))
 
 
 def is_blank(line: bytes) -> bool:

@@ -66,6 +66,17 @@ class Answer:
         return (self.seconds - self.first) / (len(self.tokens) - 1) if len(self.tokens) > 1 else None
 
 
+def most_first(histogram: Sequence[int]) -> list[int]:
+    """What every round accepted, by how many accepted 0, 1, ...: in no known order."""
+    return [accepted for accepted, count in enumerate(histogram) for _ in range(count)][::-1]
+
+
+def spread(accepted: Sequence[int], drafted: int) -> list[Counted]:
+    """Rounds by what each accepted; what all of them ``drafted`` is spread evenly."""
+    each = -(-drafted // max(1, len(accepted)))
+    return [Counted(max(each, one), one, one + 1) for one in accepted]
+
+
 def cut_at_stop(rounds: Sequence[Counted], answer: Answer) -> list[Counted]:
     """Rounds of ``answer`` by a server's counters, without what they count behind its stop token.
 

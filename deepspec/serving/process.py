@@ -23,9 +23,15 @@ ERRORS = ("Error:", "error:", "error, ", "not supported")  # marks of a line tha
 
 
 def run(
-    command: Sequence[str], output: Path, environment: Mapping[str, str] | None = None, timeout: float | None = None
+    command: Sequence[str],
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+    folder: Path | None = None,
 ) -> None:
-    """Run a program to its end; stdout and stderr go to the log ``output``, ``environment`` adds to this process's.
+    """Run a program to its end, in ``folder`` or this process's.
+
+    Its stdout and stderr go to the log ``output``; ``environment`` adds to this process's.
 
     Raises:
         DeepSpecError: it failed or took too long; ``found`` is the last error in its log.
@@ -34,7 +40,7 @@ def run(
     with open(output, "wb") as stream:
         try:
             code = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, check=False, timeout=timeout,
-                                  env=os.environ | dict(environment or {})).returncode  # fmt: skip
+                                  cwd=folder, env=os.environ | dict(environment or {})).returncode  # fmt: skip
         except subprocess.TimeoutExpired:
             raise DeepSpecError("the program did not end", file=output, found=f"{timeout:.0f} s") from None
     if code:

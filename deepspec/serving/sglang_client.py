@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspec.errors import shown
-from deepspec.serving.client import Answer, Counted, EngineClient, Question, cut_at_stop
+from deepspec.serving.client import Answer, Counted, EngineClient, Question, cut_at_stop, most_first, spread
 
 HISTOGRAM = ("spec_correct_drafts_histogram", "spec_accept_histogram")  # by the server's version
 PROPOSED = ("spec_num_proposed_drafts", "spec_draft_token_num")
@@ -64,14 +64,13 @@ class SGLangClient(EngineClient):
     def _rounds_of(self, about: Mapping[str, Any], tokens: int) -> list[Counted]:
         number = about["spec_verify_ct"]
         counts = next((about[key] for key in HISTOGRAM if key in about), None)
-        sent = next((about[key] for key in PROPOSED if key in about), None)
+        sent = next((about[key] for key in PROPOSED if key in about), 0)
         try:
             if counts is None:
                 whole, left = divmod(max(0, tokens - 1 - number), max(1, number))
                 accepted = [whole + (one < left) for one in range(number)]
             else:
-                accepted = [size for size, count in enumerate(counts) for _ in range(count)][::-1]
-            each = 0 if sent is None else -(-sent // max(1, number))
+                accepted = most_first(counts)
+            return spread(accepted, sent)
         except TypeError:
             raise self.bad("rounds of another form", shown(dict(about)), "spec_verify_ct and a histogram") from None
-        return [Counted(max(each, size), size, size + 1) for size in accepted]

@@ -15,7 +15,7 @@ from collections import Counter
 from typing import Any
 
 from deepspec.errors import shown
-from deepspec.serving.client import Answer, Counted, EngineClient, Question, cut_at_stop
+from deepspec.serving.client import Answer, Counted, EngineClient, Question, cut_at_stop, most_first, spread
 
 METRIC = re.compile(r"^vllm:spec_decode_num_(\w+?)_total(\{[^}]*\})? ([0-9.eE+]+)$")
 POSITION = re.compile(r'position="(\d+)"')
@@ -88,11 +88,9 @@ class VLLMClient(EngineClient):
             if told is None:
                 return []
             self._replies_tell = True
-            counts, sent = told["acceptance_histogram"], told["num_draft_tokens"]
-            by_count = [accepted for accepted, count in enumerate(counts) for _ in range(count)][::-1]
-            accepted = self.check_tokens(told.get("per_step_accepted") or by_count)
-            each = -(-sent // max(1, len(accepted)))
-            drafted = self.check_tokens(told.get("per_step_drafted") or [each] * len(accepted))
+            if not told.get("per_step_accepted"):  # its level is "summary", or there was no round
+                return spread(most_first(told["acceptance_histogram"]), told["num_draft_tokens"])
+            accepted, drafted = (self.check_tokens(told[f"per_step_{what}"]) for what in ("accepted", "drafted"))
             return [Counted(max(d, a), a, a + 1) for d, a in zip(drafted, accepted, strict=True)]
         except (KeyError, TypeError, ValueError, AttributeError):
             found = shown(event.get("metrics"))

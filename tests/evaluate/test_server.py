@@ -188,17 +188,8 @@ def test_a_run_that_is_killed_asks_each_prompt_once(served: Served, tmp_path: Pa
 def test_the_command_starts_and_ends_both_servers(served: Served, tmp_path: Path) -> None:
     """As one command, twice: what is done stays done, what was exported stays."""
     one = served.options
-    command = [
-        sys.executable,
-        "-m",
-        "deepspec.evaluate",
-        "--serve",
-        "llamacpp",
-        "--dtype",
-        "float32",
-        "--context",
-        "256",
-    ]
+    command = [sys.executable, "-m", "deepspec.evaluate", "--serve", "llamacpp", "--dtype", "float32"]
+    command += ["--context", "256"]
     command += ["--target", one.target, "--draft", one.draft, "--tasks", one.tasks[0], "--temperature", "0"]
     command += ["--max-new-tokens", str(TOKENS), "--output", str(tmp_path)]
     done = fork_server.run(command)

@@ -14,7 +14,9 @@ from deepspec.export.consolidate import consolidate
 
 STAGES = ("zero0", "zero1", "zero2", "zero3")
 OFFLOAD = ("zero1_offload", "zero2_offload", "zero3_offload")
-QUICK = [*((stage, "fp32") for stage in STAGES), ("zero0", "bf16"), ("zero3", "bf16")]  # the slow trainings have all
+QUICK = [*((stage, "fp32") for stage in STAGES), ("zero0", "bf16"), ("zero3", "bf16")]
+REST = [("zero1", "bf16"), ("zero2", "bf16")]
+ALL = [*QUICK, *(pytest.param(*one, marks=pytest.mark.slow) for one in REST)]
 STEPS = 4  # of the quick trainings
 TOLERANCE = {"fp32": 1e-6, "bf16": 2e-3}
 
@@ -61,34 +63,49 @@ def check_losses(runs: Runs, algorithm: str, zero: str, processes: int, steps: i
         assert abs(loss - wanted) <= TOLERANCE[precision] * max(1.0, abs(wanted)), f"step {step}: {loss} {wanted}"
 
 
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    configurations = [f"{stage}_{kind}" for stage, kind in QUICK]
+def train(tmp_path_factory: pytest.TempPathFactory, chosen: list[tuple[str, str]]) -> Runs:
     with pytest.MonkeyPatch.context() as patch:  # so small a draft would not call it by itself
         patch.setenv("DEEPSPEC_PRODUCTS", "onednn")
-        return Runs(tmp_path_factory.mktemp("zero"), ("dspark",), configurations, STEPS)
+        return Runs(tmp_path_factory.mktemp("zero"), ("dspark",), [f"{stage}_{kind}" for stage, kind in chosen], STEPS)
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return train(tmp_path_factory, QUICK)
+
+
+@pytest.fixture(scope="module")
+def rest(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return train(tmp_path_factory, [("zero0", "fp32"), ("zero0", "bf16"), *REST])  # with what they are compared with
+
+
+@pytest.fixture
+def runs(request: pytest.FixtureRequest, stage: str, precision: str) -> Runs:
+    """The trainings that have a stage in a precision."""
+    found: Runs = request.getfixturevalue("rest" if (stage, precision) in REST else "quick")
+    return found
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), QUICK)
-def test_losses_do_not_depend_on_the_stage(quick: Runs, stage: str, precision: str, processes: int) -> None:
-    check_losses(quick, "dspark", f"{stage}_{precision}", processes, STEPS)
+@pytest.mark.parametrize(("stage", "precision"), ALL)
+def test_losses_do_not_depend_on_the_stage(runs: Runs, stage: str, precision: str, processes: int) -> None:
+    check_losses(runs, "dspark", f"{stage}_{precision}", processes, STEPS)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), QUICK)
-def test_gradient_norms_do_not_depend_on_the_stage(quick: Runs, stage: str, precision: str, processes: int) -> None:
-    wanted = [row["grad_norm"] for row in quick.rows("dspark", "zero0_fp32", 1)]
-    found = [row["grad_norm"] for row in quick.rows("dspark", f"{stage}_{precision}", processes)]
+@pytest.mark.parametrize(("stage", "precision"), ALL)
+def test_gradient_norms_do_not_depend_on_the_stage(runs: Runs, stage: str, precision: str, processes: int) -> None:
+    wanted = [row["grad_norm"] for row in runs.rows("dspark", "zero0_fp32", 1)]
+    found = [row["grad_norm"] for row in runs.rows("dspark", f"{stage}_{precision}", processes)]
     assert found == pytest.approx(wanted, rel=1e-4 if precision == "fp32" else 0.1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize(("stage", "precision"), QUICK)
+@pytest.mark.parametrize(("stage", "precision"), ALL)
 def test_consolidated_weights_equal_the_live_ones(
-    quick: Runs, stage: str, precision: str, processes: int, tmp_path: Path
+    runs: Runs, stage: str, precision: str, processes: int, tmp_path: Path
 ) -> None:
-    place = quick.folder / f"dspark_{stage}_{precision}_{processes}"
+    place = runs.folder / f"dspark_{stage}_{precision}_{processes}"
     consolidate(place / "run", tmp_path / "draft", embeddings=False)
     live = torch.load(place / "live.pt", weights_only=True)
     exported = load_file(tmp_path / "draft" / "model.safetensors")
